@@ -1,0 +1,220 @@
+"""The BERT encoder, its MLM head and its classification head, by hand.  Read it first.
+
+The module tree carries the tensor names of Hugging Face's BERT, so `state_dict()` is that format and nothing has
+to be exported.  A forward pass computes what it is asked for (`want`) and stops there:
+
+    embedding   the embedding block's output, after its LayerNorm, before dropout         (B, S, D)
+    qkv         queries, keys and values of one layer, `qkv_layer`, as "q", "k", "v"      (B, N, S, H) each
+    hidden      the last layer's output, after its LayerNorm                              (B, S, D)
+    logits      the MLM head's output, at the masked positions only                       (M, V)
+
+Legend, for all files: B batch, S sequence, M masked positions, V vocabulary, N heads, H head size, D hidden size,
+L layers; `_s` student, `_t` teacher; `tau` temperature.  `real` is a (B, S) mask of what is not padding, or None.
+
+Sources: Devlin 2018 (arXiv 1810.04805); Vaswani 2017 (arXiv 1706.03762) for the post-LN layer.
+"""
+import math
+import re
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+ACTIVATIONS = {"gelu": F.gelu, "gelu_new": partial(F.gelu, approximate="tanh"), "relu": F.relu}
+
+
+@dataclass
+class BertConfig:
+    """The fields of Hugging Face's config.json that the computation depends on, with BERT-base's values."""
+    vocab_size: int = 30522
+    hidden_size: int = 768                      # D
+    num_hidden_layers: int = 12                 # L
+    num_attention_heads: int = 12               # N
+    intermediate_size: int = 3072               # 4 D
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    pad_token_id: int = 0
+
+    @classmethod
+    def of_size(cls, size, heads=None, **other):
+        """'6L768' -> 6 layers of width 768; heads = width / 64 unless given; feed-forward 4 x width."""
+        found = re.fullmatch(r"([1-9]\d*)L([1-9]\d*)", size)
+        if not found:
+            raise ValueError(f"size {size!r} is not LAYERSLWIDTH, such as 6L768")
+        layers, width = map(int, found.groups())
+        heads = heads or max(1, width // 64)
+        if width % heads:
+            raise ValueError(f"width {width} is not a multiple of {heads} heads")
+        return cls(num_hidden_layers=layers, hidden_size=width, num_attention_heads=heads,
+                   intermediate_size=4 * width, **other)
+
+    @property
+    def size(self):
+        return f"{self.num_hidden_layers}L{self.hidden_size}"
+
+
+class Embeddings(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(c.vocab_size, c.hidden_size, padding_idx=c.pad_token_id)
+        self.position_embeddings = nn.Embedding(c.max_position_embeddings, c.hidden_size)
+        self.token_type_embeddings = nn.Embedding(c.type_vocab_size, c.hidden_size)
+        self.LayerNorm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
+
+    def forward(self, ids, token_types=None):
+        x = self.word_embeddings(ids) + self.position_embeddings.weight[:ids.shape[1]]     # (B, S, D)
+        x = x + (self.token_type_embeddings.weight[0] if token_types is None
+                 else self.token_type_embeddings(token_types))
+        return self.LayerNorm(x)
+
+
+class AddAndNorm(nn.Module):
+    """The end of both residual branches: project back to D, drop out, add the branch's input, normalise."""
+    def __init__(self, c, width_in):
+        super().__init__()
+        self.dense = nn.Linear(width_in, c.hidden_size)
+        self.LayerNorm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
+        self.dropout = nn.Dropout(c.hidden_dropout_prob)
+
+    def forward(self, y, x):
+        return self.LayerNorm(x + self.dropout(self.dense(y)))
+
+
+def attention(q, k, v, mask, dropout):
+    """softmax(q k^T / sqrt(H)) v, all (B, N, S, H); `mask` (B, 1, 1, S) is true where a key is real."""
+    if q.device.type != "cpu" or not q.requires_grad:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    # torch's fused CPU kernel is slow backwards: 4 times these lines in bf16 (16 x 12 x 128 x 64, torch 2.13, AMX)
+    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])                               # (B, N, S, S)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return F.dropout(scores.softmax(-1), dropout).to(v.dtype) @ v
+
+
+class Layer(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        D = c.hidden_size
+        self.heads, self.attention_dropout = c.num_attention_heads, c.attention_probs_dropout_prob
+        self.act = ACTIVATIONS[c.hidden_act]
+        qkv = {name: nn.Linear(D, D) for name in ("query", "key", "value")}
+        self.attention = nn.ModuleDict({"self": nn.ModuleDict(qkv), "output": AddAndNorm(c, D)})
+        self.intermediate = nn.ModuleDict({"dense": nn.Linear(D, c.intermediate_size)})
+        self.output = AddAndNorm(c, c.intermediate_size)
+
+    def qkv(self, x):
+        """Queries, keys and values with the heads split: three tensors (B, N, S, H)."""
+        B, S, D = x.shape
+        return tuple(self.attention["self"][name](x).view(B, S, self.heads, D // self.heads).transpose(1, 2)
+                     for name in ("query", "key", "value"))
+
+    def forward(self, x, qkv, mask):
+        a = attention(*qkv, mask, self.attention_dropout if self.training else 0.0)         # (B, N, S, H)
+        x = self.attention["output"](a.transpose(1, 2).flatten(2), x)                       # (B, S, D)
+        return self.output(self.act(self.intermediate["dense"](x)), x)
+
+
+class BertModel(nn.Module):
+    """The encoder.  `pooler` (tanh(W h_[CLS] + b)) exists only where a classification head reads it."""
+    def __init__(self, config, pooler=False):
+        super().__init__()
+        self.config = config
+        self.embeddings = Embeddings(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(Layer(config)
+                                                            for _ in range(config.num_hidden_layers))})
+        if pooler:
+            self.pooler = nn.ModuleDict({"dense": nn.Linear(config.hidden_size, config.hidden_size)})
+        initialise(self, config)
+
+    def forward(self, ids, real=None, token_types=None, want=("hidden",), qkv_layer=-1):
+        """ids (B, S) -> a dict with what `want` names; qkv_layer counts from 0, or from -1 for the last."""
+        out, layers = {}, self.encoder["layer"]
+        keep = qkv_layer % len(layers) if "qkv" in want else None
+        to_the_end = "hidden" in want or "logits" in want
+        mask = None if real is None else real[:, None, None, :].bool()                      # (B, 1, 1, S)
+
+        x = self.embeddings(ids, token_types)                                               # (B, S, D)
+        if "embedding" in want:
+            out["embedding"] = x
+        x = self.dropout(x)
+        for i, layer in enumerate(layers):
+            if not to_the_end and (keep is None or i > keep):
+                return out
+            qkv = layer.qkv(x)
+            if i == keep:
+                out["q"], out["k"], out["v"] = qkv
+                if not to_the_end:
+                    return out
+            x = layer(x, qkv, mask)
+        out["hidden"] = x
+        return out
+
+
+class MLMHead(nn.Module):
+    """Transform and decode.  The decoder is the word embedding itself, so only its bias is a parameter here."""
+    def __init__(self, c):
+        super().__init__()
+        self.act = ACTIVATIONS[c.hidden_act]
+        self.predictions = nn.ModuleDict({"transform": nn.ModuleDict({
+            "dense": nn.Linear(c.hidden_size, c.hidden_size),
+            "LayerNorm": nn.LayerNorm(c.hidden_size, c.layer_norm_eps)})})
+        self.predictions.register_parameter("bias", nn.Parameter(torch.zeros(c.vocab_size)))
+
+    def forward(self, h, decoder):
+        transform = self.predictions["transform"]
+        h = transform["LayerNorm"](self.act(transform["dense"](h)))
+        return F.linear(h, decoder, self.predictions.bias)                                  # (..., V)
+
+
+class BertForMaskedLM(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.bert = BertModel(config)
+        self.cls = MLMHead(config)
+        initialise(self.cls, config)
+
+    def forward(self, ids, masked=None, real=None, token_types=None, want=("logits",), qkv_layer=-1):
+        """As BertModel, plus logits at the `masked` positions (B, k): (M, V), M = B k; all (B, S, V) if None."""
+        out = self.bert(ids, real, token_types, want, qkv_layer)
+        if "logits" in want:
+            h = out["hidden"]
+            if masked is not None:
+                h = h.gather(1, masked[..., None].expand(-1, -1, h.shape[-1])).flatten(0, 1)    # (M, D)
+            out["logits"] = self.cls(h, self.bert.embeddings.word_embeddings.weight)
+        return out
+
+
+class BertForSequenceClassification(nn.Module):
+    def __init__(self, config, num_labels):
+        super().__init__()
+        self.config = config
+        self.bert = BertModel(config, pooler=True)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.classifier = nn.Linear(config.hidden_size, num_labels)
+        initialise(self.classifier, config)
+
+    def forward(self, ids, real=None, token_types=None):
+        """ids (B, S) -> logits (B, num_labels)."""
+        h = self.bert(ids, real, token_types)["hidden"][:, 0]                               # (B, D): [CLS]
+        return self.classifier(self.dropout(torch.tanh(self.bert.pooler["dense"](h))))
+
+
+def initialise(module, config):
+    """BERT's initialisation: N(0, 0.02) for weights and embeddings, 0 for biases and [PAD], 1 for LayerNorm."""
+    for m in module.modules():
+        if isinstance(m, nn.Linear | nn.Embedding):
+            nn.init.normal_(m.weight, std=config.initializer_range)
+        if isinstance(m, nn.Linear):
+            nn.init.zeros_(m.bias)
+        if isinstance(m, nn.Embedding) and m.padding_idx is not None:
+            with torch.no_grad():
+                m.weight[m.padding_idx].zero_()

@@ -1,0 +1,118 @@
+"""The encoder against transformers' with the same weights, and what a forward pass leaves behind."""
+import pytest
+import torch
+
+from model import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertModel
+
+SIZES = [("2L32", 2, "gelu"), ("3L48", 4, "gelu_new"), ("1L64", 1, "relu")]
+
+
+def batch(V=97, B=3, S=12):
+    ids = torch.randint(0, V, (B, S))
+    real = torch.arange(S) < torch.tensor([12, 7, 1])[:, None]
+    return ids, real, torch.randint(0, 2, (B, S))
+
+
+@pytest.mark.parametrize("padding", [False, True])
+@pytest.mark.parametrize("size, heads, act", SIZES)
+def test_hidden_states_and_logits_equal_transformers(size, heads, act, padding):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    ours = BertForMaskedLM(BertConfig.of_size(size, heads, vocab_size=97, hidden_act=act)).eval()
+    c = ours.config
+    theirs = transformers.BertForMaskedLM(transformers.BertConfig(
+        vocab_size=97, hidden_size=c.hidden_size, num_hidden_layers=c.num_hidden_layers, num_attention_heads=heads,
+        intermediate_size=c.intermediate_size, hidden_act=act)).eval()
+    for p in ours.parameters():             # biases and LayerNorms away from 0 and 1, so that they count
+        torch.nn.init.normal_(p, std=0.1)
+    result = theirs.load_state_dict(ours.state_dict(), strict=False)
+    assert not result.unexpected_keys and all("decoder" in name for name in result.missing_keys)
+    theirs.tie_weights()
+    ids, real, types = batch()
+    with torch.no_grad():
+        out = ours(ids, None, real if padding else None, types, want=("hidden", "logits", "embedding"))
+        ref = theirs(ids, real.long() if padding else None, types, output_hidden_states=True)
+    at = real if padding else torch.ones_like(real)
+    assert (out["embedding"] - ref.hidden_states[0])[at].abs().max() < 1e-5
+    assert (out["hidden"] - ref.hidden_states[-1])[at].abs().max() < 1e-5
+    assert (out["logits"] - ref.logits)[at].abs().max() < 1e-4
+
+
+def test_classifier_equals_transformers():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    ours = BertForSequenceClassification(BertConfig.of_size("2L32", 2, vocab_size=97), 3).eval()
+    theirs = transformers.BertForSequenceClassification(transformers.BertConfig(
+        vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128,
+        num_labels=3)).eval()
+    theirs.load_state_dict(ours.state_dict())
+    ids, real, types = batch()
+    with torch.no_grad():
+        assert (ours(ids, real, types) - theirs(ids, real.long(), types).logits).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("padding", [False, True])
+def test_attention_with_and_without_gradient_is_the_same(padding):
+    """Two implementations on CPU: torch's fused kernel where no gradient is wanted, plain lines where one is."""
+    torch.manual_seed(0)
+    model = BertModel(BertConfig.of_size("2L32", 2, vocab_size=97)).eval()
+    ids, real, _ = batch()
+    real = real if padding else None
+    with torch.no_grad():
+        fused = model(ids, real)["hidden"]
+    plain = model(ids, real)["hidden"]
+    assert plain.requires_grad and (plain - fused).abs().max() < 1e-5
+
+
+def test_padding_changes_nothing_at_real_positions():
+    torch.manual_seed(0)
+    model = BertModel(BertConfig.of_size("2L32", 2, vocab_size=97)).eval()
+    ids = torch.randint(0, 97, (2, 8))
+    padded = torch.cat([ids, torch.randint(0, 97, (2, 5))], 1)
+    real = torch.arange(13).expand(2, -1) < 8
+    with torch.no_grad():
+        assert (model(ids)["hidden"] - model(padded, real)["hidden"][:, :8]).abs().max() < 1e-5
+
+
+def test_logits_at_masked_positions_are_rows_of_all_logits():
+    torch.manual_seed(0)
+    model = BertForMaskedLM(BertConfig.of_size("2L32", 2, vocab_size=97)).eval()
+    ids, masked = torch.randint(0, 97, (3, 12)), torch.tensor([[1, 5], [0, 11], [2, 3]])
+    some, every = model(ids, masked)["logits"], model(ids)["logits"]
+    assert some.shape == (6, 97)
+    assert torch.allclose(some, torch.stack([every[b, m] for b in range(3) for m in masked[b]]), atol=1e-6)
+
+
+@pytest.mark.parametrize("want, layer, keys, runs", [
+    (("embedding",), -1, {"embedding"}, 0), (("qkv",), 1, {"q", "k", "v"}, 1), (("qkv",), -1, {"q", "k", "v"}, 2),
+    (("hidden",), -1, {"hidden"}, 3), (("qkv", "hidden"), 0, {"q", "k", "v", "hidden"}, 3)])
+def test_a_forward_pass_stops_where_the_last_wanted_thing_is(want, layer, keys, runs):
+    model = BertModel(BertConfig.of_size("3L32", 2, vocab_size=97))
+    count = []
+    for each in model.encoder["layer"]:
+        each.output.register_forward_hook(lambda *_: count.append(1))
+    out = model(torch.zeros(1, 4, dtype=torch.long), want=want, qkv_layer=layer)
+    assert set(out) == keys and len(count) == runs
+
+
+def test_qkv_layer_counts_from_both_ends():
+    torch.manual_seed(0)
+    model = BertModel(BertConfig.of_size("3L32", 2, vocab_size=97)).eval()
+    ids = torch.randint(0, 97, (2, 5))
+    for layer in range(3):
+        assert torch.equal(model(ids, want=("qkv",), qkv_layer=layer)["q"],
+                           model(ids, want=("qkv",), qkv_layer=layer - 3)["q"])
+
+
+def test_dropout_follows_train_and_eval():
+    model = BertModel(BertConfig.of_size("1L32", 2, vocab_size=97))
+    ids = torch.randint(0, 97, (2, 5))
+    assert not torch.equal(model(ids)["hidden"], model(ids)["hidden"])
+    model.eval()
+    assert torch.equal(model(ids)["hidden"], model(ids)["hidden"])
+
+
+@pytest.mark.parametrize("size, heads", [("6l768", None), ("6L", None), ("0L64", None), ("2L100", 3)])
+def test_a_size_that_is_none_is_refused(size, heads):
+    with pytest.raises(ValueError):
+        BertConfig.of_size(size, heads)
