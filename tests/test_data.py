@@ -1,0 +1,107 @@
+"""Batches and masks: a pure function of (seed, step), with the statistics that BERT prescribes."""
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+import data
+from cli import UserError
+from data import Blocks, TokenDirectory
+
+
+@pytest.fixture
+def blocks(corpus):
+    return Blocks(TokenDirectory(corpus), "train", 32, seed=3)
+
+
+def test_a_batch_depends_on_seed_and_step_alone(corpus, blocks):
+    again = Blocks(TokenDirectory(corpus), "train", 32, seed=3)
+    later = again.batch(5, 8)                                           # in another order, after other batches
+    again.batch(0, 8)
+    for a, b in zip(blocks.batch(5, 8), later, strict=True):
+        assert np.array_equal(a, b)
+    other = Blocks(TokenDirectory(corpus), "train", 32, seed=4).batch(5, 8)
+    assert not np.array_equal(other.ids, later.ids)
+
+
+def test_blocks_are_full_and_every_epoch_holds_each_once_under_fresh_masks(blocks):
+    size = blocks.count
+    seen = []
+    for epoch in range(2):
+        ids, masked, labels = blocks.batch(epoch, size)
+        assert (ids[:, 0] == blocks.special["[CLS]"]).all() and (ids[:, -1] == blocks.special["[SEP]"]).all()
+        original = ids.copy()
+        np.put_along_axis(original, masked, labels, 1)
+        assert np.array_equal(np.sort(original[:, 1:-1].ravel()), np.sort(blocks.tokens[:size * 30]))
+        seen.append({row.tobytes(): tuple(m) for row, m in zip(original, masked, strict=True)})
+    common = seen[0].keys() & seen[1].keys()
+    assert len(common) == size
+    assert np.mean([seen[0][key] == seen[1][key] for key in common]) < 0.05
+
+
+def test_a_batch_larger_than_the_corpus_spans_epochs(blocks):
+    assert blocks.batch(0, 3 * blocks.count + 1).ids.shape[0] == 3 * blocks.count + 1
+
+
+def test_masking_statistics(corpus, blocks):
+    """k per block exactly; 80/10/10 of a million positions within 4 standard errors; special tokens never."""
+    rng = np.random.default_rng(0)
+    V, S = 1000, 128
+    blocks.vocab_size, blocks.k = V, round(0.15 * S)
+    special = sorted(blocks.special.values())
+    counts, n, positions = np.zeros(3), 0, np.zeros(S)
+    while n < 10 ** 6:
+        ids = rng.integers(5, V, (4096, S))
+        ids[:, 0], ids[:, -1] = blocks.special["[CLS]"], blocks.special["[SEP]"]
+        ids[rng.random(ids.shape) < 0.05] = blocks.special["[SEP]"]
+        original = ids.copy()
+        new, masked, labels = blocks.mask(ids, rng.integers(0, 2 ** 63, 4096))
+        assert masked.shape == (4096, 19) and (np.diff(masked, axis=1) > 0).all()
+        assert np.array_equal(labels, np.take_along_axis(original, masked, 1)) and not np.isin(labels, special).any()
+        untouched = np.ones_like(ids, bool)
+        np.put_along_axis(untouched, masked, False, 1)
+        assert np.array_equal(new[untouched], original[untouched])
+        at = np.take_along_axis(new, masked, 1)
+        is_mask, same = at == blocks.special["[MASK]"], at == labels
+        assert not np.isin(at[~is_mask], special).any() and at.max() < V
+        counts += [is_mask.sum(), (~is_mask & ~same).sum(), same.sum()]
+        np.add.at(positions, masked.ravel(), 1)
+        n += masked.size
+    # a random token is the true one in 1 of V - 5 draws
+    p = np.array([0.8, 0.1 * (1 - 1 / (V - 5)), 0.1 + 0.1 / (V - 5)])
+    assert (np.abs(counts - n * p) < 4 * np.sqrt(n * p * (1 - p))).all()
+    inner, mean = positions[1:-1], positions[1:-1].mean()
+    assert positions[0] == positions[-1] == 0 and (np.abs(inner - mean) < 5 * np.sqrt(mean)).all()
+
+
+def test_a_block_of_unknown_words_still_has_k_positions(blocks):
+    ids = np.full((1, 32), blocks.special["[UNK]"])
+    ids[:, 0], ids[:, -1] = blocks.special["[CLS]"], blocks.special["[SEP]"]
+    _, masked, labels = blocks.mask(ids, np.array([1]))
+    assert masked.shape == (1, 5) and (labels == blocks.special["[UNK]"]).all()
+
+
+def test_what_is_no_token_directory_is_refused(corpus, tmp_path):
+    with pytest.raises(UserError, match="prepare.py"):
+        TokenDirectory(tmp_path)
+    shutil.copytree(corpus, tmp_path / "cut")
+    with open(tmp_path / "cut/train.bin", "rb+") as f:
+        f.truncate(100)
+    with pytest.raises(UserError, match=r"train.bin: 100 bytes where manifest.json says \d+"):
+        TokenDirectory(tmp_path / "cut")
+    shutil.copytree(corpus, tmp_path / "flipped")
+    raw = bytearray((tmp_path / "flipped/val.bin").read_bytes())
+    raw[7] ^= 1
+    (tmp_path / "flipped/val.bin").write_bytes(raw)
+    with pytest.raises(UserError, match="val.bin: sha256"):
+        TokenDirectory(tmp_path / "flipped").verify()
+    with pytest.raises(UserError, match="do not make one block"):
+        Blocks(TokenDirectory(corpus), "val", 10 ** 6, 0)
+
+
+def test_the_script_shows_what_was_masked(corpus, capsys):
+    data.main(data.Config([str(corpus)], show=2, seq_len=32))
+    out = capsys.readouterr().out
+    assert "verified: train.bin, val.bin, tokenizer.json" in out and out.count(" <- ") == 2 * 5
+    assert json.loads((corpus / "manifest.json").read_text())["fingerprint"] in out
