@@ -1,0 +1,66 @@
+import os
+import random
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")     # before tokenizers is imported anywhere
+
+import pytest
+import torch
+
+import prepare
+import train
+
+torch.set_num_threads(2)
+
+
+def text(documents, seed=0):
+    """Documents of made-up sentences whose words depend on each other, so that there is something to learn."""
+    rng = random.Random(seed)
+    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 7))) for _ in range(200)]
+    follow = {w: rng.sample(words, 4) for w in words}
+
+    def line():
+        at, out = rng.choice(words), []
+        for _ in range(rng.randint(5, 20)):
+            out.append(at)
+            at = rng.choice(follow[at])
+        return " ".join(out) + "."
+    return ["\n".join(line() for _ in range(rng.randint(1, 5))) for _ in range(documents)]
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A token directory: 600 documents, a vocabulary of 300."""
+    out = tmp_path_factory.mktemp("corpus") / "tokens"
+    prepare.prepare(prepare.Config(["made up"], str(out), None, 300, 0.1), text(600))
+    return out
+
+
+TINY = dict(size="2L32", heads=2, seq_len=32, batch_size=8, micro_batch=8, dropout=0.0, val_blocks=8, val_times=1,
+            log_every=1, device="cpu", bf16=False, peak_lr=3e-3)
+
+
+@pytest.fixture(scope="session")
+def teacher(corpus, tmp_path_factory):
+    """A model directory with an LM head: 3L48 with 2 heads, other depth and width than the student."""
+    out = tmp_path_factory.mktemp("teacher")
+    train.train(train.Config(strategy="no_kd", data=str(corpus), budget_steps=60, out=str(out / "run"),
+                             **(TINY | dict(size="3L48"))), say=lambda line: None)
+    return out / "run/model"
+
+
+@pytest.fixture
+def tiny(corpus, teacher, tmp_path):
+    """Makes train.Config's for a tiny run; keyword arguments override."""
+    return lambda **other: train.Config(**(TINY | dict(data=str(corpus), teacher=str(teacher), budget_steps=20,
+                                                       out=str(tmp_path / "run")) | other))
+
+
+@pytest.fixture
+def real_data():
+    """The folder of real text and GLUE tasks that NANOKD_TEST_DATA names."""
+    if "NANOKD_TEST_DATA" not in os.environ:
+        pytest.skip("NANOKD_TEST_DATA is not set")
+    return Path(os.environ["NANOKD_TEST_DATA"])
+
+
