@@ -33,10 +33,10 @@ from kd_losses import STRATEGIES
 # The demonstration's sizes: measured on two CPU cores, so that every arm learns something in its seconds
 DEMO_VOCAB, DEMO_VAL_FRACTION = 4096, 0.1
 DEMO_PACKAGES = ("torch", "sympy", "python", "networkx", "numpy")       # the labels of its task
-DEMO_LABELLED, DEMO_CHARACTERS = 800, 160                               # training examples, and how long each is
-DEMO_TEACHER = dict(size="4L128", budget_hours=120 / 3600)
+DEMO_LABELLED, DEMO_CHARACTERS = 500, 160                               # training examples, and how long each is
+DEMO_TEACHER = dict(size="4L128", budget_hours=150 / 3600)
 DEMO_RECIPE = dict(seq_len=64, batch_size=32, micro_batch=32, dropout=0.0, peak_lr=1e-3, val_times=1, val_blocks=256)
-DEMO = dict(size="2L128", budget_hours=45 / 3600, finetune_lr=7e-4, finetune_epochs=8, max_len=48, **DEMO_RECIPE)
+DEMO = dict(size="2L128", budget_hours=45 / 3600, finetune_lr=7e-4, finetune_epochs=10, max_len=48, **DEMO_RECIPE)
 
 
 @dataclass

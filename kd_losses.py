@@ -13,6 +13,7 @@ fp32 with autocast off: under autocast even the matmul of two fp32 tensors runs 
 
 To add a strategy: write its loss as a function, and add a Strategy to STRATEGIES.  Nothing else has to change.
 """
+import contextlib
 import functools
 import math
 from collections.abc import Callable
@@ -27,7 +28,9 @@ def at_least_fp32(loss):
     """Decorator: autocast off, and 16-bit tensors promoted to fp32 (fp64 stays, so that gradcheck works)."""
     @functools.wraps(loss)
     def promoted(x, *args, **named):
-        with torch.autocast(x.device.type, enabled=False):
+        off = (contextlib.nullcontext() if x.device.type == "meta"         # where FLOPs are counted: no autocast there
+               else torch.autocast(x.device.type, enabled=False))
+        with off:
             return loss(promote(x), *map(promote, args), **{name: promote(a) for name, a in named.items()})
     return promoted
 
@@ -57,22 +60,49 @@ def soft_cross_entropy(z_s, z_t, tau=1.0):
     return -tau ** 2 * (p_t * (z_s / tau).log_softmax(-1)).sum(-1).mean()
 
 
-# ------------------------------------------------------------------------- losses on states: TinyBERT's two MSEs
+@at_least_fp32
+def soft_kl(z_s, z_t, tau=1.0):
+    """DistilBERT's soft targets (Sanh 2019, arXiv 1910.01108, section 3): KL in place of the cross-entropy.
+
+        tau^2 * mean over M of  sum over V of  p_t * (log p_t - log p_s),   p = softmax(z / tau)
+
+    z_s, z_t (M, V).  Its gradient is soft_cross_entropy's; its value is 0 where the student equals the teacher.
+    Departure: the original takes all tokens, ours the masked positions."""
+    log_s, log_t = (z_s / tau).log_softmax(-1), (z_t / tau).log_softmax(-1)                 # (M, V)
+    return tau ** 2 * (log_t.exp() * (log_t - log_s)).sum(-1).mean()
+
+
+@at_least_fp32
+def soft_cross_entropy_over_v(z_s, z_t, tau=1.0):
+    """As released (code of arXiv 2404.19319): soft_cross_entropy, but a mean over V too: exactly V times smaller."""
+    return -tau ** 2 * ((z_t / tau).softmax(-1) * (z_s / tau).log_softmax(-1)).mean()
+
+
+# ------------------------------------------------------------------------------ losses on states: (B, S, D) each
 
 @at_least_fp32
 def hidden_mse(h_s, h_t, proj=None, real=None):
-    """TinyBERT's L_hidn = MSE(H_s W_h, H_t) (Jiao 2020, arXiv 1909.10351, eq. 8); W_h = `proj`, None for equal widths.
+    """TinyBERT's L_hidn = MSE(H_s W_h, H_t) (Jiao 2020, arXiv 1909.10351, section 3).
 
-    h_s (B, S, D_s), h_t (B, S, D_t).  Averaged over the real positions and D_t."""
+    h_s (B, S, D_s), h_t (B, S, D_t); W_h = `proj`, None for equal widths.  Averaged over the real positions and D_t."""
     error = ((h_s if proj is None else proj(h_s)) - h_t).square().mean(-1)                  # (B, S)
     return error.mean() if real is None else error.masked_select(real.bool()).mean()
 
 
 def embedding_mse(e_s, e_t, proj=None, real=None):
-    """TinyBERT's L_embd = MSE(E_s W_e, E_t) (arXiv 1909.10351, eq. 9).  Shapes and averages as hidden_mse.
+    """TinyBERT's L_embd = MSE(E_s W_e, E_t) (arXiv 1909.10351, section 3).  Shapes and averages as hidden_mse.
 
     Departure: the text says the embedding matrices; its code, like ours, matches the embedding block's output."""
     return hidden_mse(e_s, e_t, proj, real)
+
+
+@at_least_fp32
+def cosine_loss(h_s, h_t, real=None):
+    """DistilBERT's L_cos (arXiv 1910.01108, section 3): mean over real positions of 1 - cos(h_s, h_t).
+
+    h_s, h_t (B, S, D), equal widths."""
+    loss = 1 - F.cosine_similarity(h_s, h_t, dim=-1)                                        # (B, S)
+    return loss.mean() if real is None else loss.masked_select(real.bool()).mean()
 
 
 # --------------------------------------------------------------------- losses on attention: TinyBERT's and MiniLM's
@@ -84,7 +114,7 @@ def scores(q, k):
 
 @at_least_fp32
 def attention_mse(q_s, k_s, q_t, k_t, real=None):
-    """TinyBERT's L_attn = 1/N * sum over heads of MSE(A_s, A_t), A before the softmax (arXiv 1909.10351, eq. 7).
+    """TinyBERT's L_attn = 1/N * sum over heads of MSE(A_s, A_t), A before the softmax (arXiv 1909.10351, section 3).
 
     All (B, N, S, H), N equal on both sides.  Averaged over heads and over the pairs of a real query and a real key."""
     error = (scores(q_s, k_s) - scores(q_t, k_t)).square().mean(1)                          # (B, S, S)
@@ -96,7 +126,7 @@ def attention_mse(q_s, k_s, q_t, k_t, real=None):
 
 @at_least_fp32
 def attention_kl(q_s, k_s, q_t, k_t, real=None):
-    """MiniLM's L_AT (Wang 2020, arXiv 2002.10957, eq. 5): the divergence of the attention distributions,
+    """MiniLM's L_AT (Wang 2020, arXiv 2002.10957, section 3.1): the divergence of the attention distributions,
 
         1/(N * rows) * sum over heads, queries of  KL(A_t || A_s),   A = softmax(q k^T / sqrt(H))
 
@@ -115,17 +145,29 @@ def attention_kl(q_s, k_s, q_t, k_t, real=None):
 
 
 def value_relation_kl(v_s, v_t, real=None):
-    """MiniLM's L_VR (arXiv 2002.10957, eqs. 6 and 7): the same divergence of softmax(v v^T / sqrt(H)).
+    """MiniLM's L_VR (arXiv 2002.10957, section 3.2): the same divergence of softmax(v v^T / sqrt(H)).
 
     v_s, v_t (B, N, S, H).  Sums and averages as attention_kl."""
     return attention_kl(v_s, v_s, v_t, v_t, real)
 
 
+@at_least_fp32
+def relation_kl(x_s, x_t, relation_heads, real=None):
+    """One of MiniLMv2's three relations (Wang 2021, arXiv 2012.15828, section 3), for x = queries, keys or values:
+
+        1/(N_r * rows) * sum over relation heads, rows of  KL(R_t || R_s),   R = softmax(x x^T / sqrt(H_r))
+
+    x_s (B, S, D_s), x_t (B, S, D_t): the heads concatenated; both are split again into N_r = `relation_heads` heads
+    of H_r = D / N_r, so widths and head counts may differ.  Sums and averages as attention_kl."""
+    x_s, x_t = (x.unflatten(-1, (relation_heads, -1)).transpose(1, 2) for x in (x_s, x_t))      # (B, N_r, S, H_r)
+    return attention_kl(x_s, x_s, x_t, x_t, real)
+
+
 # ---------------------------------------------------------------------------------------------------- strategies
 
 class Term(NamedTuple):
-    """One term of a strategy's loss: `of(s, t, b)` is its value, from what the two forward passes left behind
-    (`s`, `t`: the dicts of model.py) and from `b`, a Context."""
+    """One term of a strategy's loss: `of(s, t, c)` is its value, from what the two forward passes left behind
+    (`s`, `t`: the dicts of model.py) and from `c`, a Context."""
     of: Callable
     student: tuple              # what the student's forward pass must leave behind: model.py's `want`
     teacher: tuple              # the same for the teacher; () for none
@@ -137,48 +179,103 @@ class Term(NamedTuple):
 class Context(NamedTuple):
     labels: torch.Tensor        # (M,) the ids at the masked positions
     tau: float                  # temperature of the soft targets
+    relation_heads: int         # N_r of relation_kl
     proj: nn.Module             # a ModuleDict of projections: empty where the widths are equal
 
 
 class Strategy(NamedTuple):
     terms: dict                 # name -> Term
-    peak_lr: float              # the paper's: 1e-3 for No-KD, 5e-4 for KD (arXiv 2404.19319, appendix)
+    peak_lr: float = 5e-4       # the paper's: 1e-3 for No-KD, 5e-4 for KD (arXiv 2404.19319, appendix)
+    layers: tuple = (-1,)       # the layers whose q, k, v are compared, on both sides; the first is --teacher-layer's
+    tau: float = 1.0            # temperature
+    init: str = "random"        # or "teacher": every so-many-th layer of it
     same_heads: bool = False    # compares attention head by head
+    same_width: bool = False    # compares hidden states without a projection
+    as_released: bool = False   # what the paper's released code computes, not what its text says
+
+    def needs(self, side):
+        """What the forward pass of "student" or "teacher" must leave behind.  The released code computes everything,
+        for every method."""
+        if self.as_released:
+            return ("embedding", "hidden", "logits", "qkv")
+        return tuple(sorted({need for term in self.terms.values() for need in getattr(term, side)}))
 
     @property
-    def student_needs(self):
-        return tuple(sorted({need for term in self.terms.values() for need in term.student}))
-
-    @property
-    def teacher_needs(self):
-        return tuple(sorted({need for term in self.terms.values() for need in term.teacher}))
+    def trains_lm_head(self):
+        return any("logits" in term.student for term in self.terms.values())
 
 
-MLM = Term(lambda s, t, b: masked_lm_loss(s["logits"], b.labels), ("logits",), (),
+def proj_of(c, name):
+    return c.proj[name] if name in c.proj else None
+
+
+def attention_scores_term(layer, where):
+    """TinyBERT's L_attn on the strategy's `layer`-th layer."""
+    def of(s, t, c):
+        (q_s, k_s, _), (q_t, k_t, _) = s["qkv"][layer], t["qkv"][layer]
+        return attention_mse(q_s, k_s, q_t, k_t)
+    return Term(of, ("qkv",), ("qkv",), f"attention scores, {where} layer; mean over heads and (query, key) pairs")
+
+
+def attention_kl_of(s, t, c):
+    (q_s, k_s, _), (q_t, k_t, _) = s["qkv"][0], t["qkv"][0]
+    return attention_kl(q_s, k_s, q_t, k_t)
+
+
+def relation_term(which, name):
+    """MiniLMv2's relation of queries (0), keys (1) or values (2)."""
+    def of(s, t, c):
+        x_s, x_t = (side["qkv"][0][which].transpose(1, 2).flatten(2) for side in (s, t))        # (B, S, D)
+        return relation_kl(x_s, x_t, c.relation_heads)
+    return Term(of, ("qkv",), ("qkv",),
+                f"{name} relation, student's last layer; sum over keys, mean over relation heads and rows")
+
+
+MLM = Term(lambda s, t, c: masked_lm_loss(s["logits"], c.labels), ("logits",), (),
            "cross-entropy with the true ids; mean over masked positions")
-SOFT_CE = Term(lambda s, t, b: soft_cross_entropy(s["logits"], t["logits"], b.tau), ("logits",), ("logits",),
+SOFT_CE = Term(lambda s, t, c: soft_cross_entropy(s["logits"], t["logits"], c.tau), ("logits",), ("logits",),
                "cross-entropy with the teacher's distribution; sum over V, mean over masked positions")
-EMBD = Term(lambda s, t, b: embedding_mse(s["embedding"], t["embedding"], proj_of(b, "embedding")),
+SOFT_KL = Term(lambda s, t, c: soft_kl(s["logits"], t["logits"], c.tau), ("logits",), ("logits",),
+               "divergence from the teacher's distribution; sum over V, mean over masked positions", weight=5.0)
+COSINE = Term(lambda s, t, c: cosine_loss(s["hidden"], t["hidden"]), ("hidden",), ("hidden",),
+              "last hidden state; mean over positions")
+EMBD = Term(lambda s, t, c: embedding_mse(s["embedding"], t["embedding"], proj_of(c, "embedding")),
             ("embedding",), ("embedding",), "embedding block; mean over positions and D", projects="embedding")
-ATTN_MSE = Term(lambda s, t, b: attention_mse(s["q"], s["k"], t["q"], t["k"]), ("qkv",), ("qkv",),
-                "attention scores of the last layer; mean over heads and (query, key) pairs")
-HIDN = Term(lambda s, t, b: hidden_mse(s["hidden"], t["hidden"], proj_of(b, "hidden")), ("hidden",), ("hidden",),
+HIDN = Term(lambda s, t, c: hidden_mse(s["hidden"], t["hidden"], proj_of(c, "hidden")), ("hidden",), ("hidden",),
             "last hidden state; mean over positions and D", projects="hidden")
-ATTN_KL = Term(lambda s, t, b: attention_kl(s["q"], s["k"], t["q"], t["k"]), ("qkv",), ("qkv",),
-               "attention probabilities of the last layer; sum over keys, mean over heads and queries")
-VALUE_KL = Term(lambda s, t, b: value_relation_kl(s["v"], t["v"]), ("qkv",), ("qkv",),
-                "value relation of the last layer; sum over keys, mean over heads and queries")
+ATTN_KL = Term(attention_kl_of, ("qkv",), ("qkv",),
+               "attention probabilities, last layer; sum over keys, mean over heads and queries")
+VALUE_KL = Term(lambda s, t, c: value_relation_kl(s["qkv"][0][2], t["qkv"][0][2]), ("qkv",), ("qkv",),
+                "value relation, last layer; sum over keys, mean over heads and queries")
+RELATIONS = {"qq": relation_term(0, "query"), "kk": relation_term(1, "key"), "vv": relation_term(2, "value")}
 
 STRATEGIES = {
     "no_kd": Strategy({"mlm": MLM}, peak_lr=1e-3),
-    "vanilla_kd": Strategy({"mlm": MLM, "soft_ce": SOFT_CE}, peak_lr=5e-4),
-    "tinybert": Strategy({"embd": EMBD, "attn": ATTN_MSE, "hidn": HIDN}, peak_lr=5e-4, same_heads=True),
-    "minilm": Strategy({"attn": ATTN_KL, "value": VALUE_KL}, peak_lr=5e-4, same_heads=True),
+    "vanilla_kd": Strategy({"mlm": MLM, "soft_ce": SOFT_CE}),
+    "distilbert": Strategy({"soft_kl": SOFT_KL, "mlm": MLM._replace(weight=2.0), "cosine": COSINE}, tau=2.0,
+                           init="teacher", same_width=True),
+    "tinybert": Strategy({"embd": EMBD, "attn": attention_scores_term(0, "last"), "hidn": HIDN}, same_heads=True),
+    "minilm": Strategy({"attn": ATTN_KL, "value": VALUE_KL}, same_heads=True),
+    "minilmv2": Strategy(RELATIONS),
 }
 
+# For science only: what the paper's released code computes under the same names, where that is not what its text says
+SOFT_CE_OVER_V = Term(lambda s, t, c: soft_cross_entropy_over_v(s["logits"], t["logits"], c.tau), ("logits",),
+                      ("logits",), "cross-entropy with the teacher's distribution; mean over masked positions AND V")
+AS_RELEASED = {name: STRATEGIES[name]._replace(as_released=True, **changes) for name, changes in {
+    "vanilla_kd": dict(terms={"mlm": MLM, "soft_ce": SOFT_CE_OVER_V}),
+    "tinybert": dict(terms={"attn0": attention_scores_term(1, "FIRST"), "attn": attention_scores_term(0, "last"),
+                            "hidn": HIDN}, layers=(-1, 0)),
+    "minilm": dict(terms=RELATIONS),                    # version 2, with as many relation heads as attention heads
+    "minilmv2": dict(terms=RELATIONS, same_heads=True),
+}.items()}
 
-def proj_of(b, name):
-    return b.proj[name] if name in b.proj else None
+
+def relation_head_count(width_s, width_t):
+    """N_r: relation heads of size 16 in the teacher, as the paper has (48 for a base teacher, 64 for a large one);
+    for other widths the largest count that divides both and keeps them no smaller than that."""
+    common = math.gcd(width_s, width_t)
+    return max(n for n in range(1, max(1, width_t // 16) + 1) if common % n == 0)
 
 
 def projections(strategy, width_s, width_t):
@@ -187,7 +284,7 @@ def projections(strategy, width_s, width_t):
     return nn.ModuleDict({name: nn.Linear(width_s, width_t, bias=False) for name in names})
 
 
-def loss_terms(strategy, s, t, b):
+def loss_terms(strategy, s, t, c):
     """(total, {name: value}): the weighted sum that is minimised and its terms as they are logged, unweighted."""
-    terms = {name: term.of(s, t, b) for name, term in strategy.terms.items()}
+    terms = {name: term.of(s, t, c) for name, term in strategy.terms.items()}
     return sum(term.weight * terms[name] for name, term in strategy.terms.items()), terms

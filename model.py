@@ -4,7 +4,7 @@ The module tree carries the tensor names of Hugging Face's BERT, so `state_dict(
 to be exported.  A forward pass computes what it is asked for (`want`) and stops there:
 
     embedding   the embedding block's output, after its LayerNorm, before dropout         (B, S, D)
-    qkv         queries, keys and values of one layer, `qkv_layer`, as "q", "k", "v"      (B, N, S, H) each
+    qkv         a list: queries, keys and values of each of `qkv_layers`                   (B, N, S, H) each
     hidden      the last layer's output, after its LayerNorm                              (B, S, D)
     logits      the MLM head's output, at the masked positions only                       (M, V)
 
@@ -134,10 +134,10 @@ class BertModel(nn.Module):
             self.pooler = nn.ModuleDict({"dense": nn.Linear(config.hidden_size, config.hidden_size)})
         initialise(self, config)
 
-    def forward(self, ids, real=None, token_types=None, want=("hidden",), qkv_layer=-1):
-        """ids (B, S) -> a dict with what `want` names; qkv_layer counts from 0, or from -1 for the last."""
-        out, layers = {}, self.encoder["layer"]
-        keep = qkv_layer % len(layers) if "qkv" in want else None
+    def forward(self, ids, real=None, token_types=None, want=("hidden",), qkv_layers=(-1,)):
+        """ids (B, S) -> a dict with what `want` names; qkv_layers count from 0, or from -1 for the last."""
+        out, layers, kept = {}, self.encoder["layer"], {}
+        keep = [i % len(layers) for i in qkv_layers] if "qkv" in want else []
         to_the_end = "hidden" in want or "logits" in want
         mask = None if real is None else real[:, None, None, :].bool()                      # (B, 1, 1, S)
 
@@ -145,16 +145,16 @@ class BertModel(nn.Module):
         if "embedding" in want:
             out["embedding"] = x
         x = self.dropout(x)
-        for i, layer in enumerate(layers):
-            if not to_the_end and (keep is None or i > keep):
-                return out
+        for i, layer in enumerate(layers if to_the_end else layers[:max(keep, default=-1) + 1]):
             qkv = layer.qkv(x)
-            if i == keep:
-                out["q"], out["k"], out["v"] = qkv
-                if not to_the_end:
-                    return out
-            x = layer(x, qkv, mask)
-        out["hidden"] = x
+            if i in keep:
+                kept[i] = qkv
+            if to_the_end or i < max(keep):
+                x = layer(x, qkv, mask)
+        if keep:
+            out["qkv"] = [kept[i] for i in keep]
+        if to_the_end:
+            out["hidden"] = x
         return out
 
 
@@ -182,9 +182,9 @@ class BertForMaskedLM(nn.Module):
         self.cls = MLMHead(config)
         initialise(self.cls, config)
 
-    def forward(self, ids, masked=None, real=None, token_types=None, want=("logits",), qkv_layer=-1):
+    def forward(self, ids, masked=None, real=None, token_types=None, want=("logits",), qkv_layers=(-1,)):
         """As BertModel, plus logits at the `masked` positions (B, k): (M, V), M = B k; all (B, S, V) if None."""
-        out = self.bert(ids, real, token_types, want, qkv_layer)
+        out = self.bert(ids, real, token_types, want, qkv_layers)
         if "logits" in want:
             h = out["hidden"]
             if masked is not None:

@@ -26,11 +26,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoint
 from cli import UserError, run
 from data import Blocks, TokenDirectory, hashed
-from kd_losses import STRATEGIES, Context, loss_terms, projections
+from kd_losses import AS_RELEASED, STRATEGIES, Context, loss_terms, projections, relation_head_count
 from model import BertConfig, BertForMaskedLM
 
 
@@ -38,12 +39,18 @@ from model import BertConfig, BertForMaskedLM
 class Config:
     strategy: str = "no_kd"             # one of kd_losses.STRATEGIES
     budget_hours: float | None = None   # the budget, in hours on the clock described above
-    budget_steps: int | None = None     # or the budget in optimizer steps
+    budget_flops: float | None = None   # or in matmul FLOPs of student and teacher, the same on every machine
+    budget_tokens: int | None = None    # or in tokens
+    budget_steps: int | None = None     # or in optimizer steps
     data: str = "data/wiki"             # token directory, made by prepare.py
-    teacher: str = "bert-base-uncased"  # model directory or Hub id; not read by no_kd
+    teacher: str = "bert-base-uncased"  # model directory or Hub id; not read by no_kd unless --init teacher
+    teacher_layer: int | None = None    # whose q, k, v count, from 0 or -1; default: the last; minilmv2: 21st of 24
+    relation_heads: int | None = None   # of minilmv2; default: as many as give the teacher's a size of 16
+    as_released: bool = False           # FOR SCIENCE ONLY: what the paper's released code computes for this strategy
     size: str = "6L768"                 # student: layers L width
     heads: int | None = None            # attention heads; default: width / 64
     out: str | None = None              # run directory; default: runs/STRATEGY
+    init: str | None = None             # random, or teacher (layers 1, 3, ...); default: random; distilbert: teacher
     seed: int = 0                       # initial weights, data order, masks, dropout
     seq_len: int = 128                  # S, positions in a block
     batch_size: int = 1024              # blocks per optimizer step
@@ -53,7 +60,7 @@ class Config:
     weight_decay: float = 0.01          # not on biases and LayerNorm
     dropout: float = 0.1                # hidden states and attention probabilities
     clip: float = 0.0                   # gradient norm above which gradients are scaled down; 0: off, as the paper
-    tau: float = 1.0                    # temperature of the soft targets
+    tau: float | None = None            # temperature of the soft targets; default: 1, distilbert: 2
     val_blocks: int = 512               # validation blocks
     val_times: int = 4                  # validations over the budget, the last at its end
     log_every: int = 10                 # steps per line of log.jsonl
@@ -64,28 +71,44 @@ class Config:
     def check(self):
         if self.strategy not in STRATEGIES:
             raise UserError(f"--strategy {self.strategy}: unknown; one of {', '.join(STRATEGIES)}")
-        budgets = [(f"--budget-{unit}", getattr(self, f"budget_{unit}")) for unit in ("hours", "steps")]
+        if self.as_released and self.strategy not in AS_RELEASED:
+            raise UserError(f"--as-released: no other code was released for {self.strategy}; it was for "
+                            f"{', '.join(AS_RELEASED)}")
+        budgets = [(f"--budget-{unit}", getattr(self, f"budget_{unit}")) for unit in Budget.UNITS]
         given = [(flag, value) for flag, value in budgets if value is not None]
         if len(given) != 1:
             raise UserError(f"give exactly one budget: {' or '.join(flag for flag, _ in budgets)}"
                             + (f" (not {' and '.join(flag for flag, _ in given)})" if given else ""))
         if not 0 < given[0][1] < math.inf:
             raise UserError(f"{given[0][0]} {given[0][1]}: a budget is a positive number")
+        if self.init not in (None, "random", "teacher"):
+            raise UserError(f"--init {self.init}: random or teacher")
         for name in ("seq_len", "batch_size", "micro_batch", "val_blocks", "val_times", "log_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: at least 1")
         if self.batch_size % self.micro_batch:
             raise UserError(f"--batch-size {self.batch_size} is not a multiple of --micro-batch {self.micro_batch}")
 
+    @property
+    def kind(self):
+        """The Strategy, with the run's own temperature, initialisation and layer."""
+        strategy = (AS_RELEASED if self.as_released else STRATEGIES)[self.strategy]
+        return strategy._replace(tau=self.tau or strategy.tau, init=self.init or strategy.init)
+
+    @property
+    def label(self):
+        return self.strategy + (" AS RELEASED (for science only)" if self.as_released else "")
+
 
 # ------------------------------------------------------------------------------------------- budget and schedule
 
 class Budget:
-    """What a run may spend, in seconds on a clock that can be paused, or in steps.  `now` is injected by tests."""
+    """What a run may spend: hours on a clock that can be paused, or steps at a price each (in FLOPs, tokens, steps).
+    `now` is injected by tests."""
+    UNITS = ("hours", "flops", "tokens", "steps")
 
-    def __init__(self, hours=None, steps=None, now=time.monotonic):
-        self.total_seconds = None if hours is None else hours * 3600
-        self.total_steps, self.now = steps, now
+    def __init__(self, total, unit, price=1, now=time.monotonic):
+        self.total, self.unit, self.price, self.now = total, unit, price, now
         self.steps, self.started, self.paused = 0, None, 0.0
 
     def start(self):
@@ -106,8 +129,8 @@ class Budget:
     @property
     def progress(self):
         """Spent / budget, from 0 to 1."""
-        spent = self.seconds / self.total_seconds if self.total_seconds else self.steps / self.total_steps
-        return min(1.0, spent)
+        spent = self.seconds / 3600 if self.unit == "hours" else self.steps * self.price
+        return min(1.0, spent / self.total)
 
 
 def learning_rate(progress, peak, warmup=0.06):
@@ -145,51 +168,39 @@ class Stages:
 class Arm:
     """One strategy's student, teacher, projections and optimizer, and one micro-batch of work on them."""
 
-    def __init__(self, config, directory, teacher_path=None):
-        self.config, self.strategy = config, STRATEGIES[config.strategy]
-        self.device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    def __init__(self, config, student, teacher=None):
+        self.config, self.strategy, self.student, self.teacher = config, config.kind, student, teacher
+        self.device = next(student.parameters()).device
         self.bf16 = multiplies_in_bf16(self.device) if config.bf16 is None else config.bf16
-        self.student, self.teacher = initial_student(config, directory), None
-        shape = self.student.config
-        if self.strategy.teacher_needs:
-            self.teacher = self.load_teacher(shape, directory, teacher_path)
-        width_t = self.teacher.config.hidden_size if self.teacher else shape.hidden_size
-        self.proj = projections(self.strategy, shape.hidden_size, width_t)
+        self.peak_lr = config.peak_lr if config.peak_lr is not None else self.strategy.peak_lr
+        student_c, teacher_c = student.config, teacher.config if teacher else student.config
+        self.teacher_layers = self.strategy.layers
+        self.relation_heads = config.relation_heads or relation_head_count(student_c.hidden_size, teacher_c.hidden_size)
+        if self.strategy.as_released:
+            self.relation_heads = student_c.num_attention_heads
+        layer = config.teacher_layer
+        if layer is None and config.strategy == "minilmv2" and teacher_c.num_hidden_layers == 24:
+            layer = 20                                                  # the 21st (arXiv 2012.15828, section 4)
+        if layer is not None:
+            self.teacher_layers = (layer, *self.strategy.layers[1:])
+        self.proj = projections(self.strategy, student_c.hidden_size, teacher_c.hidden_size).to(self.device)
 
-        self.student.to(self.device)
-        self.proj.to(self.device)
+        if teacher:
+            # bf16 weights, not autocast: the teacher is never updated, so there is no need to cast at each step.
+            # The released code leaves the teacher's dropout on.
+            teacher.to(torch.bfloat16 if self.bf16 else None).train(self.strategy.as_released).requires_grad_(False)
         compiled = config.compile if config.compile is not None else self.device.type == "cuda"
         prepare = (lambda f: torch.compile(f, fullgraph=True, dynamic=False)) if compiled else (lambda f: f)
-        self.run_student, self.run_teacher = prepare(self.student), prepare(self.teacher) if self.teacher else None
+        self.run_student, self.run_teacher = prepare(student), prepare(teacher) if teacher else None
         self.loss_terms = prepare(loss_terms)
 
-        self.peak_lr = config.peak_lr if config.peak_lr is not None else self.strategy.peak_lr
+    def make_optimizer(self):
         self.freeze_unreached()
         trained = [p for m in (self.student, self.proj) for p in m.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
-            [{"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
+            [{"params": [p for p in trained if p.ndim > 1], "weight_decay": self.config.weight_decay},
              {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}],   # biases and LayerNorm
             lr=self.peak_lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
-
-    def load_teacher(self, shape, directory, path):
-        config, needs = self.config, self.strategy.teacher_needs
-        path = checkpoint.find_model(config.teacher) if path is None else path
-        checkpoint.same_vocabulary(directory.read_tokenizer(), path)
-        teacher, head = checkpoint.load_mlm(path)
-        if "logits" in needs and not head:
-            able = [name for name, s in STRATEGIES.items() if s.teacher_needs and "logits" not in s.teacher_needs]
-            raise UserError(f"--teacher {config.teacher} has no LM head, which {config.strategy} needs; "
-                            f"these do without: {', '.join(able)}")
-        heads_s, heads_t = shape.num_attention_heads, teacher.config.num_attention_heads
-        if self.strategy.same_heads and heads_s != heads_t:
-            raise UserError(f"{config.strategy} compares attention head by head, but the student has {heads_s} heads "
-                            f"and the teacher {heads_t}: give --heads {heads_t}")
-        if teacher.config.max_position_embeddings < config.seq_len:
-            raise UserError(f"--seq-len {config.seq_len}: the teacher has only "
-                            f"{teacher.config.max_position_embeddings} positions")
-        self.teacher_has_head = head
-        # bf16 weights, not autocast: the teacher is never updated, so there is no need to cast at each step
-        return teacher.to(self.device, torch.bfloat16 if self.bf16 else None).eval().requires_grad_(False)
 
     def to_device(self, batch):
         def tensor(a):
@@ -199,24 +210,29 @@ class Arm:
 
     def forward(self, ids, masked, labels, stages=None):
         """(total, {term: value}) of one micro-batch: what the strategy asks of both sides, and no more."""
-        t = {}
-        if self.teacher:
+        t, strategy = {}, self.strategy
+        if self.teacher and strategy.needs("teacher"):
             with torch.no_grad():
-                t = self.run_teacher(ids, masked, want=self.strategy.teacher_needs)
+                t = self.run_teacher(ids, masked, want=strategy.needs("teacher"), qkv_layers=self.teacher_layers)
             if stages:
                 stages.mark("teacher")
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            s = self.run_student(ids, masked, want=self.strategy.student_needs)
-            return self.loss_terms(self.strategy, s, t, Context(labels, self.config.tau, self.proj))
+        with autocast(self.device, self.bf16):
+            s = self.run_student(ids, masked, want=strategy.needs("student"), qkv_layers=strategy.layers)
+            context = Context(labels, strategy.tau, self.relation_heads, self.proj)
+            return self.loss_terms(strategy, s, t, context)
+
+    def dummy(self):
+        """(ids, masked, labels) of a micro-batch's shape."""
+        B, S = self.config.micro_batch, self.config.seq_len
+        k = round(0.15 * S)
+        return (torch.zeros(B, S, dtype=torch.long, device=self.device),
+                torch.arange(k, device=self.device).expand(B, k).contiguous(),
+                torch.zeros(B * k, dtype=torch.long, device=self.device))
 
     def freeze_unreached(self):
         """One forward and backward pass on dummy data: compiles, and freezes what the loss does not reach (MiniLM
-        leaves the last output projection and feed-forward, and every LM head but its own, without a gradient)."""
-        shape = (self.config.micro_batch, self.config.seq_len)
-        k = round(0.15 * self.config.seq_len)
-        masked = torch.arange(k, device=self.device).expand(shape[0], k).contiguous()
-        total, _ = self.forward(torch.zeros(shape, dtype=torch.long, device=self.device), masked,
-                                torch.zeros(shape[0] * k, dtype=torch.long, device=self.device))
+        leaves the last output projection and feed-forward without a gradient, TinyBERT the LM head)."""
+        total, _ = self.forward(*self.dummy())
         total.backward()
         for p in self.student.parameters():
             p.requires_grad_(p.grad is not None)
@@ -227,8 +243,10 @@ class Arm:
     def validate(self, blocks, model=None):
         """Means over the validation blocks: the strategy's terms, or the MLM loss of another `model`."""
         size = min(self.config.micro_batch, blocks.count, self.config.val_blocks)
-        means = {}
+        means, teacher_was = {}, self.teacher and self.teacher.training
         self.student.eval()
+        if self.teacher:
+            self.teacher.eval()
         for i in range(min(self.config.val_blocks, blocks.count) // size):
             ids, masked, labels = self.to_device(blocks.batch(i, size))
             if model is None:
@@ -239,20 +257,112 @@ class Arm:
             for name, value in terms.items():
                 means.setdefault(name, []).append(value.item())
         self.student.train()
+        if self.teacher:
+            self.teacher.train(teacher_was)
         return {name: float(np.mean(values)) for name, values in means.items()}
 
 
-def initial_student(config, directory):
-    """The student before its first step: the same weights in every arm of a seed, LM head included."""
+def autocast(device, bf16):
+    return torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
+
+
+def student_shape(config, directory):
     try:
-        shape = BertConfig.of_size(
+        return BertConfig.of_size(
             config.size, config.heads, vocab_size=len(directory.vocab), pad_token_id=directory.special["[PAD]"],
             hidden_dropout_prob=config.dropout, attention_probs_dropout_prob=config.dropout,
             max_position_embeddings=max(512, config.seq_len))
     except ValueError as e:
         raise UserError(f"--size: {e}") from None
+
+
+def initial_student(config, directory):
+    """The student before its first step: the same random weights in every arm of a seed, LM head included."""
+    shape = student_shape(config, directory)
     torch.manual_seed(config.seed)
     return BertForMaskedLM(shape)
+
+
+def make_arm(config, directory):
+    """The arm on its device, from the configuration, the data's vocabulary and the teacher's files."""
+    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    student, strategy, teacher = initial_student(config, directory), config.kind, None
+    if strategy.needs("teacher") or strategy.init == "teacher":
+        path = checkpoint.find_model(config.teacher)
+        checkpoint.same_vocabulary(directory.read_tokenizer(), path)
+        teacher, head = checkpoint.load_mlm(path)
+        check_teacher(config, student.config, teacher.config, head)
+        if strategy.init == "teacher":
+            start_from(student, teacher)
+        teacher = teacher.to(device) if strategy.needs("teacher") else None
+    arm = Arm(config, student.to(device), teacher)
+    arm.teacher_has_head = teacher is not None and head
+    arm.make_optimizer()
+    return arm
+
+
+def check_teacher(config, student, teacher, head):
+    """Refuses a teacher that the strategy cannot use, saying which strategy can."""
+    strategy, name = config.kind, f"--teacher {config.teacher}"
+    if not head and ("logits" in strategy.needs("teacher") or strategy.init == "teacher"):
+        able = [n for n, s in STRATEGIES.items() if s.needs("teacher") and "logits" not in s.needs("teacher")]
+        raise UserError(f"{name} has no LM head, which {config.label} needs; these do without: {', '.join(able)}")
+    if strategy.same_heads and student.num_attention_heads != teacher.num_attention_heads:
+        raise UserError(f"{config.label} compares attention head by head, but the student has "
+                        f"{student.num_attention_heads} heads and the teacher {teacher.num_attention_heads}: give "
+                        f"--heads {teacher.num_attention_heads}, or take --strategy minilmv2")
+    if (strategy.same_width or strategy.init == "teacher") and student.hidden_size != teacher.hidden_size:
+        raise UserError(f"{config.label}{' --init teacher' if not strategy.same_width else ''} needs a student as wide "
+                        f"as its teacher: {student.hidden_size} and {teacher.hidden_size}; give --size "
+                        f"{student.num_hidden_layers}L{teacher.hidden_size}")
+    if strategy.init == "teacher" and (student.num_hidden_layers > teacher.num_hidden_layers
+                                       or student.intermediate_size != teacher.intermediate_size
+                                       or student.num_attention_heads != teacher.num_attention_heads
+                                       or student.hidden_act != teacher.hidden_act):
+        raise UserError(f"--init teacher: the student ({student.size}) must be the teacher ({teacher.size}) with fewer "
+                        f"layers: give --heads {teacher.num_attention_heads} and a depth of at most "
+                        f"{teacher.num_hidden_layers}")
+    layers = teacher.num_hidden_layers
+    if config.teacher_layer is not None and not -layers <= config.teacher_layer < layers:
+        raise UserError(f"--teacher-layer {config.teacher_layer}: the teacher has {layers} layers")
+    if config.relation_heads and (student.hidden_size % config.relation_heads
+                                  or teacher.hidden_size % config.relation_heads):
+        raise UserError(f"--relation-heads {config.relation_heads} does not divide the widths {student.hidden_size} "
+                        f"and {teacher.hidden_size}")
+    if teacher.max_position_embeddings < config.seq_len:
+        raise UserError(f"--seq-len {config.seq_len}: the teacher has {teacher.max_position_embeddings} positions only")
+
+
+def start_from(student, teacher):
+    """Copies embeddings, LM head and every so-many-th layer of the teacher: 0, 2, 4, ... for half its depth."""
+    every = teacher.config.num_hidden_layers / student.config.num_hidden_layers
+    weights, prefix = teacher.state_dict(), "bert.encoder.layer."
+    for name, p in student.state_dict().items():
+        if name.startswith(prefix):
+            layer, rest = name.removeprefix(prefix).split(".", 1)
+            name = f"{prefix}{int(int(layer) * every)}.{rest}"
+        rows = min(len(p), len(weights[name]))                          # position embeddings may differ in number
+        p[:rows].copy_(weights[name][:rows])
+
+
+def flops_per_block(config, student, teacher=None):
+    """(of the student, of the teacher): the matmul FLOPs that one block costs in training, from two BertConfigs.
+
+    torch's own counter over the real step on the meta device (1 multiply-add = 2 FLOP), losses included.  It is what
+    --budget-flops spends, the same on every machine."""
+    with torch.device("meta"):
+        arm = Arm(dataclasses.replace(config, micro_batch=1, bf16=False, compile=False), BertForMaskedLM(student),
+                  BertForMaskedLM(teacher) if teacher and config.kind.needs("teacher") else None)
+        of_teacher, of_step = FlopCounterMode(display=False), FlopCounterMode(display=False)
+        ids, masked, labels = arm.dummy()
+        if arm.teacher:
+            with of_teacher:
+                arm.teacher(ids, masked, want=arm.strategy.needs("teacher"), qkv_layers=arm.teacher_layers)
+        with of_step:
+            total, _ = arm.forward(ids, masked, labels)
+            total.backward()
+    teacher_flops = of_teacher.get_total_flops()
+    return of_step.get_total_flops() - teacher_flops, teacher_flops
 
 
 def multiplies_in_bf16(device):
@@ -273,10 +383,16 @@ def train(config, teacher_path=None, now=time.monotonic, say=print):
         return finished
     directory = TokenDirectory(config.data)
     directory.verify()
-    arm = Arm(config, directory)
+    arm = make_arm(config, directory)
     train_blocks = Blocks(directory, "train", config.seq_len, config.seed)
     val_blocks = Blocks(directory, "val", config.seq_len, seed=0)       # the same for every run
-    budget, stages = Budget(config.budget_hours, config.budget_steps, now), Stages(arm.device)
+    flops = [config.batch_size * f for f in flops_per_block(
+        config, arm.student.config, arm.teacher.config if arm.teacher else None)]
+    step_tokens = config.batch_size * config.seq_len
+    unit = next(unit for unit in Budget.UNITS if getattr(config, f"budget_{unit}") is not None)
+    price = dict(flops=sum(flops), tokens=step_tokens).get(unit, 1)
+    budget = Budget(getattr(config, f"budget_{unit}"), unit, price, now)
+    stages = Stages(arm.device)
     validate_at = [(i + 1) / config.val_times for i in range(config.val_times)]
 
     out.mkdir(parents=True, exist_ok=True)
@@ -331,13 +447,14 @@ def train(config, teacher_path=None, now=time.monotonic, say=print):
     val = arm.validate(val_blocks)
     log.write(json.dumps(dict(record, val=val)) + "\n")
     log.close()
-    head = "logits" in arm.strategy.student_needs
-    checkpoint.save_model(out / "model", arm.student, directory.read_tokenizer(), head)
-    tokens = budget.steps * config.batch_size * config.seq_len
+    checkpoint.save_model(out / "model", arm.student, directory.read_tokenizer(), arm.strategy.trains_lm_head)
+    tokens = budget.steps * step_tokens
     summary = dict(
-        strategy=config.strategy, size=config.size, peak_lr=arm.peak_lr, seed=config.seed, steps=budget.steps,
-        tokens=tokens, epochs=budget.steps * config.batch_size / train_blocks.count, charged_seconds=charged,
-        last_step_seconds=charged / budget.steps, tokens_per_second=tokens / charged,
+        strategy=config.strategy, label=config.label, as_released=config.as_released, init=arm.strategy.init,
+        size=config.size, peak_lr=arm.peak_lr, seed=config.seed, steps=budget.steps, tokens=tokens,
+        student_flops=budget.steps * flops[0], teacher_flops=budget.steps * flops[1],
+        epochs=budget.steps * config.batch_size / train_blocks.count, charged_seconds=charged,
+        tokens_per_second=tokens / charged,
         stage_seconds=stages.seconds, teacher_share=stages.seconds.get("teacher", 0.0) / charged,
         val=val, teacher_mlm=teacher_mlm, device=str(arm.device), bf16=arm.bf16, torch=torch.__version__)
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
@@ -369,15 +486,21 @@ def already(config, out):
 
 
 def describe(arm, val, teacher_mlm, say):
-    config, c = arm.config, arm.student.config
+    config, c, strategy = arm.config, arm.student.config, arm.strategy
     trained = sum(p.numel() for p in arm.student.parameters() if p.requires_grad)
-    say(f"{config.strategy}: student {c.size}, {c.num_attention_heads} heads, V {c.vocab_size:,}, "
-        f"{trained / 1e6:.1f}M parameters trained; peak LR {arm.peak_lr:g}; {config.batch_size} x {config.seq_len} "
-        f"tokens a step; {arm.device}, {'bf16' if arm.bf16 else 'fp32'}")
+    say(f"{config.label}: student {c.size}, {c.num_attention_heads} heads, V {c.vocab_size:,}, "
+        f"{trained / 1e6:.1f}M parameters trained, from {strategy.init} weights; "
+        f"peak LR {arm.peak_lr:g}; {config.batch_size} x {config.seq_len} tokens a step; {arm.device}, "
+        f"{'bf16' if arm.bf16 else 'fp32'}")
     if arm.teacher:
         quality = f"validation MLM loss {teacher_mlm:.4f}" if teacher_mlm is not None else "no LM head"
-        say(f"teacher {config.teacher}: {arm.teacher.config.size}, {quality}")
-    for name, term in arm.strategy.terms.items():
+        layers = [layer % arm.teacher.config.num_hidden_layers + 1 for layer in arm.teacher_layers]
+        say(f"teacher {config.teacher}: {arm.teacher.config.size}, {quality}"
+            + (f"; q, k, v of its layer {' and '.join(map(str, layers))}" if "qkv" in strategy.needs("teacher") else "")
+            + (f"; {arm.relation_heads} relation heads" if "qq" in strategy.terms else "")
+            + ("; its dropout is on" if arm.teacher.training else "")
+            + (f"; tau {strategy.tau:g}" if "logits" in strategy.needs("teacher") else ""))
+    for name, term in strategy.terms.items():
         say(f"  {term.weight:g} x {name:8} {val[name]:9.4f} at step 0   {term.about}")
 
 

@@ -41,19 +41,36 @@ TINY = dict(size="2L32", heads=2, seq_len=32, batch_size=8, micro_batch=8, dropo
 
 
 @pytest.fixture(scope="session")
-def teacher(corpus, tmp_path_factory):
+def make_teacher(corpus, tmp_path_factory):
+    def make(size, steps):
+        out = tmp_path_factory.mktemp("teacher")
+        train.train(train.Config(strategy="no_kd", data=str(corpus), budget_steps=steps, out=str(out / "run"),
+                                 **(TINY | dict(size=size))), say=lambda line: None)
+        return out / "run/model"
+    return make
+
+
+@pytest.fixture(scope="session")
+def teacher(make_teacher):
     """A model directory with an LM head: 3L48 with 2 heads, other depth and width than the student."""
-    out = tmp_path_factory.mktemp("teacher")
-    train.train(train.Config(strategy="no_kd", data=str(corpus), budget_steps=60, out=str(out / "run"),
-                             **(TINY | dict(size="3L48"))), say=lambda line: None)
-    return out / "run/model"
+    return make_teacher("3L48", 60)
+
+
+@pytest.fixture(scope="session")
+def narrow_teacher(make_teacher):
+    """As wide as the student and twice as deep, for what needs equal widths."""
+    return make_teacher("4L32", 20)
 
 
 @pytest.fixture
-def tiny(corpus, teacher, tmp_path):
+def tiny(corpus, teacher, narrow_teacher, tmp_path):
     """Makes train.Config's for a tiny run; keyword arguments override."""
-    return lambda **other: train.Config(**(TINY | dict(data=str(corpus), teacher=str(teacher), budget_steps=20,
-                                                       out=str(tmp_path / "run")) | other))
+    def make(**other):
+        needs_equal_width = other.get("strategy") == "distilbert" or other.get("init") == "teacher"
+        return train.Config(**(TINY | dict(
+            data=str(corpus), teacher=str(narrow_teacher if needs_equal_width else teacher), budget_steps=20,
+            out=str(tmp_path / "run")) | other))
+    return make
 
 
 @pytest.fixture

@@ -83,25 +83,25 @@ def test_logits_at_masked_positions_are_rows_of_all_logits():
     assert torch.allclose(some, torch.stack([every[b, m] for b in range(3) for m in masked[b]]), atol=1e-6)
 
 
-@pytest.mark.parametrize("want, layer, keys, runs", [
-    (("embedding",), -1, {"embedding"}, 0), (("qkv",), 1, {"q", "k", "v"}, 1), (("qkv",), -1, {"q", "k", "v"}, 2),
-    (("hidden",), -1, {"hidden"}, 3), (("qkv", "hidden"), 0, {"q", "k", "v", "hidden"}, 3)])
-def test_a_forward_pass_stops_where_the_last_wanted_thing_is(want, layer, keys, runs):
+@pytest.mark.parametrize("want, layers, runs", [
+    (("embedding",), (-1,), 0), (("qkv",), (1,), 1), (("qkv",), (-1,), 2), (("qkv",), (1, 0), 1),
+    (("hidden",), (-1,), 3), (("qkv", "hidden"), (0,), 3)])
+def test_a_forward_pass_stops_where_the_last_wanted_thing_is(want, layers, runs):
     model = BertModel(BertConfig.of_size("3L32", 2, vocab_size=97))
     count = []
     for each in model.encoder["layer"]:
         each.output.register_forward_hook(lambda *_: count.append(1))
-    out = model(torch.zeros(1, 4, dtype=torch.long), want=want, qkv_layer=layer)
-    assert set(out) == keys and len(count) == runs
+    out = model(torch.zeros(1, 4, dtype=torch.long), want=want, qkv_layers=layers)
+    assert set(out) == set(want) and len(count) == runs and len(out.get("qkv", layers)) == len(layers)
 
 
-def test_qkv_layer_counts_from_both_ends():
+def test_qkv_layers_count_from_both_ends():
     torch.manual_seed(0)
     model = BertModel(BertConfig.of_size("3L32", 2, vocab_size=97)).eval()
     ids = torch.randint(0, 97, (2, 5))
-    for layer in range(3):
-        assert torch.equal(model(ids, want=("qkv",), qkv_layer=layer)["q"],
-                           model(ids, want=("qkv",), qkv_layer=layer - 3)["q"])
+    from_start, from_end = (model(ids, want=("qkv",), qkv_layers=layers)["qkv"] for layers in ((2, 0), (-1, -3)))
+    assert all(torch.equal(a, b) for a, b in zip(sum(from_start, ()), sum(from_end, ()), strict=True))
+    assert not torch.equal(from_start[0][0], from_start[1][0])
 
 
 def test_dropout_follows_train_and_eval():

@@ -10,7 +10,8 @@ import checkpoint
 import train
 from cli import UserError
 from data import TokenDirectory
-from kd_losses import STRATEGIES
+from kd_losses import AS_RELEASED, STRATEGIES
+from model import BertConfig, BertForMaskedLM
 
 QUIET = dict(say=lambda line: None)
 
@@ -41,7 +42,7 @@ def test_a_time_budget_stops_at_the_first_step_that_reaches_it(tiny, strategy):
 
 def test_a_paused_clock_is_not_charged():
     at = [0.0]
-    budget = train.Budget(hours=1 / 360, now=lambda: at[0])             # 10 seconds
+    budget = train.Budget(1 / 360, "hours", now=lambda: at[0])          # 10 seconds
     budget.start()
     at[0] = 4.0
     with budget.pause():
@@ -53,8 +54,8 @@ def test_a_paused_clock_is_not_charged():
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_twenty_steps_lower_the_loss_and_leave_a_whole_run_directory(tiny, tmp_path, strategy):
-    config = tiny(strategy=strategy, budget_steps=20, micro_batch=4)
-    before = train.Arm(config, TokenDirectory(config.data))
+    config = tiny(strategy=strategy, budget_steps=20, micro_batch=4, init="random")
+    before = train.make_arm(config, TokenDirectory(config.data))
     frozen = {name for name, p in before.student.named_parameters() if not p.requires_grad}
     summary = train.train(config, **QUIET)
     lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
@@ -66,10 +67,11 @@ def test_twenty_steps_lower_the_loss_and_leave_a_whole_run_directory(tiny, tmp_p
 
     # what the loss does not reach is frozen, and stays as it was initialised; all else has moved
     last = "bert.encoder.layer.1."
-    expected = {"no_kd": (), "vanilla_kd": (), "tinybert": ("cls.",), "minilm": (
-        "cls.", last + "attention.output", last + "intermediate", last + "output")}[strategy]
-    assert frozen == {name for name, _ in before.student.named_parameters() if name.startswith(expected)}
-    head = "logits" in STRATEGIES[strategy].student_needs
+    expected = {"tinybert": ("cls.",)} | dict.fromkeys(("minilm", "minilmv2"), (
+        "cls.", last + "attention.output", last + "intermediate", last + "output"))
+    assert frozen == {name for name, _ in before.student.named_parameters()
+                      if name.startswith(expected.get(strategy, ()))}
+    head = STRATEGIES[strategy].trains_lm_head
     after, has_head = checkpoint.load_mlm(tmp_path / "run/model")
     assert has_head == head
     moved = {name for (name, a), b in zip(before.student.named_parameters(), after.parameters(), strict=True)
@@ -80,17 +82,17 @@ def test_twenty_steps_lower_the_loss_and_leave_a_whole_run_directory(tiny, tmp_p
 
 
 def test_every_arm_starts_from_the_same_weights_and_sees_the_same_batches(tiny, corpus):
-    arms = [train.Arm(tiny(strategy=name), TokenDirectory(corpus)) for name in STRATEGIES]
+    arms = [train.make_arm(tiny(strategy=name, init="random"), TokenDirectory(corpus)) for name in STRATEGIES]
     for arm in arms[1:]:
         for a, b in zip(arms[0].student.parameters(), arm.student.parameters(), strict=True):
             assert torch.equal(a, b)
-    other = train.Arm(tiny(seed=1), TokenDirectory(corpus))
+    other = train.make_arm(tiny(seed=1), TokenDirectory(corpus))
     assert not torch.equal(next(other.student.parameters()), next(arms[0].student.parameters()))
 
 
-@pytest.mark.parametrize("strategy", [name for name, s in STRATEGIES.items() if s.teacher_needs])
+@pytest.mark.parametrize("strategy", [name for name, s in STRATEGIES.items() if s.needs("teacher")])
 def test_the_teacher_gets_no_gradient_and_has_no_dropout(tiny, corpus, strategy):
-    arm = train.Arm(tiny(strategy=strategy, dropout=0.1), TokenDirectory(corpus))
+    arm = train.make_arm(tiny(strategy=strategy, dropout=0.1), TokenDirectory(corpus))
     before = [p.clone() for p in arm.teacher.parameters()]
     ids, masked, labels = arm.to_device(train.Blocks(TokenDirectory(corpus), "train", 32, 0).batch(0, 8))
     total, _ = arm.forward(ids, masked, labels)
@@ -104,7 +106,7 @@ def test_the_teacher_gets_no_gradient_and_has_no_dropout(tiny, corpus, strategy)
 def test_micro_batches_add_up_to_the_batch(tiny, corpus):
     gradients = []
     for micro in (8, 2):
-        arm = train.Arm(tiny(micro_batch=micro), TokenDirectory(corpus))
+        arm = train.make_arm(tiny(micro_batch=micro), TokenDirectory(corpus))
         batch = train.Blocks(TokenDirectory(corpus), "train", 32, 0).batch(0, 8)
         for at in range(0, 8, micro):
             total, _ = arm.forward(*arm.to_device(type(batch)(*(a[at:at + micro] for a in batch))))
@@ -115,7 +117,7 @@ def test_micro_batches_add_up_to_the_batch(tiny, corpus):
 
 
 def test_weight_decay_spares_biases_and_layer_norms(tiny, corpus):
-    arm = train.Arm(tiny(weight_decay=0.5), TokenDirectory(corpus))
+    arm = train.make_arm(tiny(weight_decay=0.5), TokenDirectory(corpus))
     decayed, spared = arm.optimizer.param_groups
     assert decayed["weight_decay"] == 0.5 and spared["weight_decay"] == 0 and decayed["betas"] == (0.9, 0.98)
     spared_names = {n for n, p in arm.student.named_parameters() if any(p is q for q in spared["params"])}
@@ -157,6 +159,12 @@ def test_other_heads_other_vocabulary_other_budgets_are_refused(tiny, teacher, c
     for changes, message in [
             (dict(strategy="magic"), "unknown; one of no_kd"),
             (dict(budget_steps=None), "exactly one budget"), (dict(budget_hours=1.0), "exactly one budget"),
+            (dict(as_released=True), "no other code"), (dict(init="warm"), "random or teacher"),
+            (dict(strategy="distilbert", teacher=str(teacher)), "as wide as its teacher: 32 and 48; give --size 2L48"),
+            (dict(init="teacher", teacher=str(teacher)), "--init teacher needs"),
+            (dict(init="teacher", size="5L32"), "fewer layers"), (dict(init="teacher", heads=4), "--heads 2"),
+            (dict(strategy="minilmv2", teacher_layer=3), "3 layers"),
+            (dict(strategy="minilmv2", relation_heads=5), "does not divide"),
             (dict(budget_steps=0), "positive"), (dict(budget_steps=-3), "positive"),
             (dict(budget_steps=None, budget_hours=math.nan), "positive"),
             (dict(batch_size=9, micro_batch=4), "multiple"), (dict(size="big"), "--size"),
@@ -173,13 +181,92 @@ def test_other_heads_other_vocabulary_other_budgets_are_refused(tiny, teacher, c
 def test_a_teacher_without_a_head_serves_who_needs_none(tiny, corpus, tmp_path):
     train.train(tiny(strategy="tinybert", budget_steps=2, out=str(tmp_path / "encoder")), **QUIET)
     encoder = dict(teacher=str(tmp_path / "encoder/model"), budget_steps=2)
-    with pytest.raises(UserError, match="no LM head.*tinybert, minilm"):
+    with pytest.raises(UserError, match="no LM head.*tinybert, minilm, minilmv2"):
         train.train(tiny(strategy="vanilla_kd", **encoder), **QUIET)
     assert train.train(tiny(strategy="minilm", **encoder), **QUIET)["teacher_mlm"] is None
 
 
+def test_a_student_from_the_teacher_has_its_every_second_layer(tiny, narrow_teacher, corpus):
+    arm = train.make_arm(tiny(init="teacher"), TokenDirectory(corpus))
+    teacher, _ = checkpoint.load_mlm(narrow_teacher)
+    pairs = zip([*arm.student.bert.encoder["layer"]], [teacher.bert.encoder["layer"][i] for i in (0, 2)], strict=True)
+    ends = (arm.student.cls, teacher.cls), (arm.student.bert.embeddings, teacher.bert.embeddings)
+    for ours, theirs in [*pairs, *ends]:
+        assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+    assert arm.teacher is None                                          # no_kd reads it for its weights alone
+    assert train.make_arm(tiny(strategy="distilbert"), TokenDirectory(corpus)).strategy.init == "teacher"
+
+
+@pytest.mark.parametrize("strategy", AS_RELEASED)
+def test_as_released_says_so_everywhere_computes_everything_and_keeps_the_teachers_dropout(tiny, tmp_path, strategy):
+    said = []
+    config = tiny(strategy=strategy, as_released=True, budget_steps=2)
+    summary = train.train(config, say=said.append)
+    assert summary["as_released"] and summary["label"] == f"{strategy} AS RELEASED (for science only)"
+    assert any(summary["label"] in line for line in said) and any("dropout is on" in line for line in said)
+    arm = train.make_arm(config, TokenDirectory(config.data))
+    asked = []
+    arm.run_student, student = lambda *a, **k: asked.append(k["want"]) or student(*a, **k), arm.run_student
+    arm.run_teacher, teacher = lambda *a, **k: asked.append(k["want"]) or teacher(*a, **k), arm.run_teacher
+    arm.forward(*arm.dummy())
+    assert asked == [("embedding", "hidden", "logits", "qkv")] * 2 and arm.teacher.training
+
+
+def test_the_table_at_the_start_names_every_term_its_weight_and_its_value(tiny):
+    said = []
+    train.train(tiny(strategy="distilbert", budget_steps=1), say=said.append)
+    table = [line for line in said if "at step 0" in line]
+    assert len(table) == 3 and table[0].startswith("  5 x soft_kl") and "mean over masked positions" in table[0]
+    assert any("from teacher weights" in line for line in said) and any("tau 2" in line for line in said)
+
+
+@pytest.mark.parametrize("teacher_layers, given, expected", [(12, None, -1), (24, None, 20), (24, -1, -1), (12, 3, 3)])
+def test_minilmv2_takes_the_21st_of_24_layers(teacher_layers, given, expected):
+    config = train.Config(strategy="minilmv2", budget_steps=1, teacher_layer=given)
+    with torch.device("meta"):
+        arm = train.Arm(config, BertForMaskedLM(BertConfig.of_size("2L64")),
+                        BertForMaskedLM(BertConfig.of_size(f"{teacher_layers}L128")))
+    assert arm.teacher_layers == (expected,) and arm.relation_heads == 8
+
+
+# MFLOP per token (24 D^2 + 4 S D per layer forward, D^2 + D V per masked position, 1 multiply-add = 2 FLOP) and
+# the ratio to no_kd, by hand
+PAPER = {("6L768", "12L768"): (283.5, 181.8, dict(vanilla_kd=1.64, distilbert=1.64, tinybert=1.54, minilm=1.39,
+                                                  minilmv2=1.39)),
+         ("12L1024", "24L1024"): (953.9, 626.3, dict(vanilla_kd=1.66, tinybert=1.62, minilm=1.54, minilmv2=1.46))}
+
+
+@pytest.mark.parametrize("sizes", PAPER)
+def test_each_strategy_costs_no_more_flops_than_its_loss_needs(sizes):
+    no_kd, teacher_forward, ratios = PAPER[sizes]
+    student, teacher = (BertConfig.of_size(size, vocab_size=30528) for size in sizes)
+
+    def cost(name):
+        return [f / 128 / 1e6 for f in train.flops_per_block(train.Config(strategy=name), student, teacher)]
+    assert cost("no_kd") == [pytest.approx(no_kd, rel=0.02), 0]
+    assert cost("vanilla_kd")[1] == pytest.approx(teacher_forward, rel=0.02)
+    for name, ratio in ratios.items():
+        assert sum(cost(name)) / no_kd == pytest.approx(ratio, rel=0.02), name
+
+
+def test_a_flops_budget_buys_tokens_in_the_ratio_of_the_costs(tiny, tmp_path):
+    steps = {}
+    for name in ("no_kd", "tinybert", "minilm"):
+        config = tiny(strategy=name, budget_steps=None, budget_flops=2e10, out=str(tmp_path / name))
+        summary = train.train(config, **QUIET)
+        price = (summary["student_flops"] + summary["teacher_flops"]) / summary["steps"]
+        assert 0 <= summary["student_flops"] + summary["teacher_flops"] - 2e10 < price
+        steps[name] = summary["steps"], price
+    assert steps["no_kd"][0] / steps["tinybert"][0] == pytest.approx(steps["tinybert"][1] / steps["no_kd"][1], rel=0.05)
+
+
+def test_a_token_budget_counts_tokens(tiny):
+    summary = train.train(tiny(budget_steps=None, budget_tokens=8 * 32 * 7 - 1), **QUIET)
+    assert summary["steps"] == 7 and summary["tokens"] == 8 * 32 * 7
+
+
 def test_bf16_and_compile_flags_reach_the_step(tiny, corpus):
-    arm = train.Arm(tiny(strategy="vanilla_kd", bf16=True), TokenDirectory(corpus))
+    arm = train.make_arm(tiny(strategy="vanilla_kd", bf16=True), TokenDirectory(corpus))
     assert next(arm.teacher.parameters()).dtype == torch.bfloat16
     assert next(arm.student.parameters()).dtype == torch.float32
     assert TINY["bf16"] is False
