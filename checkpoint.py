@@ -1,15 +1,22 @@
 """Everything that is written to or read from disk about weights.  Read it when a file surprises you.
 
 A model directory is a Hugging Face BERT directory: config.json, weights under Hugging Face's tensor names, vocab.txt
-and tokenizer.json.  Any such directory, or a Hub id, is a teacher or a student to fine-tune.  Weights are written as
-model.safetensors where safetensors is installed, else as pytorch_model.bin; either is read.  Nothing is unpickled
-beyond tensors (`weights_only=True`).
+and tokenizer.json.  Any such directory, or a Hub id, is a teacher or a student to fine-tune: safetensors or
+pytorch_model.bin, whole or sharded, with or without the prefix `bert.`, the pooler and the LM head, in any precision.
+What a checkpoint holds is either used or listed as ignored; what it lacks is refused unless it is not needed.
+
+A student is written with its LM head (opens with AutoModelForMaskedLM) where its strategy trains one, else as an
+encoder (AutoModel).  Nothing is unpickled beyond tensors (`weights_only=True`).
 """
 import dataclasses
+import hashlib
 import json
 import os
+import re
 import shutil
+import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tokenizers import Tokenizer
@@ -17,76 +24,164 @@ from tokenizers import Tokenizer
 from cli import UserError
 from model import ACTIVATIONS, BertConfig, BertForMaskedLM, BertForSequenceClassification
 
+OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias",
+             "cls.predictions.decoder.bias": "cls.predictions.bias"}
+DECODER = "cls.predictions.decoder.weight"              # tied: the word embedding under another name
+EMBEDDING = "bert.embeddings.word_embeddings.weight"
+
+
+# ------------------------------------------------------------------------------------------------------- reading
 
 def find_model(name):
-    """The model directory `name`: a directory on this disk, or a Hub id (`bert-base-uncased`) through its cache."""
+    """The model directory `name`: a directory on this disk, or HUB_ID[@REVISION] through huggingface_hub's cache."""
     path = Path(name)
-    if (path / "config.json").exists():
+    if path.exists():
+        if not (path / "config.json").exists():
+            raise UserError(f"{name} is not a model directory (no config.json)")
         return path
-    if path.exists() or name.count("/") > 1:
-        raise UserError(f"{name} is not a model directory (no config.json)")
+    repo, _, revision = name.partition("@")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo):
+        raise UserError(f"{name} is neither a model directory nor a Hub id (no such directory)")
     from huggingface_hub import snapshot_download  # comes with tokenizers
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "vocab.txt", "model*.safetensors", "*.bin"]))
+        for weights in ("model*.safetensors", "pytorch_model*.bin"):
+            path = Path(snapshot_download(repo, revision=revision or None,
+                                          allow_patterns=["*.json", "vocab.txt", weights]))
+            if any(path.glob(weights)):
+                break
     except Exception as e:      # no network, no such model, no permission: whatever the Hub's client raises
-        raise UserError(f"{name}: neither a model directory on this disk nor to be had from the Hub "
-                        f"({type(e).__name__}): give a directory with config.json") from None
+        raise UserError(f"{name}: not a directory on this disk, and not to be had from the Hub ({type(e).__name__}): "
+                        f"where there is a network, run  hf download {repo}  and bring its cache (HF_HOME), "
+                        f"or give the path of a model directory") from None
+    return path
 
 
 def read_config(path):
-    raw = json.loads((path / "config.json").read_text())
-    if raw.get("model_type") != "bert":
-        raise UserError(f"{path}: model_type is {raw.get('model_type')!r}: only 'bert' works here")
-    if raw.get("hidden_act", "gelu") not in ACTIVATIONS:
-        raise UserError(f"{path}: hidden_act is {raw['hidden_act']!r}: one of {', '.join(ACTIVATIONS)} works here")
-    return BertConfig(**{f.name: raw[f.name] for f in dataclasses.fields(BertConfig) if f.name in raw})
+    try:
+        raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise UserError(f"{path}/config.json is not JSON ({e})") from None
+    kind = raw.get("model_type")
+    if kind != "bert":
+        raise UserError(f"{path}: model_type is {kind!r}: only BERT works here (model_type 'bert')")
+    config = BertConfig(**{f.name: raw[f.name] for f in dataclasses.fields(BertConfig) if f.name in raw})
+    if config.hidden_act not in ACTIVATIONS:
+        raise UserError(f"{path}: hidden_act is {config.hidden_act!r}: one of {', '.join(ACTIVATIONS)} works here")
+    if raw.get("position_embedding_type", "absolute") != "absolute":
+        raise UserError(f"{path}: position_embedding_type is {raw['position_embedding_type']!r}: only absolute works")
+    if config.hidden_size % config.num_attention_heads:
+        raise UserError(f"{path}/config.json: hidden_size {config.hidden_size} is not a multiple of "
+                        f"{config.num_attention_heads} heads")
+    return config
+
+
+def weight_files(path):
+    """The files that hold the weights: safetensors before pytorch_model.bin, whole or as an index lists them."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (path / name).exists():
+            return [path / name]
+        if (path / f"{name}.index.json").exists():
+            shards = json.loads((path / f"{name}.index.json").read_text())["weight_map"].values()
+            return [path / shard for shard in sorted(set(shards))]
+    raise UserError(f"{path}: neither model.safetensors nor pytorch_model.bin is there, nor an index of them")
 
 
 def read_weights(path):
-    """{Hugging Face's tensor name: tensor}, the encoder's names with the prefix `bert.`."""
-    if (path / "model.safetensors").exists():
+    """{tensor name: tensor}: Hugging Face's names of today, the encoder's with the prefix `bert.`."""
+    weights, sums = {}, path / "SHA256SUMS"
+    expected = dict(line.split()[::-1] for line in sums.read_text().splitlines()) if sums.exists() else {}
+    for file in weight_files(path):
+        if not file.exists():
+            raise UserError(f"{file}: no such file, though {path} lists it")
+        if file.name in expected and expected[file.name] != sha256(file):
+            raise UserError(f"{file} is not the file that was written: its sha256 is not the one in {sums}")
         try:
-            from safetensors.torch import load_file
+            if file.suffix == ".safetensors":
+                from safetensors.torch import load_file
+                weights |= load_file(file)
+            else:
+                if zip_signature(file) and zipfile.ZipFile(file).testzip():      # torch skips the CRCs
+                    raise zipfile.BadZipFile
+                weights |= torch.load(file, map_location="cpu", weights_only=True)
         except ImportError:
-            raise UserError(f"{path}/model.safetensors needs safetensors: pip install safetensors") from None
-        weights = load_file(path / "model.safetensors")
-    elif (path / "pytorch_model.bin").exists():
-        weights = torch.load(path / "pytorch_model.bin", map_location="cpu", weights_only=True)
-    else:
-        raise UserError(f"{path}: neither model.safetensors nor pytorch_model.bin is there")
-    encoder = ("embeddings.", "encoder.", "pooler.")
-    return {"bert." + name if name.startswith(encoder) else name: tensor for name, tensor in weights.items()}
+            raise UserError(f"{file} needs safetensors: pip install safetensors") from None
+        except Exception as e:      # a cut or forged file: safetensors, zipfile and pickle each raise their own
+            raise UserError(f"{file} cannot be read as tensors ({type(e).__name__}): it is cut, damaged or not a "
+                            f"checkpoint") from None
+    named = {}
+    for name, tensor in weights.items():
+        for old, new in OLD_NAMES.items():
+            name = re.sub(rf"(^|\.){re.escape(old)}$", rf"\g<1>{new}", name)
+        named["bert." + name if name.startswith(("embeddings.", "encoder.", "pooler.")) else name] = tensor
+    return named
+
+
+def zip_signature(file):
+    with open(file, "rb") as f:
+        return f.read(2) == b"PK"
+
+
+def sha256(file):
+    with open(file, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+class Loaded(NamedTuple):
+    model: torch.nn.Module
+    missing: list           # tensors that the checkpoint lacks (they keep their initialisation)
+    ignored: list           # tensors that it holds and nothing here uses
 
 
 def fill(model, path, optional=()):
-    """Loads the directory's weights into `model`; returns the names it lacks, all under the prefixes `optional`."""
+    """Loads the directory's weights into `model`; what is missing must lie under one of the prefixes `optional`."""
     weights, own = read_weights(path), model.state_dict()
     missing = [name for name in own if name not in weights]
-    needed = [name for name in missing if not name.startswith(optional)]
+    needed = [name for name in missing if not name.startswith(optional or "-")]
     if needed:
-        raise UserError(f"{path}: {len(needed)} tensors are missing, {needed[0]} first")
+        raise UserError(f"{path}: {len(needed)} tensors are missing, {needed[0]} first; config.json asks for "
+                        f"{model.config.num_hidden_layers} layers")
     for name in own.keys() & weights.keys():
         if own[name].shape != weights[name].shape:
             raise UserError(f"{path}: {name} is {tuple(weights[name].shape)}, "
                             f"but config.json makes it {tuple(own[name].shape)}")
+        if not weights[name].isfinite().all():
+            raise UserError(f"{path}: {name} holds values that are not finite: the file is damaged")
+    beyond = [name for name in weights if name.startswith("bert.encoder.layer.") and name not in own]
+    if beyond:
+        raise UserError(f"{path}: config.json asks for {model.config.num_hidden_layers} layers, the weights hold more "
+                        f"({beyond[0]})")
+    if DECODER in weights and not torch.equal(weights[DECODER], weights[EMBEDDING]):
+        raise UserError(f"{path}: {DECODER} is not the word embedding: an untied decoder does not work here")
     model.load_state_dict({name: weights[name] for name in own if name in weights}, strict=False)
-    return missing
+    return Loaded(model, missing, [name for name in weights if name not in own and name != DECODER])
 
 
-def load_mlm(path):
-    """(BertForMaskedLM, whether the checkpoint holds an LM head)."""
-    model = BertForMaskedLM(read_config(path))
-    return model, not fill(model, path, optional=("cls.",))
+def load_mlm(path, vocab_size=None):
+    """A BertForMaskedLM; without an LM head in the checkpoint, `missing` lists `cls.` and the head is random.
+
+    `vocab_size`: the tokenizer's, where the checkpoint's vocabulary is padded: the surplus rows are cut."""
+    loaded = fill(BertForMaskedLM(read_config(path)), path, optional=("cls.",))
+    model = loaded.model
+    if vocab_size is not None and vocab_size < model.config.vocab_size:
+        model.config.vocab_size = vocab_size
+        words, head = model.bert.embeddings.word_embeddings, model.cls.predictions
+        words.weight = torch.nn.Parameter(words.weight.detach()[:vocab_size].clone())
+        words.num_embeddings = vocab_size
+        head.bias = torch.nn.Parameter(head.bias.detach()[:vocab_size].clone())
+    return loaded
 
 
 def load_classifier(path, num_labels, seed, dropout=None):
-    """A classifier on the directory's encoder; the head, and a pooler that is not there, are initialised by `seed`."""
-    torch.manual_seed(seed)
+    """A classifier on the directory's encoder; the head, and a pooler that was never trained, come from `seed`."""
     config = read_config(path)
     if dropout is not None:
         config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
+    torch.manual_seed(seed)
     model = BertForSequenceClassification(config, num_labels)
+    pooler = {name: p.clone() for name, p in model.bert.pooler.state_dict().items()}
     fill(model, path, optional=("classifier.", "bert.pooler."))
+    if torch.equal(model.bert.pooler["dense"].weight, untrained_pooler(config)["pooler.dense.weight"]):
+        model.bert.pooler.load_state_dict(pooler)
     return model
 
 
@@ -109,27 +204,62 @@ def same_vocabulary(tokenizer, path):
         raise UserError(f"{path} has another vocabulary than the data: {len(differ)} tokens differ, first "
                         + ", ".join(f"{t!r} ({ours.get(t)} here, {theirs.get(t)} there)" for t in differ[:5])
                         + f": prepare the data with  --vocab {path}")
+    if read_config(path).vocab_size < len(theirs):
+        raise UserError(f"{path}: config.json has vocab_size {read_config(path).vocab_size}, its tokenizer "
+                        f"{len(theirs)} tokens")
 
 
-def save_model(directory, model, tokenizer, head):
-    """Writes a BertForMaskedLM as a model directory: with its LM head if `head`, else as an encoder (BertModel).
+# ------------------------------------------------------------------------------------------------------- writing
 
-    Written beside its place and moved there, so a directory of that name is always whole."""
+def save_model(directory, model, tokenizer, head=True, card=""):
+    """Writes a model directory: a BertForMaskedLM with its LM head if `head`, else as an encoder; or a classifier.
+
+    `card` is the text of its README.md.  Written beside its place and moved there, so that a directory of that name
+    is always whole."""
     directory, part = Path(directory), Path(f"{directory}.part")
     shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    module = model if head else model.bert
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+    (part / "1_Pooling").mkdir(parents=True)
+    c = model.config
+    kind = type(model).__name__ if head else "BertModel"
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in
+               (model if head else model.bert).state_dict().items()}
+    extra = {}
+    if kind == "BertModel":
+        weights |= untrained_pooler(c)                  # what transformers' BertModel expects to find
+    if kind == "BertForSequenceClassification":
+        labels = model.classifier.out_features
+        extra = dict(id2label={i: f"LABEL_{i}" for i in range(labels)},
+                     label2id={f"LABEL_{i}": i for i in range(labels)})
     try:
         from safetensors.torch import save_file
-        save_file(weights, part / "model.safetensors", metadata={"format": "pt"})
+        file = part / "model.safetensors"
+        save_file(weights, file, metadata={"format": "pt"})
     except ImportError:
-        torch.save(weights, part / "pytorch_model.bin")
-    config = dict(model_type="bert", architectures=["BertForMaskedLM" if head else "BertModel"],
-                  **dataclasses.asdict(model.config))
-    (part / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        file = part / "pytorch_model.bin"
+        torch.save(weights, file)
+
+    def write(name, value):
+        text = value if isinstance(value, str) else json.dumps(value, indent=1) + "\n"
+        (part / name).write_text(text, encoding="utf-8")
+    write("SHA256SUMS", f"{sha256(file)}  {file.name}\n")
+    write("config.json", dict(model_type="bert", architectures=[kind], **dataclasses.asdict(c), **extra))
     tokenizer.save(str(part / "tokenizer.json"))
     vocab = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    (part / "vocab.txt").write_text("".join(f"{token}\n" for token, _ in vocab), encoding="utf-8")
+    write("vocab.txt", "".join(f"{token}\n" for token, _ in vocab))
+    lowercase = (json.loads(tokenizer.to_str())["normalizer"] or {}).get("lowercase", False)
+    write("tokenizer_config.json", dict(
+        tokenizer_class="PreTrainedTokenizerFast", model_max_length=c.max_position_embeddings, do_lower_case=lowercase,
+        unk_token="[UNK]", sep_token="[SEP]", pad_token="[PAD]", cls_token="[CLS]", mask_token="[MASK]"))
+    write("modules.json", [dict(idx=i, name=str(i), path=where, type=f"sentence_transformers.models.{what}")
+                           for i, (where, what) in enumerate([("", "Transformer"), ("1_Pooling", "Pooling")])])
+    write("1_Pooling/config.json", dict(word_embedding_dimension=c.hidden_size, pooling_mode_mean_tokens=True))
+    write("README.md", card)
     shutil.rmtree(directory, ignore_errors=True)
     os.replace(part, directory)
+
+
+def untrained_pooler(config):
+    """The pooler that an encoder is saved with: pretraining has none.  Always the same, so it can be told apart."""
+    D, generator = config.hidden_size, torch.Generator().manual_seed(0)
+    return {"pooler.dense.weight": torch.randn(D, D, generator=generator) * config.initializer_range,
+            "pooler.dense.bias": torch.zeros(D)}

@@ -190,7 +190,7 @@ def figure(rows, path, task):
         left.axvline(row["task"]["mean"], color="0.4", linestyle=style, label=row["name"])
     left.set(yticks=height, yticklabels=names, ylim=(-0.6, len(arms) - 0.4),
              xlabel=f"{task}: accuracy, %; bars: ± std of fine-tuning")
-    left.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.25), ncols=2, frameon=False)
+    left.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.18), ncols=2, frameon=False)
     right.barh(height, [row["tokens"] / 1e6 for row in arms], color="0.7", edgecolor="k")
     right.set(xlabel=f"million tokens in {arms[0]['charged_seconds']:.0f} s")
     fig.savefig(path, dpi=150)

@@ -290,13 +290,14 @@ def make_arm(config, directory):
     if strategy.needs("teacher") or strategy.init == "teacher":
         path = checkpoint.find_model(config.teacher)
         checkpoint.same_vocabulary(directory.read_tokenizer(), path)
-        teacher, head = checkpoint.load_mlm(path)
-        check_teacher(config, student.config, teacher.config, head)
+        teacher, missing, ignored = checkpoint.load_mlm(path, len(directory.vocab))
+        check_teacher(config, student.config, teacher.config, head=not missing)
         if strategy.init == "teacher":
             start_from(student, teacher)
         teacher = teacher.to(device) if strategy.needs("teacher") else None
     arm = Arm(config, student.to(device), teacher)
-    arm.teacher_has_head = teacher is not None and head
+    arm.teacher_has_head = teacher is not None and not missing
+    arm.teacher_ignored = ignored if teacher is not None else []
     arm.make_optimizer()
     return arm
 
@@ -373,7 +374,7 @@ def multiplies_in_bf16(device):
 
 # ---------------------------------------------------------------------------------------------------------- loop
 
-def train(config, teacher_path=None, now=time.monotonic, say=print):
+def train(config, now=time.monotonic, say=print):
     """Runs one strategy to the end of its budget; returns the summary that is also written to the run directory."""
     config.check()
     out = Path(config.out or f"runs/{config.strategy}")
@@ -382,8 +383,8 @@ def train(config, teacher_path=None, now=time.monotonic, say=print):
         say(f"{out} is finished: nothing to do")
         return finished
     directory = TokenDirectory(config.data)
-    directory.verify()
     arm = make_arm(config, directory)
+    directory.verify()
     train_blocks = Blocks(directory, "train", config.seq_len, config.seed)
     val_blocks = Blocks(directory, "val", config.seq_len, seed=0)       # the same for every run
     flops = [config.batch_size * f for f in flops_per_block(
@@ -407,7 +408,7 @@ def train(config, teacher_path=None, now=time.monotonic, say=print):
     said = -math.inf
     budget.start()
     stages.mark(None)
-    while budget.progress < 1:
+    while budget.progress < 1 or not budget.steps:
         batch = train_blocks.batch(budget.steps, config.batch_size)
         sums = 0
         for j in range(accumulate):
@@ -419,6 +420,7 @@ def train(config, teacher_path=None, now=time.monotonic, say=print):
             sums = sums + torch.stack([total.detach(), *(v.detach() for v in terms.values())])
             stages.mark("student")
         loss, *values = (sums / accumulate).tolist()        # the step's one wait for the device
+        stages.read()
         progress = budget.progress
         if not math.isfinite(loss):
             bad = [name for name, value in zip(terms, values, strict=True) if not math.isfinite(value)] or ["total"]
@@ -427,7 +429,6 @@ def train(config, teacher_path=None, now=time.monotonic, say=print):
         lr = learning_rate(progress, arm.peak_lr, config.warmup)
         update(arm, lr, config.clip)
         stages.mark("optimizer")
-        stages.read()
         budget.steps += 1
 
         with budget.pause():
@@ -443,11 +444,13 @@ def train(config, teacher_path=None, now=time.monotonic, say=print):
                 log.write(json.dumps(dict(record, val=arm.validate(val_blocks))) + "\n")
         stages.mark(None)
 
+    if arm.device.type == "cuda":
+        torch.cuda.synchronize()
     charged = budget.seconds
+    stages.read()
     val = arm.validate(val_blocks)
     log.write(json.dumps(dict(record, val=val)) + "\n")
     log.close()
-    checkpoint.save_model(out / "model", arm.student, directory.read_tokenizer(), arm.strategy.trains_lm_head)
     tokens = budget.steps * step_tokens
     summary = dict(
         strategy=config.strategy, label=config.label, as_released=config.as_released, init=arm.strategy.init,
@@ -457,11 +460,27 @@ def train(config, teacher_path=None, now=time.monotonic, say=print):
         tokens_per_second=tokens / charged,
         stage_seconds=stages.seconds, teacher_share=stages.seconds.get("teacher", 0.0) / charged,
         val=val, teacher_mlm=teacher_mlm, device=str(arm.device), bf16=arm.bf16, torch=torch.__version__)
+    checkpoint.save_model(out / "model", arm.student, directory.read_tokenizer(), arm.strategy.trains_lm_head,
+                          model_card(config, summary))
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     say(f"finished after {budget.steps:,} steps, {tokens:,} tokens, {charged:.1f} s charged ({out})")
     for name, value in val.items():
         say(f"val_{name}: {value:.4f}")
     return summary
+
+
+def model_card(config, summary):
+    """The README.md of the model directory: what was trained, on what, for how long, by which command."""
+    given = " ".join(f"--{f.name.replace('_', '-')} {getattr(config, f.name)}" if f.type not in ("bool", bool) else
+                     f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(config)
+                     if getattr(config, f.name) != f.default)
+    teacher = f" from the teacher `{config.teacher}`" if config.kind.needs("teacher") else ""
+    val = ", ".join(f"{name} {value:.4f}" for name, value in summary["val"].items())
+    return (f"---\nlibrary_name: transformers\ntags: [bert, nanokd]\n---\n\n"
+            f"A BERT of {config.size} trained by nanoKD with the strategy `{summary['label']}`{teacher}: "
+            f"{summary['tokens']:,} tokens of `{config.data}` in {summary['charged_seconds']:,.0f} charged seconds "
+            f"({summary['student_flops'] + summary['teacher_flops']:.3g} FLOP) on {summary['device']}.\n\n"
+            f"Validation: {val}.\n\n    python train.py {given}\n")
 
 
 def update(arm, lr, clip):
@@ -499,7 +518,8 @@ def describe(arm, val, teacher_mlm, say):
             + (f"; q, k, v of its layer {' and '.join(map(str, layers))}" if "qkv" in strategy.needs("teacher") else "")
             + (f"; {arm.relation_heads} relation heads" if "qq" in strategy.terms else "")
             + ("; its dropout is on" if arm.teacher.training else "")
-            + (f"; tau {strategy.tau:g}" if "logits" in strategy.needs("teacher") else ""))
+            + (f"; tau {strategy.tau:g}" if "logits" in strategy.needs("teacher") else "")
+            + (f"; ignored: {', '.join(arm.teacher_ignored)}" if arm.teacher_ignored else ""))
     for name, term in strategy.terms.items():
         say(f"  {term.weight:g} x {name:8} {val[name]:9.4f} at step 0   {term.about}")
 

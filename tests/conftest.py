@@ -3,14 +3,12 @@ import random
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")     # before tokenizers is imported anywhere
+os.environ.setdefault("OMP_NUM_THREADS", "1")               # tiny models: a second thread costs more than it brings
 
 import pytest
-import torch
 
 import prepare
 import train
-
-torch.set_num_threads(2)
 
 
 def text(documents, seed=0):

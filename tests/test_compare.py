@@ -3,10 +3,10 @@ import dataclasses
 import json
 
 import pytest
-from conftest import TINY, text
 
 import compare
 from cli import UserError
+from conftest import TINY, text
 
 
 def test_the_whole_way_ends_with_the_table_and_a_second_call_repeats_nothing(corpus, teacher, tmp_path, capsys):

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import text
 from tokenizers import BertWordPieceTokenizer
 
 import prepare
 from cli import UserError
+from conftest import text
 from data import SPECIAL, TokenDirectory
 
 

@@ -1,0 +1,341 @@
+"""Model directories: transformers' are read, ours open in transformers, broken ones are refused."""
+import json
+import pickle
+import shutil
+import warnings
+
+import pytest
+import torch
+
+import checkpoint
+import train
+from cli import UserError
+from conftest import text
+from data import TokenDirectory
+from model import BertConfig, BertForMaskedLM
+
+QUIET = dict(say=lambda line: None)
+SHAPES = [  # layers, width, heads, activation, how it is stored
+    (2, 32, 2, "gelu", "safetensors"), (1, 64, 4, "gelu_new", "bin"), (3, 48, 3, "relu", "sharded"),
+    (4, 32, 8, "gelu", "sharded bin"), (2, 96, 1, "gelu", "fp16"), (1, 48, 12, "gelu_new", "bf16")]
+
+
+def theirs(layers=2, width=32, heads=2, act="gelu", kind="BertForMaskedLM", vocab=120):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(vocab_size=vocab, hidden_size=width, num_hidden_layers=layers,
+                                     num_attention_heads=heads, intermediate_size=4 * width, hidden_act=act)
+    model = getattr(transformers, kind)(config).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    return model
+
+
+def store(model, path, how):
+    """Writes a transformers model the ways that checkpoints are found in the wild."""
+    model.save_pretrained(path, max_shard_size="20KB" if how.startswith("sharded") else "1GB")
+    if "bin" in how:
+        from safetensors.torch import load_file
+        for file in list(path.glob("*.safetensors")):
+            torch.save(load_file(file), file.with_name(file.name.replace("model", "pytorch_model", 1)
+                                                       .replace("safetensors", "bin")))
+            file.unlink()
+        for index in path.glob("*.index.json"):
+            raw = index.read_text().replace("model-", "pytorch_model-").replace(".safetensors", ".bin")
+            index.with_name("pytorch_model.bin.index.json").write_text(raw)
+            index.unlink()
+
+
+def inputs(vocab=120, B=3, S=10):
+    torch.manual_seed(1)
+    return (torch.randint(0, vocab, (B, S)), torch.arange(S) < torch.tensor([S, 6, 2])[:, None],
+            torch.randint(0, 2, (B, S)))
+
+
+def compare_mlm(ours, reference):
+    ids, real, types = inputs()
+    with torch.no_grad():
+        a = ours.eval()(ids, None, real, types, want=("hidden", "logits"))
+        b = reference(ids, real.long(), types, output_hidden_states=True)
+    assert (a["hidden"] - b.hidden_states[-1])[real].abs().max() < 1e-5
+    assert (a["logits"] - b.logits)[real].abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("layers, width, heads, act, how", SHAPES)
+def test_their_save_is_our_load(tmp_path, layers, width, heads, act, how):
+    reference = theirs(layers, width, heads, act)
+    if how in ("fp16", "bf16"):
+        reference = reference.to(dict(fp16=torch.float16, bf16=torch.bfloat16)[how])
+    store(reference, tmp_path, how)
+    assert (len(checkpoint.weight_files(tmp_path)) > 1) == how.startswith("sharded")
+    ours, missing, ignored = checkpoint.load_mlm(tmp_path)
+    assert not missing and not ignored
+    compare_mlm(ours, reference.float())
+
+
+@pytest.mark.parametrize("safetensors", [True, False])
+@pytest.mark.parametrize("layers, width, heads, act", [s[:4] for s in SHAPES])
+def test_our_save_is_their_load(corpus, tmp_path, monkeypatch, layers, width, heads, act, safetensors):
+    transformers = pytest.importorskip("transformers")
+    if not safetensors:
+        monkeypatch.setitem(__import__("sys").modules, "safetensors.torch", None)
+    tokenizer = TokenDirectory(corpus).read_tokenizer()
+    torch.manual_seed(0)
+    ours = BertForMaskedLM(BertConfig.of_size(f"{layers}L{width}", heads, vocab_size=300, hidden_act=act))
+    for p in ours.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    checkpoint.save_model(tmp_path / "m", ours, tokenizer)
+    assert (tmp_path / "m/model.safetensors").exists() == safetensors
+    compare_mlm(ours, opened(transformers.AutoModelForMaskedLM, tmp_path / "m"))
+    compare_mlm(checkpoint.load_mlm(tmp_path / "m").model, ours_as_reference(ours))
+    checkpoint.save_model(tmp_path / "e", ours, tokenizer, head=False)
+    encoder = opened(transformers.AutoModel, tmp_path / "e")
+    ids, real, types = inputs()
+    with torch.no_grad():
+        hidden = encoder(ids, real.long(), types).last_hidden_state
+        assert (ours.eval()(ids, None, real, types, want=("hidden",))["hidden"] - hidden)[real].abs().max() < 1e-5
+
+
+def ours_as_reference(ours):
+    class Out:
+        pass
+
+    def run(ids, real, types, output_hidden_states):
+        out, found = Out(), ours.eval()(ids, None, real.bool(), types, want=("hidden", "logits"))
+        out.hidden_states, out.logits = [found["hidden"]], found["logits"]
+        return out
+    return run
+
+
+def opened(auto, path):
+    """auto.from_pretrained(path), with nothing missing, unexpected, mismatched or warned about."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model, info = auto.from_pretrained(path, output_loading_info=True)
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    return model.eval()
+
+
+def test_a_trained_student_opens_with_its_own_class_and_the_same_tokenizer(tiny, corpus, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    for strategy, auto in (("vanilla_kd", "AutoModelForMaskedLM"), ("minilm", "AutoModel")):
+        train.train(tiny(strategy=strategy, budget_steps=2, out=str(tmp_path / strategy)), **QUIET)
+        path = tmp_path / strategy / "model"
+        opened(getattr(transformers, auto), path)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        ours = TokenDirectory(corpus).read_tokenizer()
+        for document in text(20, seed=9):
+            assert tokenizer(document)["input_ids"] == ours.encode(document).ids
+        assert tokenizer.mask_token == "[MASK]" and tokenizer.model_max_length == 512
+        card = (path / "README.md").read_text()
+        assert strategy in card and "--budget-steps 2" in card and "512 tokens" in card
+
+
+def test_a_fine_tuned_classifier_opens_as_one(corpus, teacher, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = checkpoint.load_classifier(teacher, 3, seed=0)
+    checkpoint.save_model(tmp_path / "c", model, checkpoint.read_tokenizer(teacher))
+    reference = opened(transformers.AutoModelForSequenceClassification, tmp_path / "c")
+    ids, real, types = inputs()
+    with torch.no_grad():
+        assert (model.eval()(ids, real, types) - reference(ids, real.long(), types).logits).abs().max() < 1e-5
+    again = checkpoint.load_classifier(tmp_path / "c", 3, seed=1)
+    assert torch.equal(again.bert.pooler["dense"].weight, model.bert.pooler["dense"].weight)
+
+
+def test_an_untrained_pooler_is_drawn_by_the_seed_and_a_trained_one_is_kept(corpus, tmp_path):
+    ours = BertForMaskedLM(BertConfig.of_size("1L32", 2, vocab_size=300))
+    checkpoint.save_model(tmp_path / "e", ours, TokenDirectory(corpus).read_tokenizer(), head=False)
+    checkpoint.save_model(tmp_path / "m", ours, TokenDirectory(corpus).read_tokenizer())
+    pooler = [checkpoint.load_classifier(tmp_path / d, 2, seed).bert.pooler["dense"].weight
+              for d, seed in (("e", 0), ("e", 1), ("m", 0))]
+    assert not torch.equal(pooler[0], pooler[1]) and torch.equal(pooler[0], pooler[2])
+
+
+@pytest.mark.parametrize("change", ["no prefix", "old names", "pooler and nsp", "position ids", "stored decoder"])
+def test_the_names_that_checkpoints_go_by(tmp_path, change):
+    reference = theirs()
+    store(reference, tmp_path, "bin")
+    weights = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
+    expected_missing, expected_ignored = False, set()
+    if change == "no prefix":
+        weights = {k.removeprefix("bert."): v for k, v in weights.items() if k.startswith("bert.")}
+        expected_missing = True
+    if change == "old names":
+        weights = {k.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): v
+                   for k, v in weights.items()}
+    if change == "pooler and nsp":
+        weights |= {"bert.pooler.dense.weight": torch.zeros(32, 32), "cls.seq_relationship.bias": torch.zeros(2)}
+        expected_ignored = {"bert.pooler.dense.weight", "cls.seq_relationship.bias"}
+    if change == "position ids":
+        weights["bert.embeddings.position_ids"] = torch.arange(512)[None]
+        expected_ignored = {"bert.embeddings.position_ids"}
+    if change == "stored decoder":
+        weights |= {"cls.predictions.decoder.weight": weights["bert.embeddings.word_embeddings.weight"],
+                    "cls.predictions.decoder.bias": weights.pop("cls.predictions.bias")}
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    ours, missing, ignored = checkpoint.load_mlm(tmp_path)
+    assert set(ignored) == expected_ignored and all(name.startswith("cls.") for name in missing)
+    assert bool(missing) == expected_missing
+    if not missing:
+        compare_mlm(ours, reference)
+
+
+def test_a_padded_vocabulary_is_cut(tmp_path, corpus, tiny, teacher):
+    padded = tmp_path / "padded"
+    shutil.copytree(teacher, padded)
+    model = checkpoint.load_mlm(teacher).model
+    words = model.bert.embeddings.word_embeddings
+    words.weight = torch.nn.Parameter(torch.cat([words.weight.detach(), torch.randn(20, 48)]))
+    model.cls.predictions.bias = torch.nn.Parameter(torch.cat([model.cls.predictions.bias.detach(), torch.ones(20)]))
+    model.config.vocab_size = 320
+    checkpoint.save_model(padded, model, checkpoint.read_tokenizer(teacher))
+    results = [train.train(tiny(strategy="vanilla_kd", budget_steps=3, teacher=str(path), out=str(tmp_path / name)),
+                           **QUIET) for name, path in (("a", padded), ("b", teacher))]
+    assert results[0]["val"] == results[1]["val"] and results[0]["teacher_mlm"] == results[1]["teacher_mlm"]
+
+
+def test_a_sentence_encoder_teaches_who_needs_no_head(tmp_path, tiny, corpus):
+    """No LM head, no prefix, width 48 with 12 heads: as sentence encoders are published."""
+    reference = theirs(3, 48, 12, kind="BertModel", vocab=300)
+    encoder = tmp_path / "encoder"
+    store(reference, encoder, "safetensors")
+    shutil.copy(corpus / "tokenizer.json", encoder)
+    for changes in (dict(strategy="tinybert", size="2L48", heads=12), dict(strategy="minilm", size="2L48", heads=12),
+                    dict(strategy="minilmv2")):
+        train.train(tiny(budget_steps=2, teacher=str(encoder), out=str(tmp_path / changes["strategy"]), **changes),
+                    **QUIET)
+    for strategy in ("vanilla_kd", "distilbert"):
+        with pytest.raises(UserError, match="no LM head"):
+            train.train(tiny(strategy=strategy, teacher=str(encoder), size="2L48"), **QUIET)
+
+
+class Malice:
+    def __init__(self, sentinel):
+        self.sentinel = sentinel
+
+    def __reduce__(self):
+        return (open, (self.sentinel, "w"))
+
+
+def test_a_malicious_pickle_is_rejected_and_nothing_is_executed(tmp_path):
+    store(theirs(), tmp_path, "bin")
+    sentinel = str(tmp_path / "executed")
+    for protocol in (2, 4):
+        (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Malice(sentinel), protocol=protocol))
+        with pytest.raises(UserError, match="cannot be read as tensors"):
+            checkpoint.load_mlm(tmp_path)
+    torch.save({"x": Malice(sentinel)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="cannot be read as tensors"):
+        checkpoint.load_mlm(tmp_path)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("how", ["safetensors", "bin"])
+def test_damaged_files_are_refused(tmp_path, how):
+    store(theirs(), tmp_path, how)
+    file = checkpoint.weight_files(tmp_path)[0]
+    whole = file.read_bytes()
+    flip_at = 20 if how == "safetensors" else len(whole) // 2           # its header; a tensor's bytes
+    flipped = whole[:flip_at] + bytes([whole[flip_at] ^ 0x10]) + whole[flip_at + 1:]
+    for damage in (whole[:-1], whole[:len(whole) // 2], b"", flipped):
+        file.write_bytes(damage)
+        with pytest.raises(UserError, match="cannot be read as tensors"):
+            checkpoint.load_mlm(tmp_path)
+
+
+def test_any_flipped_bit_of_a_directory_of_ours_is_found(teacher, tmp_path):
+    shutil.copytree(teacher, tmp_path / "m")
+    file = checkpoint.weight_files(tmp_path / "m")[0]
+    raw = bytearray(file.read_bytes())
+    raw[-100] ^= 1
+    file.write_bytes(raw)
+    with pytest.raises(UserError, match="sha256"):
+        checkpoint.load_mlm(tmp_path / "m")
+
+
+def edit(path, **changes):
+    raw = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(raw | changes))
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(model_type="roberta"), "only BERT works"), (dict(model_type="modernbert"), "only BERT works"),
+    (dict(hidden_act="silu"), "gelu, gelu_new, relu"), (dict(position_embedding_type="relative_key"), "absolute"),
+    (dict(num_hidden_layers=1), "the weights hold more"), (dict(num_hidden_layers=3), "tensors are missing"),
+    (dict(hidden_size=64), r"config.json makes it \("), (dict(vocab_size=50), "config.json makes it"),
+    (dict(num_attention_heads=5), "not a multiple of 5")])
+def test_a_config_that_does_not_match_is_refused(tmp_path, changes, message):
+    store(theirs(), tmp_path, "safetensors")
+    edit(tmp_path, **changes)
+    with pytest.raises(UserError, match=message):
+        checkpoint.load_mlm(tmp_path)
+
+
+def test_an_untied_decoder_and_values_that_are_not_finite_are_refused(tmp_path):
+    store(theirs(), tmp_path, "bin")
+    weights = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
+    torch.save(weights | {"cls.predictions.decoder.weight": torch.zeros(120, 32)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="untied"):
+        checkpoint.load_mlm(tmp_path)
+    weights["cls.predictions.bias"][3] = float("nan")
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="cls.predictions.bias holds values that are not finite"):
+        checkpoint.load_mlm(tmp_path)
+
+
+def test_what_is_no_model_is_refused_and_a_hub_id_without_a_network_says_what_to_do(tmp_path, monkeypatch):
+    for path, message in ((tmp_path, "no config.json"), (tmp_path / "nowhere/at/all", "neither a model directory")):
+        with pytest.raises(UserError, match=message):
+            checkpoint.find_model(str(path))
+    import huggingface_hub
+    asked = []
+
+    def offline(repo, revision, allow_patterns):
+        asked.append((repo, revision))
+        raise huggingface_hub.errors.LocalEntryNotFoundError("offline")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(UserError, match="hf download google/bert"):
+        checkpoint.find_model("google/bert@v1")
+    assert asked == [("google/bert", "v1")]
+
+
+def test_a_hub_id_is_fetched_at_its_revision_with_one_kind_of_weights(tmp_path, monkeypatch):
+    import huggingface_hub
+    asked = []
+
+    def fetch(repo, revision, allow_patterns):
+        asked.append((repo, revision, allow_patterns[-1]))
+        (tmp_path / "config.json").write_text("{}")
+        if "bin" in allow_patterns[-1]:
+            (tmp_path / "pytorch_model.bin").write_text("")
+        return str(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    assert checkpoint.find_model("bert-base-uncased") == tmp_path
+    assert asked == [("bert-base-uncased", None, kind) for kind in ("model*.safetensors", "pytorch_model*.bin")]
+
+
+def test_no_prefix_of_compile_reaches_a_saved_name(corpus, tiny, tmp_path):
+    arm = train.make_arm(tiny(), TokenDirectory(corpus))
+    arm.run_student = torch.compile(arm.student, backend="eager")
+    arm.forward(*arm.dummy())
+    checkpoint.save_model(tmp_path / "m", arm.student, TokenDirectory(corpus).read_tokenizer())
+    assert not any("_orig_mod" in name or "module." in name for name in checkpoint.read_weights(tmp_path / "m"))
+
+
+def test_a_vocabulary_of_the_same_size_is_not_the_same(corpus, teacher, tmp_path):
+    shutil.copytree(teacher, tmp_path / "m")
+    (tmp_path / "m/tokenizer.json").unlink()
+    tokenizer = TokenDirectory(corpus).read_tokenizer()
+    checkpoint.same_vocabulary(tokenizer, tmp_path / "m")               # vocab.txt alone will do
+    tokens = (tmp_path / "m/vocab.txt").read_text().splitlines()
+    tokens[10:20] = reversed(tokens[10:20])
+    (tmp_path / "m/vocab.txt").write_text("\n".join(tokens) + "\n")
+    with pytest.raises(UserError) as e:
+        checkpoint.same_vocabulary(tokenizer, tmp_path / "m")
+    assert "10 tokens differ" in str(e.value) and str(e.value).count(" there)") == 5
+    (tmp_path / "m/vocab.txt").unlink()
+    with pytest.raises(UserError, match="neither tokenizer.json nor vocab.txt"):
+        checkpoint.same_vocabulary(tokenizer, tmp_path / "m")
+
+
