@@ -34,6 +34,7 @@ class Config:
     max_len: int = 128          # ids a sentence is cut to, [CLS] and [SEP] included
     dropout: float = 0.1        # in the encoder and before the classifier
     out: str | None = None      # JSON file for the scores
+    save: str | None = None     # model directory for the classifier of the last seed
     device: str | None = None   # default: cuda where there is one, else cpu
 
 
@@ -131,6 +132,10 @@ def score(config, say=print):
         finetune(model, train_x, train_y, config.batch_size, config.epochs, config.peak_lr, seed, pad_id)
         scores.append(100 * float((predict(model, dev_x, pad_id).argmax(-1) == dev_y).mean()))
         say(f"{task.name} seed {seed}: accuracy {scores[-1]:.1f}")
+    if config.save:
+        checkpoint.save_model(config.save, model, tokenizer, card=(
+            f"---\nlibrary_name: transformers\ntags: [bert, nanokd]\n---\n\n`{config.model}` fine-tuned by nanoKD on "
+            f"{task.name} (seed {seed}): dev accuracy {scores[-1]:.1f} of {len(dev_y):,} examples.\n"))
     std = float(np.std(scores, ddof=1)) if len(scores) > 1 else 0.0
     return dict(scores=scores, mean=float(np.mean(scores)), std=std,
                 majority=100 * float(np.bincount(dev_y).max() / len(dev_y)), n=len(dev_y))

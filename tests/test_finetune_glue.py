@@ -64,10 +64,15 @@ def test_a_task_that_can_be_learned_is_learned_and_seeds_repeat(teacher, tmp_pat
             yield " ".join([*rng.choice(tokens[2:], 4), tokens[label]]) + f"\t{label}"
     write(tmp_path / "train.tsv", *rows(200))
     write(tmp_path / "dev.tsv", *rows(100))
-    config = ft.Config(str(teacher), str(tmp_path), seeds=2, peak_lr=2e-3, batch_size=8, epochs=6, device="cpu")
+    config = ft.Config(str(teacher), str(tmp_path), seeds=2, peak_lr=2e-3, batch_size=8, epochs=6, device="cpu",
+                       save=str(tmp_path / "classifier"))
     result = ft.score(config, say=lambda line: None)
     assert result["mean"] > 90 > 70 > result["majority"] and result["n"] == 100 and len(result["scores"]) == 2
     assert ft.score(config, say=lambda line: None) == result
+    saved = checkpoint.load_classifier(tmp_path / "classifier", 2, seed=7)              # its head is kept, not drawn
+    examples = ft.encode(tokenizer, ft.read_tsv(tmp_path / "dev.tsv")[0], 128)
+    found = 100 * (ft.predict(saved, examples, 0).argmax(-1) == ft.read_tsv(tmp_path / "dev.tsv")[1]).mean()
+    assert found == pytest.approx(result["scores"][-1])
 
 
 def test_the_head_follows_the_seed_and_the_encoder_does_not(teacher):
