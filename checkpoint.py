@@ -9,7 +9,9 @@ A student is written with its LM head (opens with AutoModelForMaskedLM) where it
 encoder (AutoModel).  Nothing is unpickled beyond tensors (`weights_only=True`).
 """
 import dataclasses
+import errno
 import hashlib
+import io
 import json
 import os
 import re
@@ -207,6 +209,70 @@ def same_vocabulary(tokenizer, path):
     if read_config(path).vocab_size < len(theirs):
         raise UserError(f"{path}: config.json has vocab_size {read_config(path).vocab_size}, its tokenizer "
                         f"{len(theirs)} tokens")
+
+
+# ------------------------------------------------------------------------------------------------------ run state
+
+def write_whole(file, data):
+    """Writes `data` under a temporary name, syncs, renames: `file` is the old one or the new one, never a part."""
+    part = file.with_name(file.name + ".part")
+    free = shutil.disk_usage(file.parent).free
+    try:
+        if free < len(data):
+            raise OSError(errno.ENOSPC, "no space left")
+        with open(part, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, file)
+    except OSError as e:
+        part.unlink(missing_ok=True)
+        raise UserError(f"{file} could not be written ({e.strerror}): {len(data):,} bytes needed, {free:,} free; what "
+                        f"was there before is intact") from None
+
+
+def save_run(out, state):
+    """Everything a run needs to go on, in out/checkpoint.pt: tensors, then their sha256.  The one before is kept."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    data = buffer.getvalue()
+    new = out / "checkpoint.new.pt"
+    write_whole(new, data + hashlib.sha256(data).digest())
+    if (out / "checkpoint.pt").exists():
+        os.replace(out / "checkpoint.pt", out / "checkpoint.before.pt")
+    os.replace(new, out / "checkpoint.pt")
+
+
+def load_run(out, say):
+    """The newest good state in `out`, or None where no checkpoint was ever written.  Damage is never a restart."""
+    files = [out / f"checkpoint.{name}pt" for name in ("", "new.", "before.")]
+    files = [file for file in files if file.exists()]
+    for file in files:
+        data = file.read_bytes()
+        if hashlib.sha256(data[:-32]).digest() == data[-32:]:
+            try:
+                return torch.load(io.BytesIO(data[:-32]), map_location="cpu", weights_only=True)
+            except Exception as e:      # a forged pickle with a right checksum
+                raise UserError(f"{file} is not a checkpoint of ours ({type(e).__name__})") from None
+        say(f"warning: {file} is damaged (its sha256 does not match)")
+    if files:
+        names = " and ".join(file.name for file in files)
+        raise UserError(f"{out}: every checkpoint is damaged: remove {names} to start anew")
+    return None
+
+
+def cut_log(file, step):
+    """Leaves the lines of log.jsonl up to `step`: what a killed run wrote beyond its checkpoint is done again."""
+    if not file.exists():
+        return
+    kept = []
+    for line in file.read_text().split("\n"):
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except ValueError:              # the last line of a killed run, cut short
+            pass
+    write_whole(file, "".join(kept).encode())
 
 
 # ------------------------------------------------------------------------------------------------------- writing

@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import inspect
 import re
+import signal
 import sys
 import types
 import typing
@@ -51,6 +52,7 @@ def parse(cls, doc, argv=None):
 
 def run(main, cls, doc):
     """main(config) as a program."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         main(parse(cls, doc))
     except UserError as e:

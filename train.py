@@ -19,13 +19,17 @@ import dataclasses
 import json
 import math
 import os
+import signal
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoint
@@ -64,6 +68,8 @@ class Config:
     val_blocks: int = 512               # validation blocks
     val_times: int = 4                  # validations over the budget, the last at its end
     log_every: int = 10                 # steps per line of log.jsonl
+    checkpoint_minutes: float = 10.0    # between checkpoints; a fraction is allowed
+    fractions: str = ""                 # parts of the budget, such as 0.25,0.5, at which to save model directories too
     device: str | None = None           # default: cuda where there is one, else cpu
     compile: bool | None = None         # torch.compile; default: on CUDA only
     bf16: bool | None = None            # bf16 autocast; default: where the hardware multiplies in bf16
@@ -83,17 +89,32 @@ class Config:
             raise UserError(f"{given[0][0]} {given[0][1]}: a budget is a positive number")
         if self.init not in (None, "random", "teacher"):
             raise UserError(f"--init {self.init}: random or teacher")
+        if not self.checkpoint_minutes > 0:
+            raise UserError(f"--checkpoint-minutes {self.checkpoint_minutes}: a positive number")
+        try:
+            self.fraction_list  # noqa: B018
+        except ValueError:
+            raise UserError(f"--fractions {self.fractions}: numbers between 0 and 1, such as 0.25,0.5") from None
         for name in ("seq_len", "batch_size", "micro_batch", "val_blocks", "val_times", "log_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: at least 1")
-        if self.batch_size % self.micro_batch:
-            raise UserError(f"--batch-size {self.batch_size} is not a multiple of --micro-batch {self.micro_batch}")
+        ranks = int(os.environ.get("WORLD_SIZE", 1))
+        if self.batch_size % (self.micro_batch * ranks):
+            raise UserError(f"--batch-size {self.batch_size} is not a multiple of --micro-batch {self.micro_batch}"
+                            + (f" x {ranks} processes" if ranks > 1 else ""))
 
     @property
     def kind(self):
         """The Strategy, with the run's own temperature, initialisation and layer."""
         strategy = (AS_RELEASED if self.as_released else STRATEGIES)[self.strategy]
         return strategy._replace(tau=self.tau or strategy.tau, init=self.init or strategy.init)
+
+    @property
+    def fraction_list(self):
+        found = [float(f) for f in self.fractions.split(",") if f]
+        if not all(0 < f < 1 for f in found):
+            raise ValueError
+        return found
 
     @property
     def label(self):
@@ -104,27 +125,34 @@ class Config:
 
 class Budget:
     """What a run may spend: hours on a clock that can be paused, or steps at a price each (in FLOPs, tokens, steps).
-    `now` is injected by tests."""
+    `now` is injected by tests; `seconds` and `uncharged` come from a checkpoint when a run goes on."""
     UNITS = ("hours", "flops", "tokens", "steps")
 
     def __init__(self, total, unit, price=1, now=time.monotonic):
         self.total, self.unit, self.price, self.now = total, unit, price, now
-        self.steps, self.started, self.paused = 0, None, 0.0
+        self.steps = 0
+        self.seconds = 0.0              # charged, as of the last reading that all ranks agreed on
+        self.uncharged = {}             # cause -> seconds
+        self.origin = None              # charged seconds = now() - origin
 
     def start(self):
-        self.started = self.now()
+        self.origin = self.now() - self.seconds
+
+    def clock(self):
+        """Charged seconds at this moment, on this rank."""
+        return self.now() - self.origin
 
     @contextlib.contextmanager
-    def pause(self):
-        """Not charged: validation, saving."""
+    def pause(self, cause):
+        """Not charged but reported: start-up, compile, validation, checkpoints."""
         began = self.now()
-        yield
-        self.paused += self.now() - began
-
-    @property
-    def seconds(self):
-        """Charged seconds so far."""
-        return self.now() - self.started - self.paused
+        try:
+            yield
+        finally:
+            took = self.now() - began
+            self.uncharged[cause] = self.uncharged.get(cause, 0.0) + took
+            if self.origin is not None:
+                self.origin += took
 
     @property
     def progress(self):
@@ -141,7 +169,7 @@ def learning_rate(progress, peak, warmup=0.06):
 
 
 class Stages:
-    """Seconds per stage (data, teacher, student, optimizer).  On CUDA by events, which are read once a step."""
+    """Seconds per stage: data, teacher, student, communication, optimizer.  On CUDA by events, read once a step."""
 
     def __init__(self, device):
         self.cuda, self.marks, self.seconds = device.type == "cuda", [], {}
@@ -165,12 +193,24 @@ class Stages:
 
 # ----------------------------------------------------------------------------------------------------------- arm
 
+class WithProjections(torch.nn.Module):
+    """The student with its projections as one module, so that DistributedDataParallel sees all that is trained."""
+
+    def __init__(self, student, proj):
+        super().__init__()
+        self.student, self.proj = student, proj
+
+    def forward(self, *args, **named):
+        return self.student(*args, **named)
+
+
 class Arm:
     """One strategy's student, teacher, projections and optimizer, and one micro-batch of work on them."""
 
     def __init__(self, config, student, teacher=None):
         self.config, self.strategy, self.student, self.teacher = config, config.kind, student, teacher
         self.device = next(student.parameters()).device
+        self.ranks = Ranks(self.device)
         self.bf16 = multiplies_in_bf16(self.device) if config.bf16 is None else config.bf16
         self.peak_lr = config.peak_lr if config.peak_lr is not None else self.strategy.peak_lr
         student_c, teacher_c = student.config, teacher.config if teacher else student.config
@@ -189,18 +229,43 @@ class Arm:
             # bf16 weights, not autocast: the teacher is never updated, so there is no need to cast at each step.
             # The released code leaves the teacher's dropout on.
             teacher.to(torch.bfloat16 if self.bf16 else None).train(self.strategy.as_released).requires_grad_(False)
-        compiled = config.compile if config.compile is not None else self.device.type == "cuda"
+        compiled = self.compiled = config.compile if config.compile is not None else self.device.type == "cuda"
         prepare = (lambda f: torch.compile(f, fullgraph=True, dynamic=False)) if compiled else (lambda f: f)
         self.run_student, self.run_teacher = prepare(student), prepare(teacher) if teacher else None
         self.loss_terms = prepare(loss_terms)
 
     def make_optimizer(self):
+        """Freezes what the loss does not reach, then makes the optimizer and, under torchrun, the DDP wrapper."""
+        began = time.monotonic()
         self.freeze_unreached()
-        trained = [p for m in (self.student, self.proj) for p in m.parameters() if p.requires_grad]
+        trained = self.trained = [p for m in (self.student, self.proj) for p in m.parameters() if p.requires_grad]
+        if self.ranks.size > 1:
+            self.run_student = self.wrapper = DistributedDataParallel(WithProjections(self.student, self.proj))
+            if self.compiled:
+                self.run_student = torch.compile(self.wrapper, dynamic=False)
+            self.forward(*self.dummy())[0].backward()                   # first use connects the ranks
+            for p in trained:
+                p.grad = None
+        self.warm_up_seconds = time.monotonic() - began
         self.optimizer = torch.optim.AdamW(
             [{"params": [p for p in trained if p.ndim > 1], "weight_decay": self.config.weight_decay},
              {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}],   # biases and LayerNorm
             lr=self.peak_lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
+
+    def synchronised(self, last):
+        """Gradients travel between ranks in the last micro-batch of a step only."""
+        return contextlib.nullcontext() if last or self.ranks.size == 1 else self.wrapper.no_sync()
+
+    def gradient_norm(self):
+        return torch.nn.utils.get_total_norm([p.grad for p in self.trained])
+
+    def update(self, lr, norm):
+        if self.config.clip:
+            torch.nn.utils.clip_grads_with_norm_(self.trained, self.config.clip, torch.tensor(norm))
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def to_device(self, batch):
         def tensor(a):
@@ -240,7 +305,7 @@ class Arm:
         self.proj.zero_grad()
 
     @torch.no_grad()
-    def validate(self, blocks, model=None):
+    def validate(self, blocks, signals=(), model=None):
         """Means over the validation blocks: the strategy's terms, or the MLM loss of another `model`."""
         size = min(self.config.micro_batch, blocks.count, self.config.val_blocks)
         means, teacher_was = {}, self.teacher and self.teacher.training
@@ -248,6 +313,8 @@ class Arm:
         if self.teacher:
             self.teacher.eval()
         for i in range(min(self.config.val_blocks, blocks.count) // size):
+            if signals:
+                raise Stopped
             ids, masked, labels = self.to_device(blocks.batch(i, size))
             if model is None:
                 _, terms = self.forward(ids, masked, labels)
@@ -285,7 +352,10 @@ def initial_student(config, directory):
 
 def make_arm(config, directory):
     """The arm on its device, from the configuration, the data's vocabulary and the teacher's files."""
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(config.device or (
+        f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     student, strategy, teacher = initial_student(config, directory), config.kind, None
     if strategy.needs("teacher") or strategy.init == "teacher":
         path = checkpoint.find_model(config.teacher)
@@ -372,101 +442,254 @@ def multiplies_in_bf16(device):
     return device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
 
 
+# --------------------------------------------------------------------------------------- ranks and signals
+
+class Ranks:
+    """The processes of a torchrun, or this one alone.  Every decision is taken on sums that all ranks see alike."""
+
+    def __init__(self, device):
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if self.size > 1 and not dist.is_initialized():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+
+    def sum(self, values):
+        """The tensor's sum over ranks, as a list.  For a tensor on the device it waits for the device."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values.tolist()
+
+
+class Stopped(Exception):
+    """SIGTERM or SIGINT came: the run ends with a checkpoint of its last finished step."""
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """A list that receives the signals that ask for a stop; they are acted on between steps, never in an update."""
+    caught = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+    before = {s: signal.signal(s, lambda number, frame: caught.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 # ---------------------------------------------------------------------------------------------------------- loop
 
 def train(config, now=time.monotonic, say=print):
-    """Runs one strategy to the end of its budget; returns the summary that is also written to the run directory."""
+    """Runs one strategy to the end of its budget; returns the summary that is also written to the run directory.
+
+    The same call goes on where a stopped run's checkpoint is; a finished run is not run again."""
+    began = now()
     config.check()
     out = Path(config.out or f"runs/{config.strategy}")
-    finished = already(config, out)
-    if finished:
+    summary = same_configuration(config, out)
+    if summary:
         say(f"{out} is finished: nothing to do")
-        return finished
+        return summary
     directory = TokenDirectory(config.data)
     arm = make_arm(config, directory)
     directory.verify()
+    ranks = arm.ranks
+    say = say if ranks.rank == 0 else lambda line: None
     train_blocks = Blocks(directory, "train", config.seq_len, config.seed)
     val_blocks = Blocks(directory, "val", config.seq_len, seed=0)       # the same for every run
     flops = [config.batch_size * f for f in flops_per_block(
         config, arm.student.config, arm.teacher.config if arm.teacher else None)]
     step_tokens = config.batch_size * config.seq_len
     unit = next(unit for unit in Budget.UNITS if getattr(config, f"budget_{unit}") is not None)
-    price = dict(flops=sum(flops), tokens=step_tokens).get(unit, 1)
-    budget = Budget(getattr(config, f"budget_{unit}"), unit, price, now)
-    stages = Stages(arm.device)
-    validate_at = [(i + 1) / config.val_times for i in range(config.val_times)]
+    budget = Budget(getattr(config, f"budget_{unit}"), unit,
+                    dict(flops=sum(flops), tokens=step_tokens).get(unit, 1), now)
+    run = Run(config, out, arm, budget, directory, val_blocks, Stages(arm.device), say)
+    run.resume_or_start()
+    for cause, seconds in (("compile", arm.warm_up_seconds), ("start-up", now() - began - arm.warm_up_seconds)):
+        budget.uncharged[cause] = budget.uncharged.get(cause, 0.0) + seconds
+    if ranks.rank == 0:
+        run.describe()
 
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
-    log = (out / "log.jsonl").open("w")
-    teacher_mlm = None
-    if arm.teacher and arm.teacher_has_head:
-        teacher_mlm = arm.validate(val_blocks, arm.run_teacher)["mlm"]
-    describe(arm, arm.validate(val_blocks), teacher_mlm, say)
-
-    micro, accumulate = config.micro_batch, config.batch_size // config.micro_batch
-    said = -math.inf
+    stages = run.stages
+    micro, accumulate = config.micro_batch, config.batch_size // (config.micro_batch * ranks.size)
     budget.start()
     stages.mark(None)
-    while budget.progress < 1 or not budget.steps:
-        batch = train_blocks.batch(budget.steps, config.batch_size)
-        sums = 0
-        for j in range(accumulate):
-            ids, masked, labels = arm.to_device(type(batch)(*(a[j * micro:(j + 1) * micro] for a in batch)))
-            torch.manual_seed(int(hashed(config.seed, budget.steps, j) >> np.uint64(1)))    # dropout
-            stages.mark("data")
-            total, terms = arm.forward(ids, masked, labels, stages)
-            (total / accumulate).backward()
-            sums = sums + torch.stack([total.detach(), *(v.detach() for v in terms.values())])
-            stages.mark("student")
-        loss, *values = (sums / accumulate).tolist()        # the step's one wait for the device
-        stages.read()
-        progress = budget.progress
-        if not math.isfinite(loss):
-            bad = [name for name, value in zip(terms, values, strict=True) if not math.isfinite(value)] or ["total"]
-            raise UserError(f"step {budget.steps}: {' and '.join(bad)} is not finite: stopped before the update; try "
-                            f"a smaller --peak-lr, --clip 1 or --no-bf16")
-        lr = learning_rate(progress, arm.peak_lr, config.warmup)
-        update(arm, lr, config.clip)
-        stages.mark("optimizer")
-        budget.steps += 1
+    with stop_signals() as signals:
+        try:
+            while budget.progress < 1 or not budget.steps:
+                batch = train_blocks.batch(budget.steps, config.batch_size)
+                sums = 0
+                for j in range(accumulate):
+                    at = (ranks.rank * accumulate + j) * micro
+                    ids, masked, labels = arm.to_device(type(batch)(*(a[at:at + micro] for a in batch)))
+                    torch.manual_seed(int(hashed(config.seed, budget.steps, j, ranks.rank) >> np.uint64(1)))  # dropout
+                    stages.mark("data")
+                    with arm.synchronised(j == accumulate - 1):
+                        total, terms = arm.forward(ids, masked, labels, stages)
+                        (total / accumulate).backward()
+                    sums = sums + torch.stack([total.detach(), *(v.detach() for v in terms.values())])
+                    stages.mark("student")
 
-        with budget.pause():
-            terms = dict(zip(terms, values, strict=True))
-            record = dict(step=budget.steps, progress=progress, seconds=budget.seconds, lr=lr, loss=loss, **terms)
-            if budget.steps % config.log_every == 0:
-                log.write(json.dumps(record) + "\n")
-            if time.monotonic() - said > 2:
-                said = time.monotonic()
-                say(status(record, terms, budget, config))
-            if progress >= validate_at[0] and len(validate_at) > 1:
-                validate_at.pop(0)
-                log.write(json.dumps(dict(record, val=arm.validate(val_blocks))) + "\n")
-        stages.mark(None)
+                # The step's one wait for the device; then, before the update, what all ranks decide together: whether
+                # everything is finite, what the clock of rank 0 says, and whether a signal has come to any of them
+                sums = torch.cat([sums / accumulate, arm.gradient_norm().reshape(1)]) / ranks.size
+                values = dict(zip(("loss", *terms, "gradient_norm"), ranks.sum(sums), strict=True))
+                budget.seconds, stop = ranks.sum(torch.tensor(
+                    [budget.clock() * (ranks.rank == 0), len(signals)], dtype=torch.float64))
+                stages.mark("communication")
+                stages.read()
+                if stop:
+                    raise Stopped
+                refuse_non_finite(budget.steps, values)
+                progress = budget.progress
+                lr = learning_rate(progress, arm.peak_lr, config.warmup)
+                arm.update(lr, values["gradient_norm"])
+                stages.mark("optimizer")
+                budget.steps += 1
+                run.seconds = budget.clock()                    # what a checkpoint of this step has spent
+                run.after_step(dict(step=budget.steps, progress=progress, seconds=run.seconds, lr=lr, **values),
+                               signals)
+                stages.mark(None)
+            if arm.device.type == "cuda":
+                torch.cuda.synchronize()
+            charged = budget.clock()
+            stages.read()
+            val = run.validate(signals)
+        except Stopped:
+            run.checkpoint()
+            number = signals[0] if signals else signal.SIGTERM
+            say(f"stopped by signal {number:d} after step {budget.steps}: the same command goes on from there")
+            raise SystemExit(128 + number) from None
 
-    if arm.device.type == "cuda":
-        torch.cuda.synchronize()
-    charged = budget.seconds
-    stages.read()
-    val = arm.validate(val_blocks)
-    log.write(json.dumps(dict(record, val=val)) + "\n")
-    log.close()
     tokens = budget.steps * step_tokens
+    spent = dict(hours=charged / 3600, flops=budget.steps * sum(flops), tokens=tokens, steps=budget.steps)[unit]
     summary = dict(
         strategy=config.strategy, label=config.label, as_released=config.as_released, init=arm.strategy.init,
         size=config.size, peak_lr=arm.peak_lr, seed=config.seed, steps=budget.steps, tokens=tokens,
         student_flops=budget.steps * flops[0], teacher_flops=budget.steps * flops[1],
-        epochs=budget.steps * config.batch_size / train_blocks.count, charged_seconds=charged,
-        tokens_per_second=tokens / charged,
-        stage_seconds=stages.seconds, teacher_share=stages.seconds.get("teacher", 0.0) / charged,
-        val=val, teacher_mlm=teacher_mlm, device=str(arm.device), bf16=arm.bf16, torch=torch.__version__)
-    checkpoint.save_model(out / "model", arm.student, directory.read_tokenizer(), arm.strategy.trains_lm_head,
-                          model_card(config, summary))
-    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    say(f"finished after {budget.steps:,} steps, {tokens:,} tokens, {charged:.1f} s charged ({out})")
-    for name, value in val.items():
-        say(f"val_{name}: {value:.4f}")
+        epochs=budget.steps * config.batch_size / train_blocks.count,
+        unique_tokens=min(train_blocks.count, budget.steps * config.batch_size) * config.seq_len,
+        budget={unit: budget.total}, overshoot=spent / budget.total - 1, charged_seconds=charged,
+        tokens_per_second=tokens / charged, charged=stages.seconds, uncharged=budget.uncharged,
+        teacher_share=stages.seconds.get("teacher", 0.0) / charged, val=val, teacher_mlm=run.teacher_mlm,
+        device=str(arm.device), ranks=ranks.size, bf16=arm.bf16, torch=torch.__version__)
+    if ranks.rank == 0:
+        run.finish(summary, model_card(config, summary))
+    if ranks.size > 1:
+        dist.barrier()
+        dist.destroy_process_group()
     return summary
+
+
+def refuse_non_finite(step, values):
+    bad = [name for name, value in values.items() if not math.isfinite(value)]
+    if bad:
+        raise UserError(f"step {step}: {' and '.join(bad)} not finite: stopped before the update; the last checkpoint "
+                        f"is good; try a smaller --peak-lr, --clip 1 or --no-bf16")
+
+
+def same_configuration(config, out):
+    """The summary if this very configuration has finished in `out`, None if it has not; another one is refused."""
+    if not (out / "summary.json").exists() and not list(out.glob("checkpoint*.pt")):
+        return None
+    before, now = json.loads((out / "config.json").read_text()), dataclasses.asdict(config)
+    differ = [f"{k} ({before.get(k)} there, {v} here)" for k, v in now.items()
+              if before.get(k) != v and k not in ("out", "checkpoint_minutes")]
+    if differ:
+        raise UserError(f"{out} holds a run of another configuration: {', '.join(differ)}: give another --out")
+    return json.loads((out / "summary.json").read_text()) if (out / "summary.json").exists() else None
+
+
+class Run:
+    """The run directory: what is written beside the steps, none of it on the clock, and only by rank 0."""
+
+    def __init__(self, config, out, arm, budget, directory, val_blocks, stages, say):
+        self.config, self.out, self.arm, self.budget = config, out, arm, budget
+        self.directory, self.val_blocks, self.stages, self.say = directory, val_blocks, stages, say
+        self.validations, self.seconds, self.teacher_mlm = 0, 0.0, None
+        self.said, self.saved = -math.inf, time.monotonic()
+        self.writes = arm.ranks.rank == 0
+
+    def resume_or_start(self):
+        state = checkpoint.load_run(self.out, self.say)
+        arm, budget = self.arm, self.budget
+        if state:
+            arm.student.load_state_dict(state["student"])
+            arm.proj.load_state_dict(state["proj"])
+            arm.optimizer.load_state_dict(state["optimizer"])
+            budget.steps, budget.seconds, self.seconds = state["steps"], state["seconds"], state["seconds"]
+            budget.uncharged, self.stages.seconds = state["uncharged"], state["charged"]
+            self.validations, self.teacher_mlm = state["validations"], state["teacher_mlm"]
+            self.say(f"{self.out}: going on after step {budget.steps}")
+        if self.writes:
+            self.out.mkdir(parents=True, exist_ok=True)
+            (self.out / "config.json").write_text(json.dumps(dataclasses.asdict(self.config), indent=1) + "\n")
+            checkpoint.cut_log(self.out / "log.jsonl", budget.steps)
+            self.log = (self.out / "log.jsonl").open("a", buffering=1)
+
+    def describe(self):
+        with self.budget.pause("validation"):
+            if self.arm.teacher and self.arm.teacher_has_head and self.teacher_mlm is None:
+                self.teacher_mlm = self.arm.validate(self.val_blocks, model=self.arm.teacher)["mlm"]
+            describe(self.arm, self.arm.validate(self.val_blocks), self.budget.steps, self.teacher_mlm, self.say)
+
+    def after_step(self, record, signals):
+        """Log, status line, validation, fractions, checkpoint: each where it is due."""
+        with self.budget.pause("checkpoints"):
+            if not self.writes:
+                return
+            if record["step"] % self.config.log_every == 0:
+                self.write(record)
+            if time.monotonic() - self.said > 2:
+                self.said = time.monotonic()
+                self.say(status(record, self.arm.strategy.terms, self.config, self.stages))
+        due = self.config.val_times * self.budget.progress              # the last one is the summary's
+        if self.validations + 1 <= min(due, self.config.val_times - 1):
+            val = self.validate(signals)
+            self.validations += 1
+            self.write(dict(record, val=val))
+        with self.budget.pause("checkpoints"):
+            for fraction in self.config.fraction_list:
+                if self.budget.progress >= fraction and not (self.out / f"model-{fraction:g}").exists():
+                    self.save_model(f"model-{fraction:g}", f"{fraction:g} of the budget of `{self.config.label}`.\n")
+            if time.monotonic() - self.saved >= 60 * self.config.checkpoint_minutes:
+                self.checkpoint()
+
+    def validate(self, signals):
+        with self.budget.pause("validation"):
+            return self.arm.validate(self.val_blocks, signals) if self.writes else None
+
+    def write(self, record):
+        self.log.write(json.dumps(record) + "\n")
+
+    def checkpoint(self):
+        if not self.writes:
+            return
+        arm = self.arm
+        checkpoint.save_run(self.out, dict(
+            config=dataclasses.asdict(self.config), steps=self.budget.steps, seconds=self.seconds,
+            uncharged=self.budget.uncharged, charged=self.stages.seconds, validations=self.validations,
+            teacher_mlm=self.teacher_mlm, student=arm.student.state_dict(), proj=arm.proj.state_dict(),
+            optimizer=arm.optimizer.state_dict()))
+        self.saved = time.monotonic()
+
+    def save_model(self, name, card):
+        checkpoint.save_model(self.out / name, self.arm.student, self.directory.read_tokenizer(),
+                              self.arm.strategy.trains_lm_head, card)
+
+    def finish(self, summary, card):
+        self.checkpoint()
+        self.write(dict(step=summary["steps"], progress=1.0, seconds=summary["charged_seconds"], val=summary["val"]))
+        self.log.close()
+        self.save_model("model", card)
+        checkpoint.write_whole(self.out / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
+        self.say(f"finished after {summary['steps']:,} steps, {summary['tokens']:,} tokens, "
+                 f"{summary['charged_seconds']:.1f} s charged ({self.out})")
+        for kind in ("charged", "uncharged"):
+            self.say(f"{kind}: " + ", ".join(f"{cause} {s:.1f} s" for cause, s in summary[kind].items()))
+        for name, value in summary["val"].items():
+            self.say(f"val_{name}: {value:.4f}")
 
 
 def model_card(config, summary):
@@ -483,28 +706,7 @@ def model_card(config, summary):
             f"Validation: {val}.\n\n    python train.py {given}\n")
 
 
-def update(arm, lr, clip):
-    if clip:
-        trained = [p for group in arm.optimizer.param_groups for p in group["params"]]
-        torch.nn.utils.clip_grad_norm_(trained, clip)
-    for group in arm.optimizer.param_groups:
-        group["lr"] = lr
-    arm.optimizer.step()
-    arm.optimizer.zero_grad(set_to_none=True)
-
-
-def already(config, out):
-    """The summary of a finished run of this very configuration; another one in its place is refused."""
-    if not (out / "summary.json").exists():
-        return None
-    before, now = json.loads((out / "config.json").read_text()), dataclasses.asdict(config)
-    differ = [f"{k} ({before.get(k)} there, {v} here)" for k, v in now.items() if before.get(k) != v and k != "out"]
-    if differ:
-        raise UserError(f"{out} holds a finished run of another configuration: {', '.join(differ)}: give another --out")
-    return json.loads((out / "summary.json").read_text())
-
-
-def describe(arm, val, teacher_mlm, say):
+def describe(arm, val, step, teacher_mlm, say):
     config, c, strategy = arm.config, arm.student.config, arm.strategy
     trained = sum(p.numel() for p in arm.student.parameters() if p.requires_grad)
     say(f"{config.label}: student {c.size}, {c.num_attention_heads} heads, V {c.vocab_size:,}, "
@@ -521,15 +723,18 @@ def describe(arm, val, teacher_mlm, say):
             + (f"; tau {strategy.tau:g}" if "logits" in strategy.needs("teacher") else "")
             + (f"; ignored: {', '.join(arm.teacher_ignored)}" if arm.teacher_ignored else ""))
     for name, term in strategy.terms.items():
-        say(f"  {term.weight:g} x {name:8} {val[name]:9.4f} at step 0   {term.about}")
+        say(f"  {term.weight:g} x {name:8} {val[name]:9.4f} at step {step}   {term.about}")
 
 
-def status(record, terms, budget, config):
+def status(record, terms, config, stages):
     rate = record["step"] * config.batch_size * config.seq_len / max(record["seconds"], 1e-9)
     left = record["seconds"] * (1 / max(record["progress"], 1e-9) - 1)
-    parts = " ".join(f"{name} {value:.4f}" for name, value in terms.items())
-    return (f"step {record['step']:6} {record['progress']:6.1%} lr {record['lr']:.2e} {parts} "
-            f"{rate:,.0f} tok/s {left:.0f} s left")
+    whole = max(sum(stages.seconds.values()), 1e-9)
+    shares = " ".join(f"{stage} {stages.seconds[stage] / whole:.0%}"
+                      for stage in ("data", "teacher", "student") if stage in stages.seconds)
+    return (f"step {record['step']:6} {record['progress']:6.1%} lr {record['lr']:.2e} "
+            + " ".join(f"{name} {record[name]:.4f}" for name in terms)
+            + f" {rate:,.0f} tok/s ({shares}) {left:.0f} s left")
 
 
 if __name__ == "__main__":

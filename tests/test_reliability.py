@@ -1,0 +1,375 @@
+"""What a night brings: kills, signals, damaged files, full disks, NaNs, clocks that jump, other processes."""
+import errno
+import hashlib
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import train
+from cli import UserError
+from data import Blocks
+from kd_losses import STRATEGIES
+
+ROOT = Path(train.__file__).parent
+QUIET = dict(say=lambda line: None)
+OFTEN = dict(checkpoint_minutes=1e-9)           # a checkpoint after every step
+
+
+def final(out):
+    """Everything that must be bitwise equal: weights, projections, optimizer, counters."""
+    state = checkpoint.load_run(Path(out), lambda line: None)
+    tensors = [*state["student"].values(), *state["proj"].values()]
+    for slot in state["optimizer"]["state"].values():
+        tensors += slot.values()
+    return [state["steps"], *(hashlib.sha256(t.numpy().tobytes()).hexdigest() for t in tensors)]
+
+
+def steps_logged(out):
+    lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+    return [line["step"] for line in lines if "val" not in line]
+
+
+class Killed(BaseException):
+    """Stands in for SIGKILL within a process: nothing of ours catches it."""
+
+
+def interrupted(monkeypatch, config, at):
+    """Runs `config` until it fetches the batch of step `at`, where it dies."""
+    whole = Blocks.batch
+
+    def batch(self, i, size):
+        if i == at and size == config.batch_size and self.seed == config.seed and self.count > 200:
+            raise Killed
+        return whole(self, i, size)
+    with monkeypatch.context() as m:
+        m.setattr(Blocks, "batch", batch)
+        with pytest.raises(Killed):
+            train.train(config, **QUIET)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_run_that_died_ends_bitwise_like_one_that_did_not(tiny, tmp_path, monkeypatch, strategy):
+    """F1, with dropout: batches, masks and dropout follow from (seed, step) alone."""
+    common = dict(strategy=strategy, budget_steps=12, dropout=0.1, micro_batch=4, val_times=3, seed=5)
+    whole = train.train(tiny(**common, out=str(tmp_path / "whole")), **QUIET)
+    config = tiny(**common, **OFTEN, out=str(tmp_path / "died"))
+    for at in (3, 8):
+        interrupted(monkeypatch, config, at)
+    died = train.train(config, **QUIET)
+    assert final(tmp_path / "died") == final(tmp_path / "whole") and died["val"] == whole["val"]
+    assert steps_logged(tmp_path / "died") == steps_logged(tmp_path / "whole") == list(range(1, 13))
+    for name in ("whole", "died"):
+        lines = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines if "val" in line] == [4, 8, 12]
+
+
+def command(config, **env):
+    argv = [sys.executable, str(ROOT / "train.py")]
+    for name, value in vars(config).items():
+        flag = name.replace("_", "-")
+        if value is not None and value != "":
+            argv += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+    return dict(args=argv, env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def start_and_wait_for(config, step):
+    """The run as a process of its own, when its log has reached `step`."""
+    process = subprocess.Popen(**command(config))
+    log = Path(config.out) / "log.jsonl"
+    while process.poll() is None and (not log.exists() or f'"step": {step},' not in log.read_text()):
+        time.sleep(0.01)
+    return process
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_kill_9_at_random_steps(tiny, tmp_path, strategy):
+    """F1 with the real signal."""
+    common = dict(strategy=strategy, budget_steps=60, dropout=0.1)
+    train.train(tiny(**common, out=str(tmp_path / "whole")), **QUIET)
+    config, rng = tiny(**common, **OFTEN, out=str(tmp_path / "died")), random.Random(strategy)
+    for step in sorted(rng.sample(range(2, 55), 3)):
+        process = start_and_wait_for(config, step)
+        process.kill()
+        process.wait()
+    subprocess.run(**command(config), check=True)
+    assert final(tmp_path / "died") == final(tmp_path / "whole")
+    assert steps_logged(tmp_path / "died") == list(range(1, 61))
+
+
+def test_a_write_that_is_cut_anywhere_leaves_a_good_checkpoint(tmp_path, monkeypatch):
+    """F2: dies before, between and after each file operation of a save."""
+    state = dict(student=dict(w=torch.arange(1000.0)), steps=0)
+    operations = dict(replace=os.replace, fsync=os.fsync)
+    for cut in range(6):
+        for old in (0, 1, 2):
+            out = tmp_path / f"{cut}_{old}"
+            out.mkdir()
+            for step in range(old):
+                checkpoint.save_run(out, state | dict(steps=step))
+            calls = []
+            with monkeypatch.context() as m:
+                for name, whole in operations.items():
+                    def dying(*args, whole=whole, calls=calls, cut=cut):
+                        calls.append(1)
+                        if len(calls) > cut:
+                            raise Killed
+                        return whole(*args)
+                    m.setattr(os, name, dying)
+                try:
+                    checkpoint.save_run(out, state | dict(steps=old))
+                except Killed:
+                    pass
+            found = checkpoint.load_run(out, print)
+            assert (found is None and old == 0) or found["steps"] in (old - 1, old)
+            checkpoint.save_run(out, state | dict(steps=99))            # leftovers do not disturb the next save
+            assert checkpoint.load_run(out, print)["steps"] == 99
+
+
+@pytest.mark.slow
+def test_kill_9_during_writes_twenty_times(tmp_path):
+    """F2 with the real signal."""
+    code = ("import sys, torch; from pathlib import Path; import checkpoint\n"
+            "state = dict(student=dict(w=torch.zeros(2_000_000)))\n"
+            "for i in range(10**6):\n"
+            "    checkpoint.save_run(Path(sys.argv[1]), state | dict(steps=i))\n"
+            "    print(i, flush=True)")
+    rng = random.Random(0)
+    for _ in range(20):
+        process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE)
+        process.stdout.readline()
+        time.sleep(rng.uniform(0.0, 0.2))
+        process.kill()
+        process.wait()
+        assert checkpoint.load_run(tmp_path, print)["steps"] >= 0
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_in_training_ends_with_a_checkpoint_of_the_last_finished_step(tiny, tmp_path, number, status):
+    """F3; and the same command goes on to the end that an undisturbed run has."""
+    config = tiny(budget_steps=10_000, checkpoint_minutes=1000.0)
+    process = start_and_wait_for(config, 20)
+    asked = time.monotonic()
+    process.send_signal(number)
+    assert process.wait() == status and time.monotonic() - asked < 10
+    state = checkpoint.load_run(Path(config.out), print)
+    assert state["steps"] >= 20 and steps_logged(config.out) == list(range(1, state["steps"] + 1))
+    assert "the same command goes on" in process.stdout.read()
+
+
+def test_a_signal_in_validation_leaves_the_last_finished_step(tiny, tmp_path, monkeypatch):
+    whole, calls = train.Arm.validate, []
+
+    def validate(self, blocks, signals=(), model=None):
+        calls.append(1)
+        if len(calls) == 2:                                             # the first after the start's
+            os.kill(os.getpid(), signal.SIGTERM)
+        return whole(self, blocks, signals, model)
+    config = tiny(budget_steps=10, val_times=2)
+    with monkeypatch.context() as m:
+        m.setattr(train.Arm, "validate", validate)
+        with pytest.raises(SystemExit) as e:
+            train.train(config, **QUIET)
+    assert e.value.code == 143
+    assert checkpoint.load_run(Path(config.out), print)["steps"] == 5
+    train.train(config, **QUIET)
+    train.train(tiny(budget_steps=10, val_times=2, out=str(tmp_path / "whole")), **QUIET)
+    assert final(config.out) == final(tmp_path / "whole")
+
+
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning_and_never_a_restart(tiny, monkeypatch):
+    """F6."""
+    config, said = tiny(**OFTEN), []
+    interrupted(monkeypatch, config, 9)
+    newest, before = Path(config.out) / "checkpoint.pt", Path(config.out) / "checkpoint.before.pt"
+    for damage in (b"", newest.read_bytes()[:-1], newest.read_bytes()[:999], bytes(5000)):
+        newest.write_bytes(damage)
+        assert checkpoint.load_run(Path(config.out), said.append)["steps"] == 8
+        assert "checkpoint.pt is damaged" in said.pop()
+    before.write_bytes(b"x" * 100)
+    with pytest.raises(UserError, match=r"every checkpoint is damaged: remove checkpoint.pt and checkpoint.before.pt"):
+        train.train(config, **QUIET)
+    for changes in (dict(strategy="tinybert"), dict(size="1L32")):
+        with pytest.raises(UserError, match=f"another configuration: .*{next(iter(changes))} "):
+            train.train(tiny(**changes, **OFTEN), **QUIET)
+
+
+def test_a_forged_checkpoint_executes_nothing(tiny, monkeypatch, tmp_path):
+    """F7: with a right checksum, too."""
+    config = tiny(**OFTEN)
+    interrupted(monkeypatch, config, 3)
+
+    class Malice:
+        def __reduce__(self):
+            return open, (str(tmp_path / "executed"), "w")
+    torch.save(dict(steps=Malice()), tmp_path / "forged")
+    data = (tmp_path / "forged").read_bytes()
+    (Path(config.out) / "checkpoint.pt").write_bytes(data + hashlib.sha256(data).digest())
+    with pytest.raises(UserError, match="not a checkpoint of ours"):
+        train.train(config, **QUIET)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint_and_says_what_is_missing(tiny, monkeypatch):
+    """F8: known beforehand, or met while writing."""
+    config = tiny(**OFTEN)
+    interrupted(monkeypatch, config, 5)
+    before = final(config.out)
+
+    def full(fd):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    usage = shutil.disk_usage(".")._replace(free=1234)
+    for where, name, stand_in in ((shutil, "disk_usage", lambda path: usage), (os, "fsync", full)):
+        with monkeypatch.context() as m:
+            m.setattr(where, name, stand_in)
+            with pytest.raises(UserError, match=r"[\d,]+ bytes needed, [\d,]+ free; what was there before is intact"):
+                train.train(config, **QUIET)
+        assert final(config.out) == before and not list(Path(config.out).glob("*.part"))
+    train.train(config, **QUIET)
+
+
+@pytest.mark.parametrize("term", ["embd", "attn", "hidn"])
+def test_a_term_that_is_not_finite_stops_before_the_update_and_is_named(tiny, monkeypatch, term):
+    """F9."""
+    config, whole, calls = tiny(strategy="tinybert", **OFTEN), train.loss_terms, []
+
+    def spoilt(*args):
+        total, terms = whole(*args)
+        calls.append(1)
+        bad = terms[term] * (math.inf if len(calls) == 8 else 1.0)
+        return total - terms[term] + bad, terms | {term: bad}
+    monkeypatch.setattr(train, "loss_terms", spoilt)
+    with pytest.raises(UserError, match=rf"step \d: .*{term}.* not finite: stopped before the update"):
+        train.train(config, **QUIET)
+    state = checkpoint.load_run(Path(config.out), print)
+    assert all(t.isfinite().all() for t in state["student"].values())
+    assert state["steps"] == steps_logged(config.out)[-1]
+
+
+class Clock:
+    """A fake monotonic clock: every reading is `tick` seconds after the one before."""
+    def __init__(self, tick=0.5):
+        self.at, self.tick = 0.0, tick
+
+    def __call__(self):
+        self.at += self.tick
+        return self.at
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_time_budget_is_charged_once_however_often_the_run_dies(tiny, monkeypatch, strategy):
+    """F10, F12: the charged time is the budget and at most one step more; the learning rate goes on where it was."""
+    config = tiny(strategy=strategy, budget_steps=None, budget_hours=60 / 3600, **OFTEN)
+    for at in (6, 12):
+        whole = Blocks.batch
+
+        def batch(self, i, size, at=at, whole=whole):
+            if i == at and self.count > 200:
+                raise Killed
+            return whole(self, i, size)
+        with monkeypatch.context() as m:
+            m.setattr(Blocks, "batch", batch)
+            with pytest.raises(Killed):
+                train.train(config, now=Clock(), **QUIET)
+    summary = train.train(config, now=Clock(), **QUIET)
+    lines = [json.loads(line) for line in (Path(config.out) / "log.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "val" not in line]
+    step = max(b["seconds"] - a["seconds"] for a, b in zip(lines, lines[1:], strict=False))
+    assert 60 <= summary["charged_seconds"] <= 60 + step + 1
+    assert [line["step"] for line in lines] == list(range(1, summary["steps"] + 1))
+    jumps = [abs(b["lr"] - a["lr"]) for a, b in zip(lines, lines[1:], strict=False)]
+    assert max(jumps[4:]) < 1.5 * sorted(jumps)[len(jumps) // 2]
+
+
+def test_a_wall_clock_that_jumps_changes_nothing(tiny, monkeypatch):
+    """F10: only the monotonic clock is read."""
+    monkeypatch.setattr(time, "time", lambda: pytest.fail("the wall clock was read"))
+    train.train(tiny(budget_steps=3), **QUIET)
+
+
+def test_real_stages_add_up_to_the_charged_time(tiny):
+    summary = train.train(tiny(strategy="vanilla_kd", budget_steps=60, batch_size=32, micro_batch=32), **QUIET)
+    assert set(summary["charged"]) == {"data", "teacher", "student", "communication", "optimizer"}
+    assert sum(summary["charged"].values()) == pytest.approx(summary["charged_seconds"], rel=0.02)
+    assert {"start-up", "compile", "validation", "checkpoints"} == set(summary["uncharged"])
+
+
+def test_fractions_save_model_directories_on_the_way(tiny):
+    config = tiny(fractions="0.25,0.5")
+    train.train(config, **QUIET)
+    models = [checkpoint.load_mlm(Path(config.out) / name).model for name in ("model-0.25", "model-0.5", "model")]
+    weights = [m.bert.embeddings.word_embeddings.weight for m in models]
+    assert not torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
+    for wrong in ("0.5,2", "half"):
+        with pytest.raises(UserError, match="--fractions"):
+            train.train(tiny(fractions=wrong), **QUIET)
+
+
+# ------------------------------------------------------------------------------------------------- many processes
+
+def torchrun(config, ranks=2, **env):
+    arguments = command(config, **env)
+    arguments["args"] = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone",
+                         *arguments["args"][1:]]
+    return arguments
+
+
+def weights(out):
+    return checkpoint.load_run(Path(out), lambda line: None)["student"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_ranks_are_one(tiny, tmp_path, strategy):
+    """Two ranks x micro-batch 4 against one x 8: the same batches, the same updates."""
+    common = dict(strategy=strategy, budget_steps=50)
+    train.train(tiny(**common, micro_batch=8, out=str(tmp_path / "one")), **QUIET)
+    config = tiny(**common, micro_batch=4, out=str(tmp_path / "two"))
+    subprocess.run(**torchrun(config), check=True)
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert one.keys() == two.keys() and max((one[k] - two[k]).abs().max() for k in one) < 1e-5
+    names = checkpoint.read_weights(tmp_path / "two/model")
+    assert not any("module." in name or "_orig_mod" in name for name in names)
+
+
+@pytest.mark.slow
+def test_two_ranks_stop_together(tiny, tmp_path):
+    """F20: SIGTERM to one rank, and kill -9 of one: no hang, a good checkpoint, exit status not 0; then the end."""
+    config = tiny(strategy="minilm", budget_steps=3000, micro_batch=4, **OFTEN)
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        process = subprocess.Popen(**torchrun(config))
+        log, at = Path(config.out) / "log.jsonl", 0
+        while process.poll() is None and at < 30:
+            time.sleep(0.05)
+            at = len(log.read_text().splitlines()) if log.exists() else 0
+        children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+        os.kill(int(children[-1]), number)
+        assert process.wait(timeout=60) != 0
+        state = checkpoint.load_run(Path(config.out), print)
+        assert state["steps"] >= 1
+    config.budget_steps = None
+
+
+@pytest.mark.slow
+def test_memory_stays_flat(tiny):
+    """A soak: 20,000 steps of a tiny model."""
+    config = tiny(budget_steps=20_000, log_every=1000, size="1L16", heads=1)
+    process, rss = subprocess.Popen(**command(config)), []
+    while process.poll() is None:
+        time.sleep(0.5)
+        try:
+            rss.append(int(Path(f"/proc/{process.pid}/statm").read_text().split()[1]) * 4096)
+        except (OSError, IndexError):
+            break
+    assert process.wait() == 0 and max(rss[-5:]) < 1.02 * rss[len(rss) // 5]
