@@ -26,6 +26,7 @@ import checkpoint
 import finetune_glue
 import prepare
 import train
+from arm import initial_student
 from cli import UserError, run
 from data import TokenDirectory
 from kd_losses import STRATEGIES
@@ -112,7 +113,7 @@ def compare(config):
     random = out / "random/model"
     if not random.exists():
         directory = TokenDirectory(config.data)
-        checkpoint.save_model(random, train.initial_student(runs[0], directory), directory.read_tokenizer(), head=True)
+        checkpoint.save_model(random, initial_student(runs[0], directory), directory.read_tokenizer(), head=True)
     rows += [dict(name="random init", model=str(random)), dict(name="teacher", model=config.teacher)]
     rows[-1]["val"] = dict(mlm=next((row["teacher_mlm"] for row in rows if row.get("teacher_mlm")), None))
     print(f"\nfine-tuning {len(rows)} models on {Path(config.task_dir).name}, {config.finetune_seeds} seeds each")

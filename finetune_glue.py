@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import checkpoint
+from arm import multiplies_in_bf16
 from cli import UserError, run
 from data import hashed
-from train import learning_rate, multiplies_in_bf16
+from train import learning_rate
 
 
 @dataclass

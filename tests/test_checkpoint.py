@@ -9,6 +9,7 @@ import torch
 
 import checkpoint
 import train
+from arm import make_arm
 from cli import UserError
 from conftest import text
 from data import TokenDirectory
@@ -316,7 +317,7 @@ def test_a_hub_id_is_fetched_at_its_revision_with_one_kind_of_weights(tmp_path, 
 
 
 def test_no_prefix_of_compile_reaches_a_saved_name(corpus, tiny, tmp_path):
-    arm = train.make_arm(tiny(), TokenDirectory(corpus))
+    arm = make_arm(tiny(), TokenDirectory(corpus))
     arm.run_student = torch.compile(arm.student, backend="eager")
     arm.forward(*arm.dummy())
     checkpoint.save_model(tmp_path / "m", arm.student, TokenDirectory(corpus).read_tokenizer())

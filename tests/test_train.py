@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 
+import arm as arm_module
 import checkpoint
 import train
+from arm import Arm, flops_per_block, make_arm
 from cli import UserError
 from conftest import TINY
 from data import TokenDirectory
@@ -58,7 +60,7 @@ def test_a_paused_clock_is_not_charged():
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_twenty_steps_lower_the_loss_and_leave_a_whole_run_directory(tiny, tmp_path, strategy):
     config = tiny(strategy=strategy, budget_steps=20, micro_batch=4, init="random")
-    before = train.make_arm(config, TokenDirectory(config.data))
+    before = make_arm(config, TokenDirectory(config.data))
     frozen = {name for name, p in before.student.named_parameters() if not p.requires_grad}
     summary = train.train(config, **QUIET)
     lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
@@ -85,17 +87,17 @@ def test_twenty_steps_lower_the_loss_and_leave_a_whole_run_directory(tiny, tmp_p
 
 
 def test_every_arm_starts_from_the_same_weights_and_sees_the_same_batches(tiny, corpus):
-    arms = [train.make_arm(tiny(strategy=name, init="random"), TokenDirectory(corpus)) for name in STRATEGIES]
+    arms = [make_arm(tiny(strategy=name, init="random"), TokenDirectory(corpus)) for name in STRATEGIES]
     for arm in arms[1:]:
         for a, b in zip(arms[0].student.parameters(), arm.student.parameters(), strict=True):
             assert torch.equal(a, b)
-    other = train.make_arm(tiny(seed=1), TokenDirectory(corpus))
+    other = make_arm(tiny(seed=1), TokenDirectory(corpus))
     assert not torch.equal(next(other.student.parameters()), next(arms[0].student.parameters()))
 
 
 @pytest.mark.parametrize("strategy", [name for name, s in STRATEGIES.items() if s.needs("teacher")])
 def test_the_teacher_gets_no_gradient_and_has_no_dropout(tiny, corpus, strategy):
-    arm = train.make_arm(tiny(strategy=strategy, dropout=0.1), TokenDirectory(corpus))
+    arm = make_arm(tiny(strategy=strategy, dropout=0.1), TokenDirectory(corpus))
     before = [p.clone() for p in arm.teacher.parameters()]
     ids, masked, labels = arm.to_device(train.Blocks(TokenDirectory(corpus), "train", 32, 0).batch(0, 8))
     total, _ = arm.forward(ids, masked, labels)
@@ -109,7 +111,7 @@ def test_the_teacher_gets_no_gradient_and_has_no_dropout(tiny, corpus, strategy)
 def test_micro_batches_add_up_to_the_batch(tiny, corpus):
     gradients = []
     for micro in (8, 2):
-        arm = train.make_arm(tiny(micro_batch=micro), TokenDirectory(corpus))
+        arm = make_arm(tiny(micro_batch=micro), TokenDirectory(corpus))
         batch = train.Blocks(TokenDirectory(corpus), "train", 32, 0).batch(0, 8)
         for at in range(0, 8, micro):
             total, _ = arm.forward(*arm.to_device(type(batch)(*(a[at:at + micro] for a in batch))))
@@ -120,7 +122,7 @@ def test_micro_batches_add_up_to_the_batch(tiny, corpus):
 
 
 def test_weight_decay_spares_biases_and_layer_norms(tiny, corpus):
-    arm = train.make_arm(tiny(weight_decay=0.5), TokenDirectory(corpus))
+    arm = make_arm(tiny(weight_decay=0.5), TokenDirectory(corpus))
     decayed, spared = arm.optimizer.param_groups
     assert decayed["weight_decay"] == 0.5 and spared["weight_decay"] == 0 and decayed["betas"] == (0.9, 0.98)
     spared_names = {n for n, p in arm.student.named_parameters() if any(p is q for q in spared["params"])}
@@ -137,7 +139,7 @@ def test_a_finished_run_is_a_no_op_and_another_configuration_is_refused(tiny, tm
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(tiny, monkeypatch, tmp_path):
-    whole = train.loss_terms
+    whole = arm_module.loss_terms
 
     def spoilt(*args):
         total, terms = whole(*args)
@@ -145,7 +147,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tiny, monkeypatch, tm
         bad = math.nan if spoilt.calls > 3 else 0.0
         return total + bad, {name: value + bad for name, value in terms.items()}
     spoilt.calls = 0
-    monkeypatch.setattr(train, "loss_terms", spoilt)
+    monkeypatch.setattr(arm_module, "loss_terms", spoilt)
     with pytest.raises(UserError, match=r"step \d+: loss and mlm not finite"):
         train.train(tiny(strategy="no_kd"), **QUIET)
     assert not (tmp_path / "run/model").exists()
@@ -190,14 +192,14 @@ def test_a_teacher_without_a_head_serves_who_needs_none(tiny, corpus, tmp_path):
 
 
 def test_a_student_from_the_teacher_has_its_every_second_layer(tiny, narrow_teacher, corpus):
-    arm = train.make_arm(tiny(init="teacher"), TokenDirectory(corpus))
+    arm = make_arm(tiny(init="teacher"), TokenDirectory(corpus))
     teacher = checkpoint.load_mlm(narrow_teacher).model
     pairs = zip([*arm.student.bert.encoder["layer"]], [teacher.bert.encoder["layer"][i] for i in (0, 2)], strict=True)
     ends = (arm.student.cls, teacher.cls), (arm.student.bert.embeddings, teacher.bert.embeddings)
     for ours, theirs in [*pairs, *ends]:
         assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
     assert arm.teacher is None                                          # no_kd reads it for its weights alone
-    assert train.make_arm(tiny(strategy="distilbert"), TokenDirectory(corpus)).strategy.init == "teacher"
+    assert make_arm(tiny(strategy="distilbert"), TokenDirectory(corpus)).strategy.init == "teacher"
 
 
 @pytest.mark.parametrize("strategy", AS_RELEASED)
@@ -207,7 +209,7 @@ def test_as_released_says_so_everywhere_computes_everything_and_keeps_the_teache
     summary = train.train(config, say=said.append)
     assert summary["as_released"] and summary["label"] == f"{strategy} AS RELEASED (for science only)"
     assert any(summary["label"] in line for line in said) and any("dropout is on" in line for line in said)
-    arm = train.make_arm(config, TokenDirectory(config.data))
+    arm = make_arm(config, TokenDirectory(config.data))
     asked = []
     arm.run_student, student = lambda *a, **k: asked.append(k["want"]) or student(*a, **k), arm.run_student
     arm.run_teacher, teacher = lambda *a, **k: asked.append(k["want"]) or teacher(*a, **k), arm.run_teacher
@@ -227,7 +229,7 @@ def test_the_table_at_the_start_names_every_term_its_weight_and_its_value(tiny):
 def test_minilmv2_takes_the_21st_of_24_layers(teacher_layers, given, expected):
     config = train.Config(strategy="minilmv2", budget_steps=1, teacher_layer=given)
     with torch.device("meta"):
-        arm = train.Arm(config, BertForMaskedLM(BertConfig.of_size("2L64")),
+        arm = Arm(config, BertForMaskedLM(BertConfig.of_size("2L64")),
                         BertForMaskedLM(BertConfig.of_size(f"{teacher_layers}L128")))
     assert arm.teacher_layers == (expected,) and arm.relation_heads == 8
 
@@ -245,7 +247,7 @@ def test_each_strategy_costs_no_more_flops_than_its_loss_needs(sizes):
     student, teacher = (BertConfig.of_size(size, vocab_size=30528) for size in sizes)
 
     def cost(name):
-        return [f / 128 / 1e6 for f in train.flops_per_block(train.Config(strategy=name), student, teacher)]
+        return [f / 128 / 1e6 for f in flops_per_block(train.Config(strategy=name), student, teacher)]
     assert cost("no_kd") == [pytest.approx(no_kd, rel=0.02), 0]
     assert cost("vanilla_kd")[1] == pytest.approx(teacher_forward, rel=0.02)
     for name, ratio in ratios.items():
@@ -269,7 +271,7 @@ def test_a_token_budget_counts_tokens(tiny):
 
 
 def test_bf16_and_compile_flags_reach_the_step(tiny, corpus):
-    arm = train.make_arm(tiny(strategy="vanilla_kd", bf16=True), TokenDirectory(corpus))
+    arm = make_arm(tiny(strategy="vanilla_kd", bf16=True), TokenDirectory(corpus))
     assert next(arm.teacher.parameters()).dtype == torch.bfloat16
     assert next(arm.student.parameters()).dtype == torch.float32
     assert TINY["bf16"] is False

@@ -1,0 +1,289 @@
+"""One strategy's student, teacher, projections and optimizer, and one micro-batch of work on them.  Read it third.
+
+`make_arm` builds an Arm from a configuration, the data's vocabulary and the teacher's files; `Arm.forward` is what a
+step costs: the teacher and the student leave behind what the strategy asks for, and no more.  `flops_per_block` counts
+it.  The loop around it is in train.py.
+"""
+import contextlib
+import dataclasses
+import os
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
+
+import checkpoint
+from cli import UserError
+from kd_losses import STRATEGIES, Context, loss_terms, projections, relation_head_count
+from model import BertConfig, BertForMaskedLM
+
+
+class Ranks:
+    """The processes of a torchrun, or this one alone.  Every decision is taken on sums that all ranks see alike."""
+
+    def __init__(self, device):
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if self.size > 1 and not dist.is_initialized():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+
+    def sum(self, values):
+        """The tensor's sum over ranks, as a list.  For a tensor on the device it waits for the device."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values.tolist()
+
+
+class Stopped(Exception):
+    """SIGTERM or SIGINT came: the run ends with a checkpoint of its last finished step."""
+
+
+class WithProjections(torch.nn.Module):
+    """The student with its projections as one module, so that DistributedDataParallel sees all that is trained."""
+
+    def __init__(self, student, proj):
+        super().__init__()
+        self.student, self.proj = student, proj
+
+    def forward(self, *args, **named):
+        return self.student(*args, **named)
+
+
+class Arm:
+    """One strategy's student, teacher, projections and optimizer, and one micro-batch of work on them."""
+
+    def __init__(self, config, student, teacher=None):
+        self.config, self.strategy, self.student, self.teacher = config, config.kind, student, teacher
+        self.device = next(student.parameters()).device
+        self.ranks = Ranks(self.device)
+        self.bf16 = multiplies_in_bf16(self.device) if config.bf16 is None else config.bf16
+        self.peak_lr = config.peak_lr if config.peak_lr is not None else self.strategy.peak_lr
+        student_c, teacher_c = student.config, teacher.config if teacher else student.config
+        self.teacher_layers = self.strategy.layers
+        self.relation_heads = config.relation_heads or relation_head_count(student_c.hidden_size, teacher_c.hidden_size)
+        if self.strategy.as_released:
+            self.relation_heads = student_c.num_attention_heads
+        layer = config.teacher_layer
+        if layer is None and config.strategy == "minilmv2" and teacher_c.num_hidden_layers == 24:
+            layer = 20                                                  # the 21st (arXiv 2012.15828, section 4)
+        if layer is not None:
+            self.teacher_layers = (layer, *self.strategy.layers[1:])
+        self.proj = projections(self.strategy, student_c.hidden_size, teacher_c.hidden_size).to(self.device)
+
+        if teacher:
+            # bf16 weights, not autocast: the teacher is never updated, so there is no need to cast at each step.
+            # The released code leaves the teacher's dropout on.
+            teacher.to(torch.bfloat16 if self.bf16 else None).train(self.strategy.as_released).requires_grad_(False)
+        compiled = self.compiled = config.compile if config.compile is not None else self.device.type == "cuda"
+        prepare = (lambda f: torch.compile(f, fullgraph=True, dynamic=False)) if compiled else (lambda f: f)
+        self.run_student, self.run_teacher = prepare(student), prepare(teacher) if teacher else None
+        self.loss_terms = prepare(loss_terms)
+
+    def make_optimizer(self):
+        """Freezes what the loss does not reach, then makes the optimizer and, under torchrun, the DDP wrapper."""
+        began = time.monotonic()
+        self.freeze_unreached()
+        trained = self.trained = [p for m in (self.student, self.proj) for p in m.parameters() if p.requires_grad]
+        if self.ranks.size > 1:
+            self.run_student = self.wrapper = DistributedDataParallel(WithProjections(self.student, self.proj))
+            if self.compiled:
+                self.run_student = torch.compile(self.wrapper, dynamic=False)
+            self.forward(*self.dummy())[0].backward()                   # first use connects the ranks
+            for p in trained:
+                p.grad = None
+        self.warm_up_seconds = time.monotonic() - began
+        self.optimizer = torch.optim.AdamW(
+            [{"params": [p for p in trained if p.ndim > 1], "weight_decay": self.config.weight_decay},
+             {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}],   # biases and LayerNorm
+            lr=self.peak_lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
+
+    def synchronised(self, last):
+        """Gradients travel between ranks in the last micro-batch of a step only."""
+        return contextlib.nullcontext() if last or self.ranks.size == 1 else self.wrapper.no_sync()
+
+    def gradient_norm(self):
+        return torch.nn.utils.get_total_norm([p.grad for p in self.trained])
+
+    def update(self, lr, norm):
+        if self.config.clip:
+            torch.nn.utils.clip_grads_with_norm_(self.trained, self.config.clip, torch.tensor(norm))
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def to_device(self, batch):
+        def tensor(a):
+            t = torch.from_numpy(a)
+            return t.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else t
+        return tensor(batch.ids), tensor(batch.masked), tensor(batch.labels).flatten()
+
+    def forward(self, ids, masked, labels, stages=None):
+        """(total, {term: value}) of one micro-batch: what the strategy asks of both sides, and no more."""
+        t, strategy = {}, self.strategy
+        if self.teacher and strategy.needs("teacher"):
+            with torch.no_grad():
+                t = self.run_teacher(ids, masked, want=strategy.needs("teacher"), qkv_layers=self.teacher_layers)
+            if stages:
+                stages.mark("teacher")
+        with autocast(self.device, self.bf16):
+            s = self.run_student(ids, masked, want=strategy.needs("student"), qkv_layers=strategy.layers)
+            context = Context(labels, strategy.tau, self.relation_heads, self.proj)
+            return self.loss_terms(strategy, s, t, context)
+
+    def dummy(self):
+        """(ids, masked, labels) of a micro-batch's shape."""
+        B, S = self.config.micro_batch, self.config.seq_len
+        k = round(0.15 * S)
+        return (torch.zeros(B, S, dtype=torch.long, device=self.device),
+                torch.arange(k, device=self.device).expand(B, k).contiguous(),
+                torch.zeros(B * k, dtype=torch.long, device=self.device))
+
+    def freeze_unreached(self):
+        """One forward and backward pass on dummy data: compiles, and freezes what the loss does not reach (MiniLM
+        leaves the last output projection and feed-forward without a gradient, TinyBERT the LM head)."""
+        total, _ = self.forward(*self.dummy())
+        total.backward()
+        for p in self.student.parameters():
+            p.requires_grad_(p.grad is not None)
+            p.grad = None
+        self.proj.zero_grad()
+
+    @torch.no_grad()
+    def validate(self, blocks, signals=(), model=None):
+        """Means over the validation blocks: the strategy's terms, or the MLM loss of another `model`."""
+        size = min(self.config.micro_batch, blocks.count, self.config.val_blocks)
+        means, teacher_was = {}, self.teacher and self.teacher.training
+        self.student.eval()
+        if self.teacher:
+            self.teacher.eval()
+        for i in range(min(self.config.val_blocks, blocks.count) // size):
+            if signals:
+                raise Stopped
+            ids, masked, labels = self.to_device(blocks.batch(i, size))
+            if model is None:
+                _, terms = self.forward(ids, masked, labels)
+            else:
+                logits = model(ids, masked, want=("logits",))["logits"]
+                terms = {"mlm": torch.nn.functional.cross_entropy(logits.float(), labels)}
+            for name, value in terms.items():
+                means.setdefault(name, []).append(value.item())
+        self.student.train()
+        if self.teacher:
+            self.teacher.train(teacher_was)
+        return {name: float(np.mean(values)) for name, values in means.items()}
+
+
+def autocast(device, bf16):
+    return torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
+
+
+def student_shape(config, directory):
+    try:
+        return BertConfig.of_size(
+            config.size, config.heads, vocab_size=len(directory.vocab), pad_token_id=directory.special["[PAD]"],
+            hidden_dropout_prob=config.dropout, attention_probs_dropout_prob=config.dropout,
+            max_position_embeddings=max(512, config.seq_len))
+    except ValueError as e:
+        raise UserError(f"--size: {e}") from None
+
+
+def initial_student(config, directory):
+    """The student before its first step: the same random weights in every arm of a seed, LM head included."""
+    shape = student_shape(config, directory)
+    torch.manual_seed(config.seed)
+    return BertForMaskedLM(shape)
+
+
+def make_arm(config, directory):
+    """The arm on its device, from the configuration, the data's vocabulary and the teacher's files."""
+    device = torch.device(config.device or (
+        f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    student, strategy, teacher = initial_student(config, directory), config.kind, None
+    if strategy.needs("teacher") or strategy.init == "teacher":
+        path = checkpoint.find_model(config.teacher)
+        checkpoint.same_vocabulary(directory.read_tokenizer(), path)
+        teacher, missing, ignored = checkpoint.load_mlm(path, len(directory.vocab))
+        check_teacher(config, student.config, teacher.config, head=not missing)
+        if strategy.init == "teacher":
+            start_from(student, teacher)
+        teacher = teacher.to(device) if strategy.needs("teacher") else None
+    arm = Arm(config, student.to(device), teacher)
+    arm.teacher_has_head = teacher is not None and not missing
+    arm.teacher_ignored = ignored if teacher is not None else []
+    arm.make_optimizer()
+    return arm
+
+
+def check_teacher(config, student, teacher, head):
+    """Refuses a teacher that the strategy cannot use, saying which strategy can."""
+    strategy, name = config.kind, f"--teacher {config.teacher}"
+    if not head and ("logits" in strategy.needs("teacher") or strategy.init == "teacher"):
+        able = [n for n, s in STRATEGIES.items() if s.needs("teacher") and "logits" not in s.needs("teacher")]
+        raise UserError(f"{name} has no LM head, which {config.label} needs; these do without: {', '.join(able)}")
+    if strategy.same_heads and student.num_attention_heads != teacher.num_attention_heads:
+        raise UserError(f"{config.label} compares attention head by head, but the student has "
+                        f"{student.num_attention_heads} heads and the teacher {teacher.num_attention_heads}: give "
+                        f"--heads {teacher.num_attention_heads}, or take --strategy minilmv2")
+    if (strategy.same_width or strategy.init == "teacher") and student.hidden_size != teacher.hidden_size:
+        raise UserError(f"{config.label}{' --init teacher' if not strategy.same_width else ''} needs a student as wide "
+                        f"as its teacher: {student.hidden_size} and {teacher.hidden_size}; give --size "
+                        f"{student.num_hidden_layers}L{teacher.hidden_size}")
+    if strategy.init == "teacher" and (student.num_hidden_layers > teacher.num_hidden_layers
+                                       or student.intermediate_size != teacher.intermediate_size
+                                       or student.num_attention_heads != teacher.num_attention_heads
+                                       or student.hidden_act != teacher.hidden_act):
+        raise UserError(f"--init teacher: the student ({student.size}) must be the teacher ({teacher.size}) with fewer "
+                        f"layers: give --heads {teacher.num_attention_heads} and a depth of at most "
+                        f"{teacher.num_hidden_layers}")
+    layers = teacher.num_hidden_layers
+    if config.teacher_layer is not None and not -layers <= config.teacher_layer < layers:
+        raise UserError(f"--teacher-layer {config.teacher_layer}: the teacher has {layers} layers")
+    if config.relation_heads and (student.hidden_size % config.relation_heads
+                                  or teacher.hidden_size % config.relation_heads):
+        raise UserError(f"--relation-heads {config.relation_heads} does not divide the widths {student.hidden_size} "
+                        f"and {teacher.hidden_size}")
+    if teacher.max_position_embeddings < config.seq_len:
+        raise UserError(f"--seq-len {config.seq_len}: the teacher has {teacher.max_position_embeddings} positions only")
+
+
+def start_from(student, teacher):
+    """Copies embeddings, LM head and every so-many-th layer of the teacher: 0, 2, 4, ... for half its depth."""
+    every = teacher.config.num_hidden_layers / student.config.num_hidden_layers
+    weights, prefix = teacher.state_dict(), "bert.encoder.layer."
+    for name, p in student.state_dict().items():
+        if name.startswith(prefix):
+            layer, rest = name.removeprefix(prefix).split(".", 1)
+            name = f"{prefix}{int(int(layer) * every)}.{rest}"
+        rows = min(len(p), len(weights[name]))                          # position embeddings may differ in number
+        p[:rows].copy_(weights[name][:rows])
+
+
+def flops_per_block(config, student, teacher=None):
+    """(of the student, of the teacher): the matmul FLOPs that one block costs in training, from two BertConfigs.
+
+    torch's own counter over the real step on the meta device (1 multiply-add = 2 FLOP), losses included.  It is what
+    --budget-flops spends, the same on every machine."""
+    with torch.device("meta"):
+        arm = Arm(dataclasses.replace(config, micro_batch=1, bf16=False, compile=False), BertForMaskedLM(student),
+                  BertForMaskedLM(teacher) if teacher and config.kind.needs("teacher") else None)
+        of_teacher, of_step = FlopCounterMode(display=False), FlopCounterMode(display=False)
+        ids, masked, labels = arm.dummy()
+        if arm.teacher:
+            with of_teacher:
+                arm.teacher(ids, masked, want=arm.strategy.needs("teacher"), qkv_layers=arm.teacher_layers)
+        with of_step:
+            total, _ = arm.forward(ids, masked, labels)
+            total.backward()
+    teacher_flops = of_teacher.get_total_flops()
+    return of_step.get_total_flops() - teacher_flops, teacher_flops
+
+
+def multiplies_in_bf16(device):
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
