@@ -375,3 +375,37 @@ def test_memory_stays_flat(tiny):
         except (OSError, IndexError):
             break
     assert process.wait() == 0 and max(rss[-5:]) < 1.02 * rss[len(rss) // 5]
+
+
+RANK_1_IS_DIFFERENT = """
+import math, os, sys, time
+import arm, cli, train
+skew = 1e6 if os.environ["RANK"] == "1" else 0.0
+whole, calls = arm.loss_terms, []
+
+def spoilt(*args):
+    total, terms = whole(*args)
+    calls.append(1)
+    bad = os.environ["RANK"] == "1" and len(calls) > int(os.environ["SPOIL_AFTER"])
+    return total * (math.nan if bad else 1.0), {k: v * (math.nan if bad else 1.0) for k, v in terms.items()}
+arm.loss_terms = spoilt
+cli.run(lambda config: train.train(config, now=lambda: time.monotonic() * (3 if skew else 1) + skew), train.Config, "")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spoil_after", [40, 10 ** 9])
+def test_ranks_whose_clocks_or_losses_differ_take_the_same_decisions(tiny, tmp_path, spoil_after):
+    """F9, F20: a NaN on one rank stops both before the update; a clock that runs three times as fast, neither."""
+    (tmp_path / "different.py").write_text(RANK_1_IS_DIFFERENT)
+    config = tiny(strategy="vanilla_kd", budget_steps=None, budget_hours=3 / 3600, micro_batch=4, **OFTEN)
+    arguments = torchrun(config, PYTHONPATH=str(ROOT), SPOIL_AFTER=str(spoil_after))
+    arguments["args"][arguments["args"].index(str(ROOT / "train.py"))] = str(tmp_path / "different.py")
+    done = subprocess.run(**arguments, timeout=120)
+    if spoil_after < 10 ** 9:
+        assert done.returncode != 0 and done.stderr.count("mlm and soft_ce") == 2           # said by both ranks
+        assert all(t.isfinite().all() for t in weights(config.out).values())
+    else:
+        assert done.returncode == 0, done.stderr
+        summary = json.loads((Path(config.out) / "summary.json").read_text())
+        assert 3 <= summary["charged_seconds"] < 4 and summary["ranks"] == 2
