@@ -4,14 +4,14 @@
     python finetune_glue.py --model runs/tinybert/model --glue-dir glue --tasks rte,cola --quick    # one grid point
     python finetune_glue.py --model runs/tinybert/model --tasks reviews=data/reviews/   # train.tsv and dev.tsv
 
-`--glue-dir` holds the official TSVs (CoLA/train.tsv, ...); a task that is not there comes from the Hub (nyu-mll/glue).
-Your own TSV has a header line, then one or two columns of text and the label: a whole number from 0, or a score where
-the header calls the last column `score`.
+`--glue-dir` holds the official TSVs (CoLA/train.tsv, ...); a task absent there comes from the Hub (nyu-mll/glue).
+Your own TSV has a header line, then one or two columns of text and the label: a whole number from 0, or a score
+where the header calls the last column `score`.
 
-The recipe is the paper's (arXiv 2404.19319): AdamW, batch {16, 32} x lr {1e-5, 3e-5, 5e-5, 8e-5}, 5 epochs, linear
-decay, 128 ids, dropout 0.1.  Ours: 6% warm-up, of which the paper says nothing; the grid runs on seed 0 and the point
-that it picks on other seeds, because the best of a grid on dev is too good to be true; the score is that of the last
-step.  A seed sets the new head, the order of the examples and dropout.
+The recipe is the paper's (arXiv 2404.19319): AdamW, batch {16, 32} x lr {1e-5, 3e-5, 5e-5, 8e-5}, 5 epochs,
+linear decay, 128 ids, dropout 0.1.  Ours: 6% warm-up, of which the paper says nothing; the grid runs on seed 0 and
+the point that it picks on other seeds, because the best of a grid on dev is too good to be true; the score is that
+of the last step.  A seed sets the new head, the order of the examples and dropout.
 
 Every trial (task, batch, lr, seed) is a file, OUT/trials/*.json, with the dev logits beside it (.npy).  What is
 finished never runs again, so the same command goes on after a kill, and processes that share OUT share the work.
@@ -87,7 +87,8 @@ TASKS = {
                  ("accuracy",), dict(train=392702, dev_matched=9815, dev_mismatched=9832)),
     "qnli": Task("QNLI", (1, 2), -1, ("question", "sentence"), ENTAILMENT, ("accuracy",),
                  dict(train=104743, dev=5463)),
-    "rte": Task("RTE", (1, 2), -1, ("sentence1", "sentence2"), ENTAILMENT, ("accuracy",), dict(train=2490, dev=277)),
+    "rte": Task("RTE", (1, 2), -1, ("sentence1", "sentence2"), ENTAILMENT, ("accuracy",),
+                dict(train=2490, dev=277)),
     "wnli": Task("WNLI", (1, 2), -1, ("sentence1", "sentence2"), BINARY, ("accuracy",), dict(train=635, dev=71)),
 }
 PAPER = ("qnli", "sst2", "mnli", "mrpc", "qqp", "rte", "cola")     # the columns of its Table 2, which it averages
@@ -177,8 +178,8 @@ def read_hub(name, task, file):
     except ImportError:
         raise UserError(f"{where} needs pyarrow: pip install pyarrow, or give --glue-dir") from None
     except Exception as e:      # no network, no such file, not a parquet: whatever the two libraries raise
-        raise UserError(f"{where} is not to be had ({type(e).__name__}): give --glue-dir with {task.folder}/ in it, "
-                        f"or leave {name} out of --tasks") from None
+        raise UserError(f"{where} is not to be had ({type(e).__name__}): give --glue-dir with {task.folder}/ in "
+                        f"it, or leave {name} out of --tasks") from None
     if task.labels and not set(table["label"]) <= set(range(len(task.labels))):     # -1 in the test splits
         raise UserError(f"{where}: labels beyond 0 to {len(task.labels) - 1}: these are not the labelled examples")
     return list(zip(*(table[c] for c in task.columns), strict=True)), table["label"], 0
@@ -195,14 +196,14 @@ def read_task(name, task, glue_dir, say=print):
         if not n:
             raise UserError(f"{where}: no examples in it")
         if official and not n - slack <= official <= n + bad + slack:
-            raise UserError(f"{where}: {n:,} examples, but GLUE's {task.folder} has {official:,}: the file is cut, of "
-                            f"another version, or without its header line")
+            raise UserError(f"{where}: {n:,} examples, but GLUE's {task.folder} has {official:,}: the file is "
+                            f"cut, of another version, or without its header line")
         parts[file] = sentences, np.array(labels, np.float32 if task.labels == () else np.int64)
     if task.labels is None:
         classes = set(parts["train"][1].tolist())
         if len(classes) < 2 or max(classes) >= len(classes) or not set(parts["dev"][1].tolist()) <= classes:
-            raise UserError(f"{folder}: the labels of train.tsv are not 0, 1, ... without a gap, or dev.tsv has others "
-                            f"(a column of scores is called `score` in the header)")
+            raise UserError(f"{folder}: the labels of train.tsv are not 0, 1, ... without a gap, or dev.tsv has "
+                            f"others (a column of scores is called `score` in the header)")
     return parts
 
 
@@ -246,7 +247,7 @@ METRICS = dict(accuracy=accuracy, f1=f1, matthews=matthews, pearson=pearson, spe
 
 
 def evaluate(task, p, labels):
-    """({metric: percent}, collapsed) of predictions: one class for every example, or scores within 1% of the range."""
+    """({metric: percent}, collapsed) of predictions; collapsed: all one class, or within 1% of the scores' range."""
     return ({m: 100 * float(METRICS[m](p, labels)) for m in task.metrics},
             bool(np.ptp(p) <= 0.01 * np.ptp(labels)))
 
@@ -284,7 +285,7 @@ def forward(model, examples, pad_id):
 
 
 def batches(lengths, batch_size, epochs, seed):
-    """Index arrays: every example once an epoch, examples of like length together, in an order that `seed` draws."""
+    """Index arrays: every example once an epoch, examples of like length together, as `seed` draws them."""
     rng = np.random.default_rng(seed)
     for _ in range(epochs):
         # shuffled, then sorted by length within windows of 50 batches: little padding, and still another order
@@ -338,7 +339,7 @@ def predict(model, examples, pad_id, batch_size=64):
 
 def write(file, dump):
     """dump(open file) under a name of its own first, so that `file` is always whole."""
-    part = file.with_name(file.name + ".part")
+    part = file.with_name(f"{file.name}.{os.getpid()}.part")
     with open(part, "wb") as f:
         dump(f)
         f.flush()
@@ -360,7 +361,10 @@ def trial(file, settings, run):
                 write(file.with_suffix(".npy"), lambda f: np.save(f, logits))
                 write(file, lambda f: f.write(json.dumps(dict(result, settings=settings), indent=1).encode()))
         lock.unlink(missing_ok=True)
-    result = json.loads(file.read_text())
+    try:
+        result = json.loads(file.read_text())
+    except ValueError:
+        raise UserError(f"{file} is damaged: delete it and run this again") from None
     differ = [k for k in settings if settings[k] != result["settings"].get(k)]
     if differ:
         raise UserError(f"{file} was run with another {', '.join(differ)}: give another --out, or delete it")
@@ -398,8 +402,8 @@ def fit(setup, file, batch, lr, seed):
     setup.say(f"{name} batch {batch} lr {lr:g} seed {seed}: {text} ({seconds:.0f} s, {len(losses)} steps)")
     if config.save:
         checkpoint.save_model(file.with_suffix(""), model, setup.tokenizer, card=(
-            f"---\nlibrary_name: transformers\ntags: [bert, nanokd]\n---\n\n`{config.model}` fine-tuned by nanoKD on "
-            f"{name} (batch {batch}, lr {lr:g}, seed {seed}): {text} on {len(dev[0][1]):,} dev examples.\n"))
+            f"---\nlibrary_name: transformers\ntags: [bert, nanokd]\n---\n\n`{config.model}` fine-tuned by nanoKD "
+            f"on {name} (batch {batch}, lr {lr:g}, seed {seed}): {text} on {len(dev[0][1]):,} dev examples.\n"))
     return dict(scores=scores, collapsed=collapsed, seconds=seconds), np.concatenate(logits)
 
 
@@ -449,8 +453,8 @@ def score_task(setup, out):
 def line(name, r):
     """A task's result in one line."""
     values = [f"{m} {v['mean']:.1f} ± {v['std']:.1f}" for m, v in [(r["metric"], r), *r["others"].items()]]
-    return (f"{name}: {', '.join(values)} over {len(r['scores'])} seeds (batch {r['batch_size']}, lr {r['peak_lr']:g}; "
-            f"{r['trials']} trials), n = {r['n']:,}, majority class {r['majority']:.1f}"
+    return (f"{name}: {', '.join(values)} over {len(r['scores'])} seeds (batch {r['batch_size']}, "
+            f"lr {r['peak_lr']:g}; {r['trials']} trials), n = {r['n']:,}, majority class {r['majority']:.1f}"
             + (f"; {r['collapsed']} of {len(r['scores'])} COLLAPSED" if r["collapsed"] else ""))
 
 
@@ -480,7 +484,7 @@ def score(config, say=print):
     path, tasks = checkpoint.find_model(config.model), parse_tasks(config.tasks)
     model, tokenizer = checkpoint.read_config(path), checkpoint.read_tokenizer(path)
     if not 8 <= config.max_len <= model.max_position_embeddings:
-        raise UserError(f"--max-len {config.max_len}: {path} has positions for 8 to {model.max_position_embeddings}")
+        raise UserError(f"--max-len {config.max_len}: {path} takes 8 to {model.max_position_embeddings}")
     if tokenizer.get_vocab_size() > model.vocab_size:
         raise UserError(f"{path}: config.json has vocab_size {model.vocab_size}, its tokenizer "
                         f"{tokenizer.get_vocab_size()} tokens")

@@ -379,6 +379,12 @@ def test_the_grid_runs_on_one_seed_and_the_best_point_on_fresh_ones(teacher, tas
             ft.score(dataclasses.replace(config, **{} if change == "examples" else {change: 2}), said.append)
 
 
+def test_a_damaged_trial_is_named(tmp_path):
+    (tmp_path / "t.json").write_text('{"scores"')
+    with pytest.raises(UserError, match="t.json is damaged: delete it"):
+        ft.trial(tmp_path / "t.json", {}, None)
+
+
 def test_shards_split_the_grid_and_then_the_seeds(teacher, task):
     config, said = config_of(teacher, task), {"1/2": [], "2/2": []}
     for shard in ("1/2", "2/2", "1/2"):
@@ -414,7 +420,7 @@ def test_a_killed_grid_goes_on_and_two_processes_share_it(teacher, task):
     ran = [line.partition(":")[0] for text, _ in out for line in text.splitlines()]
     assert len(ran) == len(set(ran)) == 6 - len(stamps)
     assert all(f.stat().st_mtime_ns == stamp for f, stamp in stamps.items())
-    assert not [f for f in trials.iterdir() if f.suffix not in (".json", ".npy")] and len(list(trials.iterdir())) == 12
+    assert sorted(f.suffix for f in trials.iterdir() if f.suffix != ".part") == [".json"] * 6 + [".npy"] * 6
     whole = ft.score(dataclasses.replace(config, out=str(task.parent / "whole")), lambda line: None)
     assert out[0][1] == out[1][1] == ft.line("own", whole["tasks"]["own"]) + "\n"
 
