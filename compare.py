@@ -118,25 +118,20 @@ def compare(config):
     rows[-1]["val"] = dict(mlm=next((row["teacher_mlm"] for row in rows if row.get("teacher_mlm")), None))
     print(f"\nfine-tuning {len(rows)} models on {Path(config.task_dir).name}, {config.finetune_seeds} seeds each")
     for row in rows:
-        row["task"] = finetune_once(config, row["model"], out / f"{row['name'].replace(' ', '_')}.task.json")
+        row["task"] = finetune_once(config, row["model"], out / "glue" / row["name"].replace(" ", "_"))
     base = next((row["task"]["mean"] for row in rows if row["name"] == "no_kd"), None)
     for row in rows:
         row["delta"] = None if base is None or row["name"] == "no_kd" else row["task"]["mean"] - base
     return rows
 
 
-def finetune_once(config, model, file):
-    """The scores of one model, from `file` where the same fine-tuning has been done before."""
-    wanted = finetune_glue.Config(model=model, task_dir=config.task_dir, seeds=config.finetune_seeds,
-                                  peak_lr=config.finetune_lr, epochs=config.finetune_epochs, max_len=config.max_len)
-    if file.exists():
-        done = json.loads(file.read_text())
-        if done["config"] == dataclasses.asdict(wanted):
-            return done
-    result = dict(finetune_glue.score(wanted, lambda line: print(f"{model}: {line}")),
-                  config=dataclasses.asdict(wanted))
-    file.write_text(json.dumps(result, indent=1) + "\n")
-    return result
+def finetune_once(config, model, out):
+    """The scores of one model on the task; trials that `out` holds are not run again."""
+    result = finetune_glue.score(finetune_glue.Config(
+        model=model, tasks=f"task={config.task_dir}", batch_sizes="32", peak_lrs=str(config.finetune_lr),
+        seeds=config.finetune_seeds, epochs=config.finetune_epochs, max_len=config.max_len, out=str(out)),
+        lambda line: print(f"{model}: {line}"))
+    return result["tasks"]["task"]
 
 
 # ------------------------------------------------------------------------------------------------------- output

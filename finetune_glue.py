@@ -1,20 +1,39 @@
-"""Fine-tune a model directory on a labelled task and score it.  Read it sixth.
+"""Fine-tune a model directory on GLUE, or on labelled text of your own, and score it.  Read it sixth.
 
-    python finetune_glue.py --model runs/tinybert/model --task-dir glue/SST-2 --seeds 3
+    python finetune_glue.py --model runs/tinybert/model --glue-dir glue                 # the paper's grid, 3 seeds
+    python finetune_glue.py --model runs/tinybert/model --glue-dir glue --tasks rte,cola --quick    # one grid point
+    python finetune_glue.py --model runs/tinybert/model --tasks reviews=data/reviews/   # train.tsv and dev.tsv
 
-A task directory holds train.tsv and dev.tsv in SST-2's form: a header line, then `sentence <tab> label`, the label a
-whole number from 0.  Every model is fine-tuned by the same recipe: AdamW, linear warm-up and decay, the score of the
-last step (not the best on dev), on several seeds, which set the new head, the order of the examples and dropout.
+`--glue-dir` holds the official TSVs (CoLA/train.tsv, ...); a task absent there comes from the Hub (nyu-mll/glue).
+Your own TSV has a header line, then one or two columns of text and the label: a whole number from 0, or a score
+where the header calls the last column `score`.
+
+The recipe is the paper's (arXiv 2404.19319): AdamW, batch {16, 32} x lr {1e-5, 3e-5, 5e-5, 8e-5}, 5 epochs,
+linear decay, 128 ids, dropout 0.1.  Ours: 6% warm-up, of which the paper says nothing; the grid runs on seed 0 and
+the point that it picks on other seeds, because the best of a grid on dev is too good to be true; the score is that
+of the last step.  A seed sets the new head, the order of the examples and dropout.
+
+Every trial (task, batch, lr, seed) is a file, OUT/trials/*.json, with the dev logits beside it (.npy).  What is
+finished never runs again, so the same command goes on after a kill, and processes that share OUT share the work.
 """
+import fcntl
+import hashlib
+import itertools
 import json
 import os
+import re
 import sys
+import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer
+from tokenizers.processors import BertProcessing
 from tqdm import tqdm
 
 import checkpoint
@@ -26,128 +45,481 @@ from train import learning_rate
 
 @dataclass
 class Config:
-    model: str                  # model directory or Hub id
-    task_dir: str               # directory with train.tsv and dev.tsv
-    seeds: int = 3              # fine-tuning runs: mean and standard deviation over them
-    peak_lr: float = 5e-5       # reached after 6% of the steps
-    batch_size: int = 32        # sentences
-    epochs: int = 5             # passes over train.tsv
-    max_len: int = 128          # ids a sentence is cut to, [CLS] and [SEP] included
-    dropout: float = 0.1        # in the encoder and before the classifier
-    out: str | None = None      # JSON file for the scores
-    save: str | None = None     # model directory for the classifier of the last seed
-    device: str | None = None   # default: cuda where there is one, else cpu
+    model: str                              # model directory or Hub id
+    glue_dir: str | None = None             # folder of the official TSVs; a task absent there comes from the Hub
+    tasks: str = "cola,sst2,mrpc,stsb,qqp,mnli,qnli,rte"    # GLUE's names (wnli too); name=DIR: your own TSVs
+    batch_sizes: str = "16,32"              # the grid: examples per step ...
+    peak_lrs: str = "1e-5,3e-5,5e-5,8e-5"   # ... times learning rates, each reached after 6% of the steps
+    quick: bool = False                     # one grid point, batch 32 and lr 5e-5, in the grid's place
+    seeds: int = 3                          # runs of the chosen point: mean and standard deviation over them
+    epochs: int = 5                         # passes over the training examples
+    max_len: int = 128                      # ids an example is cut to, [CLS] and [SEP] included
+    dropout: float = 0.1                    # in the encoder and before the classifier
+    shard: str | None = None                # i/n: only every n-th trial from the i-th; 1/2 and 2/2 share the work
+    out: str | None = None                  # directory of trials and glue.json; default: runs/glue/MODEL
+    save: bool = False                      # keep each trial's classifier too, a model directory beside its scores
+    device: str | None = None               # default: cuda where there is one, else cpu
 
 
-def read_tsv(path):
-    """(sentences, labels) of a TSV in SST-2's form."""
+# ---------------------------------------------------------------------------------------------------------- tasks
+
+class Task(NamedTuple):
+    folder: str             # of the official TSVs, or of one's own
+    text: tuple             # columns of the sentences, counted from 0
+    label: int              # column of the label; -1: the last
+    columns: tuple          # the sentences' names on the Hub
+    labels: tuple | None    # the TSV's labels in the order of their numbers; (): a score; None: whole numbers
+    metrics: tuple          # of METRICS; the first picks the grid point and stands for the task
+    rows: dict              # {file: official number of examples}: train, then one dev set or two
+    header: bool = True
+
+
+BINARY, ENTAILMENT = ("0", "1"), ("entailment", "not_entailment")
+TASKS = {
+    "cola": Task("CoLA", (3,), 1, ("sentence",), BINARY, ("matthews",), dict(train=8551, dev=1043), header=False),
+    "sst2": Task("SST-2", (0,), 1, ("sentence",), BINARY, ("accuracy",), dict(train=67349, dev=872)),
+    "mrpc": Task("MRPC", (3, 4), 0, ("sentence1", "sentence2"), BINARY, ("f1", "accuracy"),
+                 dict(train=3668, dev=408)),
+    "stsb": Task("STS-B", (7, 8), -1, ("sentence1", "sentence2"), (), ("pearson", "spearman"),
+                 dict(train=5749, dev=1500)),
+    "qqp": Task("QQP", (3, 4), 5, ("question1", "question2"), BINARY, ("accuracy", "f1"),
+                dict(train=363846, dev=40430)),
+    "mnli": Task("MNLI", (8, 9), -1, ("premise", "hypothesis"), ("entailment", "neutral", "contradiction"),
+                 ("accuracy",), dict(train=392702, dev_matched=9815, dev_mismatched=9832)),
+    "qnli": Task("QNLI", (1, 2), -1, ("question", "sentence"), ENTAILMENT, ("accuracy",),
+                 dict(train=104743, dev=5463)),
+    "rte": Task("RTE", (1, 2), -1, ("sentence1", "sentence2"), ENTAILMENT, ("accuracy",),
+                dict(train=2490, dev=277)),
+    "wnli": Task("WNLI", (1, 2), -1, ("sentence1", "sentence2"), BINARY, ("accuracy",), dict(train=635, dev=71)),
+}
+PAPER = ("qnli", "sst2", "mnli", "mrpc", "qqp", "rte", "cola")     # the columns of its Table 2, which it averages
+QUICK = (32, 5e-5)
+
+
+def parse_tasks(names):
+    """{name: Task} of "cola,mine=DIR"."""
+    tasks = {}
+    for name, _, directory in (part.strip().partition("=") for part in names.split(",")):
+        if not re.fullmatch(r"[\w.-]+", name) or name in tasks or (not directory and name not in TASKS):
+            raise UserError(f"--tasks {name!r}: unknown or given twice; of {', '.join(TASKS)}, or name=DIR for a "
+                            f"directory of your own with train.tsv and dev.tsv")
+        tasks[name] = own_task(Path(directory)) if directory else TASKS[name]
+    return tasks
+
+
+def own_task(directory):
+    header = read_lines(directory / "train.tsv")[0].split("\t")
+    if len(header) not in (2, 3):
+        raise UserError(f"{directory}/train.tsv, line 1: {len(header)} columns: a header of one or two columns of "
+                        f"text and the label, separated by tabs, belongs here")
+    score = header[-1].strip().lower() == "score"
+    return Task(str(directory), tuple(range(len(header) - 1)), -1, (), () if score else None,
+                ("pearson", "spearman") if score else ("accuracy",), dict(train=None, dev=None))
+
+
+# -------------------------------------------------------------------------------------------------------- reading
+
+def read_lines(path):
     try:
         # not splitlines(), which also breaks at U+2028; no csv quoting, since the official files have none
-        lines = Path(path).read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file: a task directory holds train.tsv and dev.tsv") from None
-    sentences, labels = [], []
-    for number, line in enumerate(lines[1:], 2):
-        fields = line.rstrip("\r").split("\t")
-        if len(fields) != 2 or not fields[1].isdecimal():
-            raise UserError(f"{path}, line {number}: not `sentence <tab> label`: {line[:60]!r}")
-        sentences.append(fields[0])
-        labels.append(int(fields[1]))
-    if not sentences:
-        raise UserError(f"{path}: no examples in it")
-    return sentences, np.array(labels)
+        raise UserError(f"{path}: no such file: a task's directory holds train.tsv and dev.tsv "
+                        f"(MNLI: dev_matched.tsv, dev_mismatched.tsv)") from None
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path}: not UTF-8 (byte {e.start:,})") from None
+    return [line.rstrip("\r") for line in lines]
 
+
+def number(task, field):
+    """The label as a number; ValueError where it is none of the task's."""
+    if task.labels:
+        return task.labels.index(field)
+    if task.labels is None and not field.isdecimal() or not np.isfinite(float(field)):
+        raise ValueError
+    return float(field) if task.labels == () else int(field)
+
+
+def read_tsv(path, task, say=print):
+    """(sentences, labels, rows left out): tuples of one or two sentences, and numbers.
+
+    A row of another width than the first line's (an extra tab, a field missing) or with an unknown label is left
+    out and listed; more than 0.1% of them are refused."""
+    lines = read_lines(path)
+    width, sentences, labels, bad = lines[0].count("\t") + 1, [], [], []
+    for at, line in enumerate(lines[task.header:], 1 + task.header):
+        fields = line.split("\t")
+        try:
+            if len(fields) != width or width <= max(*task.text, task.label):
+                raise IndexError
+            labels.append(number(task, fields[task.label]))
+            sentences.append(tuple(fields[i] for i in task.text))
+        except IndexError:
+            bad.append(f"line {at} has {len(fields)} fields, not {width}")
+        except ValueError:
+            bad.append(f"line {at} has the unknown label {fields[task.label][:40]!r}")
+    listed = "; ".join(bad[:10]) + (f"; and {len(bad) - 10} more" if len(bad) > 10 else "")
+    if len(bad) > 0.001 * (len(lines) - task.header):
+        raise UserError(f"{path}: {len(bad)} of {len(lines) - task.header:,} rows cannot be read: {listed}")
+    if bad:
+        say(f"{path}: left out: {listed}")
+    return sentences, labels, len(bad)
+
+
+def read_hub(name, task, file):
+    """As read_tsv, from nyu-mll/glue: huggingface_hub's cache or the network."""
+    split = file.replace("dev", "validation")
+    where = f"nyu-mll/glue, {name}/{split}"
+    try:
+        import huggingface_hub  # comes with tokenizers
+        import pyarrow.parquet
+        parquet = huggingface_hub.hf_hub_download(
+            "nyu-mll/glue", f"{name}/{split}-00000-of-00001.parquet", repo_type="dataset")
+        table = pyarrow.parquet.read_table(parquet, columns=[*task.columns, "label"]).to_pydict()
+    except ImportError:
+        raise UserError(f"{where} needs pyarrow: pip install pyarrow, or give --glue-dir") from None
+    except Exception as e:      # no network, no such file, not a parquet: whatever the two libraries raise
+        raise UserError(f"{where} is not to be had ({type(e).__name__}): give --glue-dir with {task.folder}/ in "
+                        f"it, or leave {name} out of --tasks") from None
+    if task.labels and not set(table["label"]) <= set(range(len(task.labels))):     # -1 in the test splits
+        raise UserError(f"{where}: labels beyond 0 to {len(task.labels) - 1}: these are not the labelled examples")
+    return list(zip(*(table[c] for c in task.columns), strict=True)), table["label"], 0
+
+
+def read_task(name, task, glue_dir, say=print):
+    """{file: (sentences, labels)}, train first; labels are whole numbers, or scores in float32."""
+    folder, parts = Path(glue_dir or "", task.folder), {}
+    from_hub = task.columns and not (glue_dir and folder.exists())
+    for file, official in task.rows.items():
+        where = f"nyu-mll/glue, {name}/{file}" if from_hub else folder / f"{file}.tsv"
+        sentences, labels, bad = read_hub(name, task, file) if from_hub else read_tsv(where, task, say)
+        n, slack = len(labels), 1e-5 * (official or 0)      # QQP's count differs by 3 rows between its readers
+        if not n:
+            raise UserError(f"{where}: no examples in it")
+        if official and not n - slack <= official <= n + bad + slack:
+            raise UserError(f"{where}: {n:,} examples, but GLUE's {task.folder} has {official:,}: the file is "
+                            f"cut, of another version, or without its header line")
+        parts[file] = sentences, np.array(labels, np.float32 if task.labels == () else np.int64)
+    if task.labels is None:
+        classes = set(parts["train"][1].tolist())
+        if len(classes) < 2 or max(classes) >= len(classes) or not set(parts["dev"][1].tolist()) <= classes:
+            raise UserError(f"{folder}: the labels of train.tsv are not 0, 1, ... without a gap, or dev.tsv has "
+                            f"others (a column of scores is called `score` in the header)")
+    return parts
+
+
+# -------------------------------------------------------------------------------------------------------- metrics
+
+def accuracy(p, y):
+    return np.mean(p == y)
+
+
+def f1(p, y):
+    """Of class 1: 2 TP / (2 TP + FP + FN)."""
+    positives = np.sum(p == 1) + np.sum(y == 1)
+    return 2 * np.sum((p == 1) & (y == 1)) / positives if positives else 0.0
+
+
+def matthews(p, y):
+    """(TP TN - FP FN) / sqrt((TP + FP) (TP + FN) (TN + FP) (TN + FN)); 0 where the denominator is."""
+    tp, tn, fp, fn = (float(np.sum((p == a) & (y == b))) for a, b in ((1, 1), (0, 0), (1, 0), (0, 1)))
+    denominator = np.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
+    return (tp * tn - fp * fn) / denominator if denominator else 0.0
+
+
+def pearson(p, y):
+    """Covariance over the product of standard deviations; 0 where one of them is 0 (undefined)."""
+    p, y = np.asarray(p, np.float64), np.asarray(y, np.float64)
+    if np.ptp(p) == 0 or np.ptp(y) == 0:        # asked of the values: after p - mean(p) rounding may leave 1e-17
+        return 0.0
+    p, y = p - p.mean(), y - y.mean()
+    return p @ y / np.sqrt((p @ p) * (y @ y))
+
+
+def spearman(p, y):
+    """Pearson of the ranks; equal values share the average of their ranks."""
+    def ranks(x):
+        _, which, counts = np.unique(x, return_inverse=True, return_counts=True)
+        return (np.cumsum(counts) - (counts - 1) / 2)[which]
+    return pearson(ranks(p), ranks(y))
+
+
+METRICS = dict(accuracy=accuracy, f1=f1, matthews=matthews, pearson=pearson, spearman=spearman)
+
+
+def evaluate(task, p, labels):
+    """({metric: percent}, collapsed) of predictions; collapsed: all one class, or within 1% of the scores' range."""
+    return ({m: 100 * float(METRICS[m](p, labels)) for m in task.metrics},
+            bool(np.ptp(p) <= 0.01 * np.ptp(labels)))
+
+
+# ---------------------------------------------------------------------------------------------------- fine-tuning
 
 def encode(tokenizer, sentences, max_len):
-    """One array of ids per sentence: [CLS] ... [SEP], cut to max_len."""
-    cls, sep = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
-    return [np.array([cls, *e.ids[:max_len - 2], sep])
-            for e in tokenizer.encode_batch(list(sentences), add_special_tokens=False)]
+    """One (2, S) array per example: ids, [CLS] a [SEP] or [CLS] a [SEP] b [SEP], over token types, 0 or 1.
+
+    What is longer than max_len loses the end of its longer sentence, or of both."""
+    tokenizer = Tokenizer.from_str(tokenizer.to_str())          # a copy: the model's own keeps its settings
+    tokenizer.post_processor = BertProcessing(*((t, tokenizer.token_to_id(t)) for t in ("[SEP]", "[CLS]")))
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(max_len)
+    examples = []
+    for at in range(0, len(sentences), 10_000):     # an Encoding takes a few kB, and MNLI has 400,000 of them
+        batch = [s if len(s) == 2 else s[0] for s in sentences[at:at + 10_000]]
+        examples += [np.array([e.ids, e.type_ids], np.int32) for e in tokenizer.encode_batch(batch)]
+    return examples
 
 
 def pad(examples, pad_id):
-    """(ids, real), both (B, S) with S the longest of these examples."""
-    ids = np.full((len(examples), max(map(len, examples))), pad_id)
-    for row, example in zip(ids, examples, strict=True):
-        row[:len(example)] = example
-    lengths = np.array([len(e) for e in examples])
-    return torch.from_numpy(ids), torch.from_numpy(np.arange(ids.shape[1]) < lengths[:, None])
+    """(ids, real, token_types), each (B, S) with S the longest of these examples; token_types None if all are 0."""
+    lengths = np.array([e.shape[1] for e in examples])
+    ids, types = np.full((len(examples), lengths.max()), pad_id), np.zeros((len(examples), lengths.max()), np.int64)
+    for row, type_row, example in zip(ids, types, examples, strict=True):
+        row[:example.shape[1]], type_row[:example.shape[1]] = example
+    real = np.arange(ids.shape[1]) < lengths[:, None]
+    return torch.from_numpy(ids), torch.from_numpy(real), torch.from_numpy(types) if types.any() else None
 
 
-def finetune(model, examples, labels, batch_size, epochs, peak_lr, seed, pad_id):
-    """Trains the classifier in place.  Batches hold examples of like length, in an order that `seed` draws."""
+def forward(model, examples, pad_id):
     device = next(model.parameters()).device
-    decay = [p for p in model.parameters() if p.ndim > 1]
-    plain = [p for p in model.parameters() if p.ndim < 2]
-    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.01}, {"params": plain, "weight_decay": 0.0}],
-                                  lr=peak_lr, fused=True)
-    lengths, rng, step = np.array([len(e) for e in examples]), np.random.default_rng(seed), 0
-    total = epochs * -(-len(examples) // batch_size)
-    model.train()
+    return model(*(x if x is None else x.to(device) for x in pad(examples, pad_id)))
+
+
+def batches(lengths, batch_size, epochs, seed):
+    """Index arrays: every example once an epoch, examples of like length together, as `seed` draws them."""
+    rng = np.random.default_rng(seed)
     for _ in range(epochs):
         # shuffled, then sorted by length within windows of 50 batches: little padding, and still another order
-        order = rng.permutation(len(examples))
+        order = rng.permutation(len(lengths))
         windows = [w[np.argsort(lengths[w], kind="stable")] for w in np.split(
             order, range(50 * batch_size, len(order), 50 * batch_size))]
-        batches = np.split(np.concatenate(windows), range(batch_size, len(order), batch_size))
-        for at in rng.permutation(len(batches)):
-            picked = batches[at]
-            ids, real = pad([examples[i] for i in picked], pad_id)
-            torch.manual_seed(int(hashed(seed, step) >> np.uint64(1)))                      # dropout
-            with torch.autocast(device.type, torch.bfloat16, enabled=multiplies_in_bf16(device)):
-                logits = model(ids.to(device), real.to(device))
-            F.cross_entropy(logits.float(), torch.from_numpy(labels[picked]).to(device)).backward()
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step / total, peak_lr)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            step += 1
+        epoch = np.split(np.concatenate(windows), range(batch_size, len(order), batch_size))
+        yield from (epoch[at] for at in rng.permutation(len(epoch)))
+
+
+def finetune(model, examples, labels, batch_size, epochs, peak_lr, seed, pad_id, name=""):
+    """Trains in place: cross-entropy for classes, mean squared error for scores.  Returns the loss of each step."""
+    device = next(model.parameters()).device
+    decay = [p for p in model.parameters() if p.ndim > 1]
+    plain = [p for p in model.parameters() if p.ndim < 2]           # biases and LayerNorm
+    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.01}, {"params": plain, "weight_decay": 0.0}],
+                                  lr=peak_lr, fused=True)
+    total, losses = epochs * -(-len(examples) // batch_size), []
+    order = batches(np.array([e.shape[1] for e in examples]), batch_size, epochs, seed)
+    model.train()
+    for step, picked in enumerate(tqdm(order, desc=name, total=total, leave=False, disable=None)):
+        torch.manual_seed(int(hashed(seed, step) >> np.uint64(1)))                          # dropout
+        with torch.autocast(device.type, torch.bfloat16, enabled=multiplies_in_bf16(device)):
+            logits = forward(model, [examples[i] for i in picked], pad_id).float()          # (B, num_labels)
+        y = torch.from_numpy(labels[picked]).to(device)
+        loss = F.mse_loss(logits[:, 0], y) if y.is_floating_point() else F.cross_entropy(logits, y)
+        loss.backward()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step / total, peak_lr)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.detach())                    # read at the end: .item() here would wait for the device
+    return torch.stack(losses).tolist()
 
 
 @torch.no_grad()
 def predict(model, examples, pad_id, batch_size=64):
-    """(n, num_labels) logits, in the examples' order."""
-    device = next(model.parameters()).device
+    """(n, num_labels) logits, in the examples' order; in fp32, where they do not depend on the batch size."""
     model.eval()
-    order = np.argsort([len(e) for e in examples], kind="stable")
+    order = np.argsort([e.shape[1] for e in examples], kind="stable")
     logits = [None] * len(examples)
     for at in range(0, len(order), batch_size):
         picked = order[at:at + batch_size]
-        ids, real = pad([examples[i] for i in picked], pad_id)
-        for i, row in zip(picked, model(ids.to(device), real.to(device)).float().cpu().numpy(), strict=True):
+        rows = forward(model, [examples[i] for i in picked], pad_id).float().cpu().numpy()
+        for i, row in zip(picked, rows, strict=True):
             logits[i] = row
-    return np.stack(logits)
+    return np.nan_to_num(np.stack(logits))     # a run that diverged predicts one class, and is flagged
+
+
+# --------------------------------------------------------------------------------------------------------- trials
+
+def write(file, dump):
+    """dump(open file) under a name of its own first, so that `file` is always whole."""
+    part = file.with_name(f"{file.name}.{os.getpid()}.part")
+    with open(part, "wb") as f:
+        dump(f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(part, file)
+
+
+def trial(file, settings, run):
+    """The result of one trial: from its file, or of run() now; None while another process is running it."""
+    if not file.exists():
+        lock = file.with_suffix(".lock")
+        with open(lock, "w") as f:
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)       # the system unlocks it when its process dies
+            except BlockingIOError:
+                return None
+            if not file.exists():                       # the other process may have ended between the two questions
+                result, logits = run()
+                write(file.with_suffix(".npy"), lambda f: np.save(f, logits))
+                write(file, lambda f: f.write(json.dumps(dict(result, settings=settings), indent=1).encode()))
+        lock.unlink(missing_ok=True)
+    try:
+        result = json.loads(file.read_text())
+    except ValueError:
+        raise UserError(f"{file} is damaged: delete it and run this again") from None
+    differ = [k for k in settings if settings[k] != result["settings"].get(k)]
+    if differ:
+        raise UserError(f"{file} was run with another {', '.join(differ)}: give another --out, or delete it")
+    return result
+
+
+class Setup(NamedTuple):
+    """What the trials of one task share."""
+    config: Config
+    path: Path              # the model directory
+    tokenizer: Tokenizer
+    device: torch.device
+    name: str
+    task: Task
+    parts: dict             # {file: (examples, labels)}, train first
+    say: object
+
+
+def fit(setup, file, batch, lr, seed):
+    """One fine-tuning: (result, dev logits)."""
+    config, name, task, device = setup.config, setup.name, setup.task, setup.device
+    (x, y), *dev = setup.parts.values()
+    began, pad_id = time.monotonic(), setup.tokenizer.token_to_id("[PAD]")
+    num_labels = 1 if task.labels == () else len(task.labels or ()) or int(y.max()) + 1
+    model = checkpoint.load_classifier(setup.path, num_labels, seed, config.dropout).to(device)
+    losses = finetune(model, x, y, batch, config.epochs, lr, seed, pad_id, file.stem)
+    logits, scores, collapsed = [], {}, False
+    for (x, y), where in zip(dev, ("", " mismatched"), strict=False):       # two dev sets: MNLI
+        logits.append(predict(model, x, pad_id))
+        values, same = evaluate(task, logits[-1][:, 0] if task.labels == () else logits[-1].argmax(-1), y)
+        scores |= {m + where: v for m, v in values.items()}
+        collapsed |= same
+    text = ", ".join(f"{m} {v:.1f}" for m, v in scores.items()) + (", COLLAPSED" if collapsed else "")
+    seconds = time.monotonic() - began
+    setup.say(f"{name} batch {batch} lr {lr:g} seed {seed}: {text} ({seconds:.0f} s, {len(losses)} steps)")
+    if config.save:
+        checkpoint.save_model(file.with_suffix(""), model, setup.tokenizer, card=(
+            f"---\nlibrary_name: transformers\ntags: [bert, nanokd]\n---\n\n`{config.model}` fine-tuned by nanoKD "
+            f"on {name} (batch {batch}, lr {lr:g}, seed {seed}): {text} on {len(dev[0][1]):,} dev examples.\n"))
+    return dict(scores=scores, collapsed=collapsed, seconds=seconds), np.concatenate(logits)
+
+
+def run_trials(setup, out, points):
+    """{point: result} of (batch, lr, seed) points; None if some are another shard's and not finished."""
+    config, results = setup.config, {}
+    i, n = map(int, (config.shard or "1/1").split("/"))
+    # the examples as the model sees them: another TSV, tokenizer or max_len makes another trial
+    examples = hashlib.sha256(b"".join(a.tobytes() for x, y in setup.parts.values() for a in (*x, y)))
+    files = setup.path / "config.json", *checkpoint.weight_files(setup.path)
+    settings = dict(model=[checkpoint.sha256(f)[:16] for f in files], examples=examples.hexdigest()[:16],
+                    epochs=config.epochs, dropout=config.dropout, bf16=multiplies_in_bf16(setup.device))
+    while True:
+        for at, point in enumerate(points):
+            batch, lr, seed = point
+            file = out / f"{setup.name}-b{batch}-lr{lr:g}-seed{seed}.json"
+            if not results.get(point) and (at % n == i - 1 or file.exists()):
+                results[point] = trial(file, settings, partial(fit, setup, file, *point))
+        if all(results.get(p) for p in points[i - 1::n]):
+            return results if len(results) == len(points) else None
+        time.sleep(1)       # another process runs it: wait, and run it here should that one die
+
+
+def score_task(setup, out):
+    """The grid on seed 0, the best point on fresh seeds.  None while trials of other shards are missing."""
+    points, first, trials, metric = grid(setup.config), 0, 0, setup.task.metrics[0]
+    if len(points) > 1:     # else there is nothing to choose, and seed 0 is as fresh as any
+        chosen = run_trials(setup, out, [(*p, 0) for p in points])
+        if not chosen:
+            return None
+        points = [max(points, key=lambda p: chosen[*p, 0]["scores"][metric])]
+        first, trials = 1, len(chosen)
+    results = run_trials(setup, out, [(*points[0], seed) for seed in range(first, first + setup.config.seeds)])
+    if not results:
+        return None
+    results, (_, (_, y), *_) = list(results.values()), setup.parts.values()
+    majority = np.full(len(y), 0 if setup.task.labels == () else np.bincount(y).argmax())
+    mean = {m: dict(scores=[r["scores"][m] for r in results]) for m in results[0]["scores"]}
+    for values in mean.values():
+        values |= dict(mean=float(np.mean(values["scores"])),
+                       std=float(np.std(values["scores"], ddof=1)) if len(results) > 1 else 0.0)
+    return dict(mean.pop(metric), metric=metric, others=mean, batch_size=points[0][0], peak_lr=points[0][1],
+                trials=trials + len(results), n=len(y), majority=evaluate(setup.task, majority, y)[0][metric],
+                collapsed=sum(r["collapsed"] for r in results))
+
+
+def line(name, r):
+    """A task's result in one line."""
+    values = [f"{m} {v['mean']:.1f} ± {v['std']:.1f}" for m, v in [(r["metric"], r), *r["others"].items()]]
+    return (f"{name}: {', '.join(values)} over {len(r['scores'])} seeds (batch {r['batch_size']}, "
+            f"lr {r['peak_lr']:g}; {r['trials']} trials), n = {r['n']:,}, majority class {r['majority']:.1f}"
+            + (f"; {r['collapsed']} of {len(r['scores'])} COLLAPSED" if r["collapsed"] else ""))
+
+
+# ------------------------------------------------------------------------------------------------------------ all
+
+def grid(config):
+    """[(batch size, peak lr)]"""
+    try:
+        sizes, lrs = map(int, config.batch_sizes.split(",")), map(float, config.peak_lrs.split(","))
+        points = list(itertools.product(sizes, lrs))
+    except ValueError:
+        raise UserError(f"--batch-sizes {config.batch_sizes} --peak-lrs {config.peak_lrs}: numbers separated by "
+                        f"commas belong there") from None
+    if min(min(p) for p in points) <= 0:
+        raise UserError("--batch-sizes and --peak-lrs must be above 0")
+    return [QUICK] if config.quick else points
 
 
 def score(config, say=print):
-    """Fine-tunes and scores on every seed; returns {"scores": [...], "mean", "std", "majority", "n"} in percent."""
-    path, task = checkpoint.find_model(config.model), Path(config.task_dir)
-    tokenizer = checkpoint.read_tokenizer(path)
-    pad_id = tokenizer.token_to_id("[PAD]")
-    (train_x, train_y), (dev_x, dev_y) = read_tsv(task / "train.tsv"), read_tsv(task / "dev.tsv")
-    train_x, dev_x = (encode(tokenizer, x, config.max_len) for x in (train_x, dev_x))
+    """Fine-tunes and scores on every task; returns what glue.json holds, scores in percent."""
+    grid(config)
+    shard = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", config.shard or "1/1")
+    if not shard or int(shard[1]) > int(shard[2]):
+        raise UserError(f"--shard {config.shard}: i/n with i from 1 to n, such as 1/2, belongs here")
+    if min(config.seeds, config.epochs) < 1:
+        raise UserError("--seeds and --epochs must be at least 1")
+    path, tasks = checkpoint.find_model(config.model), parse_tasks(config.tasks)
+    model, tokenizer = checkpoint.read_config(path), checkpoint.read_tokenizer(path)
+    if not 8 <= config.max_len <= model.max_position_embeddings:
+        raise UserError(f"--max-len {config.max_len}: {path} takes 8 to {model.max_position_embeddings}")
+    if tokenizer.get_vocab_size() > model.vocab_size:
+        raise UserError(f"{path}: config.json has vocab_size {model.vocab_size}, its tokenizer "
+                        f"{tokenizer.get_vocab_size()} tokens")
+    texts = {name: read_task(name, task, config.glue_dir, say) for name, task in tasks.items()}     # all before any
     device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    scores = []
-    for seed in tqdm(range(config.seeds), desc=f"{task.name} {config.model}", leave=False, disable=None):
-        model = checkpoint.load_classifier(path, int(train_y.max()) + 1, seed, config.dropout).to(device)
-        finetune(model, train_x, train_y, config.batch_size, config.epochs, config.peak_lr, seed, pad_id)
-        scores.append(100 * float((predict(model, dev_x, pad_id).argmax(-1) == dev_y).mean()))
-        say(f"{task.name} seed {seed}: accuracy {scores[-1]:.1f}")
-    if config.save:
-        checkpoint.save_model(config.save, model, tokenizer, card=(
-            f"---\nlibrary_name: transformers\ntags: [bert, nanokd]\n---\n\n`{config.model}` fine-tuned by nanoKD on "
-            f"{task.name} (seed {seed}): dev accuracy {scores[-1]:.1f} of {len(dev_y):,} examples.\n"))
-    std = float(np.std(scores, ddof=1)) if len(scores) > 1 else 0.0
-    return dict(scores=scores, mean=float(np.mean(scores)), std=std,
-                majority=100 * float(np.bincount(dev_y).max() / len(dev_y)), n=len(dev_y))
+    out = Path(config.out or Path("runs/glue", config.model.strip("/.").replace("/", "_")))
+    (out / "trials").mkdir(parents=True, exist_ok=True)
+
+    results = {}
+    for name, task in tasks.items():
+        parts = {file: (encode(tokenizer, x, config.max_len), y) for file, (x, y) in texts.pop(name).items()}
+        setup = Setup(config, path, tokenizer, device, name, task, parts, say)
+        results[name] = score_task(setup, out / "trials")
+        if results[name] is None:
+            say(f"{name}: trials of other shards are missing: run this again when they are done")
+    done = {name: r for name, r in results.items() if r}
+    averaged = [name for name in PAPER if name in done and tasks[name] is TASKS[name]]
+    result = dict(model=config.model, tasks=done, averaged=averaged)
+    for key, names in (("average", averaged), ("average_without_cola", [n for n in averaged if n != "cola"])):
+        result[key] = float(np.mean([done[n]["mean"] for n in names])) if names else None
+    write(out / "glue.json", lambda f: f.write((json.dumps(result, indent=1) + "\n").encode()))
+    return result
 
 
 def main(config):
     result = score(config)
-    print(f"{Path(config.task_dir).name}: accuracy {result['mean']:.1f} ± {result['std']:.1f} over {config.seeds} "
-          f"seeds, n = {result['n']}, majority class {result['majority']:.1f}")
-    if config.out:
-        Path(config.out).write_text(json.dumps(result, indent=1) + "\n")
+    print()
+    for name, r in result["tasks"].items():
+        print(line(name, r))
+    if result["averaged"]:
+        of = "the paper's 7 tasks" if len(result["averaged"]) == 7 else "+".join(result["averaged"]) + " alone"
+        without = result["average_without_cola"]
+        print(f"average over {of}: {result['average']:.1f}"
+              + (f"; without cola: {without:.1f}" if without is not None and "cola" in result["averaged"] else ""))
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def test_every_flag_has_help(script, capsys):
     (["train.py", "--strategy", "magic", "--budget-hours", "4"], "magic"),
     (["train.py", "--budget-hours", "4h"], "4h"),
     (["compare.py", "--data", "nowhere"], "--teacher"),
-    (["finetune_glue.py", "--model", "no/such/model", "--task-dir", "x"], "no/such/model")])
+    (["finetune_glue.py", "--model", "no/such/model", "--tasks", "rte"], "no/such/model")])
 def test_a_users_mistake_is_one_line_and_status_2(argv, message, tmp_path):
     done = subprocess.run([sys.executable, ROOT / argv[0], *argv[1:]], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and message in done.stderr, done.stderr

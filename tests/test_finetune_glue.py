@@ -1,4 +1,13 @@
-"""Reading, batching and scoring a labelled task."""
+"""Reading, scoring, batching and fine-tuning labelled tasks; trials that survive a kill."""
+import dataclasses
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -6,76 +15,465 @@ import torch
 import checkpoint
 import finetune_glue as ft
 from cli import UserError
+from train import learning_rate
+
+# one row per task as the official TSVs lay it out, with {} for the label
+ROWS = {
+    "cola": ["gj04\t{}\t\tA sentence", "gj04\t{}\t*\tA sentence"],
+    "sst2": ["sentence\tlabel", "A sentence \t{}"],
+    "mrpc": ["Quality\t#1 ID\t#2 ID\t#1 String\t#2 String", "{}\t7\t8\tA sentence\tAnother"],
+    "stsb": ["index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore",
+             "0\tg\tf\t2012\t1\tnone\tnone\tA sentence\tAnother\t{}"],
+    "qqp": ["id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate", "1\t2\t3\tA sentence\tAnother\t{}"],
+    "mnli": ["index\tpromptID\tpairID\tgenre\tp1\tp2\tp3\tp4\tsentence1\tsentence2\tlabel1\tgold_label",
+             "0\t1\t2\tg\t( A )\t( B )\tx\ty\tA sentence\tAnother\tneutral\t{}"],
+    "qnli": ["index\tquestion\tsentence\tlabel", "0\tA sentence\tAnother\t{}"],
+    "rte": ["index\tsentence1\tsentence2\tlabel", "0\tA sentence\tAnother\t{}"],
+    "wnli": ["index\tsentence1\tsentence2\tlabel", "0\tA sentence\tAnother\t{}"]}
+# labels of train and dev, in the order of their numbers: the official files'
+COUNTS = {"cola": [(2528, 6023), (322, 721)], "sst2": [(29780, 37569), (428, 444)],
+          "mrpc": [(1194, 2474), (129, 279)], "rte": [(1249, 1241), (146, 131)], "stsb": None}
 
 
-def write(path, *rows):
-    path.write_text("sentence\tlabel\n" + "".join(f"{row}\n" for row in rows), encoding="utf-8")
+def tsv(path, name, n, labels=None):
+    """A file of task `name` with n rows."""
+    names = labels or ft.TASKS[name].labels or ("0.000", "4.750")
+    lines = ROWS[name][:1] * ft.TASKS[name].header + [ROWS[name][1].format(names[i % len(names)]) for i in range(n)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return lines
 
 
-def test_a_tsv_is_split_at_tabs_and_newlines_alone(tmp_path):
-    (tmp_path / "t.tsv").write_bytes(
-        '\ufeffsentence\tlabel\r\nan "unbalanced quote\t1\r\nline\u2028separator\t0\n'.encode())
-    sentences, labels = ft.read_tsv(tmp_path / "t.tsv")
-    assert sentences == ['an "unbalanced quote', "line\u2028separator"] and labels.tolist() == [1, 0]
+def own(path, rows, header="sentence\tlabel"):
+    path.mkdir(exist_ok=True)
+    for name, part in zip(("train", "dev"), rows, strict=True):
+        (path / f"{name}.tsv").write_text("\n".join([header, *part]) + "\n", encoding="utf-8")
+    return path
 
 
-@pytest.mark.parametrize("row", ["no label", "a\tb\t1", "a\tx", "a\t-1"])
-def test_a_bad_row_is_named(tmp_path, row):
-    write(tmp_path / "t.tsv", "fine\t0", row)
-    with pytest.raises(UserError, match="line 3"):
-        ft.read_tsv(tmp_path / "t.tsv")
+def read_own(path):
+    return ft.read_task("own", ft.own_task(path), None)
 
 
-def test_a_missing_or_empty_file_is_named(tmp_path):
-    write(tmp_path / "t.tsv")
-    for name, message in (("t.tsv", "no examples"), ("u.tsv", "no such file")):
-        with pytest.raises(UserError, match=message):
-            ft.read_tsv(tmp_path / name)
+# -------------------------------------------------------------------------------------------------------- reading
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_the_official_files_give_the_official_counts(name, real_data):
+    parts = ft.read_task(name, ft.TASKS[name], real_data / "glue", say=pytest.fail)
+    assert {file: len(y) for file, (_, y) in parts.items()} == ft.TASKS[name].rows
+    assert all(len(x) == len(y) and all(len(s) == len(ft.TASKS[name].text) for s in x) for x, y in parts.values())
+    if COUNTS[name]:
+        assert [tuple(np.bincount(y)) for _, y in parts.values()] == COUNTS[name]
+    else:
+        assert all(y.dtype == np.float32 and y.min() == 0 and y.max() == 5 for _, y in parts.values())
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_every_tasks_columns_and_labels(name, tmp_path):
+    task = ft.TASKS[name]
+    tsv(tmp_path / "t.tsv", name, 6)
+    sentences, labels, bad = ft.read_tsv(tmp_path / "t.tsv", task)
+    strip = {tuple(s.strip() for s in pair) for pair in sentences}
+    assert strip == {("A sentence", "Another")[:len(task.text)]} and len(sentences) == 6 and bad == 0
+    assert labels == [i % len(task.labels) for i in range(6)] if task.labels else labels == [0, 4.75] * 3
+
+
+def test_a_row_count_other_than_the_official_one_is_refused(tmp_path):
+    folder = tmp_path / "RTE"
+    folder.mkdir()
+    for train, dev in ((2490, 277), (2489, 277), (2490, 276), (2491, 277)):
+        tsv(folder / "train.tsv", "rte", train)
+        tsv(folder / "dev.tsv", "rte", dev)
+        if (train, dev) == (2490, 277):
+            assert len(ft.read_task("rte", ft.TASKS["rte"], tmp_path)["train"][1]) == 2490
+        else:
+            with pytest.raises(UserError, match="2,490|277"):
+                ft.read_task("rte", ft.TASKS["rte"], tmp_path)
+
+
+def test_mnli_has_two_dev_sets(tmp_path, monkeypatch):
+    task = ft.TASKS["mnli"]._replace(rows=dict(train=30, dev_matched=6, dev_mismatched=9))
+    (tmp_path / "MNLI").mkdir()
+    for file, n in task.rows.items():
+        tsv(tmp_path / f"MNLI/{file}.tsv", "mnli", n)
+    parts = ft.read_task("mnli", task, tmp_path)
+    assert [(file, tuple(np.bincount(y))) for file, (_, y) in parts.items()] == [
+        ("train", (10, 10, 10)), ("dev_matched", (2, 2, 2)), ("dev_mismatched", (3, 3, 3))]
+
+
+@pytest.mark.parametrize("name, damage, listed", [
+    ("qqp", lambda row: "\t".join(row.split("\t")[:4]), "line 5 has 4 fields, not 6"),      # as in the official file
+    ("qnli", lambda row: row.replace("Another", "An\tother"), "line 5 has 5 fields, not 4"),
+    ("mnli", lambda row: row.rpartition("\t")[0] + "\t-", "line 5 has the unknown label '-'"),
+    ("cola", lambda row: row.replace("\t1\t", "\tx\t").replace("\t0\t", "\tx\t"), "line 5 has the unknown label 'x'"),
+    ("stsb", lambda row: row.rpartition("\t")[0] + "\tnan", "line 5 has the unknown label 'nan'"),
+    ("wnli", lambda row: "", "line 5 has 1 fields, not 4")])
+def test_bad_rows_are_left_out_and_listed_up_to_a_thousandth(name, damage, listed, tmp_path):
+    path, said = tmp_path / "t.tsv", []
+    lines = tsv(path, name, 2000)
+    lines[4] = damage(lines[4])
+    path.write_text("\n".join(lines), encoding="utf-8")
+    sentences, labels, bad = ft.read_tsv(path, ft.TASKS[name], said.append)
+    assert len(sentences) == len(labels) == 1999 and bad == 1 and listed in said[0]
+    lines[6], lines[8] = damage(lines[6]), damage(lines[8])
+    path.write_text("\n".join(lines), encoding="utf-8")
+    with pytest.raises(UserError, match=f"3 of 2,000 rows cannot be read: {listed}.*line 7 .*line 9 "):
+        ft.read_tsv(path, ft.TASKS[name])
+
+
+@pytest.mark.parametrize("name", ["qqp", "mnli", "qnli", "wnli"])
+def test_quotes_bom_crlf_and_line_separators_are_text(name, tmp_path):
+    path = tmp_path / "t.tsv"
+    lines = tsv(path, name, 4)
+    for i, text in enumerate(('an "unbalanced quote', '"', "line\u2028separator", "next\x85line")):
+        lines[i + 1] = lines[i + 1].replace("A sentence", text)
+    path.write_bytes(("\ufeff" + "\r\n".join(lines) + "\r\n").encode())
+    sentences, labels, _ = ft.read_tsv(path, ft.TASKS[name], pytest.fail)
+    assert [s[0] for s in sentences] == ['an "unbalanced quote', '"', "line\u2028separator", "next\x85line"]
+    assert labels == [i % len(ft.TASKS[name].labels) for i in range(4)]
+
+
+def test_a_task_absent_from_the_folder_comes_from_the_hub(tmp_path, monkeypatch):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    import huggingface_hub
+    rows = dict(train=12, dev_matched=6, dev_mismatched=3)
+    asked = []
+
+    def download(repo, file, repo_type):
+        asked.append((repo, file, repo_type))
+        n = rows[asked_file(file)]
+        parquet.write_table(arrow.table(dict(premise=["A"] * n, hypothesis=["B"] * n, label=[i % 3 for i in range(n)],
+                                             idx=list(range(n)))), tmp_path / "x.parquet")
+        return tmp_path / "x.parquet"
+
+    def asked_file(file):
+        return file.partition("/")[2].partition("-")[0].replace("validation", "dev")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    task = ft.TASKS["mnli"]._replace(rows=rows)
+    for glue_dir in (None, tmp_path):
+        parts = ft.read_task("mnli", task, glue_dir)
+        assert {file: len(y) for file, (_, y) in parts.items()} == rows
+        assert parts["dev_matched"][0][0] == ("A", "B") and parts["dev_matched"][1].tolist() == [0, 1, 2] * 2
+    assert asked[:3] == [("nyu-mll/glue", f"mnli/{split}-00000-of-00001.parquet", "dataset")
+                         for split in ("train", "validation_matched", "validation_mismatched")]
+    with pytest.raises(UserError, match="12 examples, but GLUE's MNLI has 392,702"):
+        ft.read_task("mnli", ft.TASKS["mnli"], None)
+    with pytest.raises(UserError, match="labels beyond 0 to 1"):
+        ft.read_task("mnli", task._replace(labels=("a", "b")), None)
+
+    def unreachable(*args, **kwargs):
+        raise OSError
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
+    with pytest.raises(UserError, match="--glue-dir with MNLI"):
+        ft.read_task("mnli", task, tmp_path)
+
+
+def test_ones_own_task_has_one_or_two_sentences_and_a_class_or_a_score(tmp_path):
+    parts = read_own(own(tmp_path / "a", (["x\t0", "y\t1", "z\t2"], ["x\t1"])))
+    assert parts["train"][0] == [("x",), ("y",), ("z",)] and parts["train"][1].tolist() == [0, 1, 2]
+    parts = read_own(own(tmp_path / "b", (["x\ty\t0.5", "y\tz\t-2"], ["x\tz\t3"]), "first\tsecond\tscore"))
+    assert parts["train"][0] == [("x", "y"), ("y", "z")] and parts["train"][1].tolist() == [0.5, -2]
+
+
+@pytest.mark.parametrize("train, dev, header, message", [
+    (["a\t0", "b\t1", "no label"], ["a\t0"], "sentence\tlabel", "train.tsv.*line 4 has 1 fields"),
+    (["a\t0", "b\t1"], ["a\t1", "b\tx"], "sentence\tlabel", "dev.tsv.*line 3 .* label 'x'"),
+    (["a\t0", "b\t-1"], ["a\t0"], "sentence\tlabel", "line 3 .* label '-1'"),
+    (["a\t0.5", "b\t1.5"], ["a\t0"], "sentence\tlabel", "label '0.5'"),
+    (["a\t0", "b\t2"], ["a\t0"], "sentence\tlabel", "without a gap"),
+    (["a\t0", "b\t0"], ["a\t0"], "sentence\tlabel", "without a gap"),
+    (["a\t0", "b\t99999999999"], ["a\t0"], "sentence\tlabel", "without a gap"),
+    (["a\t0", "b\t1"], ["a\t2"], "sentence\tlabel", "dev.tsv has others"),
+    (["a\t0", "b\t1"], [], "sentence\tlabel", "dev.tsv: no examples"),
+    (["a\t0"], ["a\t0"], "just one column", "1 columns"),
+    (["a\tinf"], ["a\t0"], "sentence\tscore", "label 'inf'")])
+def test_what_is_wrong_with_ones_own_task_is_named(train, dev, header, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        read_own(own(tmp_path / "t", (train, dev), header))
+
+
+def test_a_missing_or_binary_file_is_named(tmp_path):
+    with pytest.raises(UserError, match="train.tsv: no such file"):
+        ft.own_task(tmp_path)
+    (tmp_path / "RTE").mkdir()
+    with pytest.raises(UserError, match="RTE/train.tsv: no such file"):
+        ft.read_task("rte", ft.TASKS["rte"], tmp_path)
+    (tmp_path / "train.tsv").write_bytes(b"sentence\tlabel\n\xff\xfe\t1\n")
+    with pytest.raises(UserError, match=r"not UTF-8 \(byte 15\)"):
+        ft.own_task(tmp_path)
+
+
+# -------------------------------------------------------------------------------------------------------- metrics
+
+def test_metrics_equal_those_of_scikit_learn_and_scipy():
+    sk, stats = pytest.importorskip("sklearn.metrics"), pytest.importorskip("scipy.stats")
+    rng = np.random.default_rng(0)
+    cases = [(rng.integers(0, 2, n), rng.integers(0, 2, n)) for n in (1, 2, 3, 5, 50, 1000) for _ in range(20)]
+    cases = [(p, y) for p, y in cases if len({*p, *y}) > 1]            # scikit-learn warns of a single class
+    cases += [(np.full(9, a), y) for a in (0, 1) for y in (np.full(9, 1 - a), np.arange(9) % 2)]
+    for p, y in cases:
+        assert ft.accuracy(p, y) == pytest.approx(sk.accuracy_score(y, p), abs=1e-12)
+        assert ft.f1(p, y) == pytest.approx(sk.f1_score(y, p, zero_division=0), abs=1e-12)
+        assert ft.matthews(p, y) == pytest.approx(sk.matthews_corrcoef(y, p), abs=1e-12)
+    scores = [(rng.normal(size=n).astype(np.float32), rng.normal(size=n)) for n in (2, 3, 100, 1500)]
+    scores += [(rng.integers(0, 4, 60), rng.integers(0, 6, 60) / 5) for _ in range(20)]      # many ties
+    scores += [(1e6 + rng.normal(size=50), rng.normal(size=50))]
+    for p, y in scores:
+        assert ft.pearson(p, y) == pytest.approx(stats.pearsonr(p, y)[0], abs=1e-6)
+        assert ft.spearman(p, y) == pytest.approx(stats.spearmanr(p, y)[0], abs=1e-12)
+
+
+def test_a_constant_scores_zero_and_is_flagged():
+    y = np.linspace(0, 5, 30).astype(np.float32)
+    for p in (np.full(30, 0.1, np.float32), np.full(30, 2.7)):          # 0.1 less its mean is not 0 in float32
+        assert ft.evaluate(ft.TASKS["stsb"], p, y) == (dict(pearson=0, spearman=0), True)
+    assert not ft.evaluate(ft.TASKS["stsb"], y + 1, y)[1]
+    y = np.array([1] * 279 + [0] * 129)                                 # MRPC's dev labels
+    scores, collapsed = ft.evaluate(ft.TASKS["mrpc"], np.ones(408, int), y)
+    assert collapsed and round(scores["accuracy"], 1) == 68.4 and round(scores["f1"], 1) == 81.2
+    assert ft.evaluate(ft.TASKS["cola"], np.ones(408, int), y) == (dict(matthews=0), True)
+    assert not ft.evaluate(ft.TASKS["cola"], np.array([0] + [1] * 407), y)[1]
+
+
+# ---------------------------------------------------------------------------------------------------- fine-tuning
+
+def examples_of(lengths, seed=0, pairs=True):
+    rng = np.random.default_rng(seed)
+    return [np.stack([rng.integers(5, 300, n), (np.arange(n) >= n // 2) * pairs]).astype(np.int32) for n in lengths]
+
+
+def test_encoding_is_that_of_a_transformers_tokenizer(teacher):
+    transformers = pytest.importorskip("transformers")
+    ours = checkpoint.read_tokenizer(teacher)
+    theirs = transformers.BertTokenizer(vocab=ours.get_vocab(), do_lower_case=True)
+    words = [t for t in ours.get_vocab() if t.isalpha() and len(t) > 2]
+    rng = np.random.default_rng(0)
+    for lengths in ((3, 4), (3, 40), (40, 3), (40, 41), (40, 40)):
+        text = tuple(" ".join(rng.choice(words, n)) for n in lengths)
+        for pair in (text, text[:1]):
+            ids, types = ft.encode(ours, [pair], 24)[0]
+            want = theirs(*pair, truncation="longest_first", max_length=24)
+            assert ids.tolist() == want["input_ids"] and types.tolist() == want["token_type_ids"]
+    assert ours.truncation is None
+
+
+def test_the_padding_is_masked_and_holds_no_second_sentence():
+    ids, real, types = ft.pad(examples_of([6, 4]), 0)
+    assert real.tolist() == [[True] * 6, [True] * 4 + [False] * 2] and types.tolist()[1] == [0, 0, 1, 1, 0, 0]
+    assert (ids[1, 4:] == 0).all() and ft.pad(examples_of([6, 4], pairs=False), 0)[2] is None
 
 
 def test_a_score_does_not_depend_on_the_evaluation_batch(teacher):
     model = checkpoint.load_classifier(teacher, 3, seed=0)
-    rng = np.random.default_rng(0)
-    examples = [rng.integers(5, 300, n) for n in rng.integers(3, 40, 50)]
+    examples = examples_of(np.random.default_rng(0).integers(3, 32, 50))
     one, many = ft.predict(model, examples, 0, batch_size=1), ft.predict(model, examples, 0, batch_size=17)
     assert np.abs(one - many).max() < 1e-5
 
 
-def test_every_example_is_used_once_an_epoch(teacher, monkeypatch):
-    seen = []
-    whole = ft.pad
-    monkeypatch.setattr(ft, "pad", lambda examples, pad_id: seen.append(examples) or whole(examples, pad_id))
-    examples = [np.full(3 + i % 7, 5 + i) for i in range(53)]
-    ft.finetune(checkpoint.load_classifier(teacher, 2, 0), examples, np.arange(53) % 2, 8, 2, 1e-3, 0, 0)
-    first, second = seen[:7], seen[7:]
+def test_every_example_is_used_once_an_epoch_beside_others_of_its_length():
+    lengths = np.random.default_rng(0).integers(3, 60, 5000)
+    drawn = list(ft.batches(lengths, 16, 2, seed=0))
+    first, second = drawn[:313], drawn[313:]
     for epoch in (first, second):
-        assert sorted(int(e[0]) for batch in epoch for e in batch) == list(range(5, 58))
-    assert [e[0] for b in first for e in b] != [e[0] for b in second for e in b]
+        assert sorted(np.concatenate(epoch)) == list(range(5000)) and sorted(map(len, epoch))[:2] == [8, 16]
+    assert not np.array_equal(np.concatenate(first), np.concatenate(second))
+    padded = sum(len(b) * lengths[b].max() for b in first)
+    assert padded < 1.1 * lengths.sum()
 
 
-def test_a_task_that_can_be_learned_is_learned_and_seeds_repeat(teacher, tmp_path):
-    tokenizer = checkpoint.read_tokenizer(teacher)
-    tokens = [t for t in tokenizer.get_vocab() if t.isalpha() and len(t) > 2][:20]
+@pytest.mark.parametrize("num_labels", [3, 1])
+def test_losses_are_those_of_a_plain_transformers_loop(num_labels, teacher, tmp_path, monkeypatch):
+    """The same initial weights, batches and learning rates, no dropout, fp32: 50 steps within 1e-4."""
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setattr(ft, "multiplies_in_bf16", lambda device: False)
     rng = np.random.default_rng(0)
+    examples = examples_of(rng.integers(4, 32, 200))
+    y = rng.integers(0, 3, 200) if num_labels == 3 else (5 * rng.random(200)).astype(np.float32)
+    model = checkpoint.load_classifier(teacher, num_labels, seed=0, dropout=0.0)
+    checkpoint.save_model(tmp_path / "model", model, checkpoint.read_tokenizer(teacher))
+    losses = ft.finetune(model, examples, y, 20, 5, 1e-3, 0, 0)
 
-    def rows(n):
-        for _ in range(n):
-            label = rng.integers(2)
-            yield " ".join([*rng.choice(tokens[2:], 4), tokens[label]]) + f"\t{label}"
-    write(tmp_path / "train.tsv", *rows(200))
-    write(tmp_path / "dev.tsv", *rows(100))
-    config = ft.Config(str(teacher), str(tmp_path), seeds=2, peak_lr=2e-3, batch_size=8, epochs=6, device="cpu",
-                       save=str(tmp_path / "classifier"))
-    result = ft.score(config, say=lambda line: None)
-    assert result["mean"] > 90 > 70 > result["majority"] and result["n"] == 100 and len(result["scores"]) == 2
-    assert ft.score(config, say=lambda line: None) == result
-    saved = checkpoint.load_classifier(tmp_path / "classifier", 2, seed=7)              # its head is kept, not drawn
-    examples = ft.encode(tokenizer, ft.read_tsv(tmp_path / "dev.tsv")[0], 128)
-    found = 100 * (ft.predict(saved, examples, 0).argmax(-1) == ft.read_tsv(tmp_path / "dev.tsv")[1]).mean()
-    assert found == pytest.approx(result["scores"][-1])
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", num_labels=num_labels)
+    theirs.train()
+    plain = [p for name, p in theirs.named_parameters() if name.endswith("bias") or "LayerNorm" in name]
+    rest = [p for name, p in theirs.named_parameters() if not (name.endswith("bias") or "LayerNorm" in name)]
+    optimizer = torch.optim.AdamW([dict(params=rest, weight_decay=0.01), dict(params=plain, weight_decay=0.0)])
+    expected = []
+    for step, picked in enumerate(ft.batches(np.array([e.shape[1] for e in examples]), 20, 5, 0)):
+        batch = np.zeros((3, len(picked), 32), np.int64)                # all padded to the longest there can be
+        for row, i in enumerate(picked):
+            n = examples[i].shape[1]
+            batch[0, row, :n], batch[1, row, :n], batch[2, row, :n] = *examples[i], 1
+        ids, types, real = torch.from_numpy(batch)
+        loss = theirs(input_ids=ids, token_type_ids=types, attention_mask=real, labels=torch.from_numpy(y[picked])).loss
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step / 50, 1e-3)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        expected.append(loss.item())
+    assert len(losses) == 50 and np.abs(np.array(losses) - expected).max() < 1e-4
+    assert losses[-1] != pytest.approx(losses[0], rel=0.01)
 
 
 def test_the_head_follows_the_seed_and_the_encoder_does_not(teacher):
     a, b = (checkpoint.load_classifier(teacher, 2, seed) for seed in (0, 1))
     assert not torch.equal(a.classifier.weight, b.classifier.weight)
     assert torch.equal(a.bert.embeddings.word_embeddings.weight, b.bert.embeddings.word_embeddings.weight)
+
+
+# --------------------------------------------------------------------------------------------------------- trials
+
+@pytest.fixture
+def task(teacher, tmp_path):
+    """A task that a tiny model learns: the last word decides."""
+    tokens = [t for t in checkpoint.read_tokenizer(teacher).get_vocab() if t.isalpha() and len(t) > 2][:20]
+    rng = np.random.default_rng(0)
+
+    def rows(n):
+        for _ in range(n):
+            label = rng.integers(2)
+            yield " ".join([*rng.choice(tokens[2:], 4), tokens[label]]) + f"\t{label}"
+    return own(tmp_path / "task", (list(rows(200)), list(rows(100))))
+
+
+def config_of(teacher, task, **other):
+    return ft.Config(**(dict(model=str(teacher), tasks=f"own={task}", batch_sizes="8,16", peak_lrs="2e-3,1e-3",
+                             seeds=2, epochs=1, max_len=16, out=str(task.parent / "out"), device="cpu") | other))
+
+
+def test_a_task_that_can_be_learned_is_learned_and_kept(teacher, task, tmp_path):
+    config = config_of(teacher, task, batch_sizes="8", peak_lrs="3e-3", epochs=4, save=True)
+    result = ft.score(config, say=lambda line: None)
+    own = result["tasks"]["own"]
+    assert own["mean"] > 90 > 70 > own["majority"] and own["n"] == 100 and len(own["scores"]) == own["trials"] == 2
+    assert result["averaged"] == [] and result["average"] is None
+
+    kept = tmp_path / "out/trials/own-b8-lr0.003-seed1"
+    model = checkpoint.fill(ft.checkpoint.BertForSequenceClassification(checkpoint.read_config(kept), 2), kept).model
+    (x, y) = read_own(task)["dev"]
+    logits = ft.predict(model, ft.encode(checkpoint.read_tokenizer(kept), x, 16), 0)
+    assert np.allclose(logits, np.load(f"{kept}.npy")) and 100 * ft.accuracy(logits.argmax(-1), y) == own["scores"][1]
+
+
+def test_the_grid_runs_on_one_seed_and_the_best_point_on_fresh_ones(teacher, task, capsys):
+    config, said = config_of(teacher, task), []
+    ft.main(config)
+    line = capsys.readouterr().out.splitlines()[-1]
+    files = {f.name for f in (task.parent / "out/trials").glob("*.json")}
+    grid = {f: json.loads((task.parent / "out/trials" / f).read_text()) for f in files if f.endswith("seed0.json")}
+    best = max(r["scores"]["accuracy"] for r in grid.values())
+    fresh = [f for f in files if not f.endswith("seed0.json")]
+    assert len(grid) == 4 and len(files) == 6 and {f[-6] for f in fresh} == {"1", "2"}
+    assert all(grid[f[:-6] + "0.json"]["scores"]["accuracy"] == best for f in fresh)
+    assert line.startswith("own: accuracy ") and "6 trials" in line and "n = 100" in line and "majority class" in line
+
+    ft.score(config, said.append)
+    assert said == []                                                   # nothing ran again
+    ft.main(dataclasses.replace(config, quick=True, seeds=1))
+    assert "± 0.0 over 1 seeds (batch 32, lr 5e-05; 1 trials)" in capsys.readouterr().out
+    for change in ("epochs", "dropout", "examples"):
+        if change == "examples":
+            with open(task / "train.tsv", "a") as f:
+                f.write("one more\t1\n")
+        with pytest.raises(UserError, match=f"was run with another {change}: give another --out"):
+            ft.score(dataclasses.replace(config, **{} if change == "examples" else {change: 2}), said.append)
+
+
+def test_a_damaged_trial_is_named(tmp_path):
+    (tmp_path / "t.json").write_text('{"scores"')
+    with pytest.raises(UserError, match="t.json is damaged: delete it"):
+        ft.trial(tmp_path / "t.json", {}, None)
+
+
+def test_shards_split_the_grid_and_then_the_seeds(teacher, task):
+    config, said = config_of(teacher, task), {"1/2": [], "2/2": []}
+    for shard in ("1/2", "2/2", "1/2"):
+        result = ft.score(dataclasses.replace(config, shard=shard), said[shard].append)
+        assert bool(result["tasks"]) == (len(said["2/2"]) > 0 and len(said["1/2"]) == 4)
+    ran = [[s for s in lines if " lr " in s] for lines in said.values()]
+    assert [len(lines) for lines in ran] == [3, 3] and len(set(sum(ran, []))) == 6 and "missing" in said["1/2"][2]
+    whole = ft.score(dataclasses.replace(config, out=str(task.parent / "whole")), lambda line: None)
+    assert whole["tasks"] == result["tasks"]
+
+
+def start(config):
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in dataclasses.asdict(config).items()
+             if v is not None and not isinstance(v, bool)]
+    return subprocess.Popen([sys.executable, Path(ft.__file__), *flags], stdout=subprocess.PIPE, text=True)
+
+
+def test_a_killed_grid_goes_on_and_two_processes_share_it(teacher, task):
+    """Killed at three random trials; then two at once run what is missing, each trial once, and print the same."""
+    config, rng = config_of(teacher, task), random.Random(0)
+    trials = Path(config.out) / "trials"
+    kills = signal.SIGKILL, signal.SIGTERM, signal.SIGKILL
+    for stop, how in zip(sorted(rng.sample(range(5), 3)), kills, strict=True):
+        process = start(config)
+        while len(list(trials.glob("*.json"))) < stop or not list(trials.glob("*.lock")):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(how)
+        process.communicate(timeout=10)
+        assert process.returncode == -how                               # a shell calls SIGTERM's status 143
+    stamps = {f: f.stat().st_mtime_ns for f in trials.glob("*.json")}
+    out = [p.communicate(timeout=60)[0].split("\n\n") for p in [start(config), start(config)]]
+    ran = [line.partition(":")[0] for text, _ in out for line in text.splitlines()]
+    assert len(ran) == len(set(ran)) == 6 - len(stamps)
+    assert all(f.stat().st_mtime_ns == stamp for f, stamp in stamps.items())
+    assert sorted(f.suffix for f in trials.iterdir() if f.suffix != ".part") == [".json"] * 6 + [".npy"] * 6
+    whole = ft.score(dataclasses.replace(config, out=str(task.parent / "whole")), lambda line: None)
+    assert out[0][1] == out[1][1] == ft.line("own", whole["tasks"]["own"]) + "\n"
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(tasks="cola,magic"), "magic"), (dict(tasks="rte,rte"), "twice"), (dict(batch_sizes="16,x"), "16,x"),
+    (dict(peak_lrs="0"), "above 0"), (dict(shard="3/2"), "3/2"), (dict(seeds=0), "--seeds"),
+    (dict(max_len=4000), "--max-len 4000")])
+def test_wrong_arguments_are_refused_before_anything_runs(change, message, teacher, task):
+    with pytest.raises(UserError, match=message):
+        ft.score(config_of(teacher, task, **change))
+    assert not (task.parent / "out").exists()
+
+
+@pytest.mark.parametrize("names, average, without", [
+    ("qnli,sst2,mnli,mrpc,qqp,rte,cola,stsb", "average over the paper's 7 tasks: 70.0", "without cola: 80.0"),
+    ("sst2,cola", "average over sst2+cola alone: 45.0", "without cola: 80.0"), ("rte", "over rte alone: 80.0", "")])
+def test_the_average_names_its_tasks(names, average, without, teacher, tmp_path, monkeypatch, capsys):
+    texts = [("a b",), ("b a",)]
+    monkeypatch.setattr(ft, "read_task", lambda name, task, *_: dict(train=(texts, [0, 1]), dev=(texts, [0, 1])))
+    mean = dict(cola=10, stsb=0)
+    monkeypatch.setattr(ft, "score_task", lambda setup, out: dict(
+        mean=mean.get(setup.name, 80), std=1, metric="m", scores=[1], others={}, batch_size=1, peak_lr=1, trials=1, n=2,
+        majority=50, collapsed=setup.name == "cola"))
+    ft.main(ft.Config(str(teacher), tasks=names, out=str(tmp_path), max_len=16))
+    *lines, last = capsys.readouterr().out.strip().splitlines()
+    assert average in last and without in last and len(lines) == names.count(",") + 1
+    assert all(line.endswith("COLLAPSED") == line.startswith("cola") for line in lines)
+
+
+# ---------------------------------------------------------------------------------------------------------- speed
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cola", "sst2"])
+def test_an_epoch_is_three_times_faster_than_one_padded_to_128(name, real_data, monkeypatch):
+    """Interleaved, the same batches of 32; the first 640 examples."""
+    from model import BertConfig, BertForSequenceClassification
+    from prepare import load_tokenizer
+    x, y = ft.read_task(name, ft.TASKS[name], real_data / "glue")["train"]
+    tokenizer = load_tokenizer(str(real_data / "vocab/bert-base-uncased-vocab.txt"))
+    examples, y = ft.encode(tokenizer, x[:640], 128), y[:640]
+    model = BertForSequenceClassification(BertConfig.of_size("4L384"), 2)
+    tight, seconds = ft.pad, {"to the longest": [], "to 128": []}
+
+    def wide(batch, pad_id):
+        ids, real, _ = tight([*batch, np.zeros((2, 128), np.int32)], pad_id)
+        return ids[:-1], real[:-1], None
+    for _ in range(3):
+        for (_, times), pad in zip(seconds.items(), (tight, wide), strict=True):
+            monkeypatch.setattr(ft, "pad", pad)
+            began = time.perf_counter()
+            ft.finetune(model, examples, y, 32, 1, 1e-5, 0, 0)
+            times.append(time.perf_counter() - began)
+    ratio = np.median(seconds["to 128"]) / np.median(seconds["to the longest"])
+    print(f"{name}: {ratio:.2f} times faster; seconds for 20 steps: {seconds}")
+    assert ratio > 3
