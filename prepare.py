@@ -61,7 +61,7 @@ from tqdm import tqdm
 from cli import UserError, run
 from data import SPECIAL
 
-BATCH = 2 ** 20             # characters tokenized at a time; tokenizers takes some 150 bytes of memory for each
+BATCH = 2 ** 18             # characters tokenized at a time; tokenizers takes some 150 bytes of memory for each
 SAMPLE = 2 ** 26            # characters that a vocabulary is trained on: the first ones
 ALPHABET = 1000             # characters a trained vocabulary knows, the most frequent ones
 LINE = 2 ** 16              # bytes after which a line is cut
