@@ -7,14 +7,19 @@ token, 10% left as they are (Devlin 2018, arXiv 1810.04805, section 3.1); specia
 
 A batch is a pure function of (seed, i): which blocks it holds follows from a permutation of (seed, epoch), their
 masks from a hash of (seed, epoch, block, position).  So every arm sees the same data in the same order under the
-same masks, a resumed run needs no generator state, and each epoch masks afresh.
+same masks, a resumed run needs no generator state, and each epoch masks afresh (static_masks: as in the first).
+Any sequence length reads the same files.
 
     python data.py data/wiki            # verify the files against the manifest, describe them
     python data.py data/wiki --show 3   # and show three blocks with their masks
+    python data.py data/wiki --loader   # and measure how fast batches are made
 """
 import functools
 import hashlib
+import itertools
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +29,9 @@ import numpy as np
 from cli import UserError, run
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+SCAN = 2 ** 22              # ids looked at in one go, so that describing a large file takes no memory
 
 
 class Batch(NamedTuple):
@@ -55,41 +63,69 @@ class TokenDirectory:
         self.path = Path(path)
         try:
             self.manifest = json.loads((self.path / "manifest.json").read_text())
-        except FileNotFoundError:
+            sizes, self.dtype = self.manifest["bytes"], np.dtype(self.manifest["dtype"])
+        except (FileNotFoundError, NotADirectoryError):
             raise UserError(f"{path} is not a token directory (no manifest.json): make one with  "
                             f"python prepare.py TEXT.txt --vocab bert-base-uncased --out {path}") from None
-        self.vocab = {}
-        tokenizer = self.read_tokenizer()
-        self.vocab = tokenizer.get_vocab()
-        self.special = {token: self.vocab[token] for token in SPECIAL}
-        for name, size in self.manifest["bytes"].items():
-            found = (self.path / name).stat().st_size if (self.path / name).exists() else 0
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{self.path / 'manifest.json'} is damaged: run prepare.py again") from None
+        for name, size in sizes.items():
+            if not (self.path / name).exists():
+                raise UserError(f"{self.path / name} is missing: run prepare.py again")
+            found = (self.path / name).stat().st_size
             if found != size:
                 raise UserError(f"{self.path / name}: {found} bytes where manifest.json says {size}: "
                                 f"run prepare.py again")
+        try:
+            self.vocab = self.read_tokenizer().get_vocab()
+            self.special = {token: self.vocab[token] for token in SPECIAL}
+        except Exception:       # tokenizers raises a bare one
+            raise UserError(f"{self.path / 'tokenizer.json'} is damaged: run prepare.py again") from None
+        if len(self.vocab) != self.manifest["vocab_size"]:
+            raise UserError(f"{self.path / 'tokenizer.json'} has {len(self.vocab)} tokens where manifest.json says "
+                            f"{self.manifest['vocab_size']}: it belongs to other files; run prepare.py again")
 
     def read_tokenizer(self):
         from tokenizers import Tokenizer
         return Tokenizer.from_file(str(self.path / "tokenizer.json"))
 
     def split(self, name):
-        return np.memmap(self.path / f"{name}.bin", dtype=self.manifest["dtype"], mode="r")
+        return np.memmap(self.path / f"{name}.bin", dtype=self.dtype, mode="r")
+
+    def scan(self, name):
+        """The ids of a split, some millions at a time."""
+        ids = self.split(name)
+        return (ids[at:at + SCAN] for at in range(0, len(ids), SCAN))
 
     def verify(self):
-        """Compares every file with its sha256 in the manifest."""
+        """Compares every file with its sha256 in the manifest, every id with the size of the vocabulary."""
         for name, expected in self.manifest["sha256"].items():
             with open(self.path / name, "rb") as f:
                 found = hashlib.file_digest(f, "sha256").hexdigest()
             if found != expected:
                 raise UserError(f"{self.path / name}: sha256 is {found[:12]}..., manifest.json says "
                                 f"{expected[:12]}...: the file was changed; run prepare.py again")
+        for name in ("train", "val"):
+            largest = max((int(ids.max()) for ids in self.scan(name)), default=0)
+            if largest >= len(self.vocab):
+                raise UserError(f"{self.path / name}.bin: id {largest} in it, the vocabulary ends at "
+                                f"{len(self.vocab) - 1}: run prepare.py again")
 
 
 class Blocks:
-    """Batches of masked blocks of one split.  batch(i, B) depends on (seed, i, B) and on nothing else."""
+    """Batches of masked blocks of one split.  batch(i, B) depends on (seed, i, B) and on nothing else.
 
-    def __init__(self, directory, split, seq_len, seed):
+    unique_tokens: the split's first so many ids alone, again and again (the limited-data setting; the same ids for
+    every seed).  static_masks: the masks of the first epoch in each."""
+
+    def __init__(self, directory, split, seq_len, seed, unique_tokens=None, static_masks=False):
         self.tokens, self.seq_len, self.seed = directory.split(split), seq_len, seed
+        self.static_masks = static_masks
+        if unique_tokens is not None:
+            if not seq_len <= unique_tokens <= len(self.tokens):
+                raise UserError(f"--unique-tokens {unique_tokens}: {directory.path}/{split}.bin has "
+                                f"{len(self.tokens)} ids, and one block takes {seq_len}")
+            self.tokens = self.tokens[:unique_tokens]
         self.special, self.vocab_size = directory.special, len(directory.vocab)
         self.body = seq_len - 2                                         # ids between [CLS] and [SEP]
         self.count = len(self.tokens) // self.body
@@ -105,7 +141,11 @@ class Blocks:
         block = np.empty_like(at)
         for e in np.unique(epoch):
             block[epoch == e] = self.order(int(e))[at[epoch == e]]
-        return self.mask(self.read(block), hashed(self.seed, epoch, block))
+        return self.mask(self.read(block), hashed(self.seed, 0 if self.static_masks else epoch, block))
+
+    def epochs(self, steps, batch_size):
+        """How often the blocks have been seen after so many steps: 1.5 is once and a half."""
+        return steps * batch_size / self.count
 
     def read(self, block):
         """(B, S) ids of the blocks, uncorrupted: one gather."""
@@ -135,30 +175,83 @@ class Blocks:
         return Batch(ids, masked, labels)
 
 
+def prefetch(blocks, start, batch_size, convert=lambda batch: batch):
+    """convert(batch i) for i = start, start + 1, ...: the next one is made in a thread while one is used.
+
+    `convert` runs in that thread too: the place to pin memory.  NumPy works without Python's lock, so on CUDA, where
+    the main thread waits for the device, batches cost no time.  Close the generator to end the thread."""
+    def make(i):
+        return convert(blocks.batch(i, batch_size))
+    with ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(make, start)
+        for i in itertools.count(start + 1):
+            batch = ahead.result()
+            ahead = pool.submit(make, i)
+            yield batch
+
+
+def loader_rate(blocks, batch_size=1024, seconds=3.0, now=time.perf_counter):
+    """Tokens per second of making batches, masks included, in this one thread."""
+    blocks.batch(0, batch_size)                                         # the epoch's order, once in an epoch
+    began, i = now(), 0
+    while now() - began < seconds:
+        i += 1
+        blocks.batch(i, batch_size)
+    return i * batch_size * blocks.seq_len / (now() - began)
+
+
+def document_lengths(directory, split):
+    """The number of ids of each document, its [SEP] included, as an array."""
+    ends, at = [np.array([-1])], 0
+    for ids in directory.scan(split):
+        ends.append(at + np.flatnonzero(ids == directory.special["[SEP]"]))
+        at += len(ids)
+    return np.diff(np.concatenate(ends))
+
+
 # ------------------------------------------------------------------------------------------------------- script
 
 @dataclass
 class Config:
-    directory: list[str]    # token directory
+    directory: list[str]    # token directories
     show: int = 0           # how many blocks to show with their masks
+    loader: bool = False    # measure how fast batches of 1024 blocks are made
     seq_len: int = 128      # block length
+    seed: int = 0           # of the order and the masks of what is shown
 
 
 def main(config):
-    directory = TokenDirectory(config.directory[0])
+    for path in config.directory:
+        describe(path, config)
+
+
+def describe(path, config):
+    directory = TokenDirectory(path)
     directory.verify()
-    for key, value in directory.manifest.items():
+    m = directory.manifest
+    print(f"{path}: verified: {', '.join(m['sha256'])}")
+    for key, value in m.items():
         if key not in ("sha256", "bytes", "sources"):
             print(f"{key}: {value}")
-    print("verified: " + ", ".join(directory.manifest["sha256"]))
-    if config.show:
-        token = {i: t for t, i in directory.vocab.items()}
-        batch = Blocks(directory, "train", config.seq_len, seed=0).batch(0, config.show)
-        for ids, masked, labels in zip(*batch, strict=True):
-            words = [token[i] for i in ids]
-            for at, label in zip(masked, labels, strict=True):          # {what stands there <- what stood there}
-                words[at] = f"{{{words[at]} <- {token[label]}}}"
-            print("\n" + "".join(w[2:] if w.startswith("##") else " " + w for w in words).strip())
+    print(f"unknown_rate: {m['unknown'] / (m['train_tokens'] + m['val_tokens']):.4%}")
+    for split in ("train", "val"):
+        lengths = document_lengths(directory, split)
+        if len(lengths):
+            quantiles = np.quantile(lengths, (0, .1, .5, .9, 1)).astype(int)
+            print(f"{split}_document_lengths: " + ", ".join(f"{name} {n:,}" for name, n in zip(
+                ("min", "10%", "median", "90%", "max"), quantiles, strict=True)) + f" ids; mean {lengths.mean():,.0f}")
+    if not (config.show or config.loader):
+        return
+    blocks = Blocks(directory, "train", config.seq_len, config.seed)
+    if config.loader:
+        print(f"loader_tokens_per_second: {loader_rate(blocks):,.0f} (one thread, batches of 1024 x "
+              f"{config.seq_len}, {blocks.k} masks each)")
+    token = {i: t for t, i in directory.vocab.items()}
+    for ids, masked, labels in zip(*blocks.batch(0, config.show), strict=True):
+        words = [token[i] for i in ids]
+        for at, label in zip(masked, labels, strict=True):              # {what stands there <- what stood there}
+            words[at] = f"{{{words[at]} <- {token[label]}}}"
+        print("\n" + "".join(w[2:] if w.startswith("##") else " " + w for w in words).strip())
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
 """Batches and masks: a pure function of (seed, step), with the statistics that BERT prescribes."""
+import hashlib
+import itertools
 import json
 import shutil
+import threading
 
 import numpy as np
 import pytest
 
 import data
 from cli import UserError
-from data import Blocks, TokenDirectory
+from data import Blocks, TokenDirectory, document_lengths, loader_rate, prefetch
 
 
 @pytest.fixture
@@ -100,8 +103,118 @@ def test_what_is_no_token_directory_is_refused(corpus, tmp_path):
         Blocks(TokenDirectory(corpus), "val", 10 ** 6, 0)
 
 
+@pytest.fixture
+def copy(corpus, tmp_path):
+    return shutil.copytree(corpus, tmp_path / "copy")
+
+
+def test_a_missing_file_a_damaged_manifest_and_another_tokenizer_are_refused(copy, tmp_path):
+    for name in ("val.bin", "tokenizer.json"):
+        (copy / name).rename(tmp_path / "away")
+        with pytest.raises(UserError, match=f"{name} is missing"):
+            TokenDirectory(copy)
+        (tmp_path / "away").rename(copy / name)
+    manifest = (copy / "manifest.json").read_text()
+    (copy / "manifest.json").write_text(manifest[:-5])
+    with pytest.raises(UserError, match="manifest.json is damaged"):
+        TokenDirectory(copy)
+    (copy / "manifest.json").write_text(manifest)
+    tokenizer = (copy / "tokenizer.json").read_bytes()
+    one_letter = tokenizer.replace(b'"[PAD]"', b'"[PAT]"')              # as long as the true one
+    (copy / "tokenizer.json").write_bytes(one_letter)
+    with pytest.raises(UserError, match="tokenizer.json"):
+        TokenDirectory(copy).verify()
+    (copy / "tokenizer.json").write_bytes(tokenizer[:100] + b"x" + tokenizer[101:])
+    with pytest.raises(UserError, match="tokenizer.json"):
+        TokenDirectory(copy).verify()
+    change(copy, lambda m: m.update(vocab_size=299), {"tokenizer.json": tokenizer})
+    with pytest.raises(UserError, match="300 tokens where manifest.json says 299"):
+        TokenDirectory(copy)
+
+
+def change(directory, edit, contents):
+    """Replaces files with the right checksums, as another program might."""
+    manifest = json.loads((directory / "manifest.json").read_text())
+    for name, content in contents.items():
+        (directory / name).write_bytes(content)
+        manifest["bytes"][name] = len(content)
+        manifest["sha256"][name] = hashlib.sha256(content).hexdigest()
+    edit(manifest)
+    (directory / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_an_id_beyond_the_vocabulary_is_refused(copy):
+    ids = TokenDirectory(copy).split("val").copy()
+    ids[-1] = 300
+    change(copy, lambda m: None, {"val.bin": ids.tobytes()})
+    with pytest.raises(UserError, match=r"val.bin: id 300 in it, the vocabulary ends at 299"):
+        TokenDirectory(copy).verify()
+
+
+def test_unique_tokens_are_the_first_ones_again_and_again(corpus):
+    directory = TokenDirectory(corpus)
+    blocks = Blocks(directory, "train", 32, seed=3, unique_tokens=10 * 30 + 7)
+    assert blocks.count == 10 and blocks.epochs(5, 4) == 2.0
+    ids, masked, labels = blocks.batch(0, 30)
+    np.put_along_axis(ids, masked, labels, 1)
+    expected = np.repeat(np.sort(directory.split("train")[:300]), 3)
+    assert np.array_equal(np.sort(ids[:, 1:-1].ravel()), expected)
+    for n in (31, 10 ** 9):
+        with pytest.raises(UserError, match="--unique-tokens"):
+            Blocks(directory, "train", 32, seed=3, unique_tokens=n)
+
+
+def test_static_masks_are_those_of_the_first_epoch(corpus, blocks):
+    static = Blocks(TokenDirectory(corpus), "train", 32, seed=3, static_masks=True)
+    n = blocks.count
+    for a, b in zip(static.batch(0, n), blocks.batch(0, n), strict=True):
+        assert np.array_equal(a, b)
+
+    def rows(batch):
+        return sorted(map(bytes, np.concatenate(batch, axis=1)))
+    assert rows(static.batch(1, n)) == rows(static.batch(0, n)) != rows(blocks.batch(1, n))
+    assert not np.array_equal(static.batch(1, n).ids, static.batch(0, n).ids)               # in another order
+
+
+def test_the_same_files_serve_other_sequence_lengths(corpus):
+    for S in (8, 128, 512):
+        blocks = Blocks(TokenDirectory(corpus), "train", S, seed=0)
+        ids, masked, _ = blocks.batch(0, 4)
+        assert ids.shape == (4, S) and masked.shape == (4, round(0.15 * S))
+
+
+def test_prefetch_gives_the_same_batches_from_another_thread_and_ends(blocks):
+    threads = set()
+
+    def convert(batch):
+        threads.add(threading.current_thread())
+        return batch
+    ahead = prefetch(blocks, 3, 8, convert)
+    for i, batch in enumerate(itertools.islice(ahead, 4), 3):
+        for a, b in zip(batch, blocks.batch(i, 8), strict=True):
+            assert np.array_equal(a, b)
+    ahead.close()
+    assert len(threads) == 1 and threading.current_thread() not in threads
+    assert not threads.pop().is_alive()
+
+
+def test_the_loader_rate_counts_tokens(blocks):
+    clock = itertools.count()                                           # a second per look
+    assert loader_rate(blocks, batch_size=8, seconds=3, now=lambda: next(clock)) == 2 * 8 * 32 / 4
+
+
+def test_document_lengths_are_those_of_the_documents(corpus, monkeypatch):
+    directory = TokenDirectory(corpus)
+    monkeypatch.setattr(data, "SCAN", 1000)
+    lengths = document_lengths(directory, "train")
+    assert lengths.sum() == directory.manifest["train_tokens"] and lengths.min() > 1
+    assert len(lengths) + len(document_lengths(directory, "val")) == directory.manifest["documents"]
+
+
 def test_the_script_shows_what_was_masked(corpus, capsys):
-    data.main(data.Config([str(corpus)], show=2, seq_len=32))
+    data.main(data.Config([str(corpus)], show=2, loader=True, seq_len=32))
     out = capsys.readouterr().out
     assert "verified: train.bin, val.bin, tokenizer.json" in out and out.count(" <- ") == 2 * 5
     assert json.loads((corpus / "manifest.json").read_text())["fingerprint"] in out
+    assert all(f"\n{key}: " in out for key in (
+        "documents", "unknown_rate", "train_document_lengths", "val_document_lengths", "loader_tokens_per_second"))
