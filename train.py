@@ -16,6 +16,7 @@ Source of the recipe: Bui 2024 (arXiv 2404.19319), section 3 and appendix.
 """
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -33,7 +34,7 @@ import torch.distributed as dist
 import checkpoint
 from arm import Stopped, flops_per_block, make_arm
 from cli import UserError, run
-from data import Blocks, TokenDirectory, hashed
+from data import Blocks, TokenDirectory, hashed, prefetch
 from kd_losses import AS_RELEASED, STRATEGIES
 
 
@@ -55,6 +56,8 @@ class Config:
     init: str | None = None             # random, or teacher (layers 1, 3, ...); default: random; distilbert: teacher
     seed: int = 0                       # initial weights, data order, masks, dropout
     seq_len: int = 128                  # S, positions in a block
+    unique_tokens: int | None = None    # train on the first so many ids of the data alone, again and again
+    static_masks: bool = False          # the same masks in every epoch
     batch_size: int = 1024              # blocks per optimizer step
     micro_batch: int = 256              # blocks per forward pass
     peak_lr: float | None = None        # default: the paper's, 1e-3 for no_kd and 5e-4 for KD
@@ -224,7 +227,7 @@ def train(config, now=time.monotonic, say=print):
     directory.verify()
     ranks = arm.ranks
     say = say if ranks.rank == 0 else lambda line: None
-    train_blocks = Blocks(directory, "train", config.seq_len, config.seed)
+    train_blocks = Blocks(directory, "train", config.seq_len, config.seed, config.unique_tokens, config.static_masks)
     val_blocks = Blocks(directory, "val", config.seq_len, seed=0)       # the same for every run
     flops = [config.batch_size * f for f in flops_per_block(
         config, arm.student.config, arm.teacher.config if arm.teacher else None)]
@@ -241,12 +244,14 @@ def train(config, now=time.monotonic, say=print):
 
     stages = run.stages
     micro, accumulate = config.micro_batch, config.batch_size // (config.micro_batch * ranks.size)
+    batches = (prefetch(train_blocks, budget.steps, config.batch_size) if arm.device.type == "cuda" else
+               (train_blocks.batch(i, config.batch_size) for i in itertools.count(budget.steps)))
     budget.start()
     stages.mark(None)
     with stop_signals() as signals:
         try:
             while budget.progress < 1 or not budget.steps:
-                batch = train_blocks.batch(budget.steps, config.batch_size)
+                batch = next(batches)
                 sums = 0
                 for j in range(accumulate):
                     at = (ranks.rank * accumulate + j) * micro
@@ -276,8 +281,8 @@ def train(config, now=time.monotonic, say=print):
                 stages.mark("optimizer")
                 budget.steps += 1
                 run.seconds = budget.clock()                    # what a checkpoint of this step has spent
-                run.after_step(dict(step=budget.steps, progress=progress, seconds=run.seconds, lr=lr, **values),
-                               signals)
+                run.after_step(dict(step=budget.steps, progress=progress, seconds=run.seconds, lr=lr,
+                                    epoch=train_blocks.epochs(budget.steps, config.batch_size), **values), signals)
                 stages.mark(None)
             if arm.device.type == "cuda":
                 torch.cuda.synchronize()
@@ -290,13 +295,14 @@ def train(config, now=time.monotonic, say=print):
             say(f"stopped by signal {number:d} after step {budget.steps}: the same command goes on from there")
             raise SystemExit(128 + number) from None
 
+    batches.close()
     tokens = budget.steps * step_tokens
     spent = dict(hours=charged / 3600, flops=budget.steps * sum(flops), tokens=tokens, steps=budget.steps)[unit]
     summary = dict(
         strategy=config.strategy, label=config.label, as_released=config.as_released, init=arm.strategy.init,
         size=config.size, peak_lr=arm.peak_lr, seed=config.seed, steps=budget.steps, tokens=tokens,
         student_flops=budget.steps * flops[0], teacher_flops=budget.steps * flops[1],
-        epochs=budget.steps * config.batch_size / train_blocks.count,
+        epochs=train_blocks.epochs(budget.steps, config.batch_size),
         unique_tokens=min(train_blocks.count, budget.steps * config.batch_size) * config.seq_len,
         budget={unit: budget.total}, overshoot=spent / budget.total - 1, charged_seconds=charged,
         tokens_per_second=tokens / charged, charged=stages.seconds, uncharged=budget.uncharged,
