@@ -25,6 +25,7 @@ from tqdm import tqdm
 import checkpoint
 import finetune_glue
 import prepare
+import sources
 import train
 from arm import initial_student
 from cli import UserError, run
@@ -71,7 +72,7 @@ def demonstration(config):
     data, task = out / "data", out / "package"
     if not ((data / "manifest.json").exists() and (task / "dev.tsv").exists()):
         print("reading the documentation on this disk")
-        documents = list(tqdm(prepare.docstrings(), unit=" docstrings", mininterval=2))
+        documents = list(tqdm(sources.docstrings(), unit=" docstrings", mininterval=2))
         write_task(task, documents)
         print(f"training a WordPiece vocabulary of {DEMO_VOCAB:,} tokens")
         prepare.prepare(prepare.Config(["docstrings"], str(data), None, DEMO_VOCAB, DEMO_VAL_FRACTION),

@@ -402,6 +402,7 @@ def start(config):
     return subprocess.Popen([sys.executable, Path(ft.__file__), *flags], stdout=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_a_killed_grid_goes_on_and_two_processes_share_it(teacher, task):
     """Killed at three random trials; then two at once run what is missing, each trial once, and print the same."""
     config, rng = config_of(teacher, task), random.Random(0)

@@ -22,6 +22,7 @@ import pytest
 from tokenizers import BertWordPieceTokenizer
 
 import prepare
+import sources
 from cli import UserError
 from conftest import text
 from data import SPECIAL, TokenDirectory
@@ -71,10 +72,10 @@ def test_every_format_gives_the_same_bytes(raw, vocab, tmp_path, monkeypatch):
     first = make(tmp_path / "out", raw, vocab=vocab)
     again = make(tmp_path / "out2", raw, vocab=vocab)
     assert files(tmp_path / "out") == files(tmp_path / "out2") and first == again
-    for i, sources in enumerate(([folder], [folder / "*.txt", f"{folder}/**/*.gz"], *(
+    for i, given in enumerate(([folder], [folder / "*.txt", f"{folder}/**/*.gz"], *(
             [p] for p in sorted(tmp_path.glob("packed.*"))))):
         field = "text" if i < 2 else "body"
-        assert make(tmp_path / "out2", *sources, vocab=vocab, field=field)["sha256"] == first["sha256"], sources
+        assert make(tmp_path / "out2", *given, vocab=vocab, field=field)["sha256"] == first["sha256"], given
     for content in (raw.read_bytes(), jsonl(documents, "text")):
         monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BufferedReader(io.BytesIO(content))))
         assert make(tmp_path / "out2", "-", vocab=vocab)["sha256"] == first["sha256"]
@@ -246,7 +247,7 @@ def test_too_little_room_is_said_before_the_work_and_a_full_disk_leaves_nothing(
     make(tmp_path / "out", raw, vocab=vocab)
     before = files(tmp_path / "out")
     with monkeypatch.context() as m:
-        m.setattr(prepare.shutil, "disk_usage", lambda place: types.SimpleNamespace(free=1000))
+        m.setattr(sources.shutil, "disk_usage", lambda place: types.SimpleNamespace(free=1000))
         with pytest.raises(UserError, match=r"will take about [\d,]+ bytes, 1,000 are free"):
             make(tmp_path / "out", raw, vocab=vocab)
     code = """
@@ -264,19 +265,19 @@ def test_lines_and_batches_are_bounded(vocab):
     rng, line = random.Random(0), 1_000_000
     words = " ".join("x" * rng.randint(1, 90) for _ in range(line // 45)) + "y" * 300_000
     met = Counter()
-    pieces = list(prepare.paragraphs(io.BytesIO(words.encode()), met))
-    assert max(map(len, pieces)) <= 2 * prepare.LINE and met == {"long_lines": 1}
+    pieces = list(sources.paragraphs(io.BytesIO(words.encode()), met))
+    assert max(map(len, pieces)) <= 2 * sources.LINE and met == {"long_lines": 1}
     assert "".join(pieces).replace(" ", "") == words.replace(" ", "")
     document, counts = "\n".join(pieces), Counter()
     batches = list(prepare.batches([document], 0.1, counts, characters=100_000))
-    assert max(sum(len(line) for line, _, _ in batch) for batch in batches) < 100_000 + 2 * prepare.LINE
+    assert max(sum(len(line) for line, _, _ in batch) for batch in batches) < 100_000 + 2 * sources.LINE
     assert [ends for batch in batches for _, _, ends in batch] == [False] * (len(pieces) - 1) + [True]
 
 
 def test_a_document_without_end_is_cut_at_a_line(monkeypatch):
-    monkeypatch.setattr(prepare, "DOCUMENT", 100)
+    monkeypatch.setattr(sources, "DOCUMENT", 100)
     met = Counter()
-    documents = list(prepare.documents_of(["a" * 40] * 7, met))
+    documents = list(sources.documents_of(["a" * 40] * 7, met))
     assert [len(d.split("\n")) for d in documents] == [3, 3, 1] and met["long_documents"] == 2
 
 
@@ -427,13 +428,13 @@ def test_a_vocabulary_that_is_none_is_refused(raw, tmp_path):
 
 
 def test_docstrings_come_from_required_packages_alone_and_nothing_is_imported():
-    packages = prepare.required_packages()
+    packages = sources.required_packages()
     assert {"torch", "numpy", "tokenizers", "tqdm", "sympy"} <= packages
     assert not packages & {"pytest", "transformers", "scikit-learn", "scipy", "ruff", "pip"}
     code = """
-import itertools, sys, prepare
+import itertools, sys, sources
 before = set(sys.modules)
-first = list(itertools.islice(prepare.docstrings(), 3000))
+first = list(itertools.islice(sources.docstrings(), 3000))
 assert len({package for package, _ in first}) > 2 and all(len(text) >= 20 for _, text in first)
 new = {m.split(".")[0] for m in set(sys.modules) - before}
 assert not new & {"anyio", "click", "sympy", "torch", "networkx"}, new

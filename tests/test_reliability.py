@@ -157,7 +157,8 @@ def test_kill_9_during_writes_twenty_times(tmp_path):
         assert checkpoint.load_run(tmp_path, print)["steps"] >= 0
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("number, status", [
+    (signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)])
 def test_a_signal_in_training_ends_with_a_checkpoint_of_the_last_finished_step(tiny, tmp_path, number, status):
     """F3; and the same command goes on to the end that an undisturbed run has."""
     config = tiny(budget_steps=10_000, checkpoint_minutes=1000.0)

@@ -254,15 +254,17 @@ def test_each_strategy_costs_no_more_flops_than_its_loss_needs(sizes):
         assert sum(cost(name)) / no_kd == pytest.approx(ratio, rel=0.02), name
 
 
+@pytest.mark.slow
 def test_a_flops_budget_buys_tokens_in_the_ratio_of_the_costs(tiny, tmp_path):
     steps = {}
-    for name in ("no_kd", "tinybert", "minilm"):
-        config = tiny(strategy=name, budget_steps=None, budget_flops=2e10, out=str(tmp_path / name))
+    for name in STRATEGIES:
+        config = tiny(strategy=name, budget_steps=None, budget_flops=8e10, out=str(tmp_path / name))
         summary = train.train(config, **QUIET)
         price = (summary["student_flops"] + summary["teacher_flops"]) / summary["steps"]
-        assert 0 <= summary["student_flops"] + summary["teacher_flops"] - 2e10 < price
+        assert 0 <= summary["student_flops"] + summary["teacher_flops"] - 8e10 < price
         steps[name] = summary["steps"], price
-    assert steps["no_kd"][0] / steps["tinybert"][0] == pytest.approx(steps["tinybert"][1] / steps["no_kd"][1], rel=0.05)
+    for n, price in steps.values():
+        assert steps["no_kd"][0] / n == pytest.approx(price / steps["no_kd"][1], rel=0.02)
 
 
 def test_a_token_budget_counts_tokens(tiny):
