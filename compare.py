@@ -106,6 +106,7 @@ def compare(config):
     runs = [train.Config(**(shared | dict(strategy=name, out=str(out / name)))) for name in names]
     for each in runs:
         each.check()
+    finetune_glue.read_task("task", finetune_glue.own_task(Path(config.task_dir)), None)    # before hours of training
 
     rows = []
     for i, each in enumerate(runs):

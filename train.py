@@ -5,12 +5,13 @@
     python train.py --strategy tinybert --budget-hours 4        # the paper's: data/wiki, bert-base-uncased, 6L768
 
 Every arm has the same architecture, initial weights, data order, masks and recipe; what differs by method (the
-losses, the paper's peak LR) is printed at the start.  Progress = spent / budget, read once a step; the learning rate
-is a function of progress alone.  The clock counts fetching and masking the batch, the teacher's forward pass, the
-student's forward and backward pass and the optimizer; it does not count start-up, warm-up of compilation,
-validation, saving, or the pretraining of the teacher.
+losses, distilbert's initialisation, the paper's peak LR) is printed at the start.  Progress = spent / budget, read
+once a step; the learning rate is a function of progress alone.  The clock counts fetching and masking the batch, the
+teacher's forward pass, the student's forward and backward pass, communication and the optimizer; it does not count
+start-up, warm-up of compilation, validation, saving, or the pretraining of the teacher.
 
-A run directory (--out) gets config.json, log.jsonl, summary.json and model/, a Hugging Face BERT directory.
+A run directory (--out) gets config.json, log.jsonl, checkpoint.pt and the one before, summary.json and model/, a
+Hugging Face BERT directory.  The same command goes on where a stopped run was; under torchrun it runs on many GPUs.
 
 Source of the recipe: Bui 2024 (arXiv 2404.19319), section 3 and appendix.
 """
@@ -192,7 +193,7 @@ class Stages:
         self.marks = self.marks[-1:]
 
 
-# --------------------------------------------------------------------------------------- ------- signals
+# ------------------------------------------------------------------------------------------------------- signals
 
 @contextlib.contextmanager
 def stop_signals():
@@ -270,7 +271,7 @@ def train(config, now=time.monotonic, say=print):
                 values = dict(zip(("loss", *terms, "gradient_norm"), ranks.sum(sums), strict=True))
                 budget.seconds, stop = ranks.sum(torch.tensor(
                     [budget.clock() * (ranks.rank == 0), len(signals)], dtype=torch.float64))
-                stages.mark("communication")
+                stages.mark("communication" if ranks.size > 1 else "optimizer")
                 stages.read()
                 if stop:
                     raise Stopped
@@ -428,16 +429,19 @@ class Run:
 
 def model_card(config, summary):
     """The README.md of the model directory: what was trained, on what, for how long, by which command."""
-    given = " ".join(f"--{f.name.replace('_', '-')} {getattr(config, f.name)}" if f.type not in ("bool", bool) else
-                     f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(config)
-                     if getattr(config, f.name) != f.default)
+    given = ""
+    for f in dataclasses.fields(config):
+        flag, value = f.name.replace("_", "-"), getattr(config, f.name)
+        if value != f.default:
+            given += {True: f" --{flag}", False: f" --no-{flag}"}.get(value if isinstance(value, bool) else None,
+                                                                      f" --{flag} {value}")
     teacher = f" from the teacher `{config.teacher}`" if config.kind.needs("teacher") else ""
     val = ", ".join(f"{name} {value:.4f}" for name, value in summary["val"].items())
     return (f"---\nlibrary_name: transformers\ntags: [bert, nanokd]\n---\n\n"
             f"A BERT of {config.size} trained by nanoKD with the strategy `{summary['label']}`{teacher}: "
             f"{summary['tokens']:,} tokens of `{config.data}` in {summary['charged_seconds']:,.0f} charged seconds "
             f"({summary['student_flops'] + summary['teacher_flops']:.3g} FLOP) on {summary['device']}.\n\n"
-            f"Validation: {val}.\n\n    python train.py {given}\n")
+            f"Validation: {val}.\n\n    python train.py{given}\n")
 
 
 def describe(arm, val, step, teacher_mlm, say):
