@@ -466,13 +466,13 @@ def describe(arm, val, step, teacher_mlm, say):
 
 def status(record, terms, config, stages):
     rate = record["step"] * config.batch_size * config.seq_len / max(record["seconds"], 1e-9)
-    left = record["seconds"] * (1 / max(record["progress"], 1e-9) - 1)
+    left = f"{record['seconds'] * (1 / record['progress'] - 1):.0f} s left" if record["progress"] > 1e-3 else "started"
     whole = max(sum(stages.seconds.values()), 1e-9)
     shares = " ".join(f"{stage} {stages.seconds[stage] / whole:.0%}"
                       for stage in ("data", "teacher", "student") if stage in stages.seconds)
     return (f"step {record['step']:6} {record['progress']:6.1%} lr {record['lr']:.2e} "
             + " ".join(f"{name} {record[name]:.4f}" for name in terms)
-            + f" {rate:,.0f} tok/s ({shares}) {left:.0f} s left")
+            + f" {rate:,.0f} tok/s ({shares}) {left}")
 
 
 if __name__ == "__main__":
