@@ -293,4 +293,5 @@ def test_the_compiled_step_is_the_eager_step(tiny, corpus, strategy):
             total.backward()
             arm.update(1e-3, 0)
             losses[-1].append(total.item())
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    # a KL of 1e-3 is a difference of logarithms near 5: fp32 leaves it an absolute error of some 1e-8
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5, abs=1e-7)
