@@ -1,18 +1,25 @@
-"""Every strategy under one equal budget, fine-tuned and scored alike, in one table.  Read it seventh.
+"""Every strategy at every budget, pretrained over several seeds, fine-tuned and scored alike: tables, figure, verdict.
+Read it seventh.
 
     python compare.py            # the demonstration: no data, no teacher, no GPU, no download; under ten minutes
-    python compare.py --data data/wiki --teacher runs/teacher/model --task-dir glue/SST-2 --budget-hours 4 \\
-                      --size 6L768 --out runs/wiki                                  # the same on your own
+    python compare.py --data data/wiki --teacher bert-base-uncased --glue-dir glue --budget-hours 1,4 --seeds 3 \\
+                      --out runs/table2 --dry-run                                   # the plan and its time, no more
+
+Each (strategy, budget, data setting, seed) is a run of its own under OUT/runs, whose learning rate ends at zero at its
+budget.  Of several --peak-lrs, each arm takes the one with which its own validation loss ends lowest at the smallest
+budget (seed 0).  What is finished is never run again: the same command goes on where it was stopped, and several
+processes with the same --out (one per GPU, say) share the runs.
 
 The demonstration takes the English documentation that is already on this disk (see prepare.py), trains a vocabulary
 and a 4-layer teacher on it, gives each strategy the same 2-layer student and the same number of seconds, and
-fine-tunes every student on a small task from the same text: which package does a docstring come from?  The task's
-docstrings are validation documents, so no model has been pretrained on them.
-
-A finished run is never run again: the same command goes on where it was stopped.
+fine-tunes every student on the built-in task: which package does a docstring come from?  The task's docstrings are
+validation documents of that corpus, so no model has been pretrained on them.
 """
+import contextlib
 import dataclasses
+import fcntl
 import json
+import math
 import os
 import sys
 import time
@@ -20,71 +27,388 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 import checkpoint
 import finetune_glue
 import prepare
+import report
 import sources
 import train
-from arm import initial_student
+from arm import Arm, check_teacher, flops_per_block, initial_student, student_shape
 from cli import UserError, run
 from data import TokenDirectory
 from kd_losses import STRATEGIES
+from model import BertConfig, BertForMaskedLM
 
 # The demonstration's sizes: measured on two CPU cores, so that every arm learns something in its seconds
 DEMO_VOCAB, DEMO_VAL_FRACTION = 4096, 0.1
 DEMO_PACKAGES = ("torch", "sympy", "python", "networkx", "numpy")       # the labels of its task
 DEMO_LABELLED, DEMO_CHARACTERS = 500, 160                               # training examples, and how long each is
-DEMO_TEACHER = dict(size="4L128", budget_hours=150 / 3600)
-DEMO_RECIPE = dict(seq_len=64, batch_size=32, micro_batch=32, dropout=0.0, peak_lr=1e-3, val_times=1, val_blocks=256)
-DEMO = dict(size="2L128", budget_hours=45 / 3600, finetune_lr=7e-4, finetune_epochs=10, max_len=48, **DEMO_RECIPE)
+DEMO = dict(teacher="train", teacher_size="4L128", teacher_budget=150 / 3600, size="2L128", budget_hours=f"{45 / 3600}",
+            seq_len=64, batch_size=32, micro_batch=32, dropout=0.0, peak_lrs="1e-3", val_times=1, val_blocks=256,
+            finetune_batch_sizes="32", finetune_lrs="7e-4", finetune_epochs=10, max_len=48)
 
 
 @dataclass
 class Config:
     data: str | None = None             # token directory; without it the demonstration runs
-    teacher: str | None = None          # model directory or Hub id
-    task_dir: str | None = None         # labelled task: train.tsv and dev.tsv in SST-2's form
-    budget_hours: float | None = None   # budget of each arm, on train.py's clock
-    budget_steps: int | None = None     # or the budget in optimizer steps
+    teacher: str | None = None          # model directory, Hub id, or train: pretrain one on the same data first
+    teacher_size: str | None = None     # of --teacher train; default: twice the student's layers
+    teacher_budget: float | None = None     # of --teacher train, in the budget's unit; default: 4 x the largest budget
+    glue_dir: str | None = None         # folder of GLUE's official TSVs
+    tasks: str | None = None            # cola,name=DIR,...; default: all of GLUE with --glue-dir, else the built-in one
+    budget_hours: str | None = None     # budgets of each arm on train.py's clock, such as 1,2,4: a run each
+    budget_flops: str | None = None     # or in matmul FLOPs of student and teacher
+    budget_tokens: str | None = None    # or in tokens
+    budget_steps: str | None = None     # or in optimizer steps
     strategies: str = "no_kd,vanilla_kd,tinybert,minilm"    # the arms
-    out: str = "runs/compare"           # directory for the runs, table.md, results.json and figure.png
+    seeds: int = 1                      # pretraining seeds 0, 1, ... of each arm; an interval needs two, better three
+    unique_tokens: str = "all"          # data settings such as all,2000000: the first so many ids, again and again
+    static_masks: bool = False          # the limited settings with the same masks in every epoch as well
+    peak_lrs: str | None = None         # of every arm; several: its best at the smallest budget; default: the paper's
+    out: str = "runs/compare"           # directory for the runs, table.md, results.json, results.csv and figure.png
+    dry_run: bool = False               # print the plan and its time only
     size: str = "6L768"                 # student: layers L width
     heads: int | None = None            # attention heads; default: width / 64
-    seed: int = 0                       # of every arm: initial weights, data order, masks
     seq_len: int = 128                  # positions in a block
     batch_size: int = 1024              # blocks per optimizer step
     micro_batch: int = 256              # blocks per forward pass
-    peak_lr: float | None = None        # of every arm; default: the paper's, which differs by strategy
     dropout: float = 0.1                # of every arm
     val_blocks: int = 512               # validation blocks
     val_times: int = 4                  # validations over the budget
-    finetune_seeds: int = 3             # fine-tuning runs per arm
-    finetune_lr: float = 5e-5           # peak LR of fine-tuning
-    finetune_epochs: int = 5            # passes over train.tsv
-    max_len: int = 128                  # ids a labelled sentence is cut to
+    finetune_seeds: int = 3             # fine-tuning runs per pretrained model
+    finetune_batch_sizes: str = "16,32"             # the grid of fine-tuning: examples per step ...
+    finetune_lrs: str = "1e-5,3e-5,5e-5,8e-5"       # ... times peak learning rates
+    finetune_epochs: int = 5            # passes over the training examples
+    max_len: int = 128                  # ids an example is cut to
 
 
-def demonstration(config):
-    """Makes the corpus, the labelled task and the teacher; returns the config that compares the arms on them."""
-    out = Path(config.out)
-    data, task = out / "data", out / "package"
-    if not ((data / "manifest.json").exists() and (task / "dev.tsv").exists()):
-        print("reading the documentation on this disk")
-        documents = list(tqdm(sources.docstrings(), unit=" docstrings", mininterval=2))
-        write_task(task, documents)
-        print(f"training a WordPiece vocabulary of {DEMO_VOCAB:,} tokens")
-        prepare.prepare(prepare.Config(["docstrings"], str(data), None, DEMO_VOCAB, DEMO_VAL_FRACTION),
-                        [text for _, text in documents])
-    teacher = train.Config(strategy="no_kd", data=str(data), out=str(out / "teacher"), **(DEMO_RECIPE | DEMO_TEACHER))
-    print(f"\nteacher: {teacher.size}, {teacher.budget_hours * 3600:.0f} s")
-    train.train(teacher)
-    return dataclasses.replace(config, data=str(data), task_dir=str(task), teacher=str(out / "teacher/model"), **DEMO)
+def numbers(config, field, kind=float):
+    """The values of a list such as "1,2,4"."""
+    text = str(getattr(config, field))
+    try:
+        values = [kind(float(part)) for part in text.split(",")]
+    except (ValueError, OverflowError):
+        values = []
+    if not values or not all(0 < v < math.inf for v in values) or len(set(values)) < len(values):
+        raise UserError(f"--{field.replace('_', '-')} {text}: positive numbers separated by commas belong here")
+    return values
 
 
-def write_task(task, documents):
-    """Which package does a docstring come from?  The validation documents, split by their hash's order."""
+# ----------------------------------------------------------------------------------------------------------- plan
+
+class Plan:
+    """Every run of the comparison as a train.Config, made and checked before anything starts."""
+
+    def __init__(self, config):
+        self.config, self.out = config, Path(config.out)
+        given = [unit for unit in train.Budget.UNITS if getattr(config, f"budget_{unit}") is not None]
+        if len(given) != 1:
+            raise UserError("give exactly one of " + ", ".join(f"--budget-{unit}" for unit in train.Budget.UNITS))
+        self.unit = given[0]
+        whole = int if self.unit in ("tokens", "steps") else float
+        self.budgets = sorted(numbers(config, f"budget_{self.unit}", whole))
+        self.names = config.strategies.split(",")
+        for name in self.names:
+            if name not in STRATEGIES or self.names.count(name) > 1:
+                raise UserError(f"--strategies {name}: unknown or given twice; of {', '.join(STRATEGIES)}")
+        if min(config.seeds, config.finetune_seeds) < 1:
+            raise UserError("--seeds and --finetune-seeds must be at least 1")
+        uniques = [None if part == "all" else part for part in config.unique_tokens.split(",")]
+        limits = dataclasses.replace(config, unique_tokens=",".join(u for u in uniques if u))
+        limited = numbers(limits, "unique_tokens", int) if any(uniques) else []
+        if config.static_masks and not limited:
+            raise UserError("--static-masks compares masks where data repeat: give --unique-tokens all,N with it")
+        self.settings = [(None, False)] * (None in uniques) + [
+            (n, static) for n in limited for static in ((False, True) if config.static_masks else (False,))]
+        self.lrs = numbers(config, "peak_lrs") if config.peak_lrs else [None]
+        layers = BertConfig.of_size(config.size).num_hidden_layers if config.teacher == "train" else 0
+        self.teacher = None
+        if config.teacher == "train":
+            size = config.teacher_size or f"{2 * layers}L{config.size.split('L')[1]}"
+            self.teacher = self.run("no_kd", config.teacher_budget or 4 * self.budgets[-1], size=size,
+                                    peak_lr=self.lrs[0] if len(self.lrs) == 1 else None, out=str(self.out / "teacher"))
+        elif config.teacher_size or config.teacher_budget:
+            raise UserError("--teacher-size and --teacher-budget belong to --teacher train")
+        self.tuning = {(name, lr): self.run(name, self.budgets[0], *self.settings[0], lr=lr)
+                       for name in self.names for lr in self.lrs if len(self.lrs) > 1}
+        self.runs = self.runs_at({name: self.lrs[0] for name in self.names})
+        for each in (*self.tuning.values(), *self.runs, *([self.teacher] if self.teacher else [])):
+            each.check()
+
+    def run(self, strategy, budget, unique=None, static=False, seed=0, lr=None, **other):
+        """The train.Config of one run; its directory's name says all that it differs in from the others."""
+        name = (f"{strategy}-{budget:g}{self.unit}" + f"-{unique}ids" * (unique is not None) + "-static" * static
+                + (f"-lr{lr:g}" if lr else "") + f"-seed{seed}")
+        shared = {f.name for f in dataclasses.fields(train.Config)} & {f.name for f in dataclasses.fields(Config)}
+        values = {k: getattr(self.config, k) for k in shared if not k.startswith("budget_")}
+        return train.Config(**values | dict(
+            strategy=strategy, teacher=str(self.out / "teacher/model") if self.config.teacher == "train"
+            else self.config.teacher, unique_tokens=unique, static_masks=static, seed=seed, peak_lr=lr,
+            out=str(self.out / "runs" / name)) | {f"budget_{self.unit}": budget} | other)
+
+    def runs_at(self, lrs):
+        """The compared runs, seeds outermost: stopped early, what is there is a whole comparison over fewer seeds."""
+        return [self.run(name, budget, *setting, seed, lrs[name]) for seed in range(self.config.seeds)
+                for budget in self.budgets for setting in self.settings for name in self.names]
+
+    @property
+    def all(self):
+        return [*([self.teacher] if self.teacher else []),
+                *{r.out: r for r in (*self.tuning.values(), *self.runs)}.values()]
+
+
+def finetuning(config, model, out, seed=0):
+    """The finetune_glue.Config for one model: fresh fine-tuning seeds for each pretraining seed."""
+    return finetune_glue.Config(
+        model=str(model), glue_dir=config.glue_dir, tasks=config.tasks, batch_sizes=config.finetune_batch_sizes,
+        peak_lrs=config.finetune_lrs, seeds=config.finetune_seeds, first_seed=1 + seed * config.finetune_seeds,
+        epochs=config.finetune_epochs, max_len=config.max_len, out=str(out))
+
+
+# -------------------------------------------------------------------------------------------- time and progress
+
+def step_seconds(config, directory, teacher):
+    """Seconds of one optimizer step of this run on this machine, by trying: random weights, a smaller micro-batch on a
+    CPU.  `teacher`: its BertConfig."""
+    micro = config.micro_batch if torch.cuda.is_available() else min(config.micro_batch, 16)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    small = dataclasses.replace(config, micro_batch=micro, compile=False)
+    arm = Arm(small, BertForMaskedLM(student_shape(config, directory)).to(device),
+              BertForMaskedLM(teacher).to(device) if config.kind.needs("teacher") else None)
+    arm.make_optimizer()
+
+    def step():
+        arm.forward(*arm.dummy())[0].backward()
+        return float(arm.gradient_norm())                               # waits for the device
+    step()
+    began = time.perf_counter()
+    step()
+    return (time.perf_counter() - began) * config.batch_size / micro
+
+
+class Progress:
+    """The plan's time, and one line of progress over all runs: estimates, corrected by what the finished ones took."""
+
+    def __init__(self, estimates, say=print):
+        self.left, self.count = dict(estimates), len(estimates)         # {key: seconds}
+        self.estimated = self.took = 0.0
+        self.say_line, self.said, self.what = say, -math.inf, ""
+
+    def start(self, key, what):
+        self.key, self.what, self.began = key, what, time.monotonic()
+
+    def done(self):
+        """The run is finished (in no time if it was before: then it says nothing of how right the estimate was)."""
+        seconds, estimate = time.monotonic() - self.began, self.left.pop(self.key, 0.0)
+        if seconds > 0.1 * estimate:
+            self.estimated, self.took = self.estimated + estimate, self.took + seconds
+
+    def say(self, line):
+        """A line of train.py's or finetune_glue.py's: steps at most every 10 seconds, the rest as it comes."""
+        if line.endswith("nothing to do") or line.startswith("step ") and time.monotonic() - self.said < 10:
+            return
+        self.said = time.monotonic()
+        seconds = sum(self.left.values()) * (self.took / self.estimated if self.estimated else 1)
+        seconds = max(0, seconds - (time.monotonic() - self.began))
+        self.say_line(f"[{self.count - len(self.left) + 1}/{self.count}, {duration(seconds)} left] {self.what}: {line}")
+
+
+def duration(seconds):
+    return (f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200
+            else f"{seconds / 3600:.1f} h")
+
+
+def estimate(plan, directory, teacher, texts):
+    """({run directory: seconds until it is finished}, seconds of fine-tuning one student); `teacher`: a BertConfig."""
+    seconds, rates = {}, {}
+    for each in plan.all:
+        budget, kind = getattr(each, f"budget_{plan.unit}"), (each.strategy, each.size)
+        if (Path(each.out) / "summary.json").exists():
+            seconds[each.out] = 0.0
+        elif plan.unit == "hours":
+            seconds[each.out] = budget * 3600
+        else:
+            if kind not in rates:
+                price = dict(steps=1, tokens=each.batch_size * each.seq_len, flops=each.batch_size * sum(
+                    flops_per_block(each, student_shape(each, directory), teacher)))[plan.unit]
+                rates[kind] = step_seconds(each, directory, teacher) / price
+            seconds[each.out] = budget * rates[kind]
+    step = step_seconds(plan.run("no_kd", plan.budgets[0]), directory, teacher)
+    points = len(finetune_glue.grid(finetuning(plan.config, "", "")))
+    trials = plan.config.finetune_seeds + (points if points > 1 else 0)
+    ids = sum(len(x) * np.mean([min(plan.config.max_len, len(" ".join(s)) / 4.5) for s in x[:1000]])   # a guess
+              for x in (task["train"][0] for task in texts.values()))
+    return seconds, trials * plan.config.finetune_epochs * ids * step / (plan.config.batch_size * plan.config.seq_len)
+
+
+# ----------------------------------------------------------------------------------------------------------- work
+
+@contextlib.contextmanager
+def claim(directory):
+    """Yields whether this process may work in the run directory; the lock goes when its process dies."""
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    with open(Path(directory) / "lock", "w") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def share(directories, do):
+    """[do(i) for each], in any order: processes with the same --out take what no other one is working on, and wait."""
+    results, waiting = {}, list(enumerate(directories))
+    while waiting:
+        for job in list(waiting):
+            with claim(job[1]) as mine:
+                if mine:
+                    results[job[0]] = do(job[0])
+                    waiting.remove(job)
+        if waiting:
+            time.sleep(1)
+    return [results[i] for i in range(len(directories))]
+
+
+def finetuned(config, model, out, say, seed=0):
+    """{task: mean score in percent over the fine-tuning seeds}, the number of collapsed trials, dev sizes."""
+    settings = finetuning(config, model, out, seed)
+    file, wanted = Path(out) / "scores.json", dataclasses.asdict(settings)
+    if file.exists():
+        kept = json.loads(file.read_text())
+        if kept["settings"] == wanted:
+            return kept["tasks"]
+    result = finetune_glue.score(settings, say)["tasks"]
+    checkpoint.write_whole(file, json.dumps(dict(settings=wanted, tasks=result), indent=1).encode())
+    return result
+
+
+def scores(tasks):
+    means = {name: r["mean"] for name, r in tasks.items()}
+    return dict(scores=means, average=float(np.mean(list(means.values()))),
+                collapsed=sum(r["collapsed"] for r in tasks.values()))
+
+
+def result_of(plan, each, summary, tasks):
+    """One run as report.py reads it."""
+    kept = ("strategy", "seed", "peak_lr", "steps", "tokens", "epochs", "charged_seconds", "tokens_per_second",
+            "teacher_share", "val", "device")
+    curve = [(r["seconds"], r["val"]["mlm"]) for r in map(json.loads, (Path(each.out) / "log.jsonl").open())
+             if "mlm" in r.get("val", {})]
+    return dict({k: summary[k] for k in kept}, budget=getattr(each, f"budget_{plan.unit}"), unit=plan.unit,
+                unique_tokens=each.unique_tokens, static_masks=each.static_masks, model=f"{each.out}/model",
+                curve=curve, tasks=tasks, **scores(tasks))
+
+
+def tuned(plan, progress):
+    """{strategy: peak LR} with the lowest own validation loss at the smallest budget, what was tried, what it cost."""
+    def do(i):
+        (name, lr), each = list(plan.tuning.items())[i]
+        progress.start(each.out, f"{name}, peak LR {lr:g}")
+        summary = train.train(each, say=progress.say)
+        progress.done()
+        return name, lr, sum(each.kind.terms[k].weight * v for k, v in summary["val"].items()), summary
+    found = share([each.out for each in plan.tuning.values()], do)
+    best = {name: min((loss, lr) for n, lr, loss, _ in found if n == name)[1] for name in plan.names}
+    lines = [f"{name}: peak LR " + ", ".join(f"{lr:g}: {loss:.4f}" + " (taken)" * (lr == best[name])
+                                            for n, lr, loss, _ in found if n == name) for name in plan.names]
+    spent = sum(s["charged_seconds"] for n, lr, _, s in found if lr != best[n])
+    return best, lines, [f"Choosing the peak LR took {len(found)} runs; the {len(found) - len(best)} that are not part "
+                         f"of the comparison were charged {duration(spent)}."]
+
+
+def compare(config, plan):
+    """Trains and scores every run and the yardsticks: (results, yardsticks, remarks, costs)."""
+    directory, out = TokenDirectory(config.data), plan.out
+    texts = {name: finetune_glue.read_task(name, task, config.glue_dir)
+             for name, task in finetune_glue.parse_tasks(config.tasks).items()}     # before hours of training
+    if plan.teacher:
+        teacher, head = student_shape(plan.teacher, directory), True
+    else:
+        path = checkpoint.find_model(config.teacher)
+        checkpoint.same_vocabulary(directory.read_tokenizer(), path)
+        loaded, missing, _ = checkpoint.load_mlm(path, len(directory.vocab))
+        teacher, head = loaded.config, not missing
+    for each in plan.runs[:len(plan.names)]:
+        if each.kind.needs("teacher"):
+            check_teacher(each, student_shape(each, directory), teacher, head)
+    seconds, finetune_seconds = estimate(plan, directory, teacher, texts)
+    describe(plan, seconds, finetune_seconds, texts)
+    if config.dry_run:
+        return None
+    yardsticks = [("random init", out / f"random/seed{seed}", seed) for seed in range(config.seeds)]
+    yardsticks.append(("teacher", out / "teacher", 0))
+    times = {key: s + finetune_seconds * (key in {each.out for each in plan.runs}) for key, s in seconds.items()}
+    times |= {f"{path} scored": finetune_seconds * (2 if name == "teacher" else 1) for name, path, _ in yardsticks}
+    progress = Progress(times)
+
+    if plan.teacher:
+        def teach(_):
+            progress.start(plan.teacher.out, f"teacher {plan.teacher.size}")
+            summary = train.train(plan.teacher, say=progress.say)
+            progress.done()
+            return summary
+        taught = share([plan.teacher.out], teach)[0]
+    remarks, costs = [], []
+    if plan.tuning:
+        lrs, remarks, costs = tuned(plan, progress)
+        plan.runs = plan.runs_at(lrs)
+
+    def do(i):
+        each = plan.runs[i]
+        progress.start(each.out, Path(each.out).name)
+        summary = train.train(each, say=progress.say)
+        tasks = finetuned(config, f"{each.out}/model", f"{each.out}/glue", progress.say, each.seed)
+        progress.done()
+        return result_of(plan, each, summary, tasks)
+    results = share([each.out for each in plan.runs], do)
+
+    def measure(i):
+        name, path, seed = yardsticks[i]
+        model = str(path / "model") if name != "teacher" or plan.teacher else config.teacher
+        if name != "teacher" and not Path(model).exists():
+            student = initial_student(dataclasses.replace(plan.runs[0], seed=seed), directory)
+            checkpoint.save_model(Path(model), student, directory.read_tokenizer(), head=True)
+        progress.start(f"{path} scored", f"{name} {seed}")
+        tasks = finetuned(config, model, path / "glue", progress.say, seed)
+        progress.done()
+        return dict(name=name, **scores(tasks))
+    measured = share([path for _, path, _ in yardsticks], measure)
+    lines = []
+    for name in ("random init", "teacher"):
+        of = [m for m in measured if m["name"] == name]
+        lines.append(dict(name=name, scores={t: [m["scores"][t] for m in of] for t in of[0]["scores"]},
+                          averages=[m["average"] for m in of]))
+    if plan.teacher:
+        remarks.append(f"The teacher ({plan.teacher.size}) has a validation MLM loss of {taught['val']['mlm']:.2f}; "
+                       f"its own pretraining is charged to no arm.")
+        costs.append(f"The teacher's pretraining took {duration(taught['charged_seconds'])}.")
+    costs.append(f"The compared runs were charged {duration(sum(r['charged_seconds'] for r in results))} in all.")
+    return results, lines, remarks, costs
+
+
+def describe(plan, seconds, finetune_seconds, texts):
+    """The plan in a few lines, before anything starts."""
+    config = plan.config
+    print(f"plan: {', '.join(plan.names)}; student {config.size}; "
+          f"budgets {', '.join(report.amount(b, plan.unit) for b in plan.budgets)}; "
+          f"{'; '.join(report.setting(*s) for s in plan.settings)}; seeds 0 to {config.seeds - 1}")
+    finished = sum(s == 0 for s in seconds.values())
+    print(f"  {len(seconds)} pretraining runs"
+          + (f", {len(plan.tuning)} of them to choose the peak LR" if plan.tuning else "")
+          + (f", the teacher ({plan.teacher.size}) with {duration(seconds[plan.teacher.out])}" if plan.teacher else "")
+          + f"; {finished} are finished, the others take about {duration(sum(seconds.values()))} in one process")
+    models = len(plan.runs) + config.seeds + 1                          # the random students and the teacher
+    print(f"  fine-tuning {models} models on {', '.join(texts)}: very roughly {duration(models * finetune_seconds)}")
+
+
+# --------------------------------------------------------------------------------------- the demonstration's data
+
+def package_task(task, documents):
+    """The built-in task: which package does a docstring come from?  Of the validation documents, by hash order."""
     held_out = {}
     for package, text in documents:
         key = prepare.document_key(text)
@@ -93,125 +417,60 @@ def write_task(task, documents):
     rows = [held_out[key] for key in sorted(held_out, key=lambda key: key[::-1])]
     task.mkdir(parents=True, exist_ok=True)
     for name, part in (("train", rows[:DEMO_LABELLED]), ("dev", rows[DEMO_LABELLED:])):
-        (task / f"{name}.tsv").write_text("sentence\tlabel\n" + "".join(part), encoding="utf-8")
+        checkpoint.write_whole(task / f"{name}.tsv", ("sentence\tlabel\n" + "".join(part)).encode())
 
 
-def compare(config):
-    """Trains and scores every arm; returns the rows of the table."""
-    names, out = config.strategies.split(","), Path(config.out)
-    for name in names:
-        if name not in STRATEGIES:
-            raise UserError(f"--strategies {name}: unknown; of {', '.join(STRATEGIES)}")
-    shared = {f.name: getattr(config, f.name) for f in dataclasses.fields(train.Config) if hasattr(config, f.name)}
-    runs = [train.Config(**(shared | dict(strategy=name, out=str(out / name)))) for name in names]
-    for each in runs:
-        each.check()
-    finetune_glue.read_task("task", finetune_glue.own_task(Path(config.task_dir)), None)    # before hours of training
+def prepare_built_in(config):
+    """Writes the built-in task and, for the demonstration, the corpus; what is there stays."""
+    task, data = Path(config.out) / "package", Path(config.out) / "data"
+    demonstration = config.data is None
 
-    rows = []
-    for i, each in enumerate(runs):
-        print(f"\narm {i + 1} of {len(runs)}: {each.strategy}")
-        rows.append(dict(train.train(each), name=each.strategy, model=f"{each.out}/model"))
-    random = out / "random/model"
-    if not random.exists():
-        directory = TokenDirectory(config.data)
-        checkpoint.save_model(random, initial_student(runs[0], directory), directory.read_tokenizer(), head=True)
-    rows += [dict(name="random init", model=str(random)), dict(name="teacher", model=config.teacher)]
-    rows[-1]["val"] = dict(mlm=next((row["teacher_mlm"] for row in rows if row.get("teacher_mlm")), None))
-    print(f"\nfine-tuning {len(rows)} models on {Path(config.task_dir).name}, {config.finetune_seeds} seeds each")
-    for row in rows:
-        row["task"] = finetune_once(config, row["model"], out / "glue" / row["name"].replace(" ", "_"))
-    base = next((row["task"]["mean"] for row in rows if row["name"] == "no_kd"), None)
-    for row in rows:
-        row["delta"] = None if base is None or row["name"] == "no_kd" else row["task"]["mean"] - base
-    return rows
-
-
-def finetune_once(config, model, out):
-    """The scores of one model on the task; trials that `out` holds are not run again."""
-    result = finetune_glue.score(finetune_glue.Config(
-        model=model, tasks=f"task={config.task_dir}", batch_sizes="32", peak_lrs=str(config.finetune_lr),
-        seeds=config.finetune_seeds, epochs=config.finetune_epochs, max_len=config.max_len, out=str(out)),
-        lambda line: print(f"{model}: {line}"))
-    return result["tasks"]["task"]
-
-
-# ------------------------------------------------------------------------------------------------------- output
-
-def table(rows, task):
-    """The comparison as a markdown table: one row per arm, then the yardsticks."""
-    base = next((row for row in rows if row["name"] == "no_kd"), rows[0])
-
-    def cell(row, key, form):
-        return form(row[key]) if row.get(key) is not None else ""
-    lines = [f"| arm | peak LR | tokens | x {base['name']} | tokens/s | charged s | in teacher | val MLM "
-             f"| {task}, accuracy | Δ |", "|---|---|---|---|---|---|---|---|---|---|"]
-    for row in rows:
-        mlm = (row.get("val") or {}).get("mlm")
-        lines.append("| " + " | ".join([
-            row["name"], cell(row, "peak_lr", "{:g}".format), cell(row, "tokens", "{:,}".format),
-            cell(row, "tokens", lambda v: f"{v / base['tokens']:.2f}"),
-            cell(row, "tokens_per_second", "{:,.0f}".format), cell(row, "charged_seconds", "{:.1f}".format),
-            cell(row, "teacher_share", "{:.0%}".format), "" if mlm is None else f"{mlm:.3f}",
-            f"{row['task']['mean']:.1f} ± {row['task']['std']:.1f}", cell(row, "delta", "{:+.1f}".format)]) + " |")
-    return "\n".join(lines)
-
-
-def noise(rows):
-    """One sentence on how much of the table is noise: both spreads that one pretraining seed can show."""
-    n, seeds = rows[0]["task"]["n"], len(rows[0]["task"]["scores"])
-    arms = [row for row in rows if "tokens" in row]
-    p = np.mean([row["task"]["mean"] for row in arms]) / 100
-    dev = 100 * np.sqrt(p * (1 - p) / n)
-    seed = np.sqrt(np.mean([row["task"]["std"] ** 2 for row in arms]) / seeds)
-    return (f"± is the standard deviation over {seeds} fine-tuning seeds; a score's standard error is {seed:.1f} "
-            f"points from those seeds and {dev:.1f} from the {n:,} examples, so a difference of less than about "
-            f"{2 * np.sqrt(2 * (seed ** 2 + dev ** 2)):.1f} points between two arms is noise, and with one pretraining "
-            f"seed per arm even a larger one is a hint, not a result.")
-
-
-def figure(rows, path, task):
-    """Left: the score of each arm, with the yardsticks as lines.  Right: the tokens that the budget bought."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no figure.png: pip install matplotlib")
-        return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    arms = [row for row in rows if "tokens" in row][::-1]
-    names, height = [row["name"] for row in arms], range(len(arms))
-    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 0.5 * len(arms) + 1.6), sharey=True, layout="constrained")
-    left.errorbar([row["task"]["mean"] for row in arms], height, xerr=[row["task"]["std"] for row in arms],
-                  fmt="ko", capsize=4)
-    for row, style in zip([row for row in rows if "tokens" not in row], (":", "--"), strict=True):
-        left.axvline(row["task"]["mean"], color="0.4", linestyle=style, label=row["name"])
-    left.set(yticks=height, yticklabels=names, ylim=(-0.6, len(arms) - 0.4),
-             xlabel=f"{task}: accuracy, %; bars: ± std of fine-tuning")
-    left.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.18), ncols=2, frameon=False)
-    right.barh(height, [row["tokens"] / 1e6 for row in arms], color="0.7", edgecolor="k")
-    right.set(xlabel=f"million tokens in {arms[0]['charged_seconds']:.0f} s")
-    fig.savefig(path, dpi=150)
-    plt.close(fig)
+    def make(_):
+        if not (task / "dev.tsv").exists() or (demonstration and not (data / "manifest.json").exists()):
+            print("reading the documentation on this disk")
+            documents = list(tqdm(sources.docstrings(), unit=" docstrings", mininterval=2))
+            package_task(task, documents)
+            if demonstration:
+                print(f"training a WordPiece vocabulary of {DEMO_VOCAB:,} tokens")
+                prepare.prepare(prepare.Config(["docstrings"], str(data), None, DEMO_VOCAB, DEMO_VAL_FRACTION),
+                                [text for _, text in documents])
+    share([config.out], make)
+    config = dataclasses.replace(config, tasks=f"package={task}")
+    return dataclasses.replace(config, data=str(data), **DEMO) if demonstration else config
 
 
 def main(config):
     began, out = time.monotonic(), Path(config.out)
     if config.data is None:
         given = [f.name for f in dataclasses.fields(Config)
-                 if f.name not in ("out", "strategies") and getattr(config, f.name) != f.default]
+                 if f.name not in ("out", "strategies", "seeds", "dry_run") and getattr(config, f.name) != f.default]
         if given:
             raise UserError(f"--{given[0].replace('_', '-')} without --data: the demonstration, which runs without "
-                            f"--data, has its own sizes; give --data, --teacher, --task-dir and a budget")
-        config = demonstration(config)
-    elif config.teacher is None or config.task_dir is None:
-        raise UserError("--data needs --teacher and --task-dir with it")
-    rows, task = compare(config), Path(config.task_dir).name
-    text = table(rows, task) + "\n\n" + noise(rows)
-    (out / "table.md").write_text(text + "\n", encoding="utf-8")
-    (out / "results.json").write_text(json.dumps(dict(config=dataclasses.asdict(config), rows=rows), indent=1) + "\n")
-    figure(rows, out / "figure.png", task)
-    print(f"\n{text}\n\nalso in {out}/table.md and results.json; {time.monotonic() - began:.0f} s in all")
+                            f"--data, has its own sizes; give --data, --teacher and a budget")
+    elif config.teacher is None:
+        raise UserError("--data needs --teacher with it: a model directory, a Hub id, or train")
+    if config.data is None:
+        config = prepare_built_in(config)
+    elif config.tasks is None and config.glue_dir:
+        config = dataclasses.replace(config, tasks=finetune_glue.Config.tasks)
+    plan = Plan(config)
+    if config.tasks is None:
+        config = plan.config = prepare_built_in(config)
+    found = compare(config, plan)
+    if found is None:
+        return
+    results, yardsticks, remarks, costs = found
+    said = report.verdict(results) + report.remarks(results) + remarks
+    text = "\n\n".join([report.score_table(results, yardsticks, config.size), *said])
+    costs = "\n\n".join([report.cost_table(results), *costs])
+    checkpoint.write_whole(out / "table.md", f"{text}\n".encode())
+    checkpoint.write_whole(out / "costs.md", f"{costs}\n".encode())
+    checkpoint.write_whole(out / "results.csv", report.comma_separated(results).encode())
+    everything = dict(config=dataclasses.asdict(config), results=results, yardsticks=yardsticks, verdict=said)
+    checkpoint.write_whole(out / "results.json", (json.dumps(everything, indent=1) + "\n").encode())
+    report.figure(results, yardsticks, out / "figure.png")
+    print(f"\n{text}\n\n{costs}\n\nalso in {out}/table.md, costs.md, results.json and results.csv; "
+          f"{time.monotonic() - began:.0f} s in all")
 
 
 if __name__ == "__main__":

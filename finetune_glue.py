@@ -52,6 +52,7 @@ class Config:
     peak_lrs: str = "1e-5,3e-5,5e-5,8e-5"   # ... times learning rates, each reached after 6% of the steps
     quick: bool = False                     # one grid point, batch 32 and lr 5e-5, in the grid's place
     seeds: int = 3                          # runs of the chosen point: mean and standard deviation over them
+    first_seed: int | None = None           # of those runs; default: 1 after a grid, which runs on seed 0, else 0
     epochs: int = 5                         # passes over the training examples
     max_len: int = 128                      # ids an example is cut to, [CLS] and [SEP] included
     dropout: float = 0.1                    # in the encoder and before the classifier
@@ -430,13 +431,15 @@ def run_trials(setup, out, points):
 
 def score_task(setup, out):
     """The grid on seed 0, the best point on fresh seeds.  None while trials of other shards are missing."""
-    points, first, trials, metric = grid(setup.config), 0, 0, setup.task.metrics[0]
+    points, first, trials, metric = grid(setup.config), setup.config.first_seed, 0, setup.task.metrics[0]
+    if first is None:
+        first = int(len(points) > 1)
     if len(points) > 1:     # else there is nothing to choose, and seed 0 is as fresh as any
         chosen = run_trials(setup, out, [(*p, 0) for p in points])
         if not chosen:
             return None
         points = [max(points, key=lambda p: chosen[*p, 0]["scores"][metric])]
-        first, trials = 1, len(chosen)
+        trials = len(chosen)
     results = run_trials(setup, out, [(*points[0], seed) for seed in range(first, first + setup.config.seeds)])
     if not results:
         return None

@@ -1,39 +1,164 @@
-"""The whole way at the smallest size, and what the table says of its noise."""
+"""The whole way at the smallest size, stopped and shared; the plan; what is refused before anything runs."""
 import dataclasses
 import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
 
 import pytest
 
 import compare
+import train
 from cli import UserError
 from conftest import TINY, text
 
 
-def test_the_whole_way_ends_with_the_table_and_a_second_call_repeats_nothing(corpus, teacher, tmp_path, capsys):
+@pytest.fixture
+def task(tmp_path):
     task = tmp_path / "task"
     task.mkdir()
     for name, seed in (("train", 5), ("dev", 6)):
         (task / f"{name}.tsv").write_text("sentence\tlabel\n" + "".join(
             f"{d.splitlines()[0]}\t{i % 2}\n" for i, d in enumerate(text(40, seed))))
+    return task
+
+
+@pytest.fixture
+def small(corpus, teacher, task, tmp_path):
+    """Makes a compare.Config of the smallest size; keyword arguments override."""
     recipe = {k: v for k, v in TINY.items() if k in {f.name for f in dataclasses.fields(compare.Config)}}
-    config = compare.Config(data=str(corpus), teacher=str(teacher), task_dir=str(task), budget_steps=3,
-                            out=str(tmp_path / "out"), finetune_epochs=1, finetune_seeds=2, **recipe)
+
+    def make(**other):
+        return compare.Config(**recipe | dict(
+            data=str(corpus), teacher=str(teacher), tasks=f"mine={task}", budget_steps="3", out=str(tmp_path / "out"),
+            finetune_batch_sizes="32", finetune_lrs="5e-5", finetune_epochs=1, finetune_seeds=1) | other)
+    return make
+
+
+def test_the_whole_way_ends_with_the_table_and_a_second_call_repeats_nothing(small, tmp_path, capsys):
+    config = small(finetune_seeds=2)
     compare.main(config)
-    first = (tmp_path / "out/table.md").read_text()
-    rows = json.loads((tmp_path / "out/results.json").read_text())["rows"]
-    assert [row["name"] for row in rows] == ["no_kd", "vanilla_kd", "tinybert", "minilm", "random init", "teacher"]
-    assert first.count("\n| ") == 6 and "is noise" in first and first in capsys.readouterr().out + "\n"
-    stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*")
-              if p.suffix in (".bin", ".safetensors", ".jsonl")}
+    first, out = (tmp_path / "out/table.md").read_text(), tmp_path / "out"
+    kept = json.loads((out / "results.json").read_text())
+    assert [r["strategy"] for r in kept["results"]] == ["no_kd", "vanilla_kd", "tinybert", "minilm"]
+    assert [y["name"] for y in kept["yardsticks"]] == ["random init", "teacher"]
+    assert first.count("\n| ") == 7 and "is noise" in first and first in capsys.readouterr().out + "\n"
+    assert len((out / "results.csv").read_text().splitlines()) == 5
+    stamps = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.suffix in (".bin", ".safetensors", ".jsonl", ".npy")}
     compare.main(config)
-    assert (tmp_path / "out/table.md").read_text() == first
-    assert all(p.stat().st_mtime_ns == stamp for p, stamp in stamps.items())
+    assert (out / "table.md").read_text() == first
+    assert stamps and all(p.stat().st_mtime_ns == stamp for p, stamp in stamps.items())
+
+
+def test_budgets_seeds_data_settings_and_a_trained_teacher_are_runs_of_their_own(small, tmp_path, capsys):
+    config = small(teacher="train", teacher_budget=2.0, budget_steps="2,4", seeds=2, unique_tokens="all,600",
+                   static_masks=True, strategies="no_kd,minilm", peak_lrs="1e-3,3e-3", size="1L32")
+    compare.main(config)
+    plan, kept = compare.Plan(config), json.loads((tmp_path / "out/results.json").read_text())
+    assert plan.teacher.size == "2L32" and plan.teacher.budget_steps == 2
+    assert len(kept["results"]) == 2 * 2 * 3 * 2 and len(list((tmp_path / "out/runs").iterdir())) == 24 + 2
+    models = {Path(r["model"]).parent.name for r in kept["results"]}
+    assert len(models) == 24 and any("-600ids-static-" in name and name.endswith("-seed1") for name in models)
+    seeds = {json.loads((tmp_path / f"out/runs/{name}/glue/scores.json").read_text())["settings"]["first_seed"]
+             for name in models}
+    assert seeds == {1, 2}                              # each pretraining seed has fine-tuning seeds of its own
+    table = (tmp_path / "out/table.md").read_text()
+    assert "600 unique tokens, static masks" in table and "no_kd: peak LR 0.001: " in table and "(taken)" in table
+    capsys.readouterr()
+
+
+def test_all_arms_differ_in_their_strategy_alone(small):
+    plan = compare.Plan(small(seeds=2, budget_steps="3,5"))
+    base = {(run.seed, run.budget_steps): run for run in plan.runs if run.strategy == "no_kd"}
+    for run in plan.runs:
+        twin = base[run.seed, run.budget_steps]
+        differ = {f.name for f in dataclasses.fields(run) if getattr(run, f.name) != getattr(twin, f.name)}
+        assert differ <= {"strategy", "out"}
+    assert len({run.out for run in plan.runs}) == len(plan.runs) == 16
+
+
+def test_a_chosen_peak_lr_is_the_one_with_the_lowest_own_validation_loss(small, tmp_path):
+    config = small(peak_lrs="1e-6,1e-2", strategies="no_kd,tinybert", budget_steps="20")
+    compare.main(config)
+    kept = json.loads((tmp_path / "out/results.json").read_text())
+    assert [r["peak_lr"] for r in kept["results"]] == [1e-2, 1e-2]
+    assert len(list((tmp_path / "out/runs").iterdir())) == 4           # the chosen runs are the tuning's own
+
+
+def test_the_dry_run_prints_the_plan_and_writes_nothing(small, tmp_path, capsys):
+    compare.main(small(dry_run=True, seeds=3))
+    said = capsys.readouterr().out
+    assert "12 pretraining runs" in said and "in one process" in said and "fine-tuning 16 models on mine" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_stopped_three_times_the_table_is_the_same(small, tmp_path, monkeypatch, capsys):
+    config = small(seeds=2, strategies="no_kd,minilm", budget_steps="4,8")
+    compare.main(config)
+    steps, rng, real = [0], random.Random(0), train.Run.after_step
+
+    def after_step(self, *args):
+        real(self, *args)
+        steps[0] -= 1
+        if steps[0] == 0:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.Run, "after_step", after_step)
+    again = dataclasses.replace(config, out=str(tmp_path / "again"))
+    for _ in range(3):
+        steps[0] = rng.randint(1, 12)
+        with pytest.raises(KeyboardInterrupt):
+            compare.main(again)
+    steps[0] = -1
+    compare.main(again)
+    assert (tmp_path / "again/table.md").read_text() == (tmp_path / "out/table.md").read_text()
+
+
+def test_processes_share_the_runs_and_each_is_done_once(tmp_path):
+    directories, done, found = [str(tmp_path / str(i)) for i in range(6)], [], []
+
+    def do(i):
+        if not (tmp_path / f"{i}/finished").exists():
+            done.append(i)
+            time.sleep(0.2)
+            (tmp_path / f"{i}/finished").touch()
+        return i * i
+
+    threads = [threading.Thread(target=lambda: found.append(compare.share(directories, do))) for _ in range(3)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert sorted(done) == list(range(6)) and found == [[i * i for i in range(6)]] * 3
+
+
+@pytest.mark.slow
+def test_killed_and_run_by_two_processes_the_table_is_the_same(small, tmp_path):
+    config = small(seeds=2, budget_steps="30,60", strategies="no_kd,minilm")
+    compare.main(config)
+    flags = [f"--{f.name.replace('_', '-')}={getattr(config, f.name)}" for f in dataclasses.fields(config)
+             if getattr(config, f.name) != f.default and f.name != "out"]
+    command = [sys.executable, "compare.py", *flags, "--out", str(tmp_path / "again")]
+    rng, home = random.Random(0), Path(compare.__file__).parent
+    for _ in range(3):
+        killed = subprocess.Popen(command, cwd=home, env=os.environ, stdout=subprocess.DEVNULL)
+        time.sleep(rng.uniform(4, 8))
+        killed.send_signal(signal.SIGKILL)
+        killed.wait()
+    both = [subprocess.Popen(command, cwd=home, env=os.environ, stdout=subprocess.DEVNULL) for _ in range(2)]
+    assert [p.wait() for p in both] == [0, 0]
+    assert (tmp_path / "again/table.md").read_text() == (tmp_path / "out/table.md").read_text()
 
 
 def test_the_task_holds_validation_documents_alone_and_splits_them(tmp_path):
     packages = ("torch", "sympy", "click")
     documents = [(package, f"{d} {package}") for package in packages for d in text(3000, seed=2)]
-    compare.write_task(tmp_path, documents)
+    compare.package_task(tmp_path, documents)
     rows = {name: (tmp_path / f"{name}.tsv").read_text().splitlines()[1:] for name in ("train", "dev")}
     assert 0 < len(rows["train"]) <= compare.DEMO_LABELLED
     held_out = {" ".join(t.split())[:compare.DEMO_CHARACTERS] for _, t in documents
@@ -43,10 +168,29 @@ def test_the_task_holds_validation_documents_alone_and_splits_them(tmp_path):
     assert not set(rows["train"]) & set(rows["dev"])
 
 
-def test_wrong_arguments_are_refused_before_anything_runs(tmp_path):
-    for changes, message in ((dict(budget_hours=1.0), "without --data"), (dict(data="x"), "--teacher"),
-                             (dict(data="x", teacher="y", task_dir="z"), "exactly one budget"),
-                             (dict(data="x", teacher="y", task_dir="z", strategies="no_kd,magic"), "magic")):
-        with pytest.raises(UserError, match=message):
-            compare.main(compare.Config(out=str(tmp_path / "out"), **changes))
+@pytest.mark.parametrize("changes, message", [
+    (dict(data=None, tasks=None, budget_steps=None), "without --data"),
+    (dict(teacher=None), "--data needs --teacher"),
+    (dict(budget_steps=None), "exactly one of"),
+    (dict(budget_hours="4"), "exactly one of"),
+    (dict(budget_steps="4,x"), "--budget-steps 4,x"),
+    (dict(budget_steps="4,4"), "--budget-steps 4,4"),
+    (dict(budget_steps="-1"), "--budget-steps -1"),
+    (dict(strategies="no_kd,magic"), "magic"),
+    (dict(strategies="no_kd,no_kd"), "given twice"),
+    (dict(seeds=0), "--seeds"),
+    (dict(unique_tokens="all,few"), "--unique-tokens"),
+    (dict(static_masks=True), "--static-masks"),
+    (dict(peak_lrs="0"), "--peak-lrs 0"),
+    (dict(teacher_size="4L32"), "--teacher train"),
+    (dict(tasks="cola=nowhere"), "nowhere"),
+    (dict(size="2Lx"), "2Lx"),
+    (dict(batch_size=12), "--batch-size 12"),
+    (dict(heads=4, strategies="no_kd,minilm"), "--heads 2"),
+    (dict(finetune_lrs="fast"), "fast"),
+])
+def test_wrong_arguments_are_refused_before_anything_runs(small, tmp_path, changes, message):
+    with pytest.raises(UserError) as refused:
+        compare.main(small(**changes))
+    assert message in str(refused.value) and "\n" not in str(refused.value)
     assert not (tmp_path / "out").exists()

@@ -1,0 +1,127 @@
+"""Statistics, tables and the verdict on made-up results whose answer is known."""
+import numpy as np
+import pytest
+
+import report
+
+
+def result(strategy, seed, average, budget=1e12, unique=None, static=False, **other):
+    return dict(dict(
+        strategy=strategy, seed=seed, budget=budget, unit="flops", unique_tokens=unique, static_masks=static,
+        average=average, scores={"sst2": average + 10, "rte": average - 10}, collapsed=0, peak_lr=1e-3, steps=10,
+        tokens=1000, epochs=2.0, charged_seconds=5.0, tokens_per_second=200.0, teacher_share=0.25, val={"mlm": 6.0},
+        tasks={"sst2": dict(metric="accuracy", n=872, scores=[1], std=0.0)}, curve=[(1.0, 7.0), (5.0, 6.0)]), **other)
+
+
+def made_up(averages, **other):
+    """{strategy: [average per seed]} -> results."""
+    return [result(name, seed, float(v), **other) for name, values in averages.items() for seed, v in enumerate(values)]
+
+
+def test_quantiles_of_student_s_t_are_scipy_s():
+    scipy = pytest.importorskip("scipy.stats")
+    for df in (1, 2, 3, 4, 9, 30, 200):
+        for p in (0.9, 0.975, 1 - 0.025 / 3, 0.995):
+            assert report.t_quantile(p, df) == pytest.approx(scipy.t.ppf(p, df), rel=2e-4)
+
+
+def test_an_interval_is_the_paired_t_test_s():
+    scipy = pytest.importorskip("scipy.stats")
+    a, b = np.array([70.1, 71.0, 69.2, 70.5]), np.array([69.0, 70.4, 69.3, 69.1])
+    low, high = scipy.ttest_rel(a, b).confidence_interval(0.95)
+    mean, half = report.interval(list(a - b))
+    assert (mean - half, mean + half) == pytest.approx((low, high), rel=1e-3)
+    assert report.interval([1.0]) == (1.0, float("inf"))
+
+
+@pytest.mark.parametrize("seed_std, noise_std", [(0.05, 1.0), (5.0, 1.0), (5.0, 0.01)])
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_the_interval_of_equal_arms_contains_zero_in_95_of_100(seed_std, noise_std, seeds):
+    """What the arms share (their seed) cancels; what they do not is covered."""
+    rng, inside = np.random.default_rng(seeds), 0
+    for _ in range(2000):
+        shared = rng.normal(70, seed_std, seeds)
+        arms = report.groups(made_up({name: shared + rng.normal(0, noise_std, seeds) for name in ("no_kd", "minilm")}))
+        arms = arms[None, False, 1e12]
+        mean, half = report.interval(report.differences(arms["minilm"], arms["no_kd"]))
+        inside += abs(mean) <= half
+    assert 0.93 <= inside / 2000 <= 0.97
+
+
+@pytest.mark.parametrize("lead, low, high", [(0.0, 0.0, 0.05), (12.0, 0.95, 1.0)])
+def test_the_verdict_claims_a_lead_where_there_is_one_and_seldom_where_there_is_none(lead, low, high):
+    rng, claims = np.random.default_rng(0), 0
+    for _ in range(1000):
+        arms = {name: rng.normal(70, 1, 3) for name in ("no_kd", "vanilla_kd", "tinybert", "minilm")}
+        arms["tinybert"] += lead
+        line, = report.verdict(made_up(arms))
+        claims += ("tinybert scores" in line if lead else True) and ", outside the noise" in line.split(";")[1]
+    assert low <= claims / 1000 <= high
+
+
+def test_the_table_says_what_was_put_in():
+    results = made_up({"no_kd": [60, 61, 62], "minilm": [61, 63, 65]})
+    yardsticks = [dict(name="random init", scores=dict(sst2=[50.0], rte=[40.0]), averages=[45.0])]
+    head, _, *rows = report.score_table(results, yardsticks).splitlines()
+    assert head == "| budget | arm | peak LR | tokens | epochs | val MLM | sst2 | rte | average | Δ to no_kd [95%] |"
+    assert rows[0] == "| 1e+12 flops | no_kd | 0.001 | 1,000 | 2.0 | 6.00 | 71.0 ± 1.0 | 51.0 ± 1.0 | 61.0 ± 1.0 |  |"
+    # differences 1, 2, 3: mean 2, standard error 1/sqrt(3), t(0.975, 2) = 4.303
+    assert rows[1].endswith("| 73.0 ± 2.0 | 53.0 ± 2.0 | 63.0 ± 2.0 | +2.0 [-0.5, +4.5] |")
+    assert rows[2] == "|  | random init |  |  |  |  | 50.0 | 40.0 | 45.0 |  |"
+    assert "| 1e+12 flops | all of the data | minilm | 1,000 | 1.00 | 5.0 | 200 | 25% |" in report.cost_table(results)
+    lines = report.comma_separated(results).splitlines()
+    assert len(lines) == 7 and lines[0].endswith(",val_mlm,sst2,rte,average")
+    assert lines[4] == "minilm,1000000000000.0,flops,,False,0,0.001,10,1000,2.0,5.0,200.0,0.25,6.0,71.0,51.0,61.0"
+
+
+def test_the_paper_s_numbers_stand_beside_the_paper_s_setting_alone():
+    results = made_up({"no_kd": [60, 61], "tinybert": [60, 61]})
+    assert "paper" not in report.score_table(results, size="2L128")
+    rows = [line for line in report.score_table(results, size="6L768").splitlines() if "the paper's" in line]
+    assert len(rows) == 4 and all("one seed" in row for row in rows)
+    assert any("tinybert" in row and "91.0 | 67.2" in row and "78.8 (7 tasks)" in row for row in rows)
+    assert "90.3 | 65.7" not in str(rows) and "91.5 | 65.7" in report.score_table(
+        made_up({"no_kd": [60], "minilm": [60]}, unique=10), size="6L768")
+
+
+def test_the_verdict_names_the_best_its_lead_and_the_crossing():
+    small = made_up({"no_kd": [60.0, 60.1, 60.2], "minilm": [58.0, 58.2, 58.1]}, budget=1e12)
+    large = made_up({"no_kd": [61.0, 61.1, 61.2], "minilm": [63.0, 63.2, 63.1]}, budget=4e12)
+    first, second, crossing = report.verdict(small + large)
+    assert first.startswith("At 1e+12 flops on all of the data, no_kd scores highest: 60.1 ± 0.1; against minilm +2.0")
+    assert first.endswith(", outside the noise.")
+    assert "minilm scores highest: 63.1 ± 0.1" in second
+    assert crossing == ("On all of the data, the mean of minilm overtakes no_kd's at about 2e+12 flops, between 1e+12 "
+                        "flops and 4e+12 flops.")
+    assert "against no_kd +8.0, of one seed" in report.verdict(made_up({"no_kd": [1.0], "minilm": [9.0]}))[0]
+
+
+def test_repetition_is_a_difference_of_differences():
+    results = (made_up({"no_kd": [60, 61, 62], "minilm": [61, 62, 63]})
+               + made_up({"no_kd": [58, 59, 60], "minilm": [62, 63, 64]}, unique=500, epochs=8.0)
+               + made_up({"no_kd": [57, 58, 59], "minilm": [60, 61, 62]}, unique=500, static=True, epochs=8.0))
+    limited, static = report.verdict(results)[3:]
+    assert limited == ("At 1e+12 flops, 500 unique tokens (8.0 epochs of no_kd) against all of the data: no_kd changes "
+                       "by -2.0 [-2.0, -2.0], the lead of minilm over it by +3.0 [+3.0, +3.0].")
+    assert static.startswith("At 1e+12 flops, 500 unique tokens, static masks (8.0 epochs of no_kd) against 500 unique "
+                             "tokens: no_kd changes by -1.0")
+    assert static.endswith("the lead of minilm over it by -1.0 [-1.0, -1.0].")
+
+
+def test_with_one_pretraining_seed_the_remarks_give_the_size_of_the_noise():
+    tasks = {"mine": dict(metric="accuracy", n=2500, scores=[50, 50], std=2 ** 0.5)}
+    line, = report.remarks(made_up({"no_kd": [50.0], "minilm": [50.0]}, tasks=tasks))
+    assert "1.0 points from its 2 fine-tuning seeds and 1.0 from the 2,500 dev examples: a difference under 4.0" in line
+    assert "no difference here can be told from noise" in report.remarks(made_up({"no_kd": [50.0]}, tasks=tasks | {
+        "other": tasks["mine"]}))[0]
+    assert "4 fine-tuning runs predicted a single class." in report.remarks(made_up({"no_kd": [5, 6]}, collapsed=2))
+
+
+def test_the_figure_is_drawn_for_one_budget_and_for_many(tmp_path):
+    pytest.importorskip("matplotlib")
+    one = made_up({"no_kd": [60], "minilm": [61]})
+    many = one + made_up({"no_kd": [60, 61], "minilm": [61, 62]}, budget=2e12) + made_up(
+        {"no_kd": [60, 61], "minilm": [61, 62]}, unique=500, static=True, budget=2e12)
+    for i, results in enumerate((one, many)):
+        report.figure(results, [dict(name="teacher", averages=[70.0])], tmp_path / f"{i}.png")
+        assert (tmp_path / f"{i}.png").read_bytes().startswith(b"\x89PNG")
