@@ -124,10 +124,13 @@ class Plan:
         self.settings = [(None, False)] * (None in uniques) + [
             (n, static) for n in limited for static in ((False, True) if config.static_masks else (False,))]
         self.lrs = numbers(config, "peak_lrs") if config.peak_lrs else [None]
-        layers = BertConfig.of_size(config.size).num_hidden_layers if config.teacher == "train" else 0
+        try:
+            shape = BertConfig.of_size(config.size, config.heads)
+        except ValueError as e:
+            raise UserError(f"--size: {e}") from None
         self.teacher = None
         if config.teacher == "train":
-            size = config.teacher_size or f"{2 * layers}L{config.size.split('L')[1]}"
+            size = config.teacher_size or f"{2 * shape.num_hidden_layers}L{shape.hidden_size}"
             self.teacher = self.run("no_kd", config.teacher_budget or 4 * self.budgets[-1], size=size,
                                     peak_lr=self.lrs[0] if len(self.lrs) == 1 else None, out=str(self.out / "teacher"))
         elif config.teacher_size or config.teacher_budget:
