@@ -96,7 +96,7 @@ def setting(unique_tokens, static_masks):
 def amount(budget, unit):
     if unit == "hours":
         return f"{budget:g} h" if budget >= 0.1 else f"{budget * 3600:.0f} s"
-    return f"{budget:g} {unit}"
+    return f"{budget:g} FLOPs".replace("e+", "e") if unit == "flops" else f"{budget:,} {unit}"
 
 
 # -------------------------------------------------------------------------------------------------------- tables

@@ -64,11 +64,11 @@ def test_the_table_says_what_was_put_in():
     yardsticks = [dict(name="random init", scores=dict(sst2=[50.0], rte=[40.0]), averages=[45.0])]
     head, _, *rows = report.score_table(results, yardsticks).splitlines()
     assert head == "| budget | arm | peak LR | tokens | epochs | val MLM | sst2 | rte | average | Δ to no_kd [95%] |"
-    assert rows[0] == "| 1e+12 flops | no_kd | 0.001 | 1,000 | 2.0 | 6.00 | 71.0 ± 1.0 | 51.0 ± 1.0 | 61.0 ± 1.0 |  |"
+    assert rows[0] == "| 1e12 FLOPs | no_kd | 0.001 | 1,000 | 2.0 | 6.00 | 71.0 ± 1.0 | 51.0 ± 1.0 | 61.0 ± 1.0 |  |"
     # differences 1, 2, 3: mean 2, standard error 1/sqrt(3), t(0.975, 2) = 4.303
     assert rows[1].endswith("| 73.0 ± 2.0 | 53.0 ± 2.0 | 63.0 ± 2.0 | +2.0 [-0.5, +4.5] |")
     assert rows[2] == "|  | random init |  |  |  |  | 50.0 | 40.0 | 45.0 |  |"
-    assert "| 1e+12 flops | all of the data | minilm | 1,000 | 1.00 | 5.0 | 200 | 25% |" in report.cost_table(results)
+    assert "| 1e12 FLOPs | all of the data | minilm | 1,000 | 1.00 | 5.0 | 200 | 25% |" in report.cost_table(results)
     lines = report.comma_separated(results).splitlines()
     assert len(lines) == 7 and lines[0].endswith(",val_mlm,sst2,rte,average")
     assert lines[4] == "minilm,1000000000000.0,flops,,False,0,0.001,10,1000,2.0,5.0,200.0,0.25,6.0,71.0,51.0,61.0"
@@ -88,11 +88,11 @@ def test_the_verdict_names_the_best_its_lead_and_the_crossing():
     small = made_up({"no_kd": [60.0, 60.1, 60.2], "minilm": [58.0, 58.2, 58.1]}, budget=1e12)
     large = made_up({"no_kd": [61.0, 61.1, 61.2], "minilm": [63.0, 63.2, 63.1]}, budget=4e12)
     first, second, crossing = report.verdict(small + large)
-    assert first.startswith("At 1e+12 flops on all of the data, no_kd scores highest: 60.1 ± 0.1; against minilm +2.0")
+    assert first.startswith("At 1e12 FLOPs on all of the data, no_kd scores highest: 60.1 ± 0.1; against minilm +2.0")
     assert first.endswith(", outside the noise.")
     assert "minilm scores highest: 63.1 ± 0.1" in second
-    assert crossing == ("On all of the data, the mean of minilm overtakes no_kd's at about 2e+12 flops, between 1e+12 "
-                        "flops and 4e+12 flops.")
+    assert crossing == ("On all of the data, the mean of minilm overtakes no_kd's at about 2e12 FLOPs, between 1e12 "
+                        "FLOPs and 4e12 FLOPs.")
     assert "against no_kd +8.0, of one seed" in report.verdict(made_up({"no_kd": [1.0], "minilm": [9.0]}))[0]
 
 
@@ -101,9 +101,9 @@ def test_repetition_is_a_difference_of_differences():
                + made_up({"no_kd": [58, 59, 60], "minilm": [62, 63, 64]}, unique=500, epochs=8.0)
                + made_up({"no_kd": [57, 58, 59], "minilm": [60, 61, 62]}, unique=500, static=True, epochs=8.0))
     limited, static = report.verdict(results)[3:]
-    assert limited == ("At 1e+12 flops, 500 unique tokens (8.0 epochs of no_kd) against all of the data: no_kd changes "
+    assert limited == ("At 1e12 FLOPs, 500 unique tokens (8.0 epochs of no_kd) against all of the data: no_kd changes "
                        "by -2.0 [-2.0, -2.0], the lead of minilm over it by +3.0 [+3.0, +3.0].")
-    assert static.startswith("At 1e+12 flops, 500 unique tokens, static masks (8.0 epochs of no_kd) against 500 unique "
+    assert static.startswith("At 1e12 FLOPs, 500 unique tokens, static masks (8.0 epochs of no_kd) against 500 unique "
                              "tokens: no_kd changes by -1.0")
     assert static.endswith("the lead of minilm over it by -1.0 [-1.0, -1.0].")
 
