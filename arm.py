@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoint
 from cli import UserError
+from data import hashed
 from kd_losses import STRATEGIES, Context, loss_terms, projections, relation_head_count
 from model import BertConfig, BertForMaskedLM
 
@@ -103,8 +104,24 @@ class Arm:
         """Gradients travel between ranks in the last micro-batch of a step only."""
         return contextlib.nullcontext() if last or self.ranks.size == 1 else self.wrapper.no_sync()
 
-    def gradient_norm(self):
-        return torch.nn.utils.get_total_norm([p.grad for p in self.trained])
+    def gradients(self, batch, step, stages):
+        """Forward and backward over one optimizer step's batch, in micro-batches.  Nothing here waits for the device.
+
+        (names, values on the device): the means of this rank's losses, and the gradient's norm."""
+        micro, ranks = self.config.micro_batch, self.ranks
+        accumulate, sums = len(batch.ids) // (micro * ranks.size), 0
+        for j in range(accumulate):
+            at = (ranks.rank * accumulate + j) * micro
+            ids, masked, labels = self.to_device(type(batch)(*(a[at:at + micro] for a in batch)))
+            torch.manual_seed(int(hashed(self.config.seed, step, j, ranks.rank) >> np.uint64(1)))       # dropout
+            stages.mark("data")
+            with self.synchronised(j == accumulate - 1):
+                total, terms = self.forward(ids, masked, labels, stages)
+                (total / accumulate).backward()
+            sums = sums + torch.stack([total.detach(), *(v.detach() for v in terms.values())])
+            stages.mark("student")
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.trained])
+        return ("loss", *terms, "gradient_norm"), torch.cat([sums / accumulate, norm.reshape(1)])
 
     def update(self, lr, norm):
         if self.config.clip:
