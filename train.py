@@ -243,8 +243,7 @@ def train(config, now=time.monotonic, say=print):
         run.describe()
 
     stages = run.stages
-    batches = (prefetch(train_blocks, budget.steps, config.batch_size) if arm.device.type == "cuda" else
-               (train_blocks.batch(i, config.batch_size) for i in itertools.count(budget.steps)))
+    batches = stream(train_blocks, budget.steps, config.batch_size, arm.device)
     budget.start()
     stages.mark(None)
     with stop_signals() as signals:
@@ -301,6 +300,13 @@ def train(config, now=time.monotonic, say=print):
         dist.barrier()
         dist.destroy_process_group()
     return summary
+
+
+def stream(blocks, start, batch_size, device):
+    """Batches start, start + 1, ...: made ahead in a thread where the device is another one than the CPU."""
+    if device.type == "cuda":
+        return prefetch(blocks, start, batch_size)
+    return (blocks.batch(i, batch_size) for i in itertools.count(start))
 
 
 def refuse_non_finite(step, values):
