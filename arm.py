@@ -5,6 +5,7 @@ step costs: the teacher and the student leave behind what the strategy asks for,
 it.  The loop around it is in train.py.
 """
 import contextlib
+import ctypes
 import dataclasses
 import os
 import time
@@ -59,6 +60,8 @@ class Arm:
         self.config, self.strategy, self.student, self.teacher = config, config.kind, student, teacher
         self.device = next(student.parameters()).device
         self.ranks = Ranks(self.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.bf16 = multiplies_in_bf16(self.device) if config.bf16 is None else config.bf16
         self.peak_lr = config.peak_lr if config.peak_lr is not None else self.strategy.peak_lr
         student_c, teacher_c = student.config, teacher.config if teacher else student.config
@@ -191,6 +194,14 @@ class Arm:
         if self.teacher:
             self.teacher.train(teacher_was)
         return {name: float(np.mean(values)) for name, values in means.items()}
+
+
+def keep_freed_memory():
+    """glibc hands large freed tensors back to the system and takes them again, page by page, in every step."""
+    with contextlib.suppress(OSError, AttributeError):                  # another C library: as it likes
+        mallopt, trim_threshold, mmap_max = ctypes.CDLL("libc.so.6").mallopt, -1, -4        # malloc.h
+        mallopt(trim_threshold, -1)
+        mallopt(mmap_max, 0)
 
 
 def autocast(device, bf16):
