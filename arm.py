@@ -81,6 +81,8 @@ class Arm:
             # The released code leaves the teacher's dropout on.
             teacher.to(torch.bfloat16 if self.bf16 else None).train(self.strategy.as_released).requires_grad_(False)
         compiled = self.compiled = config.compile if config.compile is not None else self.device.type == "cuda"
+        if compiled:            # arms in one process share the code of one forward pass: 8 variants are too few
+            torch._dynamo.config.recompile_limit = 64
         prepare = (lambda f: torch.compile(f, fullgraph=True, dynamic=False)) if compiled else (lambda f: f)
         self.run_student, self.run_teacher = prepare(student), prepare(teacher) if teacher else None
         self.loss_terms = prepare(loss_terms)

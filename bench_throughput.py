@@ -42,7 +42,7 @@ from model import BertConfig, BertForMaskedLM
 PAPERS_RATIO = 1.8
 # Dense bf16 TFLOP/s in the vendors' data sheets, by words of the device's name; the first entry that fits counts
 PEAKS = {"H100 PCIe": 756, "H100 NVL": 835, "H200 NVL": 835, "H100": 989, "H200": 989, "GH200": 989, "B200": 2250,
-         "A100": 312, "A30": 165, "A10": 125, "L40S": 362, "L4": 121, "RTX 4090": 165}
+         "A100": 312, "A30": 165, "A10": 125, "L40S": 362, "L4": 121}
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Config:
     size: str = "6L768"                 # student: layers L width
     teacher_size: str = "12L768"        # teacher: layers L width
     heads: int | None = None            # attention heads of the student; default: width / 64
-    vocab_size: int = 30522             # V
+    vocab_size: int = 30522             # V, ids in the vocabulary
     strategies: str = ",".join(STRATEGIES)      # the arms; no_kd is always among them
     as_released: bool = False           # beside them what the paper's released code computes under their names
     baseline: str | None = None         # transformers: beside them BertForMaskedLM, and a TinyBERT, of that package

@@ -89,7 +89,7 @@ class AddAndNorm(nn.Module):
 
 def dropout(x, p):
     """Each element 0 with probability p, else divided by 1 - p."""
-    if x.device.type != "cpu" or not 0 < p < 1:
+    if x.device.type != "cpu" or not 0 < p < 1 or torch.compiler.is_compiling():
         return F.dropout(x, p)
     # torch draws a whole random number for each element on CPU; 16 bits of one do, p rounded to a multiple of 2^-16
     bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-2 ** 63, None).view(torch.int16)
