@@ -5,6 +5,7 @@ step costs: the teacher and the student leave behind what the strategy asks for,
 it.  The loop around it is in train.py.
 """
 import contextlib
+import ctypes
 import dataclasses
 import os
 import time
@@ -17,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoint
 from cli import UserError
+from data import hashed
 from kd_losses import STRATEGIES, Context, loss_terms, projections, relation_head_count
 from model import BertConfig, BertForMaskedLM
 
@@ -58,6 +60,8 @@ class Arm:
         self.config, self.strategy, self.student, self.teacher = config, config.kind, student, teacher
         self.device = next(student.parameters()).device
         self.ranks = Ranks(self.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.bf16 = multiplies_in_bf16(self.device) if config.bf16 is None else config.bf16
         self.peak_lr = config.peak_lr if config.peak_lr is not None else self.strategy.peak_lr
         student_c, teacher_c = student.config, teacher.config if teacher else student.config
@@ -77,6 +81,8 @@ class Arm:
             # The released code leaves the teacher's dropout on.
             teacher.to(torch.bfloat16 if self.bf16 else None).train(self.strategy.as_released).requires_grad_(False)
         compiled = self.compiled = config.compile if config.compile is not None else self.device.type == "cuda"
+        if compiled:            # arms in one process share the code of one forward pass: 8 variants are too few
+            torch._dynamo.config.recompile_limit = 64
         prepare = (lambda f: torch.compile(f, fullgraph=True, dynamic=False)) if compiled else (lambda f: f)
         self.run_student, self.run_teacher = prepare(student), prepare(teacher) if teacher else None
         self.loss_terms = prepare(loss_terms)
@@ -103,8 +109,24 @@ class Arm:
         """Gradients travel between ranks in the last micro-batch of a step only."""
         return contextlib.nullcontext() if last or self.ranks.size == 1 else self.wrapper.no_sync()
 
-    def gradient_norm(self):
-        return torch.nn.utils.get_total_norm([p.grad for p in self.trained])
+    def gradients(self, batch, step, stages):
+        """Forward and backward over one optimizer step's batch, in micro-batches.  Nothing here waits for the device.
+
+        (names, values on the device): the means of this rank's losses, and the gradient's norm."""
+        micro, ranks = self.config.micro_batch, self.ranks
+        accumulate, sums = len(batch.ids) // (micro * ranks.size), 0
+        for j in range(accumulate):
+            at = (ranks.rank * accumulate + j) * micro
+            ids, masked, labels = self.to_device(type(batch)(*(a[at:at + micro] for a in batch)))
+            torch.manual_seed(int(hashed(self.config.seed, step, j, ranks.rank) >> np.uint64(1)))       # dropout
+            stages.mark("data")
+            with self.synchronised(j == accumulate - 1):
+                total, terms = self.forward(ids, masked, labels, stages)
+                (total / accumulate).backward()
+            sums = sums + torch.stack([total.detach(), *(v.detach() for v in terms.values())])
+            stages.mark("student")
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.trained])
+        return ("loss", *terms, "gradient_norm"), torch.cat([sums / accumulate, norm.reshape(1)])
 
     def update(self, lr, norm):
         if self.config.clip:
@@ -174,6 +196,14 @@ class Arm:
         if self.teacher:
             self.teacher.train(teacher_was)
         return {name: float(np.mean(values)) for name, values in means.items()}
+
+
+def keep_freed_memory():
+    """glibc hands large freed tensors back to the system and takes them again, page by page, in every step."""
+    with contextlib.suppress(OSError, AttributeError):                  # another C library: as it likes
+        mallopt, trim_threshold, mmap_max = ctypes.CDLL("libc.so.6").mallopt, -1, -4        # malloc.h
+        mallopt(trim_threshold, -1)
+        mallopt(mmap_max, 0)
 
 
 def autocast(device, bf16):

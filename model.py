@@ -81,21 +81,31 @@ class AddAndNorm(nn.Module):
         super().__init__()
         self.dense = nn.Linear(width_in, c.hidden_size)
         self.LayerNorm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
-        self.dropout = nn.Dropout(c.hidden_dropout_prob)
+        self.dropout = c.hidden_dropout_prob
 
     def forward(self, y, x):
-        return self.LayerNorm(x + self.dropout(self.dense(y)))
+        return self.LayerNorm(x + dropout(self.dense(y), self.dropout if self.training else 0.0))
 
 
-def attention(q, k, v, mask, dropout):
-    """softmax(q k^T / sqrt(H)) v, all (B, N, S, H); `mask` (B, 1, 1, S) is true where a key is real."""
-    if q.device.type != "cpu" or not q.requires_grad:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-    # torch's fused CPU kernel is slow backwards: 4 times these lines in bf16 (16 x 12 x 128 x 64, torch 2.13, AMX)
+def dropout(x, p):
+    """Each element 0 with probability p, else divided by 1 - p."""
+    if x.device.type != "cpu" or not 0 < p < 1 or torch.compiler.is_compiling():
+        return F.dropout(x, p)
+    # torch draws a whole random number for each element on CPU; 16 bits of one do, p rounded to a multiple of 2^-16
+    bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-2 ** 63, None).view(torch.int16)
+    keep = bits[:x.numel()].view(x.shape) >= round(p * 2 ** 16) - 2 ** 15
+    return x * keep.to(x.dtype).mul_(1 / (1 - p))
+
+
+def attention(q, k, v, mask, p):
+    """softmax(q k^T / sqrt(H)) v, all (B, N, S, H); `mask` (B, 1, 1, S) is true where a key is real; dropout p."""
+    if q.device.type != "cpu" or not (q.requires_grad or p):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
+    # torch's fused CPU kernel: 3 times these lines backwards, in bf16, and no dropout (README.md, Throughput)
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])                               # (B, N, S, S)
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    return F.dropout(scores.softmax(-1), dropout).to(v.dtype) @ v
+    return dropout(scores.softmax(-1), p).to(v.dtype) @ v
 
 
 class Layer(nn.Module):
@@ -127,7 +137,7 @@ class BertModel(nn.Module):
         super().__init__()
         self.config = config
         self.embeddings = Embeddings(config)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = config.hidden_dropout_prob
         self.encoder = nn.ModuleDict({"layer": nn.ModuleList(Layer(config)
                                                             for _ in range(config.num_hidden_layers))})
         if pooler:
@@ -144,7 +154,7 @@ class BertModel(nn.Module):
         x = self.embeddings(ids, token_types)                                               # (B, S, D)
         if "embedding" in want:
             out["embedding"] = x
-        x = self.dropout(x)
+        x = dropout(x, self.dropout if self.training else 0.0)
         for i, layer in enumerate(layers if to_the_end else layers[:max(keep, default=-1) + 1]):
             qkv = layer.qkv(x)
             if i in keep:

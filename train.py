@@ -28,14 +28,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 import checkpoint
 from arm import Stopped, flops_per_block, make_arm
 from cli import UserError, run
-from data import Blocks, TokenDirectory, hashed, prefetch
+from data import Blocks, TokenDirectory, prefetch
 from kd_losses import AS_RELEASED, STRATEGIES
 
 
@@ -244,31 +243,17 @@ def train(config, now=time.monotonic, say=print):
         run.describe()
 
     stages = run.stages
-    micro, accumulate = config.micro_batch, config.batch_size // (config.micro_batch * ranks.size)
-    batches = (prefetch(train_blocks, budget.steps, config.batch_size) if arm.device.type == "cuda" else
-               (train_blocks.batch(i, config.batch_size) for i in itertools.count(budget.steps)))
+    batches = stream(train_blocks, budget.steps, config.batch_size, arm.device)
     budget.start()
     stages.mark(None)
     with stop_signals() as signals:
         try:
             while budget.progress < 1 or not budget.steps:
                 batch = next(batches)
-                sums = 0
-                for j in range(accumulate):
-                    at = (ranks.rank * accumulate + j) * micro
-                    ids, masked, labels = arm.to_device(type(batch)(*(a[at:at + micro] for a in batch)))
-                    torch.manual_seed(int(hashed(config.seed, budget.steps, j, ranks.rank) >> np.uint64(1)))  # dropout
-                    stages.mark("data")
-                    with arm.synchronised(j == accumulate - 1):
-                        total, terms = arm.forward(ids, masked, labels, stages)
-                        (total / accumulate).backward()
-                    sums = sums + torch.stack([total.detach(), *(v.detach() for v in terms.values())])
-                    stages.mark("student")
-
+                names, values = arm.gradients(batch, budget.steps, stages)
                 # The step's one wait for the device; then, before the update, what all ranks decide together: whether
                 # everything is finite, what the clock of rank 0 says, and whether a signal has come to any of them
-                sums = torch.cat([sums / accumulate, arm.gradient_norm().reshape(1)]) / ranks.size
-                values = dict(zip(("loss", *terms, "gradient_norm"), ranks.sum(sums), strict=True))
+                values = dict(zip(names, ranks.sum(values / ranks.size), strict=True))
                 budget.seconds, stop = ranks.sum(torch.tensor(
                     [budget.clock() * (ranks.rank == 0), len(signals)], dtype=torch.float64))
                 stages.mark("communication" if ranks.size > 1 else "optimizer")
@@ -315,6 +300,13 @@ def train(config, now=time.monotonic, say=print):
         dist.barrier()
         dist.destroy_process_group()
     return summary
+
+
+def stream(blocks, start, batch_size, device):
+    """Batches start, start + 1, ...: made ahead in a thread where the device is another one than the CPU."""
+    if device.type == "cuda":
+        return prefetch(blocks, start, batch_size)
+    return (blocks.batch(i, batch_size) for i in itertools.count(start))
 
 
 def refuse_non_finite(step, values):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import bench_throughput
 import cli
 import compare
 import data
@@ -36,7 +37,7 @@ def test_a_wrong_flag_is_one_line_and_status_2(argv, capsys):
     assert e.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
-@pytest.mark.parametrize("script", [prepare, data, train, finetune_glue, compare])
+@pytest.mark.parametrize("script", [prepare, data, train, finetune_glue, compare, bench_throughput])
 def test_every_flag_has_help(script, capsys):
     with pytest.raises(SystemExit) as e:
         cli.parse(script.Config, script.__doc__, ["--help"])

@@ -280,12 +280,13 @@ def test_bf16_and_compile_flags_reach_the_step(tiny, corpus):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("bf16, rel", [(False, 1e-5), (True, 1e-2)])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_the_compiled_step_is_the_eager_step(tiny, corpus, strategy):
-    """fullgraph: not one graph break in the student, the teacher and the losses.  Within 1e-5 in fp32, 20 steps."""
+def test_the_compiled_step_is_the_eager_step(tiny, corpus, strategy, bf16, rel):
+    """fullgraph: not one graph break in the student, the teacher and the losses.  20 steps."""
     losses = []
     for compiled in (False, True):
-        arm = make_arm(tiny(strategy=strategy, compile=compiled), TokenDirectory(corpus))
+        arm = make_arm(tiny(strategy=strategy, compile=compiled, bf16=bf16), TokenDirectory(corpus))
         blocks = train.Blocks(TokenDirectory(corpus), "train", 32, 0)
         losses.append([])
         for i in range(20):
@@ -294,4 +295,4 @@ def test_the_compiled_step_is_the_eager_step(tiny, corpus, strategy):
             arm.update(1e-3, 0)
             losses[-1].append(total.item())
     # a KL of 1e-3 is a difference of logarithms near 5: fp32 leaves it an absolute error of some 1e-8
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5, abs=1e-7)
+    assert losses[1] == pytest.approx(losses[0], rel=rel, abs=1e-7)

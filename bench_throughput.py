@@ -1,0 +1,332 @@
+"""Tokens per second of every strategy, beside no_kd's and beside what the FLOPs say.  Read it after compare.py.
+
+    python bench_throughput.py                                      # this machine, CPU or GPU, under five minutes
+    python bench_throughput.py --as-released --baseline transformers --json bench.json --figure bench.png
+    python bench_throughput.py --size 12L1024 --teacher-size 24L1024                    # the paper's 12 layers
+    python bench_throughput.py --teacher-cost                       # what makes the teacher's forward pass cheap
+    python bench_throughput.py --loader                             # the data loader alone
+
+An arm's step is train.py's: a batch and its masks, Arm.gradients (teacher, student, backward, gradient norm), one
+wait for the device, Arm.update.  Weights and ids are random: neither data nor a teacher is needed.  A shared machine's
+speed moves, so all arms live in one process and take turns, a step each in every round; a ratio is the median over
+rounds of the round's own ratio, with its quartiles.
+
+The paper (arXiv 2404.19319) measured a cost of 1.8 for every distilled arm.  By FLOPs, 6 layers of width 768, it is
+1.64 (vanilla_kd), 1.54 (tinybert) and 1.39 (minilm).  --as-released adds arms that compute everything for every method,
+as its code does; with our attention and, on CUDA, torch.compile, which save for them too: not its kernels, its graph.
+"""
+import dataclasses
+import itertools
+import json
+import os
+import re
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")      # before torch is imported: its profiler talks to stderr
+import numpy as np
+import torch
+from torch.nn.functional import mse_loss
+
+import train
+from arm import Arm, autocast, check_teacher, flops_per_block, multiplies_in_bf16
+from cli import UserError, run
+from data import SPECIAL, Blocks, loader_rate
+from kd_losses import AS_RELEASED, STRATEGIES
+from model import BertConfig, BertForMaskedLM
+
+PAPERS_RATIO = 1.8
+# Dense bf16 TFLOP/s in the vendors' data sheets, by words of the device's name; the first entry that fits counts
+PEAKS = {"H100 PCIe": 756, "H100 NVL": 835, "H200 NVL": 835, "H100": 989, "H200": 989, "GH200": 989, "B200": 2250,
+         "A100": 312, "A30": 165, "A10": 125, "L40S": 362, "L4": 121}
+
+
+@dataclass
+class Config:
+    size: str = "6L768"                 # student: layers L width
+    teacher_size: str = "12L768"        # teacher: layers L width
+    heads: int | None = None            # attention heads of the student; default: width / 64
+    vocab_size: int = 30522             # V, ids in the vocabulary
+    strategies: str = ",".join(STRATEGIES)      # the arms; no_kd is always among them
+    as_released: bool = False           # beside them what the paper's released code computes under their names
+    baseline: str | None = None         # transformers: beside them BertForMaskedLM, and a TinyBERT, of that package
+    teacher_cost: bool = False          # instead: the teacher's forward pass alone, one change at a time
+    loader: bool = False                # instead: the data loader alone, batches of 1024 blocks on one core
+    seq_len: int = 128                  # S, positions in a block
+    batch_size: int | None = None       # blocks per optimizer step; default: 1024 on CUDA, else 16
+    micro_batch: int | None = None      # blocks per forward pass; default: 256, or the batch if it is smaller
+    dropout: float = 0.1                # as train.py's
+    seconds: float = 120.0              # of measuring; 3 rounds at least
+    device: str | None = None           # default: cuda where there is one, else cpu
+    compile: bool | None = None         # torch.compile; default: on CUDA only
+    bf16: bool | None = None            # bf16 autocast; default: where the hardware multiplies in bf16
+    json: str | None = None             # file for everything that was measured
+    figure: str | None = None           # file for a figure; needs matplotlib
+
+    def for_machine(self):
+        """The same with every default filled in, or a UserError."""
+        device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        batch = self.batch_size or (1024 if device.type == "cuda" else 16)
+        names = [name for name in self.strategies.split(",") if name != "no_kd"]
+        config = dataclasses.replace(
+            self, device=str(device), batch_size=batch, micro_batch=self.micro_batch or min(batch, 256),
+            compile=device.type == "cuda" if self.compile is None else self.compile,
+            bf16=multiplies_in_bf16(device) if self.bf16 is None else self.bf16, strategies=",".join(["no_kd", *names]))
+        for name in config.strategies.split(","):
+            config.of_arm(name).check()
+        if self.baseline not in (None, "transformers"):
+            raise UserError(f"--baseline {self.baseline}: there is one, transformers")
+        for package in (self.baseline, self.figure and "matplotlib"):
+            try:
+                package and __import__(package)
+            except ImportError:
+                raise UserError(f"this needs {package}: pip install {package}") from None
+        return config
+
+    def of_arm(self, strategy, as_released=False):
+        same = {name: getattr(self, name) for name in (
+            "size", "heads", "seq_len", "batch_size", "micro_batch", "dropout", "compile", "bf16")}
+        return train.Config(strategy, budget_steps=1, as_released=as_released, teacher=self.teacher_size, **same)
+
+    def shape(self, size, heads=None):
+        try:
+            return BertConfig.of_size(size, heads, vocab_size=self.vocab_size, hidden_dropout_prob=self.dropout,
+                                      attention_probs_dropout_prob=self.dropout,
+                                      max_position_embeddings=max(512, self.seq_len))
+        except ValueError as e:
+            raise UserError(f"--size, --teacher-size: {e}") from None
+
+
+class RandomTokens:
+    """What data.Blocks reads of a token directory: a memmapped file, of random ids here, gone when the process ends."""
+
+    def __init__(self, vocab_size, count=2 ** 22):
+        self.path, self.vocab = "random ids", range(vocab_size)
+        self.special = dict(zip(SPECIAL, range(len(SPECIAL)), strict=True))
+        self.file, self.dtype = tempfile.TemporaryFile(), np.uint16 if vocab_size <= 2 ** 16 else np.uint32
+        np.random.default_rng(0).integers(len(SPECIAL), vocab_size, count, self.dtype).tofile(self.file)
+
+    def split(self, name):
+        return np.memmap(self.file, self.dtype, "r")
+
+
+# --------------------------------------------------------------------------------------------- what takes its turn
+
+@dataclass
+class Entry:
+    """One thing that is measured.  `flops` are those of a step; `peak` is in bytes."""
+    name: str
+    step: callable
+    flops: float | None = None
+    peak: float | None = None
+    stages: train.Stages | None = None
+    seconds: list = field(default_factory=list)     # of one step, round by round
+
+
+def entry_of(name, arm, blocks, flops=None):
+    """An arm that steps as train.py's loop does."""
+    arm.make_optimizer()
+    stages, steps = train.Stages(arm.device), itertools.count()
+    batches = train.stream(blocks, 0, arm.config.batch_size, arm.device)
+
+    def step():
+        stages.mark(None)
+        names, values = arm.gradients(next(batches), next(steps), stages)
+        norm = values.tolist()[names.index("gradient_norm")]            # the step's one wait for the device
+        stages.mark("optimizer")
+        stages.read()
+        arm.update(1e-4, norm)
+        stages.mark("optimizer")
+    step()                                                              # AdamW's state comes with the first step
+    peak = peak_memory(arm, step)
+    stages.seconds.clear()
+    return Entry(name, step, flops, peak, stages)
+
+
+def arms(config, blocks):
+    """Every arm that was asked for, each with weights of its own."""
+    student_c, teacher_c = shapes = config.shape(config.size, config.heads), config.shape(config.teacher_size)
+    names = config.strategies.split(",")
+    for name, as_released in [(n, False) for n in names] + [(n, True) for n in names if n in AS_RELEASED
+                                                            and config.as_released]:
+        of_arm = config.of_arm(name, as_released)
+        needed = shapes if of_arm.kind.needs("teacher") else shapes[:1]
+        if len(needed) > 1:
+            check_teacher(of_arm, student_c, teacher_c, head=True)
+        with torch.device(config.device):
+            arm = Arm(of_arm, *map(BertForMaskedLM, needed))
+        flops = config.batch_size * sum(flops_per_block(of_arm, *needed))
+        yield entry_of(name + ", as released" * as_released, arm, blocks, flops)
+    if config.baseline:
+        import transformers as hf
+        student_c, teacher_c = (hf.BertConfig(**dataclasses.asdict(shape)) for shape in shapes)
+        with torch.device(config.device):
+            arm = TransformersArm(config.of_arm("no_kd"), hf.BertForMaskedLM(student_c).train())
+            yield entry_of("transformers MLM", arm, blocks)
+            if student_c.hidden_size == teacher_c.hidden_size:
+                student, teacher = (hf.BertModel._from_config(c, add_pooling_layer=False, attn_implementation="eager")
+                                    for c in (student_c, teacher_c))
+                arm = TransformersArm(config.of_arm("tinybert"), student.train(), teacher)
+                yield entry_of("transformers TinyBERT", arm, blocks)
+
+
+class TransformersArm(Arm):
+    """The same step on transformers' models.  Without a teacher: BertForMaskedLM and labels of -100, so the LM head at
+    every position.  With one: a TinyBERT on BertModel, whose outputs are attentions and hidden states of all layers;
+    attentions come out of its eager attention only."""
+
+    def __init__(self, config, student, teacher=None):
+        super().__init__(config, student, teacher)
+        if self.compiled:                                               # graph breaks and all
+            self.run_student, self.run_teacher = torch.compile(student), teacher and torch.compile(teacher)
+
+    def forward(self, ids, masked, labels, stages=None):
+        everything = dict(output_hidden_states=True, output_attentions=True)
+        if not self.teacher:
+            labels = torch.full_like(ids, -100).scatter(1, masked, labels.view_as(masked))
+            with autocast(self.device, self.bf16):
+                return self.run_student(ids, labels=labels).loss, {}
+        with torch.no_grad():
+            t = self.run_teacher(ids, **everything)
+        if stages:
+            stages.mark("teacher")
+        with autocast(self.device, self.bf16):
+            s = self.run_student(ids, **everything)
+        pairs = [(s.attentions[-1], t.attentions[-1]), *((s.hidden_states[i], t.hidden_states[i]) for i in (0, -1))]
+        return sum(mse_loss(a.float(), b.float()) for a, b in pairs), {}
+
+
+def teacher_alone(config, blocks):
+    """The teacher's forward pass as vanilla_kd has it, and what one change at a time costs or saves."""
+    shape, device = config.shape(config.teacher_size), torch.device(config.device)
+    with device:
+        fp32, bf16 = (BertForMaskedLM(shape).to(dtype).eval() for dtype in (torch.float32, torch.bfloat16))
+    ids, masked, _ = (torch.from_numpy(a).to(device) for a in blocks.batch(0, config.micro_batch))
+
+    def forward(model, masked=masked, want="logits", casts=False):
+        with torch.no_grad(), autocast(device, casts):
+            model(ids, masked, want=(want,))
+    compiled = torch.compile(bf16, fullgraph=True, dynamic=False)
+    for name, model, changes in (
+            ("bf16 weights, logits at the masked positions", bf16, {}), ("fp32 weights", fp32, {}),
+            ("fp32 weights, bf16 autocast", fp32, dict(casts=True)), ("compiled", compiled, {}),
+            ("logits at every position", bf16, dict(masked=None)), ("no LM head", bf16, dict(want="hidden")),
+            ("stops at the last q, k, v", bf16, dict(want="qkv"))):
+        entry = Entry(name, partial(forward, model, **changes))
+        entry.step()
+        yield entry
+
+
+def peak_memory(arm, step):
+    """Bytes at the highest point of a step: the arm's weights and optimizer state and what the step adds."""
+    own = sum(t.nbytes for t in itertools.chain(
+        arm.student.parameters(), arm.proj.parameters(), arm.teacher.parameters() if arm.teacher else (),
+        *(state.values() for state in arm.optimizer.state.values())))
+    if arm.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return own + torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as p:
+        step()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in p.profiler.kineto_results.events() if e.name() == "[memory]")
+    return own + int(np.cumsum([n for _, n in changes]).max())
+
+
+# ----------------------------------------------------------------------------------------------- rounds and tables
+
+def take_turns(entries, config):
+    """One step of each in every round."""
+    def synchronize():
+        if config.device.startswith("cuda"):
+            torch.cuda.synchronize()
+    began, rounds = time.monotonic(), 0
+    while rounds < 3 or time.monotonic() - began < config.seconds:
+        for entry in entries:
+            synchronize()
+            at = time.perf_counter()
+            entry.step()
+            synchronize()
+            entry.seconds.append(time.perf_counter() - at)
+        rounds += 1
+        print(f"\rround {rounds}, {time.monotonic() - began:.0f} of {config.seconds:.0f} s", end="", file=sys.stderr)
+    print(file=sys.stderr)
+
+
+def row(entry, base, config, peak):
+    """What was measured of one entry; `base` is the one that costs 1, `peak` the device's FLOP/s or None."""
+    seconds, ratios = np.median(entry.seconds), np.divide(entry.seconds, base.seconds)
+    ratio, low, high = np.quantile(ratios, (.5, .25, .75))
+    tokens = (config.micro_batch if config.teacher_cost else config.batch_size) * config.seq_len
+    found = {"arm": entry.name, "tokens/s": f"{tokens / seconds:,.0f}", "cost": f"{ratio:.2f}",
+             "quartiles": f"{low:.2f} to {high:.2f}"}
+    if entry.flops:
+        ideal = entry.flops / base.flops
+        found |= {"by FLOPs": f"{ideal:.2f}", "of it": f"{ratio / ideal:.2f}",
+                  "TFLOP/s": f"{entry.flops / seconds / 1e12:.2f}"}
+        found |= {"MFU": f"{entry.flops / seconds / peak:.0%}"} if peak else {}
+    if entry.stages:
+        whole = sum(entry.stages.seconds.values())
+        found |= {"peak GB": f"{entry.peak / 1e9:.2f}"}
+        found |= {name: f"{s / whole:.0%}" for name, s in entry.stages.seconds.items()}
+    return found
+
+
+def peak_flops(device_name):
+    """Dense bf16 FLOP/s of a device that PEAKS knows, else None."""
+    words = set(re.findall(r"\w+", device_name))
+    return next((peak * 1e12 for key, peak in PEAKS.items() if words.issuperset(key.split())), None)
+
+
+def table(rows):
+    columns = list(dict.fromkeys(name for r in rows for name in r))
+    lines = [columns, ["---"] * len(columns)] + [[r.get(name, "") for name in columns] for r in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def figure(rows, path):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    rows = rows[::-1]
+    fig, ax = plt.subplots(figsize=(8, 1 + 0.35 * len(rows)), layout="constrained")
+    ax.barh([r["arm"] for r in rows], [float(r["cost"]) for r in rows], color="0.7", edgecolor="k", label="measured")
+    ax.plot([float(r.get("by FLOPs", "nan")) for r in rows], range(len(rows)), "k|", ms=15, mew=3, label="by FLOPs")
+    ax.axvline(PAPERS_RATIO, color="0.4", linestyle=":", label=f"the paper's {PAPERS_RATIO}")
+    ax.set(xlabel=f"cost of a token, {rows[-1]['arm']} = 1")
+    ax.legend(fontsize=8, loc="lower right")
+    fig.savefig(path, dpi=150)
+
+
+def main(config):
+    config = config.for_machine()
+    blocks = Blocks(RandomTokens(config.vocab_size), "train", config.seq_len, seed=0)
+    if config.loader:
+        print(f"loader_tokens_per_second: {loader_rate(blocks):,.0f} (one thread, batches of 1024 x "
+              f"{config.seq_len}, {blocks.k} masks each)")
+        return
+    cuda = config.device.startswith("cuda")
+    device = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} thread(s)"
+    print(f"{config.size}, teacher {config.teacher_size}, V {config.vocab_size:,}; {config.batch_size} x "
+          f"{config.seq_len} in micro-batches of {config.micro_batch}; {device}, {'bf16' if config.bf16 else 'fp32'}, "
+          f"{'compiled' if config.compile else 'eager'}, dropout {config.dropout:g}, torch {torch.__version__}")
+    entries = list((teacher_alone if config.teacher_cost else arms)(config, blocks))
+    take_turns(entries, config)
+    rows = [row(e, entries[0], config, peak_flops(device) if config.bf16 else None) for e in entries]
+    print(table(rows))
+    print(f"median and quartiles of {len(entries[0].seconds)} rounds; the paper's cost: {PAPERS_RATIO} for every "
+          f"distilled arm; {'MFU' if cuda else 'FLOPs'}: matrix multiplications only")
+    if config.json:
+        Path(config.json).write_text(json.dumps(dict(
+            config=dataclasses.asdict(config), device=device, torch=torch.__version__, rows=rows,
+            seconds={e.name: e.seconds for e in entries}), indent=1) + "\n")
+    if config.figure:
+        figure(rows, config.figure)
+
+
+if __name__ == "__main__":
+    run(main, Config, __doc__)
