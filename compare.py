@@ -38,7 +38,7 @@ import sources
 import train
 from arm import Arm, check_teacher, flops_per_block, initial_student, student_shape
 from cli import UserError, run
-from data import TokenDirectory
+from data import Blocks, TokenDirectory
 from kd_losses import STRATEGIES
 from model import BertConfig, BertForMaskedLM
 
@@ -174,21 +174,18 @@ def finetuning(config, model, out, seed=0):
 # -------------------------------------------------------------------------------------------- time and progress
 
 def step_seconds(config, directory, teacher):
-    """Seconds of one optimizer step of this run on this machine, by trying: random weights, a smaller micro-batch on a
-    CPU.  `teacher`: its BertConfig."""
-    micro = config.micro_batch if torch.cuda.is_available() else min(config.micro_batch, 16)
+    """Seconds of one optimizer step of this run on this machine, by trying: eager, with random weights, on a CPU with a
+    smaller micro-batch.  `teacher`: its BertConfig."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    small = dataclasses.replace(config, micro_batch=micro, compile=False)
-    arm = Arm(small, BertForMaskedLM(student_shape(config, directory)).to(device),
+    micro = config.micro_batch if device == "cuda" else min(config.micro_batch, 16)
+    arm = Arm(dataclasses.replace(config, micro_batch=micro, compile=False),
+              BertForMaskedLM(student_shape(config, directory)).to(device),
               BertForMaskedLM(teacher).to(device) if config.kind.needs("teacher") else None)
     arm.make_optimizer()
-
-    def step():
-        arm.forward(*arm.dummy())[0].backward()
-        return float(arm.gradient_norm())                               # waits for the device
-    step()
-    began = time.perf_counter()
-    step()
+    batch = Blocks(directory, "train", config.seq_len, seed=0).batch(0, micro)
+    for _ in range(2):                                                  # the first warms up
+        began = time.perf_counter()
+        arm.gradients(batch, 0, train.Stages(arm.device))[1].tolist()   # waits for the device
     return (time.perf_counter() - began) * config.batch_size / micro
 
 
@@ -338,6 +335,8 @@ def compare(config, plan):
     for each in plan.runs[:len(plan.names)]:
         if each.kind.needs("teacher"):
             check_teacher(each, student_shape(each, directory), teacher, head)
+    for unique, static in plan.settings:
+        Blocks(directory, "train", config.seq_len, 0, unique, static)               # refuses more than there are
     seconds, finetune_seconds = estimate(plan, directory, teacher, texts)
     describe(plan, seconds, finetune_seconds, texts)
     if config.dry_run:

@@ -180,6 +180,7 @@ def test_the_task_holds_validation_documents_alone_and_splits_them(tmp_path):
     (dict(strategies="no_kd,no_kd"), "given twice"),
     (dict(seeds=0), "--seeds"),
     (dict(unique_tokens="all,few"), "--unique-tokens"),
+    (dict(unique_tokens="all,1e12"), "--unique-tokens 1000000000000"),
     (dict(static_masks=True), "--static-masks"),
     (dict(peak_lrs="0"), "--peak-lrs 0"),
     (dict(teacher_size="4L32"), "--teacher train"),
