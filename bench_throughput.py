@@ -33,7 +33,7 @@ import torch
 from torch.nn.functional import mse_loss
 
 import train
-from arm import Arm, autocast, check_teacher, flops_per_block, multiplies_in_bf16
+from arm import Arm, autocast, check_teacher, flops_per_block, keep_freed_memory, multiplies_in_bf16
 from cli import UserError, run
 from data import SPECIAL, Blocks, loader_rate
 from kd_losses import AS_RELEASED, STRATEGIES
@@ -203,6 +203,8 @@ class TransformersArm(Arm):
 def teacher_alone(config, blocks):
     """The teacher's forward pass as vanilla_kd has it, and what one change at a time costs or saves."""
     shape, device = config.shape(config.teacher_size), torch.device(config.device)
+    if device.type == "cpu":
+        keep_freed_memory()                                             # as Arm does
     with device:
         fp32, bf16 = (BertForMaskedLM(shape).to(dtype).eval() for dtype in (torch.float32, torch.bfloat16))
     ids, masked, _ = (torch.from_numpy(a).to(device) for a in blocks.batch(0, config.micro_batch))
@@ -318,8 +320,9 @@ def main(config):
     take_turns(entries, config)
     rows = [row(e, entries[0], config, peak_flops(device) if config.bf16 else None) for e in entries]
     print(table(rows))
-    print(f"median and quartiles of {len(entries[0].seconds)} rounds; the paper's cost: {PAPERS_RATIO} for every "
-          f"distilled arm; {'MFU' if cuda else 'FLOPs'}: matrix multiplications only")
+    print(f"cost: median and quartiles of {len(entries[0].seconds)} rounds, {entries[0].name} = 1"
+          + ("" if config.teacher_cost else f"; the paper's: {PAPERS_RATIO} for every distilled arm")
+          + "; FLOPs: of matrix products only")
     if config.json:
         Path(config.json).write_text(json.dumps(dict(
             config=dataclasses.asdict(config), device=device, torch=torch.__version__, rows=rows,
