@@ -316,80 +316,92 @@ def tuned(plan, progress):
     lines = [f"{name}: peak LR " + ", ".join(f"{lr:g}: {loss:.4f}" + " (taken)" * (lr == best[name])
                                             for n, lr, loss, _ in found if n == name) for name in plan.names]
     spent = sum(s["charged_seconds"] for n, lr, _, s in found if lr != best[n])
-    return best, lines, [f"Choosing the peak LR took {len(found)} runs; the {len(found) - len(best)} that are not part "
-                         f"of the comparison were charged {duration(spent)}."]
+    return best, lines, (f"Choosing the peak LR took {len(found)} runs; the {len(found) - len(best)} that are not part "
+                         f"of the comparison were charged {duration(spent)}.")
 
 
-def compare(config, plan):
-    """Trains and scores every run and the yardsticks: (results, yardsticks, remarks, costs)."""
-    directory, out = TokenDirectory(config.data), plan.out
-    texts = {name: finetune_glue.read_task(name, task, config.glue_dir)
-             for name, task in finetune_glue.parse_tasks(config.tasks).items()}     # before hours of training
+def teacher_shape(plan, directory):
+    """The teacher's BertConfig.  Refuses a teacher that one of the arms cannot use."""
     if plan.teacher:
         teacher, head = student_shape(plan.teacher, directory), True
     else:
-        path = checkpoint.find_model(config.teacher)
+        path = checkpoint.find_model(plan.config.teacher)
         checkpoint.same_vocabulary(directory.read_tokenizer(), path)
         loaded, missing, _ = checkpoint.load_mlm(path, len(directory.vocab))
         teacher, head = loaded.config, not missing
     for each in plan.runs[:len(plan.names)]:
         if each.kind.needs("teacher"):
             check_teacher(each, student_shape(each, directory), teacher, head)
+    return teacher
+
+
+def score_yardsticks(plan, directory, progress):
+    """[{name, scores: {task: [per seed]}, averages}]: the untrained student of each seed, and the teacher."""
+    models = [("random init", plan.out / f"random/seed{seed}", seed) for seed in range(plan.config.seeds)]
+    models.append(("teacher", plan.out / "teacher", 0))
+
+    def score(i):
+        name, path, seed = models[i]
+        model = path / "model"
+        if name == "teacher":
+            model = plan.runs[0].teacher
+        elif not model.exists():
+            student = initial_student(dataclasses.replace(plan.runs[0], seed=seed), directory)
+            checkpoint.save_model(model, student, directory.read_tokenizer(), head=True)
+        progress.start(path, f"{name} {seed}")
+        tasks = finetuned(plan.config, model, path / "glue", progress.say, seed)
+        progress.done()
+        return dict(name=name, **scores(tasks))
+    scored = share([path for _, path, _ in models], score)
+    return [dict(name=name, averages=[m["average"] for m in of],
+                 scores={task: [m["scores"][task] for m in of] for task in of[0]["scores"]})
+            for name in ("random init", "teacher") for of in [[m for m in scored if m["name"] == name]]]
+
+
+def compare(config, plan):
+    """Trains and scores every run and the yardsticks: (results, yardsticks, remarks, costs); None for a dry run."""
+    directory = TokenDirectory(config.data)
+    texts = {name: finetune_glue.read_task(name, task, config.glue_dir)
+             for name, task in finetune_glue.parse_tasks(config.tasks).items()}     # before hours of training
+    teacher = teacher_shape(plan, directory)
     for unique, static in plan.settings:
         Blocks(directory, "train", config.seq_len, 0, unique, static)               # refuses more than there are
     seconds, finetune_seconds = estimate(plan, directory, teacher, texts)
     describe(plan, seconds, finetune_seconds, texts)
     if config.dry_run:
         return None
-    yardsticks = [("random init", out / f"random/seed{seed}", seed) for seed in range(config.seeds)]
-    yardsticks.append(("teacher", out / "teacher", 0))
-    times = {key: s + finetune_seconds * (key in {each.out for each in plan.runs}) for key, s in seconds.items()}
-    times |= {f"{path} scored": finetune_seconds * (2 if name == "teacher" else 1) for name, path, _ in yardsticks}
-    progress = Progress(times)
-
-    if plan.teacher:
-        def teach(_):
-            progress.start(plan.teacher.out, f"teacher {plan.teacher.size}")
-            summary = train.train(plan.teacher, say=progress.say)
-            progress.done()
-            return summary
-        taught = share([plan.teacher.out], teach)[0]
+    scored = {each.out for each in plan.runs}
+    progress = Progress({out: s + finetune_seconds * (out in scored) for out, s in seconds.items()})
     remarks, costs = [], []
-    if plan.tuning:
-        lrs, remarks, costs = tuned(plan, progress)
-        plan.runs = plan.runs_at(lrs)
 
-    def do(i):
+    def pretrain(each, what):
+        progress.start(each.out, what)
+        return train.train(each, say=progress.say)
+
+    def teach(_):
+        summary = pretrain(plan.teacher, f"teacher {plan.teacher.size}")
+        progress.done()
+        return summary
+
+    def run_one(i):
         each = plan.runs[i]
-        progress.start(each.out, Path(each.out).name)
-        summary = train.train(each, say=progress.say)
+        summary = pretrain(each, Path(each.out).name)
         tasks = finetuned(config, f"{each.out}/model", f"{each.out}/glue", progress.say, each.seed)
         progress.done()
         return result_of(plan, each, summary, tasks)
-    results = share([each.out for each in plan.runs], do)
 
-    def measure(i):
-        name, path, seed = yardsticks[i]
-        model = str(path / "model") if name != "teacher" or plan.teacher else config.teacher
-        if name != "teacher" and not Path(model).exists():
-            student = initial_student(dataclasses.replace(plan.runs[0], seed=seed), directory)
-            checkpoint.save_model(Path(model), student, directory.read_tokenizer(), head=True)
-        progress.start(f"{path} scored", f"{name} {seed}")
-        tasks = finetuned(config, model, path / "glue", progress.say, seed)
-        progress.done()
-        return dict(name=name, **scores(tasks))
-    measured = share([path for _, path, _ in yardsticks], measure)
-    lines = []
-    for name in ("random init", "teacher"):
-        of = [m for m in measured if m["name"] == name]
-        lines.append(dict(name=name, scores={t: [m["scores"][t] for m in of] for t in of[0]["scores"]},
-                          averages=[m["average"] for m in of]))
     if plan.teacher:
+        taught, = share([plan.teacher.out], teach)
         remarks.append(f"The teacher ({plan.teacher.size}) has a validation MLM loss of {taught['val']['mlm']:.2f}; "
                        f"its own pretraining is charged to no arm.")
         costs.append(f"The teacher's pretraining took {duration(taught['charged_seconds'])}.")
+    if plan.tuning:
+        lrs, tried, cost = tuned(plan, progress)
+        plan.runs = plan.runs_at(lrs)
+        remarks, costs = remarks + tried, costs + [cost]
+    results = share([each.out for each in plan.runs], run_one)
     costs.append(f"The compared runs were charged {duration(sum(r['charged_seconds'] for r in results))} in all.")
-    return results, lines, remarks, costs
+    return results, score_yardsticks(plan, directory, progress), remarks, costs
 
 
 def describe(plan, seconds, finetune_seconds, texts):
