@@ -41,7 +41,7 @@ from typing import NamedTuple
 from cli import UserError
 
 LINE = 2 ** 16              # bytes after which a line is cut
-DOCUMENT = 2 ** 18          # characters after which a document is cut: a book in memory at once costs more than all else
+DOCUMENT = 2 ** 18          # characters after which a document is cut: whole books would be most of the memory
 PACKED = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 SUFFIXES = ".txt, .jsonl, .parquet, also .gz .xz .bz2 .zip"
 EXPANDS = {".gz": 3, ".xz": 4, ".bz2": 4, ".zip": 3, ".parquet": 2}     # text bytes per byte on disk, about
