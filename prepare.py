@@ -141,7 +141,8 @@ def load_tokenizer(name):
 
 def hub_tokenizer(name):
     """(tokenizer.json or vocab.txt, tokenizer_config.json or None) of a model on the Hub, as files on this disk."""
-    import huggingface_hub as hub
+    import huggingface_hub as hub  # comes with tokenizers
+    import huggingface_hub.errors  # which it does not import by itself
     found = []
     for names in (("tokenizer.json", "vocab.txt"), ("tokenizer_config.json",)):
         for f in names:
@@ -151,7 +152,7 @@ def hub_tokenizer(name):
         else:
             found.append(None)
     if not found[0]:
-        raise UserError(f"--vocab {name}: neither tokenizer.json nor vocab.txt is there on the Hub")
+        raise UserError(f"--vocab {name}: neither tokenizer.json nor vocab.txt is to be had from the Hub or its cache")
     return found
 
 

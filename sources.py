@@ -83,6 +83,7 @@ def find_files(source):
 def hub_files(source):
     """The parquet files of a data set on the Hub, of its training split where it has splits."""
     import huggingface_hub as hub  # comes with tokenizers
+    import huggingface_hub.constants  # which it does not import by itself
     name, revision, folder = HUB.fullmatch(source).groups()
     revision = "refs/convert/parquet" if revision == "~parquet" else revision
     try:

@@ -387,6 +387,27 @@ def test_casing_is_what_the_tokenizers_configuration_says(tmp_path, file, monkey
     assert prepare.load_tokenizer("some/bert").encode("Hello", add_special_tokens=False).ids == [6]
 
 
+def test_the_hubs_own_client_reads_its_cache_in_a_fresh_process(raw, vocab, tmp_path):
+    """No stand-in: huggingface_hub itself, offline, on a cache laid out as it lays it out."""
+    def cached(kind, name, file):
+        place, commit = tmp_path / f"hub/{kind}--{name.replace('/', '--')}", "a" * 40
+        (place / "refs").mkdir(parents=True)
+        (place / "refs/main").write_text(commit)
+        (place / "snapshots" / commit / file).parent.mkdir(parents=True)
+        return place / "snapshots" / commit / file
+
+    def run(source, name):
+        command = [sys.executable, "prepare.py", source, "--vocab", name, "--out", tmp_path / "out"]
+        return subprocess.run(command, env=os.environ | dict(HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1"), text=True,
+                              capture_output=True, cwd=Path(prepare.__file__).parent)
+    cached("models", "some/bert", "tokenizer.json").write_bytes(vocab.read_bytes())
+    parquet(cached("datasets", "some/wiki", "en/train.parquet"), text(300))
+    for source in (raw, "some/wiki/en"):
+        assert "300 documents" in run(source, "some/bert").stderr
+    for source, name, message in ((raw, "no/bert", "from the Hub or its cache"), ("no/wiki", "some/bert", "no/wiki: ")):
+        assert (done := run(source, name)).returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+
+
 def test_a_vocabulary_with_a_token_twice_is_refused(tmp_path):
     (tmp_path / "vocab.txt").write_text("\n".join([*SPECIAL, "a", "b", "a"]) + "\n")
     with pytest.raises(UserError, match="7 tokens with ids up to 7"):
