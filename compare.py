@@ -474,7 +474,7 @@ def main(config):
     if found is None:
         return
     results, yardsticks, remarks, costs = found
-    said = report.verdict(results) + report.remarks(results) + remarks
+    said = report.verdict(results, yardsticks) + report.remarks(results) + remarks
     text = "\n\n".join([report.score_table(results, yardsticks, config.size), *said])
     costs = "\n\n".join([report.cost_table(results), *costs])
     checkpoint.write_whole(out / "table.md", f"{text}\n".encode())

@@ -96,7 +96,7 @@ def setting(unique_tokens, static_masks):
 def amount(budget, unit):
     if unit == "hours":
         return f"{budget:g} h" if budget >= 0.1 else f"{budget * 3600:.0f} s"
-    return f"{budget:g} FLOPs".replace("e+", "e") if unit == "flops" else f"{budget:,} {unit}"
+    return f"{budget:g} FLOPs".replace("e+", "e") if unit == "flops" else f"{budget:,.0f} {unit}"
 
 
 # -------------------------------------------------------------------------------------------------------- tables
@@ -166,18 +166,22 @@ def comma_separated(results):
 
 # ------------------------------------------------------------------------------------------------------- verdict
 
-def verdict(results):
-    """The table in plain words: the best arm of each group and whether its lead is noise; then what repeated data and
-    static masks did; then where curves cross."""
+def verdict(results, yardsticks=()):
+    """The table in plain words: the best arm of each group and whether its lead is noise, also over the untrained
+    student; then where curves cross; then what repeated data and static masks did."""
     lines, found = [], groups(results)
+    untrained = {seed: dict(average=v) for y in yardsticks if y["name"] == "random init"
+                 for seed, v in enumerate(y["averages"])}
     for (unique, static, budget), arms in found.items():
         ranked = sorted(arms, key=lambda name: -np.mean([r["average"] for r in arms[name].values()]))
         best, base = ranked[0], base_of(arms)
-        rivals = dict.fromkeys([base, *ranked[1:2]])                    # the base arm, and the runner-up
+        rivals = {name: arms[name] for name in (base, *ranked[1:2]) if name != best}      # and the runner-up
+        rivals |= {"random init": untrained} if untrained else {}
+        leads = [lead_in_words(differences(arms[best], runs), name, len(rivals | arms) - 1)
+                 for name, runs in rivals.items()]
+        mean = spread([r["average"] for r in arms[best].values()])
         lines.append(f"At {amount(budget, results[0]['unit'])} on {setting(unique, static)}, {best} scores highest: "
-                     + "; ".join([spread([r["average"] for r in arms[best].values()]), *(
-                         lead_in_words(differences(arms[best], arms[rival]), rival, len(arms) - 1)
-                         for rival in rivals if rival != best)]) + ".")
+                     f"{'; '.join([mean, *leads])}.")
     return lines + crossings(found, results[0]["unit"]) + repetition(found)
 
 
@@ -208,7 +212,7 @@ def crossings(found, unit):
                     continue
                 d0, d1 = (np.mean(differences(arms[name], arms[base])) for arms in (before, after))
                 if d0 * d1 < 0:
-                    at = low * (high / low) ** (d0 / (d0 - d1))
+                    at = float(f"{low * (high / low) ** (d0 / (d0 - d1)):.2g}")
                     lines.append(f"On {setting(unique, static)}, the mean of {name} "
                                  f"{'overtakes' if d1 > 0 else 'falls behind'} {base}'s at about {amount(at, unit)}, "
                                  f"between {amount(low, unit)} and {amount(high, unit)}.")

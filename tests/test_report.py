@@ -93,6 +93,8 @@ def test_the_verdict_names_the_best_its_lead_and_the_crossing():
     assert "minilm scores highest: 63.1 ± 0.1" in second
     assert crossing == ("On all of the data, the mean of minilm overtakes no_kd's at about 2e12 FLOPs, between 1e12 "
                         "FLOPs and 4e12 FLOPs.")
+    untrained = [dict(name="random init", scores={}, averages=[60.2, 60.0, 60.1]), dict(name="teacher", averages=[0])]
+    assert "; against random init +0.0 [-0.4, +0.4], inside the noise." in report.verdict(small, untrained)[0]
     assert "against no_kd +8.0, of one seed" in report.verdict(made_up({"no_kd": [1.0], "minilm": [9.0]}))[0]
 
 
