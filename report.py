@@ -210,12 +210,14 @@ def crossings(found, unit):
                 base = base_of(before)
                 if name == base or name not in after or base not in after:
                     continue
-                d0, d1 = (np.mean(differences(arms[name], arms[base])) for arms in (before, after))
+                leads = [interval(differences(arms[name], arms[base])) for arms in (before, after)]
+                d0, d1 = (mean for mean, _ in leads)
+                noise = " (both leads are inside the noise)" * all(abs(mean) <= half for mean, half in leads)
                 if d0 * d1 < 0:
                     at = float(f"{low * (high / low) ** (d0 / (d0 - d1)):.2g}")
                     lines.append(f"On {setting(unique, static)}, the mean of {name} "
                                  f"{'overtakes' if d1 > 0 else 'falls behind'} {base}'s at about {amount(at, unit)}, "
-                                 f"between {amount(low, unit)} and {amount(high, unit)}.")
+                                 f"between {amount(low, unit)} and {amount(high, unit)}{noise}.")
     return lines
 
 
