@@ -8,7 +8,7 @@ Read it seventh.
 Each (strategy, budget, data setting, seed) is a run of its own under OUT/runs, whose learning rate ends at zero at its
 budget.  Of several --peak-lrs, each arm takes the one with which its own validation loss ends lowest at the smallest
 budget (seed 0).  What is finished is never run again: the same command goes on where it was stopped, and several
-processes with the same --out (one per GPU, say) share the runs.
+processes with the same --out share the runs, such as one per GPU, each started with its own CUDA_VISIBLE_DEVICES.
 
 The demonstration takes the English documentation that is already on this disk (see prepare.py), trains a vocabulary
 and a 4-layer teacher on it, gives each strategy the same 2-layer student and the same number of seconds, and
@@ -18,6 +18,7 @@ validation documents of that corpus, so no model has been pretrained on them.
 import contextlib
 import dataclasses
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -114,8 +115,8 @@ class Plan:
         for name in self.names:
             if name not in STRATEGIES or self.names.count(name) > 1:
                 raise UserError(f"--strategies {name}: unknown or given twice; of {', '.join(STRATEGIES)}")
-        if min(config.seeds, config.finetune_seeds) < 1:
-            raise UserError("--seeds and --finetune-seeds must be at least 1")
+        if min(config.seeds, config.finetune_seeds, config.finetune_epochs) < 1:
+            raise UserError("--seeds, --finetune-seeds and --finetune-epochs must be at least 1")
         uniques = [None if part == "all" else part for part in config.unique_tokens.split(",")]
         limits = dataclasses.replace(config, unique_tokens=",".join(u for u in uniques if u))
         limited = numbers(limits, "unique_tokens", int) if any(uniques) else []
@@ -131,13 +132,16 @@ class Plan:
         self.teacher = None
         if config.teacher == "train":
             size = config.teacher_size or f"{2 * shape.num_hidden_layers}L{shape.hidden_size}"
-            self.teacher = self.run("no_kd", config.teacher_budget or 4 * self.budgets[-1], size=size,
+            self.teacher_budget = config.teacher_budget or 4 * self.budgets[-1]
+            self.teacher = self.run("no_kd", self.teacher_budget, size=size,
                                     peak_lr=self.lrs[0] if len(self.lrs) == 1 else None, out=str(self.out / "teacher"))
         elif config.teacher_size or config.teacher_budget:
             raise UserError("--teacher-size and --teacher-budget belong to --teacher train")
         self.tuning = {(name, lr): self.run(name, self.budgets[0], *self.settings[0], lr=lr)
                        for name in self.names for lr in self.lrs if len(self.lrs) > 1}
         self.runs = self.runs_at({name: self.lrs[0] for name in self.names})
+        self.yardsticks = [("random init", self.out / f"random/seed{seed}", seed) for seed in range(config.seeds)]
+        self.yardsticks.append(("teacher", self.out / "teacher", 0))
         for each in (*self.tuning.values(), *self.runs, *([self.teacher] if self.teacher else [])):
             each.check()
 
@@ -273,8 +277,28 @@ def share(directories, do):
     return [results[i] for i in range(len(directories))]
 
 
+def same_inputs(plan, directory, texts):
+    """Notes in OUT/inputs.json what the runs are made from; refuses to mix them with runs from anything else."""
+    varies = ("strategy", "peak_lr", "seed", "unique_tokens", "static_masks", "out")
+    recipe = dataclasses.asdict(plan.run("no_kd", plan.budgets[0]))
+    now = {f"--{k.replace('_', '-')}": v for k, v in recipe.items() if k not in varies and not k.startswith("budget")}
+    now["data"] = directory.manifest["sha256"]
+    if not plan.teacher:
+        now["teacher"] = [checkpoint.sha256(f) for f in
+                          checkpoint.weight_files(checkpoint.find_model(plan.config.teacher))]
+    now |= {f"task {name}": hashlib.sha256(json.dumps(
+        [(part, x, np.asarray(y).tolist()) for part, (x, y) in parts.items()]).encode()).hexdigest()
+        for name, parts in texts.items()}
+    file = plan.out / "inputs.json"
+    before = json.loads(file.read_text()) if file.exists() else {}
+    differ = [k for k, v in now.items() if before.get(k, v) != v]
+    if differ:
+        raise UserError(f"{plan.out} holds runs with another {', '.join(differ)}: give another --out")
+    checkpoint.write_whole(file, json.dumps(before | now, indent=1).encode())
+
+
 def finetuned(config, model, out, say, seed=0):
-    """{task: mean score in percent over the fine-tuning seeds}, the number of collapsed trials, dev sizes."""
+    """What finetune_glue.score found: {task: {mean, scores, collapsed, n, ...}}."""
     settings = finetuning(config, model, out, seed)
     file, wanted = Path(out) / "scores.json", dataclasses.asdict(settings)
     if file.exists():
@@ -287,9 +311,10 @@ def finetuned(config, model, out, say, seed=0):
 
 
 def scores(tasks):
+    """Means per task and over the tasks: over the paper's seven if they are all there, else over all there are."""
     means = {name: r["mean"] for name, r in tasks.items()}
-    return dict(scores=means, average=float(np.mean(list(means.values()))),
-                collapsed=sum(r["collapsed"] for r in tasks.values()))
+    averaged = report.PAPER_TASKS if set(report.PAPER_TASKS) <= set(means) else means
+    return dict(scores=means, average=float(np.mean([means[name] for name in averaged])))
 
 
 def result_of(plan, each, summary, tasks):
@@ -308,13 +333,19 @@ def tuned(plan, progress):
     def do(i):
         (name, lr), each = list(plan.tuning.items())[i]
         progress.start(each.out, f"{name}, peak LR {lr:g}")
-        summary = train.train(each, say=progress.say)
+        try:
+            summary = train.train(each, say=progress.say)
+            loss = sum(each.kind.terms[k].weight * v for k, v in summary["val"].items())
+        except train.NotFinite as e:
+            progress.say(str(e))
+            summary, loss = dict(charged_seconds=0.0), math.inf
         progress.done()
-        return name, lr, sum(each.kind.terms[k].weight * v for k, v in summary["val"].items()), summary
+        return name, lr, loss if math.isfinite(loss) else math.inf, summary
     found = share([each.out for each in plan.tuning.values()], do)
     best = {name: min((loss, lr) for n, lr, loss, _ in found if n == name)[1] for name in plan.names}
-    lines = [f"{name}: peak LR " + ", ".join(f"{lr:g}: {loss:.4f}" + " (taken)" * (lr == best[name])
-                                            for n, lr, loss, _ in found if n == name) for name in plan.names]
+    lines = [f"{name}: peak LR " + ", ".join(
+        f"{lr:g}: " + (f"{loss:.4f}" if math.isfinite(loss) else "not finite") + " (taken)" * (lr == best[name])
+        for n, lr, loss, _ in found if n == name) for name in plan.names]
     spent = sum(s["charged_seconds"] for n, lr, _, s in found if lr != best[n])
     return best, lines, (f"Choosing the peak LR took {len(found)} runs; the {len(found) - len(best)} that are not part "
                          f"of the comparison were charged {duration(spent)}.")
@@ -337,22 +368,19 @@ def teacher_shape(plan, directory):
 
 def score_yardsticks(plan, directory, progress):
     """[{name, scores: {task: [per seed]}, averages}]: the untrained student of each seed, and the teacher."""
-    models = [("random init", plan.out / f"random/seed{seed}", seed) for seed in range(plan.config.seeds)]
-    models.append(("teacher", plan.out / "teacher", 0))
-
     def score(i):
-        name, path, seed = models[i]
+        name, path, seed = plan.yardsticks[i]
         model = path / "model"
         if name == "teacher":
             model = plan.runs[0].teacher
         elif not model.exists():
             student = initial_student(dataclasses.replace(plan.runs[0], seed=seed), directory)
             checkpoint.save_model(model, student, directory.read_tokenizer(), head=True)
-        progress.start(path, f"{name} {seed}")
+        progress.start(f"score {path}", f"{name} {seed}")
         tasks = finetuned(plan.config, model, path / "glue", progress.say, seed)
         progress.done()
         return dict(name=name, **scores(tasks))
-    scored = share([path for _, path, _ in models], score)
+    scored = share([path for _, path, _ in plan.yardsticks], score)
     return [dict(name=name, averages=[m["average"] for m in of],
                  scores={task: [m["scores"][task] for m in of] for task in of[0]["scores"]})
             for name in ("random init", "teacher") for of in [[m for m in scored if m["name"] == name]]]
@@ -363,15 +391,20 @@ def compare(config, plan):
     directory = TokenDirectory(config.data)
     texts = {name: finetune_glue.read_task(name, task, config.glue_dir)
              for name, task in finetune_glue.parse_tasks(config.tasks).items()}     # before hours of training
-    teacher = teacher_shape(plan, directory)
+    plan.teacher_shape = teacher = teacher_shape(plan, directory)
+    longest = min(c.max_position_embeddings for c in (teacher, student_shape(plan.runs[0], directory)))
+    if not 8 <= config.max_len <= longest:
+        raise UserError(f"--max-len {config.max_len}: 8 to {longest} here")
     for unique, static in plan.settings:
         Blocks(directory, "train", config.seq_len, 0, unique, static)               # refuses more than there are
     seconds, finetune_seconds = estimate(plan, directory, teacher, texts)
     describe(plan, seconds, finetune_seconds, texts)
     if config.dry_run:
         return None
+    share([plan.out], lambda _: same_inputs(plan, directory, texts))
     scored = {each.out for each in plan.runs}
-    progress = Progress({out: s + finetune_seconds * (out in scored) for out, s in seconds.items()})
+    progress = Progress({out: s + finetune_seconds * (out in scored) for out, s in seconds.items()}
+                        | {f"score {path}": finetune_seconds for _, path, _ in plan.yardsticks})
     remarks, costs = [], []
 
     def pretrain(each, what):
@@ -387,17 +420,22 @@ def compare(config, plan):
         each = plan.runs[i]
         summary = pretrain(each, Path(each.out).name)
         tasks = finetuned(config, f"{each.out}/model", f"{each.out}/glue", progress.say, each.seed)
+        for file in Path(each.out).glob("checkpoint*.pt"):              # the model and the log stay
+            file.unlink()
         progress.done()
         return result_of(plan, each, summary, tasks)
 
     if plan.teacher:
         taught, = share([plan.teacher.out], teach)
         remarks.append(f"The teacher ({plan.teacher.size}) has a validation MLM loss of {taught['val']['mlm']:.2f}; "
-                       f"its own pretraining is charged to no arm.")
+                       f"its own pretraining is charged to no arm"
+                       + (", and it has seen all of the data." if plan.settings != [(None, False)] else "."))
         costs.append(f"The teacher's pretraining took {duration(taught['charged_seconds'])}.")
     if plan.tuning:
         lrs, tried, cost = tuned(plan, progress)
-        plan.runs = plan.runs_at(lrs)
+        before, plan.runs = plan.runs, plan.runs_at(lrs)
+        renamed = {a.out: b.out for a, b in zip(before, plan.runs, strict=True)}
+        progress.left = {renamed.get(out, out): seconds for out, seconds in progress.left.items()}
         remarks, costs = remarks + tried, costs + [cost]
     results = share([each.out for each in plan.runs], run_one)
     costs.append(f"The compared runs were charged {duration(sum(r['charged_seconds'] for r in results))} in all.")
@@ -413,7 +451,8 @@ def describe(plan, seconds, finetune_seconds, texts):
     finished = sum(s == 0 for s in seconds.values())
     print(f"  {len(seconds)} pretraining runs"
           + (f", {len(plan.tuning)} of them to choose the peak LR" if plan.tuning else "")
-          + (f", the teacher ({plan.teacher.size}) with {duration(seconds[plan.teacher.out])}" if plan.teacher else "")
+          + (f", the teacher ({plan.teacher.size}, --teacher-budget {plan.teacher_budget:g}) with "
+             f"{duration(seconds[plan.teacher.out])}" if plan.teacher else "")
           + f"; {finished} are finished, the others take about {duration(sum(seconds.values()))} in one process")
     models = len(plan.runs) + config.seeds + 1                          # the random students and the teacher
     print(f"  fine-tuning {models} models on {', '.join(texts)}: very roughly {duration(models * finetune_seconds)}")
@@ -453,6 +492,15 @@ def prepare_built_in(config):
     return dataclasses.replace(config, data=str(data), **DEMO) if demonstration else config
 
 
+def papers_setting(plan):
+    """The size whose rows of the paper's Table 2 may stand beside these, or None."""
+    config, t = plan.config, plan.teacher_shape
+    teachers = {"6L768": "12L768", "12L1024": "24L1024"}
+    same = ((config.seq_len, config.batch_size) == (128, 1024)
+            and teachers.get(config.size) == f"{t.num_hidden_layers}L{t.hidden_size}")
+    return config.size if same else None
+
+
 def main(config):
     began, out = time.monotonic(), Path(config.out)
     if config.data is None:
@@ -475,14 +523,16 @@ def main(config):
         return
     results, yardsticks, remarks, costs = found
     said = report.verdict(results, yardsticks) + report.remarks(results) + remarks
-    text = "\n\n".join([report.score_table(results, yardsticks, config.size), *said])
+    text = "\n\n".join([report.score_table(results, yardsticks, papers_setting(plan)), *said])
     costs = "\n\n".join([report.cost_table(results), *costs])
-    checkpoint.write_whole(out / "table.md", f"{text}\n".encode())
-    checkpoint.write_whole(out / "costs.md", f"{costs}\n".encode())
-    checkpoint.write_whole(out / "results.csv", report.comma_separated(results).encode())
     everything = dict(config=dataclasses.asdict(config), results=results, yardsticks=yardsticks, verdict=said)
-    checkpoint.write_whole(out / "results.json", (json.dumps(everything, indent=1) + "\n").encode())
-    report.figure(results, yardsticks, out / "figure.png")
+
+    def write(_):
+        for name, content in (("table.md", text), ("costs.md", costs), ("results.csv", report.comma_separated(results)),
+                              ("results.json", json.dumps(everything, indent=1))):
+            checkpoint.write_whole(out / name, f"{content.rstrip()}\n".encode())
+        report.figure(results, yardsticks, out / "figure.png")
+    share([config.out], write)
     print(f"\n{text}\n\n{costs}\n\nalso in {out}/table.md, costs.md, results.json and results.csv; "
           f"{time.monotonic() - began:.0f} s in all")
 

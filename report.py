@@ -13,12 +13,14 @@ import csv
 import functools
 import io
 import math
+from collections import Counter
 
 import numpy as np
 
 # arXiv 2404.19319, Table 2: GLUE dev, one seed, one A100; tokens, then QNLI, SST-2, MNLI, MRPC, QQP, RTE, CoLA, average
 PAPER_TASKS = ("qnli", "sst2", "mnli", "mrpc", "qqp", "rte", "cola")
-PAPER = {
+PAPERS_HOURS = {("6L768", False): 4, ("12L1024", False): 11.3, ("6L768", True): 24}
+PAPER = {                                                               # {(size, limited data): rows}
     ("6L768", False): {
         "no_kd": (4.6e9, 86.5, 89.8, 79.2, 87.3, 90.1, 60.7, 47.3, 77.3),
         "vanilla_kd": (2.6e9, 87.3, 89.2, 78.8, 87.1, 89.7, 61.7, 44.8, 76.9),
@@ -118,20 +120,24 @@ def score_table(results, yardsticks=(), size=None):
             val = [r["val"]["mlm"] for r in runs.values() if "mlm" in r["val"]]
             delta = "" if name == base else signed(*interval(differences(runs, arms[base])))
             rows.append([amount(budget, first["unit"]), setting(unique, static), name, f"{first['peak_lr']:g}",
-                         f"{first['tokens']:,}", f"{first['epochs']:.1f}", f"{np.mean(val):.2f}" if val else "",
+                         f"{np.mean([r['tokens'] for r in runs.values()]):,.0f}",
+                         f"{np.mean([r['epochs'] for r in runs.values()]):.2g}", f"{np.mean(val):.2f}" if val else "",
                          *[spread([r["scores"][task] for r in runs.values()]) for task in tasks],
                          *([spread([r["average"] for r in runs.values()])] if many else []), delta])
-        paper = PAPER.get((size, unique is not None), {}) if set(tasks) & set(PAPER_TASKS) else {}
+    for limited in dict.fromkeys(unique is not None for unique, _, _ in groups(results)):
+        paper = PAPER.get((size, limited), {}) if set(tasks) & set(PAPER_TASKS) else {}
         for name, (tokens, *values, average) in paper.items():
             of = dict(zip(PAPER_TASKS, values, strict=True))
-            rows.append(["the paper's, one seed", "all" if unique is None else "limited", name, "", f"{tokens:.2g}", "",
-                         "", *[of.get(task, "") for task in tasks], *([f"{average} (7 tasks)"] if many else []), ""])
+            rows.append([f"the paper's: {PAPERS_HOURS[size, limited]} h, one A100, one seed",
+                         "limited" if limited else "all", name, "", f"{tokens:.2g}", "", "",
+                         *[of.get(task, "") for task in tasks], *([f"{average} (7 tasks)"] if many else []), ""])
     for y in yardsticks:
         rows.append(["", "", y["name"], "", "", "", "", *[spread(y["scores"][task]) for task in tasks],
                      *([spread(y["averages"])] if many else []), ""])
     head = ["budget", "data", "arm", "peak LR", "tokens", "epochs", "val MLM", *tasks,
-            *(["average"] if many else []), f"Δ to {base_of(next(iter(groups(results).values())))} [95%]"]
-    if len({r["unique_tokens"] for r in results}) == 1:                 # one setting needs no column
+            *(["average" + " of the paper's 7" * (set(PAPER_TASKS) <= set(tasks))] if many else []),
+            f"Δ to {base_of(next(iter(groups(results).values())))} [95%]"]
+    if all(r["unique_tokens"] is None for r in results):                # one setting needs no column
         head.pop(1)
         for row in rows:
             row.pop(1)
@@ -191,9 +197,9 @@ def lead_in_words(lead, rival, comparisons):
     text = f"against {rival} {signed(mean, half)}, "
     if not math.isfinite(half):
         return text + "of one seed"
-    if mean > interval(lead, comparisons)[1]:
-        return text + "outside the noise"
-    if mean > half:
+    if abs(mean) > interval(lead, comparisons)[1]:
+        return text + ("outside the noise" if mean > 0 else "behind it, outside the noise")
+    if abs(mean) > half:
         return text + f"a hint (not outside the noise when corrected for {comparisons} comparisons)"
     return text + "inside the noise"
 
@@ -212,7 +218,9 @@ def crossings(found, unit):
                     continue
                 leads = [interval(differences(arms[name], arms[base])) for arms in (before, after)]
                 d0, d1 = (mean for mean, _ in leads)
-                noise = " (both leads are inside the noise)" * all(abs(mean) <= half for mean, half in leads)
+                half = max(half for _, half in leads)
+                noise = (" (of one seed)" if math.isinf(half) else " (inside the noise)" * any(
+                    abs(mean) <= half for mean, half in leads))
                 if d0 * d1 < 0:
                     at = float(f"{low * (high / low) ** (d0 / (d0 - d1)):.2g}")
                     lines.append(f"On {setting(unique, static)}, the mean of {name} "
@@ -230,7 +238,7 @@ def repetition(found):
             base = base_of(arms)
             if other == (unique, static, budget) or (other[0] is None) == static or base not in before:
                 continue            # the limited data against all of it, its static masks against its fresh ones
-            epochs = next(iter(arms[base].values()))["epochs"]
+            epochs = np.mean([r["epochs"] for r in arms[base].values()])
             parts = [f"{base} changes by {signed(*interval(differences(arms[base], before[base])))}"]
             for name in arms:
                 if name != base and name in before:
@@ -250,7 +258,7 @@ def remarks(results):
         lines = [f"± is the standard deviation over {seeds} pretraining seeds, each fine-tuned with its own; Δ is "
                  f"the mean of the differences seed by seed, in brackets its 95% interval (Student's t, {seeds - 1} "
                  f"degree{'s' * (seeds > 2)} of freedom). Both speak of other seeds, on the same teacher and dev sets."]
-    elif len(results[0]["tasks"]) == 1 and first["metric"] == "accuracy":
+    elif len(results[0]["tasks"]) == 1 and first["metric"] == "accuracy" and len(first["scores"]) > 1:
         runs, p = len(first["scores"]), np.mean([r["average"] for r in results]) / 100
         dev = 100 * math.sqrt(p * (1 - p) / first["n"])
         tuning = math.sqrt(np.mean([t["std"] ** 2 for r in results for t in r["tasks"].values()]) / runs)
@@ -259,9 +267,13 @@ def remarks(results):
                  f"{2 * math.sqrt(2 * (tuning ** 2 + dev ** 2)):.1f} points is noise, a larger one is a hint at most."]
     else:
         lines = ["One pretraining seed per arm: no difference here can be told from noise; give --seeds 3 or more."]
-    collapsed = sum(r["collapsed"] for r in results)
+    collapsed = Counter(task for r in results for task, t in r["tasks"].items() for _ in range(t["collapsed"]))
     if collapsed:
-        lines.append(f"{collapsed} fine-tuning runs predicted a single class.")
+        lines.append(f"Fine-tuning runs that predicted a single class, of {len(results) * len(first['scores'])} per "
+                     f"task: {', '.join(f'{task} {n}' for task, n in collapsed.items())}.")
+    devices = {f"{r['device']}" for r in results}
+    if len(devices) > 1:
+        lines.append(f"Beware: the runs were made on different devices ({', '.join(sorted(devices))}).")
     return lines
 
 
@@ -274,7 +286,8 @@ STYLES = [dict(color=color, linestyle=line, marker=marker, markerfacecolor=face)
 
 def figure(results, yardsticks, path):
     """Left: score of each arm per budget and data setting, ± standard deviation over pretraining seeds.  Middle: score
-    against the tokens that the budget bought.  Right: validation MLM loss against charged seconds.  Black and white."""
+    against the tokens that the budget bought, in the first data setting.  Right: validation MLM loss against charged
+    seconds.  Black and white."""
     try:
         import matplotlib
     except ImportError:
@@ -295,7 +308,7 @@ def figure(results, yardsticks, path):
             mean, std = np.array([(np.mean(v), np.std(v, ddof=1) if len(v) > 1 else 0.0) for v in values]).T
             x = np.array([keys.index(key) for key in at]) + 0.1 * (i - (len(names) - 1) / 2)
             tokens = [np.mean([r["tokens"] for r in found[key][name].values()]) / 1e6 for key in at]
-            for axis, across in ((left, x), (middle, tokens)):
+            for axis, across in ((left, x), (middle, tokens))[:1 if kind != keys[0][:2] else 2]:
                 axis.plot(across, mean, label=name if kind == keys[0][:2] else None, **style[name])
                 if len(at) > 1:
                     axis.fill_between(across, mean - std, mean + std, color="0.5", alpha=0.12, linewidth=0)
@@ -313,7 +326,7 @@ def figure(results, yardsticks, path):
     middle.set(xlabel="million tokens", ylabel="score, %")
     budget = max(budget for _, _, budget in keys)
     for r in results:
-        if r["budget"] == budget and r["unique_tokens"] == keys[0][0] and r["curve"]:
+        if (r["unique_tokens"], r["static_masks"], r["budget"]) == (*keys[0][:2], budget) and r["curve"]:
             seconds, loss = zip(*r["curve"], strict=True)
             right.plot(seconds, loss, linewidth=1, label=r["strategy"] if r["seed"] == results[0]["seed"] else None,
                        **style[r["strategy"]] | dict(markersize=3))

@@ -309,10 +309,14 @@ def stream(blocks, start, batch_size, device):
     return (blocks.batch(i, batch_size) for i in itertools.count(start))
 
 
+class NotFinite(UserError):
+    """A loss or a gradient is infinite or not a number."""
+
+
 def refuse_non_finite(step, values):
     bad = [name for name, value in values.items() if not math.isfinite(value)]
     if bad:
-        raise UserError(f"step {step}: {' and '.join(bad)} not finite: stopped before the update; the last checkpoint "
+        raise NotFinite(f"step {step}: {' and '.join(bad)} not finite: stopped before the update; the last checkpoint "
                         f"is good; try a smaller --peak-lr, --clip 1 or --no-bf16")
 
 

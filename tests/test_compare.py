@@ -97,6 +97,30 @@ def test_the_dry_run_prints_the_plan_and_writes_nothing(small, tmp_path, capsys)
     assert not (tmp_path / "out").exists()
 
 
+def test_runs_from_other_data_tasks_or_teachers_are_not_mixed(small, task, tmp_path, narrow_teacher):
+    compare.main(small(strategies="no_kd"))
+    with pytest.raises(UserError, match="holds runs with another --size: "):
+        compare.main(small(strategies="no_kd", size="1L32", budget_steps="5"))
+    with pytest.raises(UserError, match="holds runs with another --teacher, teacher: "):
+        compare.main(small(strategies="no_kd", teacher=str(narrow_teacher), budget_steps="5"))
+    (task / "dev.tsv").write_text((task / "dev.tsv").read_text().replace("\t1\n", "\t0\n", 3))
+    with pytest.raises(UserError, match="holds runs with another task mine: "):
+        compare.main(small(strategies="no_kd"))
+
+
+def test_a_peak_lr_that_diverges_is_not_taken(small, tmp_path, monkeypatch, capsys):
+    real = train.train
+
+    def diverges(config, **other):
+        if config.peak_lr == 1:
+            raise train.NotFinite("step 2: mlm not finite")
+        return real(config, **other)
+    monkeypatch.setattr(train, "train", diverges)
+    compare.main(small(strategies="no_kd", peak_lrs="1,1e-3", budget_steps="2"))
+    assert "no_kd: peak LR 1: not finite, 0.001: " in (tmp_path / "out/table.md").read_text()
+    assert "step 2: mlm not finite" in capsys.readouterr().out
+
+
 def test_stopped_three_times_the_table_is_the_same(small, tmp_path, monkeypatch, capsys):
     config = small(seeds=2, strategies="no_kd,minilm", budget_steps="4,8")
     compare.main(config)
@@ -106,16 +130,17 @@ def test_stopped_three_times_the_table_is_the_same(small, tmp_path, monkeypatch,
         real(self, *args)
         steps[0] -= 1
         if steps[0] == 0:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGINT)         # Ctrl-C: the run saves a checkpoint first
 
     monkeypatch.setattr(train.Run, "after_step", after_step)
     again = dataclasses.replace(config, out=str(tmp_path / "again"))
     for _ in range(3):
         steps[0] = rng.randint(1, 12)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises((SystemExit, KeyboardInterrupt)):
             compare.main(again)
     steps[0] = -1
     compare.main(again)
+    assert capsys.readouterr().out.count("going on after step") == 3
     assert (tmp_path / "again/table.md").read_text() == (tmp_path / "out/table.md").read_text()
 
 
@@ -184,6 +209,8 @@ def test_the_task_holds_validation_documents_alone_and_splits_them(tmp_path):
     (dict(static_masks=True), "--static-masks"),
     (dict(peak_lrs="0"), "--peak-lrs 0"),
     (dict(teacher_size="4L32"), "--teacher train"),
+    (dict(max_len=4), "--max-len 4"),
+    (dict(finetune_epochs=0), "--finetune-epochs"),
     (dict(tasks="cola=nowhere"), "nowhere"),
     (dict(size="2Lx"), "2Lx"),
     (dict(batch_size=12), "--batch-size 12"),

@@ -8,9 +8,10 @@ import report
 def result(strategy, seed, average, budget=1e12, unique=None, static=False, **other):
     return dict(dict(
         strategy=strategy, seed=seed, budget=budget, unit="flops", unique_tokens=unique, static_masks=static,
-        average=average, scores={"sst2": average + 10, "rte": average - 10}, collapsed=0, peak_lr=1e-3, steps=10,
+        average=average, scores={"sst2": average + 10, "rte": average - 10}, peak_lr=1e-3, steps=10,
         tokens=1000, epochs=2.0, charged_seconds=5.0, tokens_per_second=200.0, teacher_share=0.25, val={"mlm": 6.0},
-        tasks={"sst2": dict(metric="accuracy", n=872, scores=[1], std=0.0)}, curve=[(1.0, 7.0), (5.0, 6.0)]), **other)
+        device="cpu", curve=[(1.0, 7.0), (5.0, 6.0)],
+        tasks={"sst2": dict(metric="accuracy", n=872, scores=[1], std=0.0, collapsed=0)}), **other)
 
 
 def made_up(averages, **other):
@@ -64,7 +65,7 @@ def test_the_table_says_what_was_put_in():
     yardsticks = [dict(name="random init", scores=dict(sst2=[50.0], rte=[40.0]), averages=[45.0])]
     head, _, *rows = report.score_table(results, yardsticks).splitlines()
     assert head == "| budget | arm | peak LR | tokens | epochs | val MLM | sst2 | rte | average | Δ to no_kd [95%] |"
-    assert rows[0] == "| 1e12 FLOPs | no_kd | 0.001 | 1,000 | 2.0 | 6.00 | 71.0 ± 1.0 | 51.0 ± 1.0 | 61.0 ± 1.0 |  |"
+    assert rows[0] == "| 1e12 FLOPs | no_kd | 0.001 | 1,000 | 2 | 6.00 | 71.0 ± 1.0 | 51.0 ± 1.0 | 61.0 ± 1.0 |  |"
     # differences 1, 2, 3: mean 2, standard error 1/sqrt(3), t(0.975, 2) = 4.303
     assert rows[1].endswith("| 73.0 ± 2.0 | 53.0 ± 2.0 | 63.0 ± 2.0 | +2.0 [-0.5, +4.5] |")
     assert rows[2] == "|  | random init |  |  |  |  | 50.0 | 40.0 | 45.0 |  |"
@@ -91,10 +92,16 @@ def test_the_verdict_names_the_best_its_lead_and_the_crossing():
     assert first.startswith("At 1e12 FLOPs on all of the data, no_kd scores highest: 60.1 ± 0.1; against minilm +2.0")
     assert first.endswith(", outside the noise.")
     assert "minilm scores highest: 63.1 ± 0.1" in second
+    noisy = made_up({"no_kd": [58, 60, 62], "minilm": [58.1, 60, 62]}, budget=1e12)
+    assert report.verdict(made_up({"no_kd": [61, 62, 63], "minilm": [60, 62, 60]}, budget=5e11) + noisy)[2].endswith(
+        "(inside the noise).")
     assert crossing == ("On all of the data, the mean of minilm overtakes no_kd's at about 2e12 FLOPs, between 1e12 "
                         "FLOPs and 4e12 FLOPs.")
     untrained = [dict(name="random init", scores={}, averages=[60.2, 60.0, 60.1]), dict(name="teacher", averages=[0])]
     assert "; against random init +0.0 [-0.4, +0.4], inside the noise." in report.verdict(small, untrained)[0]
+    untrained[0]["averages"] = [70.1, 70.3, 70.2]
+    assert "against random init -10.1 [-10.3, -9.9], behind it, outside the noise." in report.verdict(
+        small, untrained)[0]
     assert "against no_kd +8.0, of one seed" in report.verdict(made_up({"no_kd": [1.0], "minilm": [9.0]}))[0]
 
 
@@ -111,12 +118,14 @@ def test_repetition_is_a_difference_of_differences():
 
 
 def test_with_one_pretraining_seed_the_remarks_give_the_size_of_the_noise():
-    tasks = {"mine": dict(metric="accuracy", n=2500, scores=[50, 50], std=2 ** 0.5)}
-    line, = report.remarks(made_up({"no_kd": [50.0], "minilm": [50.0]}, tasks=tasks))
+    tasks = {"mine": dict(metric="accuracy", n=2500, scores=[50, 50], std=2 ** 0.5, collapsed=2)}
+    line, collapsed = report.remarks(made_up({"no_kd": [50.0], "minilm": [50.0]}, tasks=tasks))
+    assert collapsed == "Fine-tuning runs that predicted a single class, of 4 per task: mine 4."
     assert "1.0 points from its 2 fine-tuning seeds and 1.0 from the 2,500 dev examples: a difference under 4.0" in line
     assert "no difference here can be told from noise" in report.remarks(made_up({"no_kd": [50.0]}, tasks=tasks | {
         "other": tasks["mine"]}))[0]
-    assert "4 fine-tuning runs predicted a single class." in report.remarks(made_up({"no_kd": [5, 6]}, collapsed=2))
+    two = made_up({"no_kd": [5]}) + made_up({"minilm": [5]}, device="cuda")
+    assert "different devices (cpu, cuda)" in report.remarks(two)[-1]
 
 
 def test_the_figure_is_drawn_for_one_budget_and_for_many(tmp_path):
