@@ -170,11 +170,14 @@ def test_killed_and_run_by_two_processes_the_table_is_the_same(small, tmp_path):
              if getattr(config, f.name) != f.default and f.name != "out"]
     command = [sys.executable, "compare.py", *flags, "--out", str(tmp_path / "again")]
     rng, home = random.Random(0), Path(compare.__file__).parent
-    for _ in range(3):
+    for goal in (1, 4, 9):                              # files of runs and trials: in the middle of the work
         killed = subprocess.Popen(command, cwd=home, env=os.environ, stdout=subprocess.DEVNULL)
-        time.sleep(rng.uniform(4, 8))
+        while sum(p.suffix in (".jsonl", ".npy") for p in (tmp_path / "again").rglob("*")) < goal:
+            assert killed.poll() is None
+            time.sleep(0.05)
+        time.sleep(rng.uniform(0, 0.5))
         killed.send_signal(signal.SIGKILL)
-        killed.wait()
+        assert killed.wait() == -signal.SIGKILL
     both = [subprocess.Popen(command, cwd=home, env=os.environ, stdout=subprocess.DEVNULL) for _ in range(2)]
     assert [p.wait() for p in both] == [0, 0]
     assert (tmp_path / "again/table.md").read_text() == (tmp_path / "out/table.md").read_text()
