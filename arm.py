@@ -252,7 +252,7 @@ def make_arm(config, directory):
 def check_teacher(config, student, teacher, head):
     """Refuses a teacher that the strategy cannot use, saying which strategy can."""
     strategy, name = config.kind, f"--teacher {config.teacher}"
-    if not head and ("logits" in strategy.needs("teacher") or strategy.init == "teacher"):
+    if not head and ("logits" in strategy.needs("teacher") or strategy.init == "teacher" and strategy.trains_lm_head):
         able = [n for n, s in STRATEGIES.items() if s.needs("teacher") and "logits" not in s.needs("teacher")]
         raise UserError(f"{name} has no LM head, which {config.label} needs; these do without: {', '.join(able)}")
     if strategy.same_heads and student.num_attention_heads != teacher.num_attention_heads:
