@@ -164,14 +164,18 @@ class Arm:
                 torch.zeros(B * k, dtype=torch.long, device=self.device))
 
     def freeze_unreached(self):
-        """One forward and backward pass on dummy data: compiles, and freezes what the loss does not reach (MiniLM
-        leaves the last output projection and feed-forward without a gradient, TinyBERT the LM head)."""
-        total, _ = self.forward(*self.dummy())
-        total.backward()
+        """A forward and backward pass on dummy data: freezes what the loss does not reach (MiniLM leaves the last
+        output projection and feed-forward without a gradient, TinyBERT the LM head).  A second one compiles."""
+        with torch.compiler.set_stance("force_eager"):  # compiled, what is not reached gets a gradient of zeros
+            self.forward(*self.dummy())[0].backward()
         for p in self.student.parameters():
             p.requires_grad_(p.grad is not None)
             p.grad = None
         self.proj.zero_grad()
+        if self.compiled:
+            self.forward(*self.dummy())[0].backward()
+            for p in (*self.student.parameters(), *self.proj.parameters()):
+                p.grad = None
 
     @torch.no_grad()
     def validate(self, blocks, signals=(), model=None):
@@ -229,8 +233,9 @@ def initial_student(config, directory):
 
 def make_arm(config, directory):
     """The arm on its device, from the configuration, the data's vocabulary and the teacher's files."""
-    device = torch.device(config.device or (
-        f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     student, strategy, teacher = initial_student(config, directory), config.kind, None

@@ -184,7 +184,9 @@ class Stages:
         self.marks.append((stage, at))
 
     def read(self):
-        """Adds the finished stages up; call it where the device has been synchronised."""
+        """Adds the finished stages up; call it where the device has nothing left to do."""
+        if self.cuda and self.marks:
+            self.marks[-1][1].synchronize()                             # its own event, which was recorded just now
         for (_, began), (stage, ended) in zip(self.marks, self.marks[1:], strict=False):
             if stage:
                 took = began.elapsed_time(ended) / 1000 if self.cuda else ended - began

@@ -159,6 +159,16 @@ def test_no_recompilation_after_the_warm_up(tiny, corpus):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("strategy, as_released", [("minilm", True), ("tinybert", True), ("minilm", False)])
+def test_compiled_arms_train_the_parameters_that_eager_ones_train(tiny, corpus, strategy, as_released):
+    """Compiled, an output that no loss uses gives its weights a gradient of zeros instead of none."""
+    eager, compiled = (make_arm(tiny(strategy=strategy, as_released=as_released, compile=c), TokenDirectory(corpus))
+                       for c in (False, True))
+    trained = [[name for name, p in arm.student.named_parameters() if p.requires_grad] for arm in (eager, compiled)]
+    assert trained[0] == trained[1]
+
+
+@pytest.mark.slow
 def test_all_arms_compile_in_one_process(capsys):
     """Ten arms share the code of one forward pass, each with a variant of its own."""
     bench.main(dataclasses.replace(TINY, teacher_size="3L32", strategies=",".join(STRATEGIES), as_released=True,
