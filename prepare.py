@@ -36,7 +36,7 @@ from cli import UserError, run
 from data import SPECIAL
 from sources import check_space, find_files, one_line, read_documents, required_packages
 
-BATCH = 2 ** 18             # characters tokenized at a time; tokenizers takes some 150 bytes of memory for each
+BATCH = 2 ** 17             # characters tokenized at a time; tokenizers takes some 150 bytes of memory for each
 SAMPLE = 2 ** 26            # characters that a vocabulary is trained on: the first ones
 ALPHABET = 1000             # characters a trained vocabulary knows, the most frequent ones
 CHUNK = 4096                # ids: what is split into training and validation when there are few documents
