@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoint
 from cli import UserError
-from data import hashed
+from data import Batch, hashed
 from kd_losses import STRATEGIES, Context, loss_terms, projections, relation_head_count
 from model import BertConfig, BertForMaskedLM
 
@@ -179,27 +179,31 @@ class Arm:
 
     @torch.no_grad()
     def validate(self, blocks, signals=(), model=None):
-        """Means over the validation blocks: the strategy's terms, or the MLM loss of another `model`."""
-        size = min(self.config.micro_batch, blocks.count, self.config.val_blocks)
+        """Means over all the validation blocks asked for: the strategy's terms, or the MLM loss of another `model`."""
+        count = min(self.config.val_blocks, blocks.count)
+        size = min(self.config.micro_batch, count)
         means, teacher_was = {}, self.teacher and self.teacher.training
         self.student.eval()
         if self.teacher:
             self.teacher.eval()
-        for i in range(min(self.config.val_blocks, blocks.count) // size):
+        for at in range(0, count, size):
             if signals:
                 raise Stopped
-            ids, masked, labels = self.to_device(blocks.batch(i, size))
-            if model is None:
-                _, terms = self.forward(ids, masked, labels)
-            else:
-                logits = model(ids, masked, want=("logits",))["logits"]
-                terms = {"mlm": torch.nn.functional.cross_entropy(logits.float(), labels)}
+            rows = min(size, count - at)                                # the last ones may be fewer
+            ids, masked, labels = self.to_device(Batch(*(a[:rows] for a in blocks.batch(at // size, size))))
+            # eager: compiled, evaluation would be a variant of its own, and the last rows one more
+            with torch.compiler.set_stance("force_eager"):
+                if model is None:
+                    _, terms = self.forward(ids, masked, labels)
+                else:
+                    logits = model(ids, masked, want=("logits",))["logits"]
+                    terms = {"mlm": torch.nn.functional.cross_entropy(logits.float(), labels)}
             for name, value in terms.items():
-                means.setdefault(name, []).append(value.item())
+                means[name] = means.get(name, 0.0) + value.item() * rows / count
         self.student.train()
         if self.teacher:
             self.teacher.train(teacher_was)
-        return {name: float(np.mean(values)) for name, values in means.items()}
+        return means
 
 
 def keep_freed_memory():

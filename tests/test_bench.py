@@ -144,10 +144,12 @@ def test_the_gradients_of_a_batch_do_not_depend_on_the_micro_batch(tiny, corpus)
         found.append(values.tolist())
     assert found[0] == pytest.approx(found[1], rel=1e-4)
 
+    arm.validate(Blocks(TokenDirectory(corpus), "val", 32, 0))
 
 @pytest.mark.slow
 def test_no_recompilation_after_the_warm_up(tiny, corpus):
-    """The warm-up compiles the student, the teacher and the loss; five steps on other batches compile nothing."""
+    """The warm-up compiles the student, the teacher and the loss; five steps on other batches, and validation, compile
+    nothing."""
     from torch._dynamo.utils import counters
     arm = make_arm(tiny(strategy="minilm", compile=True, dropout=0.1, micro_batch=4), TokenDirectory(corpus))
     compiled = counters["stats"]["unique_graphs"]

@@ -121,6 +121,19 @@ def test_micro_batches_add_up_to_the_batch(tiny, corpus):
         assert torch.allclose(a, b, atol=1e-6)
 
 
+def test_validation_takes_every_block_whatever_the_micro_batch(tiny, corpus):
+    blocks, found = train.Blocks(TokenDirectory(corpus), "val", 32, 0), []
+    for micro in (1, 8, 11, 64):
+        config = tiny(strategy="vanilla_kd", micro_batch=micro, batch_size=micro, val_blocks=29)
+        arm = make_arm(config, TokenDirectory(corpus))
+        found.append([*arm.validate(blocks).values(), *arm.validate(blocks, model=arm.teacher).values()])
+    ids, masked, labels = arm.to_device(blocks.batch(0, 29))
+    slowly = [torch.nn.functional.cross_entropy(m.eval()(ids, masked)["logits"], labels).item()
+              for m in (arm.student, arm.teacher)]
+    assert blocks.count > 29 and [found[0][0], found[0][2]] == pytest.approx(slowly, rel=1e-5)
+    assert all(values == pytest.approx(found[0], rel=1e-5) for values in found)
+
+
 def test_weight_decay_spares_biases_and_layer_norms(tiny, corpus):
     arm = make_arm(tiny(weight_decay=0.5), TokenDirectory(corpus))
     decayed, spared = arm.optimizer.param_groups
