@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import dataclasses
 import os
+import re
 import time
 
 import numpy as np
@@ -218,6 +219,26 @@ def autocast(device, bf16):
     return torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
 
 
+def choose_device(name=None):
+    """The device of --device, made the current one; without a name CUDA where there is one.  Under torchrun each
+    process has a GPU of its own."""
+    gpus, ranks = torch.cuda.device_count(), int(os.environ.get("WORLD_SIZE", 1))
+    name = name or ("cuda" if gpus else "cpu")
+    found = re.fullmatch(r"cpu|cuda(:\d+)?", name)
+    if not found:
+        raise UserError(f"--device {name}: must be cpu, cuda or cuda:N")
+    if name == "cpu":
+        return torch.device(name)
+    if found[1] and ranks > 1:
+        raise UserError(f"--device {name}: {ranks} processes would share one GPU: --device cuda gives each its own")
+    index = int(found[1][1:] if found[1] else os.environ.get("LOCAL_RANK", 0))
+    if index >= gpus:
+        raise UserError(f"--device {name}: torch sees {gpus} CUDA device(s) here: give "
+                        + (f"one below cuda:{gpus}, or fewer processes" if gpus else "--device cpu"))
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
 def student_shape(config, directory):
     try:
         return BertConfig.of_size(
@@ -237,13 +258,9 @@ def initial_student(config, directory):
 
 def make_arm(config, directory):
     """The arm on its device, from the configuration, the data's vocabulary and the teacher's files."""
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    device = choose_device(config.device)
     student, strategy, teacher = initial_student(config, directory), config.kind, None
-    if strategy.needs("teacher") or strategy.init == "teacher":
+    if config.reads_teacher:
         path = checkpoint.find_model(config.teacher)
         checkpoint.same_vocabulary(directory.read_tokenizer(), path)
         teacher, missing, ignored = checkpoint.load_mlm(path, len(directory.vocab))

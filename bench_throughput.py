@@ -26,6 +26,7 @@ import time
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Annotated, Literal
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")      # before torch is imported: its profiler talks to stderr
 import numpy as np
@@ -33,8 +34,8 @@ import torch
 from torch.nn.functional import mse_loss
 
 import train
-from arm import Arm, autocast, check_teacher, flops_per_block, keep_freed_memory, multiplies_in_bf16
-from cli import UserError, run
+from arm import Arm, autocast, check_teacher, choose_device, flops_per_block, keep_freed_memory, multiplies_in_bf16
+from cli import Checked, Count, Length, NotNegative, Share, UserError, run
 from data import SPECIAL, Blocks, loader_rate
 from kd_losses import AS_RELEASED, STRATEGIES
 from model import BertConfig, BertForMaskedLM
@@ -46,22 +47,22 @@ PEAKS = {"H100 PCIe": 756, "H100 NVL": 835, "H200 NVL": 835, "H100": 989, "H200"
 
 
 @dataclass
-class Config:
+class Config(Checked):
     size: str = "6L768"                 # student: layers L width
     teacher_size: str = "12L768"        # teacher: layers L width
-    heads: int | None = None            # attention heads of the student; default: width / 64
-    vocab_size: int = 30522             # V, ids in the vocabulary
-    strategies: str = ",".join(STRATEGIES)      # the arms; no_kd is always among them
+    heads: Count | None = None          # attention heads of the student; default: width / 64
+    vocab_size: Annotated[int, "[6, inf)"] = 30522      # V, ids in the vocabulary
+    strategies: Annotated[str, str, tuple(STRATEGIES)] = ",".join(STRATEGIES)   # the arms; no_kd is always among them
     as_released: bool = False           # beside them what the paper's released code computes under their names
-    baseline: str | None = None         # transformers: beside them BertForMaskedLM, and a TinyBERT, of that package
+    baseline: Literal["transformers"] | None = None     # beside them BertForMaskedLM, and a TinyBERT, of that package
     teacher_cost: bool = False          # instead: the teacher's forward pass alone, one change at a time
     loader: bool = False                # instead: the data loader alone, batches of 1024 blocks on one core
-    seq_len: int = 128                  # S, positions in a block
-    batch_size: int | None = None       # blocks per optimizer step; default: 1024 on CUDA, else 16
-    micro_batch: int | None = None      # blocks per forward pass; default: 256, or the batch if it is smaller
-    dropout: float = 0.1                # as train.py's
-    seconds: float = 120.0              # of measuring; 3 rounds at least
-    device: str | None = None           # default: cuda where there is one, else cpu
+    seq_len: Length = 128               # S, positions in a block
+    batch_size: Count | None = None     # blocks per optimizer step; default: 1024 on CUDA, else 16
+    micro_batch: Count | None = None    # blocks per forward pass; default: 256, or the batch if it is smaller
+    dropout: Share = 0.1                # as train.py's
+    seconds: NotNegative = 120.0        # of measuring; 3 rounds at least
+    device: str | None = None           # cpu, cuda or cuda:N; default: cuda where there is one, else cpu
     compile: bool | None = None         # torch.compile; default: on CUDA only
     bf16: bool | None = None            # bf16 autocast; default: where the hardware multiplies in bf16
     json: str | None = None             # file for everything that was measured
@@ -69,9 +70,7 @@ class Config:
 
     def for_machine(self):
         """The same with every default filled in, or a UserError."""
-        device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if device.index is not None:
-            torch.cuda.set_device(device)                               # its clock, its memory, its name
+        device = choose_device(self.device)
         batch = self.batch_size or (1024 if device.type == "cuda" else 16)
         names = [name for name in self.strategies.split(",") if name != "no_kd"]
         config = dataclasses.replace(
@@ -80,8 +79,6 @@ class Config:
             bf16=multiplies_in_bf16(device) if self.bf16 is None else self.bf16, strategies=",".join(["no_kd", *names]))
         for name in config.strategies.split(","):
             config.of_arm(name).check()
-        if self.baseline not in (None, "transformers"):
-            raise UserError(f"--baseline {self.baseline}: there is one, transformers")
         for package in (self.baseline, self.figure and "matplotlib"):
             try:
                 package and __import__(package)

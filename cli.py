@@ -4,27 +4,151 @@ A script holds one dataclass, one field per line with its default and a trailing
 field into a long flag whose help is that comment (`peak_lr: float = 1e-3  # ...` -> `--peak-lr`), a field of
 type `list` into positional arguments.  Abbreviated and unknown flags are errors.
 
+What a field allows stands in its annotation, and a dataclass that inherits from `Checked` cannot be made with anything
+else, whether by a command line or in code:
+
+    Literal["random", "teacher"]        one of these words
+    Annotated[str, tuple(STRATEGIES)]   one of these words, from elsewhere
+    Annotated[float, "[0, 1)"]          a number in this interval: 0 is, 1 is not; infinity and NaN never are
+    Annotated[str, float, "(0, 1)"]     several of them, separated by commas (`numbers` reads them)
+
 Whatever a user can get wrong is raised as `UserError`: what was wrong, where, and what to do about it.  `run`
 prints it as one line on stderr and exits with status 2; any other exception is a bug and keeps its traceback.
 """
 import argparse
 import dataclasses
+import difflib
+import errno
 import inspect
+import os
 import re
 import signal
 import sys
+import tempfile
 import types
 import typing
+from pathlib import Path
+from typing import Annotated, Literal
+
+Count = Annotated[int, "[1, inf)"]              # a whole number may be written 1e6
+Counts = Annotated[str, int, "[1, inf)"]
+Positive = Annotated[float, "(0, inf)"]
+Positives = Annotated[str, float, "(0, inf)"]
+Natural = Annotated[int, "[0, inf)"]
+NotNegative = Annotated[float, "[0, inf)"]
+Share = Annotated[float, "[0, 1)"]
+Fraction = Annotated[float, "(0, 1)"]
+Seed = Annotated[int, "[0, 1e18]"]
+Length = Annotated[int, "[4, 65536]"]           # of a block: [CLS], [SEP] and two ids, of which one is masked
 
 
 class UserError(Exception):
     """A mistake in the input: one line that says what is wrong, where, and what to do."""
 
 
+# ------------------------------------------------------------------------------------------- what a field allows
+
+class Checked:
+    """A dataclass whose fields hold what their annotations allow; text is read as the number that belongs there."""
+
+    def __post_init__(self):
+        for field, kind in annotated(type(self)):
+            value = getattr(self, field.name)
+            if value != field.default:
+                setattr(self, field.name, checked(flag_of(field.name), value, kind))
+
+
+def annotated(cls):
+    """(field, annotation) of a dataclass; of `int | None` the annotation is int, since None is a default."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    for field in dataclasses.fields(cls):
+        kind = hints[field.name]
+        if typing.get_origin(kind) in (types.UnionType, typing.Union):
+            kind = next(k for k in typing.get_args(kind) if k is not type(None))
+        yield field, kind
+
+
+def flag_of(name):
+    return "--" + name.replace("_", "-")
+
+
+def allowed(kind):
+    """(type, whether several are, interval or words or None) of an annotation."""
+    if typing.get_origin(kind) is Literal:
+        return str, False, typing.get_args(kind)
+    if typing.get_origin(kind) is Annotated:
+        *_, of, limit = typing.get_args(kind)
+        return of, len(typing.get_args(kind)) > 2, limit
+    return kind, False, None
+
+
+def checked(flag, value, kind):
+    """The value, held against its annotation; of a list the text as it is."""
+    of, several, limit = allowed(kind)
+    if not (limit or of in (int, float)):
+        return value
+    try:
+        found = numbers(value, of) if several else [read(value, of)]
+        good = len(set(found)) == len(found) > 0 and all(inside(v, limit) for v in found)
+    except (TypeError, ValueError):
+        good = False
+    if not good:
+        raise UserError(f"{flag} {value}: must be {wanted(of, several, limit)}")
+    return value if several else found[0]
+
+
+def numbers(text, of=float):
+    """The values of a list such as "1,2,4"; none of an empty text."""
+    return [read(part, of) for part in str(text).split(",") if text]
+
+
+def read(value, of):
+    if of is not int:
+        return of(value)
+    try:
+        return int(str(value))
+    except ValueError:
+        if not float(value).is_integer():
+            raise
+        return int(float(value))                # 1e6
+
+
+def inside(value, limit):
+    if not isinstance(limit, str):
+        return limit is None or value in limit
+    low, high = map(float, limit[1:-1].split(","))
+    return (low < value or limit[0] == "[" and value == low) and (value < high or limit[-1] == "]" and value == high)
+
+
+def wanted(of, several, limit):
+    """What is allowed, in words."""
+    if isinstance(limit, tuple):
+        text = ("names out of " if several else "one of " if len(limit) > 1 else "") + ", ".join(limit)
+    else:
+        noun = "whole number" if of is int else "number"
+        low, high = limit[1:-1].split(", ") if limit else ("-inf", "inf")
+        bounds = [word + " " + bound for word, bound in (("at least" if limit and limit[0] == "[" else "above", low),
+                  ("at most" if limit and limit[-1] == "]" else "below", high)) if "inf" not in bound]
+        text = (f"{noun}s" if several else f"a {noun}") + (f", {' and '.join(bounds)}" if bounds else "")
+    return text + ", separated by commas, none twice" * several
+
+
+def writable(path, flag="--out"):
+    """The Path, if it is a directory, or can be made one, in which files can be written.  It makes nothing."""
+    path = Path(path)
+    there = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as e:
+        raise UserError(f"{flag} {path}: no directory to write in: {there}: {e.strerror}") from None
+    return path
+
+
+# -------------------------------------------------------------------------------------------------- command line
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        print(f"{self.prog}: error: {message} (see python {self.prog} --help)", file=sys.stderr)
-        sys.exit(2)
+        raise UserError(f"{message} (see python {self.prog} --help)")
 
 
 def parse(cls, doc, argv=None):
@@ -32,22 +156,40 @@ def parse(cls, doc, argv=None):
     parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     # inspect, not dataclasses.field(metadata=...): the comment that a reader sees is the help that a user sees
     helps = dict(re.findall(r"^    (\w+):.*?  # (.*)$", inspect.getsource(cls), re.M))
-    for field in dataclasses.fields(cls):
-        kind = typing.get_type_hints(cls)[field.name]
-        if isinstance(kind, types.UnionType):                           # `int | None` is read as an int
-            kind = next(k for k in typing.get_args(kind) if k is not type(None))
-        flag, text = "--" + field.name.replace("_", "-"), helps.get(field.name, "").replace("%", "%%")
+    valued, others = set(), {"-h", "--help"}
+    for field, kind in annotated(cls):
+        of, several, _ = allowed(kind)
+        flag, text = flag_of(field.name), helps.get(field.name, "").replace("%", "%%")
         if field.default not in (None, dataclasses.MISSING):
             text += f" [{field.default}]"
         if typing.get_origin(kind) is list:
             parser.add_argument(field.name, nargs="+", metavar=field.name.upper(), help=text)
         elif kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help=text)
+            others |= {flag, f"--no-{flag[2:]}"}
         else:
             required = field.default is dataclasses.MISSING
-            parser.add_argument(flag, type=kind, default=None if required else field.default, required=required,
-                                metavar=kind.__name__.upper(), help=text)
+            parser.add_argument(flag, default=None if required else field.default, required=required,
+                                metavar=of.__name__.upper() + ",..." * several, help=text)
+            valued.add(flag)
+    argv = joined(sys.argv[1:] if argv is None else argv, valued, valued | others, parser)
     return cls(**vars(parser.parse_args(argv)))
+
+
+def joined(argv, valued, flags, parser):
+    """--flag VALUE as --flag=VALUE, since argparse takes a VALUE such as -1e-3 for a flag.  Unknown flags are refused
+    here: argparse would first complain of another one that is missing."""
+    words = []
+    for word in argv:
+        flag = word.partition("=")[0]
+        if words and words[-1] in valued and not word.startswith("--"):
+            words[-1] += "=" + word
+        elif word.startswith("-") and word != "-" and flag not in flags:
+            close = difflib.get_close_matches(flag, flags, 1)
+            parser.error(f"unknown flag {flag}" + (f": is {close[0]} meant?" if close else ""))
+        else:
+            words.append(word)
+    return words
 
 
 def run(main, cls, doc):
@@ -56,7 +198,15 @@ def run(main, cls, doc):
     try:
         main(parse(cls, doc))
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+        fail(e)
+    except OSError as e:        # a file or folder that may not be read or written, a full disk
+        if e.filename is None and e.errno != errno.ENOSPC:
+            raise
+        fail(f"{e.filename or 'the disk'}: {e.strerror}")
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def fail(message):
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)

@@ -26,9 +26,9 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 import checkpoint
@@ -37,11 +37,11 @@ import prepare
 import report
 import sources
 import train
-from arm import Arm, check_teacher, flops_per_block, initial_student, student_shape
-from cli import UserError, run
+from arm import Arm, check_teacher, choose_device, flops_per_block, initial_student, student_shape
+from cli import Checked, Count, Counts, Length, Positive, Positives, Share, UserError, checked, numbers, run, writable
 from data import Blocks, TokenDirectory
 from kd_losses import STRATEGIES
-from model import BertConfig, BertForMaskedLM
+from model import BertConfig, BertForMaskedLM, BertForSequenceClassification
 
 # The demonstration's sizes: measured on two CPU cores, so that every arm learns something in its seconds
 DEMO_VOCAB, DEMO_VAL_FRACTION = 4096, 0.1
@@ -53,49 +53,37 @@ DEMO = dict(teacher="train", teacher_size="4L128", teacher_budget=150 / 3600, si
 
 
 @dataclass
-class Config:
+class Config(Checked):
     data: str | None = None             # token directory; without it the demonstration runs
     teacher: str | None = None          # model directory, Hub id, or train: pretrain one on the same data first
     teacher_size: str | None = None     # of --teacher train; default: twice the student's layers
-    teacher_budget: float | None = None     # of --teacher train, in the budget's unit; default: 4 x the largest budget
+    teacher_budget: Positive | None = None  # of --teacher train, in the budget's unit; default: 4 x the largest budget
     glue_dir: str | None = None         # folder of GLUE's official TSVs
     tasks: str | None = None            # cola,name=DIR,...; default: all of GLUE with --glue-dir, else the built-in one
-    budget_hours: str | None = None     # budgets of each arm on train.py's clock, such as 1,2,4: a run each
-    budget_flops: str | None = None     # or in matmul FLOPs of student and teacher
-    budget_tokens: str | None = None    # or in tokens
-    budget_steps: str | None = None     # or in optimizer steps
-    strategies: str = "no_kd,vanilla_kd,tinybert,minilm"    # the arms
-    seeds: int = 1                      # pretraining seeds 0, 1, ... of each arm; an interval needs two, better three
+    budget_hours: Positives | None = None   # budgets of each arm on train.py's clock, such as 1,2,4: a run each
+    budget_flops: Positives | None = None   # or in matmul FLOPs of student and teacher
+    budget_tokens: Counts | None = None  # or in tokens
+    budget_steps: Counts | None = None  # or in optimizer steps
+    strategies: Annotated[str, str, tuple(STRATEGIES)] = "no_kd,vanilla_kd,tinybert,minilm"     # the arms
+    seeds: Count = 1                    # pretraining seeds 0, 1, ... of each arm; an interval needs two, better three
     unique_tokens: str = "all"          # data settings such as all,2000000: the first so many ids, again and again
     static_masks: bool = False          # the limited settings with the same masks in every epoch as well
-    peak_lrs: str | None = None         # of every arm; several: its best at the smallest budget; default: the paper's
+    peak_lrs: Positives | None = None   # of every arm; several: its best at the smallest budget; default: the paper's
     out: str = "runs/compare"           # directory for the runs, table.md, results.json, results.csv and figure.png
     dry_run: bool = False               # print the plan and its time only
     size: str = "6L768"                 # student: layers L width
-    heads: int | None = None            # attention heads; default: width / 64
-    seq_len: int = 128                  # positions in a block
-    batch_size: int = 1024              # blocks per optimizer step
-    micro_batch: int = 256              # blocks per forward pass
-    dropout: float = 0.1                # of every arm
-    val_blocks: int = 512               # validation blocks
-    val_times: int = 4                  # validations over the budget
-    finetune_seeds: int = 3             # fine-tuning runs per pretrained model
-    finetune_batch_sizes: str = "16,32"             # the grid of fine-tuning: examples per step ...
-    finetune_lrs: str = "1e-5,3e-5,5e-5,8e-5"       # ... times peak learning rates
-    finetune_epochs: int = 5            # passes over the training examples
-    max_len: int = 128                  # ids an example is cut to
-
-
-def numbers(config, field, kind=float):
-    """The values of a list such as "1,2,4"."""
-    text = str(getattr(config, field))
-    try:
-        values = [kind(float(part)) for part in text.split(",")]
-    except (ValueError, OverflowError):
-        values = []
-    if not values or not all(0 < v < math.inf for v in values) or len(set(values)) < len(values):
-        raise UserError(f"--{field.replace('_', '-')} {text}: positive numbers separated by commas belong here")
-    return values
+    heads: Count | None = None          # attention heads; default: width / 64
+    seq_len: Length = 128               # positions in a block
+    batch_size: Count = 1024            # blocks per optimizer step
+    micro_batch: Count = 256            # blocks per forward pass
+    dropout: Share = 0.1                # of every arm
+    val_blocks: Count = 512             # validation blocks
+    val_times: Count = 4                # validations over the budget
+    finetune_seeds: Count = 3           # fine-tuning runs per pretrained model
+    finetune_batch_sizes: Counts = "16,32"          # the grid of fine-tuning: examples per step ...
+    finetune_lrs: Positives = "1e-5,3e-5,5e-5,8e-5"  # ... times peak learning rates
+    finetune_epochs: Count = 5          # passes over the training examples
+    max_len: Annotated[int, "[8, inf)"] = 128       # ids an example is cut to
 
 
 # ----------------------------------------------------------------------------------------------------------- plan
@@ -110,21 +98,18 @@ class Plan:
             raise UserError("give exactly one of " + ", ".join(f"--budget-{unit}" for unit in train.Budget.UNITS))
         self.unit = given[0]
         whole = int if self.unit in ("tokens", "steps") else float
-        self.budgets = sorted(numbers(config, f"budget_{self.unit}", whole))
+        self.budgets = sorted(numbers(getattr(config, f"budget_{self.unit}"), whole))
         self.names = config.strategies.split(",")
-        for name in self.names:
-            if name not in STRATEGIES or self.names.count(name) > 1:
-                raise UserError(f"--strategies {name}: unknown or given twice; of {', '.join(STRATEGIES)}")
-        if min(config.seeds, config.finetune_seeds, config.finetune_epochs) < 1:
-            raise UserError("--seeds, --finetune-seeds and --finetune-epochs must be at least 1")
-        uniques = [None if part == "all" else part for part in config.unique_tokens.split(",")]
-        limits = dataclasses.replace(config, unique_tokens=",".join(u for u in uniques if u))
-        limited = numbers(limits, "unique_tokens", int) if any(uniques) else []
+        uniques = [None if part == "all" else checked("--unique-tokens", part, Count)
+                   for part in config.unique_tokens.split(",")]
+        limited = [n for n in uniques if n]
+        if len(set(uniques)) < len(uniques):
+            raise UserError(f"--unique-tokens {config.unique_tokens}: one is given twice")
         if config.static_masks and not limited:
             raise UserError("--static-masks compares masks where data repeat: give --unique-tokens all,N with it")
         self.settings = [(None, False)] * (None in uniques) + [
             (n, static) for n in limited for static in ((False, True) if config.static_masks else (False,))]
-        self.lrs = numbers(config, "peak_lrs") if config.peak_lrs else [None]
+        self.lrs = numbers(config.peak_lrs) if config.peak_lrs else [None]
         try:
             shape = BertConfig.of_size(config.size, config.heads)
         except ValueError as e:
@@ -133,6 +118,8 @@ class Plan:
         if config.teacher == "train":
             size = config.teacher_size or f"{2 * shape.num_hidden_layers}L{shape.hidden_size}"
             self.teacher_budget = config.teacher_budget or 4 * self.budgets[-1]
+            if whole is int:
+                self.teacher_budget = math.ceil(self.teacher_budget)
             self.teacher = self.run("no_kd", self.teacher_budget, size=size,
                                     peak_lr=self.lrs[0] if len(self.lrs) == 1 else None, out=str(self.out / "teacher"))
         elif config.teacher_size or config.teacher_budget:
@@ -180,8 +167,8 @@ def finetuning(config, model, out, seed=0):
 def step_seconds(config, directory, teacher):
     """Seconds of one optimizer step of this run on this machine, by trying: eager, with random weights, on a CPU with a
     smaller micro-batch.  `teacher`: its BertConfig."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    micro = config.micro_batch if device == "cuda" else min(config.micro_batch, 16)
+    device = choose_device()
+    micro = config.micro_batch if device.type == "cuda" else min(config.micro_batch, 16)
     arm = Arm(dataclasses.replace(config, micro_batch=micro, compile=False),
               BertForMaskedLM(student_shape(config, directory)).to(device),
               BertForMaskedLM(teacher).to(device) if config.kind.needs("teacher") else None)
@@ -225,8 +212,30 @@ def duration(seconds):
             else f"{seconds / 3600:.1f} h")
 
 
-def estimate(plan, directory, teacher, texts):
-    """({run directory: seconds until it is finished}, seconds of fine-tuning one student); `teacher`: a BertConfig."""
+def finetuning_seconds(plan, directory, texts):
+    """Seconds of fine-tuning one student on every task with every trial, by trying a few batches of each task with
+    random weights."""
+    config, tokenizer, device = plan.config, directory.read_tokenizer(), choose_device()
+    points = finetune_glue.grid(finetuning(config, "", ""))
+    batch, trials = points[0][0], config.finetune_seeds + (len(points) if len(points) > 1 else 0)
+    model, seconds = BertForSequenceClassification(student_shape(plan.runs[0], directory), 2).to(device), 0.0
+    for parts in texts.values():
+        (sentences, _), *dev = parts.values()
+        examples = finetune_glue.encode(tokenizer, sentences[:4 * batch], config.max_len)
+        args, pad_id = (examples, np.zeros(len(examples), np.int64), batch, 1, 1e-5, 0), directory.special["[PAD]"]
+        finetune_glue.finetune(model, *args, pad_id)                    # the first time warms up
+        began = time.perf_counter()
+        finetune_glue.finetune(model, *args, pad_id)                    # reads its losses, so waits for the device
+        trained = time.perf_counter()
+        finetune_glue.predict(model, examples, pad_id)
+        scored = time.perf_counter() - trained
+        seconds += trials / len(examples) * (len(sentences) * config.finetune_epochs * (trained - began)
+                                             + sum(len(x) for x, _ in dev) * scored)
+    return seconds
+
+
+def estimate(plan, directory, teacher):
+    """{run directory: seconds until it is finished}; `teacher`: a BertConfig."""
     seconds, rates = {}, {}
     for each in plan.all:
         budget, kind = getattr(each, f"budget_{plan.unit}"), (each.strategy, each.size)
@@ -240,12 +249,7 @@ def estimate(plan, directory, teacher, texts):
                     flops_per_block(each, student_shape(each, directory), teacher)))[plan.unit]
                 rates[kind] = step_seconds(each, directory, teacher) / price
             seconds[each.out] = budget * rates[kind]
-    step = step_seconds(plan.run("no_kd", plan.budgets[0]), directory, teacher)
-    points = len(finetune_glue.grid(finetuning(plan.config, "", "")))
-    trials = plan.config.finetune_seeds + (points if points > 1 else 0)
-    ids = sum(len(x) * np.mean([min(plan.config.max_len, len(" ".join(s)) / 4.5) for s in x[:1000]])   # a guess
-              for x in (task["train"][0] for task in texts.values()))
-    return seconds, trials * plan.config.finetune_epochs * ids * step / (plan.config.batch_size * plan.config.seq_len)
+    return seconds
 
 
 # ----------------------------------------------------------------------------------------------------------- work
@@ -282,15 +286,12 @@ def same_inputs(plan, directory, texts):
     varies = ("strategy", "peak_lr", "seed", "unique_tokens", "static_masks", "out")
     recipe = dataclasses.asdict(plan.run("no_kd", plan.budgets[0]))
     now = {f"--{k.replace('_', '-')}": v for k, v in recipe.items() if k not in varies and not k.startswith("budget")}
-    now["data"] = directory.manifest["sha256"]
-    if not plan.teacher:
-        now["teacher"] = [checkpoint.sha256(f) for f in
-                          checkpoint.weight_files(checkpoint.find_model(plan.config.teacher))]
+    now |= train.contents(directory, None if plan.teacher else plan.config.teacher)
     now |= {f"task {name}": hashlib.sha256(json.dumps(
         [(part, x, np.asarray(y).tolist()) for part, (x, y) in parts.items()]).encode()).hexdigest()
         for name, parts in texts.items()}
     file = plan.out / "inputs.json"
-    before = json.loads(file.read_text()) if file.exists() else {}
+    before = train.read_json(file) if file.exists() else {}
     differ = [k for k, v in now.items() if before.get(k, v) != v]
     if differ:
         raise UserError(f"{plan.out} holds runs with another {', '.join(differ)}: give another --out")
@@ -302,7 +303,7 @@ def finetuned(config, model, out, say, seed=0):
     settings = finetuning(config, model, out, seed)
     file, wanted = Path(out) / "scores.json", dataclasses.asdict(settings)
     if file.exists():
-        kept = json.loads(file.read_text())
+        kept = train.read_json(file)
         if kept["settings"] == wanted:
             return kept["tasks"]
     result = finetune_glue.score(settings, say)["tasks"]
@@ -393,11 +394,12 @@ def compare(config, plan):
              for name, task in finetune_glue.parse_tasks(config.tasks).items()}     # before hours of training
     plan.teacher_shape = teacher = teacher_shape(plan, directory)
     longest = min(c.max_position_embeddings for c in (teacher, student_shape(plan.runs[0], directory)))
-    if not 8 <= config.max_len <= longest:
+    if config.max_len > longest:
         raise UserError(f"--max-len {config.max_len}: 8 to {longest} here")
     for unique, static in plan.settings:
         Blocks(directory, "train", config.seq_len, 0, unique, static)               # refuses more than there are
-    seconds, finetune_seconds = estimate(plan, directory, teacher, texts)
+    train.validation_blocks(directory, config.seq_len)
+    seconds, finetune_seconds = estimate(plan, directory, teacher), finetuning_seconds(plan, directory, texts)
     describe(plan, seconds, finetune_seconds, texts)
     if config.dry_run:
         return None
@@ -502,7 +504,7 @@ def papers_setting(plan):
 
 
 def main(config):
-    began, out = time.monotonic(), Path(config.out)
+    began, out = time.monotonic(), writable(config.out)
     if config.data is None:
         given = [f.name for f in dataclasses.fields(Config)
                  if f.name not in ("out", "strategies", "seeds", "dry_run") and getattr(config, f.name) != f.default]

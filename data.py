@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cli import UserError, run
+from cli import Checked, Length, Natural, Seed, UserError, run
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
@@ -212,12 +212,12 @@ def document_lengths(directory, split):
 # ------------------------------------------------------------------------------------------------------- script
 
 @dataclass
-class Config:
+class Config(Checked):
     directory: list[str]    # token directories
-    show: int = 0           # how many blocks to show with their masks
+    show: Natural = 0       # how many blocks to show with their masks
     loader: bool = False    # measure how fast batches of 1024 blocks are made
-    seq_len: int = 128      # block length
-    seed: int = 0           # of the order and the masks of what is shown
+    seq_len: Length = 128   # block length
+    seed: Seed = 0          # of the order and the masks of what is shown
 
 
 def main(config):

@@ -27,7 +27,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
@@ -38,24 +38,24 @@ from tqdm import tqdm
 
 import checkpoint
 from arm import multiplies_in_bf16
-from cli import UserError, run
+from cli import Checked, Count, Counts, Positives, Seed, Share, UserError, run
 from data import hashed
 from train import learning_rate
 
 
 @dataclass
-class Config:
+class Config(Checked):
     model: str                              # model directory or Hub id
     glue_dir: str | None = None             # folder of the official TSVs; a task absent there comes from the Hub
     tasks: str = "cola,sst2,mrpc,stsb,qqp,mnli,qnli,rte"    # GLUE's names (wnli too); name=DIR: your own TSVs
-    batch_sizes: str = "16,32"              # the grid: examples per step ...
-    peak_lrs: str = "1e-5,3e-5,5e-5,8e-5"   # ... times learning rates, each reached after 6% of the steps
+    batch_sizes: Counts = "16,32"           # the grid: examples per step ...
+    peak_lrs: Positives = "1e-5,3e-5,5e-5,8e-5"     # ... times learning rates, each reached after 6% of the steps
     quick: bool = False                     # one grid point, batch 32 and lr 5e-5, in the grid's place
-    seeds: int = 3                          # runs of the chosen point: mean and standard deviation over them
-    first_seed: int | None = None           # of those runs; default: 1 after a grid, which runs on seed 0, else 0
-    epochs: int = 5                         # passes over the training examples
-    max_len: int = 128                      # ids an example is cut to, [CLS] and [SEP] included
-    dropout: float = 0.1                    # in the encoder and before the classifier
+    seeds: Count = 3                        # runs of the chosen point: mean and standard deviation over them
+    first_seed: Seed | None = None          # of those runs; default: 1 after a grid, which runs on seed 0, else 0
+    epochs: Count = 5                       # passes over the training examples
+    max_len: Annotated[int, "[8, inf)"] = 128       # ids an example is cut to, [CLS] and [SEP] included
+    dropout: Share = 0.1                    # in the encoder and before the classifier
     shard: str | None = None                # i/n: only every n-th trial from the i-th; 1/2 and 2/2 share the work
     out: str | None = None                  # directory of trials and glue.json; default: runs/glue/MODEL
     save: bool = False                      # keep each trial's classifier too, a model directory beside its scores

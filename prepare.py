@@ -32,7 +32,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tqdm import tqdm
 
-from cli import UserError, run
+from cli import Checked, Count, Fraction, UserError, run
 from data import SPECIAL
 from sources import check_space, find_files, one_line, read_documents, required_packages
 
@@ -45,14 +45,14 @@ RECENT = 2 ** 20            # document keys held in a set before they are sorted
 
 
 @dataclass
-class Config:
+class Config(Checked):
     sources: list[str]              # files, directories, globs, - (standard input), Hub data sets, or docstrings
     out: str                        # the token directory to make
     vocab: str | None = None        # vocab.txt, tokenizer.json, a directory that holds one, or a Hub id
-    vocab_size: int | None = None   # train a WordPiece vocabulary of this size instead
-    val_fraction: float = 0.005     # documents kept for validation
+    vocab_size: Count | None = None  # train a WordPiece vocabulary of this size instead
+    val_fraction: Fraction = 0.005  # documents kept for validation
     field: str = "text"             # what holds the text in a row of .jsonl or .parquet
-    rows_per_document: int = 1      # rows joined to one document, for data sets with a sentence per row
+    rows_per_document: Count = 1    # rows joined to one document, for data sets with a sentence per row
 
 
 # ------------------------------------------------------------------------------------------------- the tokenizer

@@ -27,78 +27,66 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
 import torch.distributed as dist
 
 import checkpoint
 from arm import Stopped, flops_per_block, make_arm
-from cli import UserError, run
+from cli import Checked, Count, Length, NotNegative, Positive, Seed, Share, UserError, numbers, run, writable
 from data import Blocks, TokenDirectory, prefetch
 from kd_losses import AS_RELEASED, STRATEGIES
 
+FEW_BLOCKS = 32             # under so many validation blocks, a warning
+
 
 @dataclass
-class Config:
-    strategy: str = "no_kd"             # one of kd_losses.STRATEGIES
-    budget_hours: float | None = None   # the budget, in hours on the clock described above
-    budget_flops: float | None = None   # or in matmul FLOPs of student and teacher, the same on every machine
-    budget_tokens: int | None = None    # or in tokens
-    budget_steps: int | None = None     # or in optimizer steps
+class Config(Checked):
+    strategy: Annotated[str, tuple(STRATEGIES)] = "no_kd"  # one of kd_losses.STRATEGIES
+    budget_hours: Positive | None = None    # the budget, in hours on the clock described above
+    budget_flops: Positive | None = None    # or in matmul FLOPs of student and teacher, the same on every machine
+    budget_tokens: Count | None = None  # or in tokens
+    budget_steps: Count | None = None   # or in optimizer steps
     data: str = "data/wiki"             # token directory, made by prepare.py
     teacher: str = "bert-base-uncased"  # model directory or Hub id; not read by no_kd unless --init teacher
     teacher_layer: int | None = None    # whose q, k, v count, from 0 or -1; default: the last; minilmv2: 21st of 24
-    relation_heads: int | None = None   # of minilmv2; default: as many as give the teacher's a size of 16
+    relation_heads: Count | None = None  # of minilmv2; default: as many as give the teacher's a size of 16
     as_released: bool = False           # FOR SCIENCE ONLY: what the paper's released code computes for this strategy
     size: str = "6L768"                 # student: layers L width
-    heads: int | None = None            # attention heads; default: width / 64
+    heads: Count | None = None          # attention heads; default: width / 64
     out: str | None = None              # run directory; default: runs/STRATEGY
-    init: str | None = None             # random, or teacher (layers 1, 3, ...); default: random; distilbert: teacher
-    seed: int = 0                       # initial weights, data order, masks, dropout
-    seq_len: int = 128                  # S, positions in a block
-    unique_tokens: int | None = None    # train on the first so many ids of the data alone, again and again
+    init: Literal["random", "teacher"] | None = None    # teacher: layers 1, 3, ...; default: the strategy's
+    seed: Seed = 0                      # initial weights, data order, masks, dropout
+    seq_len: Length = 128               # S, positions in a block
+    unique_tokens: Count | None = None  # train on the first so many ids of the data alone, again and again
     static_masks: bool = False          # the same masks in every epoch
-    batch_size: int = 1024              # blocks per optimizer step
-    micro_batch: int = 256              # blocks per forward pass
-    peak_lr: float | None = None        # default: the paper's, 1e-3 for no_kd and 5e-4 for KD
-    warmup: float = 0.06                # part of the budget over which the learning rate rises
-    weight_decay: float = 0.01          # not on biases and LayerNorm
-    dropout: float = 0.1                # hidden states and attention probabilities
-    clip: float = 0.0                   # gradient norm above which gradients are scaled down; 0: off, as the paper
-    tau: float | None = None            # temperature of the soft targets; default: 1, distilbert: 2
-    val_blocks: int = 512               # validation blocks
-    val_times: int = 4                  # validations over the budget, the last at its end
-    log_every: int = 10                 # steps per line of log.jsonl
-    checkpoint_minutes: float = 10.0    # between checkpoints; a fraction is allowed
-    fractions: str = ""                 # parts of the budget, such as 0.25,0.5, at which to save model directories too
-    device: str | None = None           # default: cuda where there is one, else cpu
+    batch_size: Count = 1024            # blocks per optimizer step
+    micro_batch: Count = 256            # blocks per forward pass
+    peak_lr: Positive | None = None     # default: the paper's, 1e-3 for no_kd and 5e-4 for KD
+    warmup: Share = 0.06                # part of the budget over which the learning rate rises
+    weight_decay: NotNegative = 0.01    # not on biases and LayerNorm
+    dropout: Share = 0.1                # hidden states and attention probabilities
+    clip: NotNegative = 0.0             # gradient norm above which gradients are scaled down; 0: off, as the paper
+    tau: Positive | None = None         # temperature of the soft targets; default: 1, distilbert: 2
+    val_blocks: Count = 512             # validation blocks
+    val_times: Count = 4                # validations over the budget, the last at its end
+    log_every: Count = 10               # steps per line of log.jsonl
+    checkpoint_minutes: Positive = 10.0  # between checkpoints; a fraction is allowed
+    fractions: Annotated[str, float, "(0, 1)"] = ""     # parts of the budget, as 0.25,0.5, at which to save models too
+    device: str | None = None           # cpu, cuda or cuda:N; default: cuda where there is one, else cpu
     compile: bool | None = None         # torch.compile; default: on CUDA only
     bf16: bool | None = None            # bf16 autocast; default: where the hardware multiplies in bf16
 
     def check(self):
-        if self.strategy not in STRATEGIES:
-            raise UserError(f"--strategy {self.strategy}: unknown; one of {', '.join(STRATEGIES)}")
+        """What the fields ask of each other, and of the number of processes."""
         if self.as_released and self.strategy not in AS_RELEASED:
             raise UserError(f"--as-released: no other code was released for {self.strategy}; it was for "
                             f"{', '.join(AS_RELEASED)}")
-        budgets = [(f"--budget-{unit}", getattr(self, f"budget_{unit}")) for unit in Budget.UNITS]
-        given = [(flag, value) for flag, value in budgets if value is not None]
+        given = [unit for unit in Budget.UNITS if getattr(self, f"budget_{unit}") is not None]
         if len(given) != 1:
-            raise UserError(f"give exactly one budget: {' or '.join(flag for flag, _ in budgets)}"
-                            + (f" (not {' and '.join(flag for flag, _ in given)})" if given else ""))
-        if not 0 < given[0][1] < math.inf:
-            raise UserError(f"{given[0][0]} {given[0][1]}: a budget is a positive number")
-        if self.init not in (None, "random", "teacher"):
-            raise UserError(f"--init {self.init}: random or teacher")
-        if not self.checkpoint_minutes > 0:
-            raise UserError(f"--checkpoint-minutes {self.checkpoint_minutes}: a positive number")
-        try:
-            self.fraction_list  # noqa: B018
-        except ValueError:
-            raise UserError(f"--fractions {self.fractions}: numbers between 0 and 1, such as 0.25,0.5") from None
-        for name in ("seq_len", "batch_size", "micro_batch", "val_blocks", "val_times", "log_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: at least 1")
+            raise UserError(f"give exactly one budget: {' or '.join(f'--budget-{unit}' for unit in Budget.UNITS)}"
+                            + (f" (not {' and '.join(f'--budget-{unit}' for unit in given)})" if given else ""))
         ranks = int(os.environ.get("WORLD_SIZE", 1))
         if self.batch_size % (self.micro_batch * ranks):
             raise UserError(f"--batch-size {self.batch_size} is not a multiple of --micro-batch {self.micro_batch}"
@@ -111,11 +99,8 @@ class Config:
         return strategy._replace(tau=self.tau or strategy.tau, init=self.init or strategy.init)
 
     @property
-    def fraction_list(self):
-        found = [float(f) for f in self.fractions.split(",") if f]
-        if not all(0 < f < 1 for f in found):
-            raise ValueError
-        return found
+    def reads_teacher(self):
+        return bool(self.kind.needs("teacher") or self.kind.init == "teacher")
 
     @property
     def label(self):
@@ -219,18 +204,19 @@ def train(config, now=time.monotonic, say=print):
     The same call goes on where a stopped run's checkpoint is; a finished run is not run again."""
     began = now()
     config.check()
-    out = Path(config.out or f"runs/{config.strategy}")
-    summary = same_configuration(config, out)
+    out, directory = Path(config.out or f"runs/{config.strategy}"), TokenDirectory(config.data)
+    record = dataclasses.asdict(config) | contents(directory, config.teacher if config.reads_teacher else None)
+    summary = same_configuration(record, out)
     if summary:
         say(f"{out} is finished: nothing to do")
         return summary
-    directory = TokenDirectory(config.data)
+    writable(out)
     arm = make_arm(config, directory)
     directory.verify()
     ranks = arm.ranks
     say = say if ranks.rank == 0 else lambda line: None
     train_blocks = Blocks(directory, "train", config.seq_len, config.seed, config.unique_tokens, config.static_masks)
-    val_blocks = Blocks(directory, "val", config.seq_len, seed=0)       # the same for every run
+    val_blocks = validation_blocks(directory, config.seq_len, say)
     flops = [config.batch_size * f for f in flops_per_block(
         config, arm.student.config, arm.teacher.config if arm.teacher else None)]
     step_tokens = config.batch_size * config.seq_len
@@ -238,7 +224,7 @@ def train(config, now=time.monotonic, say=print):
     budget = Budget(getattr(config, f"budget_{unit}"), unit,
                     dict(flops=sum(flops), tokens=step_tokens).get(unit, 1), now)
     run = Run(config, out, arm, budget, directory, val_blocks, Stages(arm.device), say)
-    run.resume_or_start()
+    run.resume_or_start(record)
     for cause, seconds in (("compile", arm.warm_up_seconds), ("start-up", now() - began - arm.warm_up_seconds)):
         budget.uncharged[cause] = budget.uncharged.get(cause, 0.0) + seconds
     if ranks.rank == 0:
@@ -304,6 +290,15 @@ def train(config, now=time.monotonic, say=print):
     return summary
 
 
+def main(config, **options):
+    train(config, **options)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        # gloo's threads sometimes abort the process while Python shuts down, after all is written (torch 2.13)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
 def stream(blocks, start, batch_size, device):
     """Batches start, start + 1, ...: made ahead in a thread where the device is another one than the CPU."""
     if device.type == "cuda":
@@ -322,16 +317,48 @@ def refuse_non_finite(step, values):
                         f"is good; try a smaller --peak-lr, --clip 1 or --no-bf16")
 
 
-def same_configuration(config, out):
-    """The summary if this very configuration has finished in `out`, None if it has not; another one is refused."""
+def validation_blocks(directory, seq_len, say=lambda line: None):
+    """The validation split in blocks, masked alike for every run."""
+    remedy = "prepare the data with a larger --val-fraction"
+    if directory.manifest["val_tokens"] < seq_len - 2:
+        raise UserError(f"{directory.path}/val.bin: {directory.manifest['val_tokens']} ids do not make one block of "
+                        f"length {seq_len}: {remedy}, or give a smaller --seq-len")
+    blocks = Blocks(directory, "val", seq_len, seed=0)
+    if blocks.count < FEW_BLOCKS:
+        say(f"warning: {directory.path}/val.bin makes only {blocks.count} validation block(s) of length {seq_len}, so "
+            f"validation losses are mostly noise: {remedy}")
+    return blocks
+
+
+def contents(directory, teacher=None):
+    """What stands in the token files and in the teacher's weights, by sha256: under the same paths, something else may
+    stand tomorrow."""
+    found = {"contents of data": directory.manifest["sha256"]}
+    if teacher:
+        found["contents of teacher"] = [checkpoint.sha256(f) for f in
+                                        checkpoint.weight_files(checkpoint.find_model(teacher))]
+    return found
+
+
+def same_configuration(record, out):
+    """The summary if the run of this very record has finished in `out`, None if it has not; another one is refused."""
     if not (out / "summary.json").exists() and not list(out.glob("checkpoint*.pt")):
         return None
-    before, now = json.loads((out / "config.json").read_text()), dataclasses.asdict(config)
-    differ = [f"{k} ({before.get(k)} there, {v} here)" for k, v in now.items()
-              if before.get(k) != v and k not in ("out", "checkpoint_minutes")]
+    before = read_json(out / "config.json")
+    differ = [k if k.startswith("contents") else f"{k} ({before.get(k)} there, {v} here)" for k, v in record.items()
+              if before.get(k, v if k.startswith("contents") else None) != v and k not in ("out", "checkpoint_minutes")]
     if differ:
         raise UserError(f"{out} holds a run of another configuration: {', '.join(differ)}: give another --out")
-    return json.loads((out / "summary.json").read_text()) if (out / "summary.json").exists() else None
+    return read_json(out / "summary.json") if (out / "summary.json").exists() else None
+
+
+def read_json(file):
+    """The dict in one of our own files."""
+    try:
+        return dict(json.loads(file.read_text()))
+    except (FileNotFoundError, TypeError, ValueError):
+        raise UserError(f"{file} is missing or damaged, so what {file.parent} holds cannot be told: give another "
+                        f"--out, or remove that directory") from None
 
 
 class Run:
@@ -344,7 +371,7 @@ class Run:
         self.said, self.saved = -math.inf, time.monotonic()
         self.writes = arm.ranks.rank == 0
 
-    def resume_or_start(self):
+    def resume_or_start(self, record):
         state = checkpoint.load_run(self.out, self.say)
         arm, budget = self.arm, self.budget
         if state:
@@ -357,7 +384,7 @@ class Run:
             self.say(f"{self.out}: going on after step {budget.steps}")
         if self.writes:
             self.out.mkdir(parents=True, exist_ok=True)
-            (self.out / "config.json").write_text(json.dumps(dataclasses.asdict(self.config), indent=1) + "\n")
+            checkpoint.write_whole(self.out / "config.json", (json.dumps(record, indent=1) + "\n").encode())
             checkpoint.cut_log(self.out / "log.jsonl", budget.steps)
             self.log = (self.out / "log.jsonl").open("a", buffering=1)
 
@@ -383,7 +410,7 @@ class Run:
             self.validations += 1
             self.write(dict(record, val=val))
         with self.budget.pause("checkpoints"):
-            for fraction in self.config.fraction_list:
+            for fraction in numbers(self.config.fractions):
                 if self.budget.progress >= fraction and not (self.out / f"model-{fraction:g}").exists():
                     self.save_model(f"model-{fraction:g}", f"{fraction:g} of the budget of `{self.config.label}`.\n")
             if time.monotonic() - self.saved >= 60 * self.config.checkpoint_minutes:
@@ -476,4 +503,4 @@ def status(record, terms, config, stages):
 if __name__ == "__main__":
     sys.stdout.reconfigure(line_buffering=True)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    run(lambda config: train(config), Config, __doc__)
+    run(main, Config, __doc__)

@@ -101,7 +101,7 @@ def test_runs_from_other_data_tasks_or_teachers_are_not_mixed(small, task, tmp_p
     compare.main(small(strategies="no_kd"))
     with pytest.raises(UserError, match="holds runs with another --size: "):
         compare.main(small(strategies="no_kd", size="1L32", budget_steps="5"))
-    with pytest.raises(UserError, match="holds runs with another --teacher, teacher: "):
+    with pytest.raises(UserError, match="holds runs with another --teacher, contents of teacher: "):
         compare.main(small(strategies="no_kd", teacher=str(narrow_teacher), budget_steps="5"))
     (task / "dev.tsv").write_text((task / "dev.tsv").read_text().replace("\t1\n", "\t0\n", 3))
     with pytest.raises(UserError, match="holds runs with another task mine: "):
@@ -201,24 +201,16 @@ def test_the_task_holds_validation_documents_alone_and_splits_them(tmp_path):
     (dict(teacher=None), "--data needs --teacher"),
     (dict(budget_steps=None), "exactly one of"),
     (dict(budget_hours="4"), "exactly one of"),
-    (dict(budget_steps="4,x"), "--budget-steps 4,x"),
-    (dict(budget_steps="4,4"), "--budget-steps 4,4"),
-    (dict(budget_steps="-1"), "--budget-steps -1"),
-    (dict(strategies="no_kd,magic"), "magic"),
-    (dict(strategies="no_kd,no_kd"), "given twice"),
-    (dict(seeds=0), "--seeds"),
-    (dict(unique_tokens="all,few"), "--unique-tokens"),
+    (dict(unique_tokens="all,few"), "--unique-tokens few"),
+    (dict(unique_tokens="600,600"), "--unique-tokens 600,600: one is given twice"),
     (dict(unique_tokens="all,1e12"), "--unique-tokens 1000000000000"),
     (dict(static_masks=True), "--static-masks"),
-    (dict(peak_lrs="0"), "--peak-lrs 0"),
     (dict(teacher_size="4L32"), "--teacher train"),
-    (dict(max_len=4), "--max-len 4"),
-    (dict(finetune_epochs=0), "--finetune-epochs"),
+    (dict(max_len=513), "--max-len 513: 8 to 512 here"),
     (dict(tasks="cola=nowhere"), "nowhere"),
     (dict(size="2Lx"), "2Lx"),
     (dict(batch_size=12), "--batch-size 12"),
     (dict(heads=4, strategies="no_kd,minilm"), "--heads 2"),
-    (dict(finetune_lrs="fast"), "fast"),
 ])
 def test_wrong_arguments_are_refused_before_anything_runs(small, tmp_path, changes, message):
     with pytest.raises(UserError) as refused:

@@ -371,12 +371,12 @@ def test_the_grid_runs_on_one_seed_and_the_best_point_on_fresh_ones(teacher, tas
     assert said == []                                                   # nothing ran again
     ft.main(dataclasses.replace(config, quick=True, seeds=1))
     assert "± 0.0 over 1 seeds (batch 32, lr 5e-05; 1 trials)" in capsys.readouterr().out
-    for change in ("epochs", "dropout", "examples"):
+    for change, value in (("epochs", 2), ("dropout", 0.2), ("examples", None)):
         if change == "examples":
             with open(task / "train.tsv", "a") as f:
                 f.write("one more\t1\n")
         with pytest.raises(UserError, match=f"was run with another {change}: give another --out"):
-            ft.score(dataclasses.replace(config, **{} if change == "examples" else {change: 2}), said.append)
+            ft.score(dataclasses.replace(config, **{} if change == "examples" else {change: value}), said.append)
 
 
 def test_a_damaged_trial_is_named(tmp_path):

@@ -208,6 +208,68 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning_and_never_a_restart(
             train.train(tiny(**changes, **OFTEN), **QUIET)
 
 
+def test_a_run_from_other_contents_under_the_same_paths_is_refused(tiny, corpus, teacher, tmp_path, monkeypatch):
+    """Stopped or finished; where only --out lies elsewhere, the run is the same."""
+    data, other = tmp_path / "data", tmp_path / "teacher"
+    shutil.copytree(corpus, data)
+    shutil.copytree(teacher, other)
+    config = tiny(strategy="minilm", data=str(data), teacher=str(other), budget_steps=6, **OFTEN)
+    interrupted(monkeypatch, config, 4)
+    weights = next(other.glob("*model*"))
+    whole = weights.read_bytes()
+    model = checkpoint.load_mlm(other).model
+    with torch.no_grad():
+        model.bert.embeddings.LayerNorm.bias += 1
+    for finished in (False, True):
+        checkpoint.save_model(other, model, checkpoint.read_tokenizer(Path(teacher)))
+        with pytest.raises(UserError, match="holds a run of another configuration: contents of teacher: "):
+            train.train(config, **QUIET)
+        shutil.rmtree(other)
+        shutil.copytree(teacher, other)
+        manifest = json.loads((data / "manifest.json").read_text())
+        manifest["sha256"]["train.bin"] = "0" * 64
+        (data / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(UserError, match="holds a run of another configuration: contents of data: "):
+            train.train(config, **QUIET)
+        shutil.copy(corpus / "manifest.json", data)
+        summary = train.train(config, **QUIET)
+        assert finished or summary["steps"] == 6 and weights.read_bytes() == whole
+    shutil.rmtree(other)                                # no_kd reads no teacher
+    train.train(tiny(data=str(data), teacher=str(other), budget_steps=2, out=str(tmp_path / "no_kd")), **QUIET)
+
+
+@pytest.mark.parametrize("damage", ["", "{", "null", "\udcff", None])
+def test_a_damaged_configuration_or_summary_is_one_line(tiny, damage):
+    config = tiny(budget_steps=3, **OFTEN)
+    train.train(config, **QUIET)
+    for name in ("summary.json", "config.json"):
+        file = Path(config.out) / name
+        file.unlink()
+        if damage is not None:
+            file.write_text(damage, errors="surrogateescape")
+        elif name == "summary.json":
+            continue                                    # without one, the run is not finished
+        with pytest.raises(UserError, match=f"{name} is missing or damaged.*give another --out") as e:
+            train.train(config, **QUIET)
+        assert "\n" not in str(e.value)
+
+
+def test_the_configuration_is_written_whole(tiny, monkeypatch):
+    """A kill in the middle of writing it again leaves the old one."""
+    config = tiny(**OFTEN)
+    interrupted(monkeypatch, config, 3)
+    before = (Path(config.out) / "config.json").read_text()
+
+    def killed(fd):
+        raise Killed
+    with monkeypatch.context() as m:
+        m.setattr(os, "fsync", killed)
+        with pytest.raises(Killed):
+            train.train(config, **QUIET)
+    assert (Path(config.out) / "config.json").read_text() == before
+    assert train.train(config, **QUIET)["steps"] == 20
+
+
 def test_a_forged_checkpoint_executes_nothing(tiny, monkeypatch, tmp_path):
     """F7: with a right checksum, too."""
     config = tiny(**OFTEN)
@@ -347,6 +409,15 @@ def test_two_ranks_are_one(tiny, tmp_path, strategy):
 
 
 @pytest.mark.slow
+def test_two_ranks_that_have_finished_exit_with_0(tiny, tmp_path):
+    """Ten times: torch's gloo aborts some processes in their last moments."""
+    for i in range(10):
+        config = tiny(strategy="minilm", budget_steps=4, micro_batch=4, out=str(tmp_path / f"{i}"))
+        done = subprocess.run(**torchrun(config))
+        assert done.returncode == 0 and "val_attn" in done.stdout, done.stderr
+
+
+@pytest.mark.slow
 def test_two_ranks_stop_together(tiny, tmp_path):
     """F20: SIGTERM to one rank, then kill -9 of one: no hang, exit status not 0, a good checkpoint to go on from."""
     config = tiny(strategy="minilm", budget_steps=3000, micro_batch=4, **OFTEN)
@@ -390,7 +461,7 @@ def spoilt(*args):
     bad = os.environ["RANK"] == "1" and len(calls) > int(os.environ["SPOIL_AFTER"])
     return total * (math.nan if bad else 1.0), {k: v * (math.nan if bad else 1.0) for k, v in terms.items()}
 arm.loss_terms = spoilt
-cli.run(lambda config: train.train(config, now=lambda: time.monotonic() * (3 if skew else 1) + skew), train.Config, "")
+cli.run(lambda config: train.main(config, now=lambda: time.monotonic() * (3 if skew else 1) + skew), train.Config, "")
 """
 
 

@@ -1,7 +1,9 @@
 """The budget, the schedule, and twenty steps of every strategy."""
 import json
 import math
+import shutil
 
+import numpy as np
 import pytest
 import torch
 
@@ -134,6 +136,28 @@ def test_validation_takes_every_block_whatever_the_micro_batch(tiny, corpus):
     assert all(values == pytest.approx(found[0], rel=1e-5) for values in found)
 
 
+@pytest.mark.parametrize("blocks", [0, 4, 40])
+def test_too_few_validation_blocks_are_counted_and_too_few_for_one_refused(tiny, corpus, tmp_path, blocks):
+    """The remedy is named; and nothing is said where there are enough."""
+    data, said = tmp_path / "data", []
+    shutil.copytree(corpus, data)
+    ids = np.fromfile(data / "val.bin", np.uint16)[:30 * blocks + 29]
+    ids.tofile(data / "val.bin")
+    manifest = json.loads((data / "manifest.json").read_text())
+    manifest["bytes"]["val.bin"], manifest["val_tokens"] = ids.nbytes, len(ids)
+    manifest["sha256"]["val.bin"] = checkpoint.sha256(data / "val.bin")
+    (data / "manifest.json").write_text(json.dumps(manifest))
+    config = tiny(data=str(data), budget_steps=1)
+    if not blocks:
+        with pytest.raises(UserError, match="val.bin: 29 ids do not make one block of length 32.*--val-fraction"):
+            train.train(config, **QUIET)
+        return
+    train.train(config, say=said.append)
+    warnings = [line for line in said if line.startswith("warning")]
+    assert len(warnings) == (blocks < train.FEW_BLOCKS)
+    assert all(f"only {blocks} validation block(s)" in w and "--val-fraction" in w for w in warnings)
+
+
 def test_weight_decay_spares_biases_and_layer_norms(tiny, corpus):
     arm = make_arm(tiny(weight_decay=0.5), TokenDirectory(corpus))
     decayed, spared = arm.optimizer.param_groups
@@ -167,7 +191,6 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tiny, monkeypatch, tm
 
 
 def test_other_heads_other_vocabulary_other_budgets_are_refused(tiny, teacher, corpus, tmp_path):
-    import shutil
     other = tmp_path / "other"
     shutil.copytree(teacher, other)
     raw = json.loads((other / "tokenizer.json").read_text())
@@ -175,16 +198,15 @@ def test_other_heads_other_vocabulary_other_budgets_are_refused(tiny, teacher, c
     raw["model"]["vocab"][a], raw["model"]["vocab"][b] = raw["model"]["vocab"][b], raw["model"]["vocab"][a]
     (other / "tokenizer.json").write_text(json.dumps(raw))
     for changes, message in [
-            (dict(strategy="magic"), "unknown; one of no_kd"),
+            (dict(strategy="magic"), "one of no_kd"),
             (dict(budget_steps=None), "exactly one budget"), (dict(budget_hours=1.0), "exactly one budget"),
-            (dict(as_released=True), "no other code"), (dict(init="warm"), "random or teacher"),
+            (dict(as_released=True), "no other code"), (dict(init="warm"), "one of random, teacher"),
             (dict(strategy="distilbert", teacher=str(teacher)), "as wide as its teacher: 32 and 48; give --size 2L48"),
             (dict(init="teacher", teacher=str(teacher)), "--init teacher needs"),
             (dict(init="teacher", size="5L32"), "fewer layers"), (dict(init="teacher", heads=4), "--heads 2"),
             (dict(strategy="minilmv2", teacher_layer=3), "3 layers"),
             (dict(strategy="minilmv2", relation_heads=5), "does not divide"),
-            (dict(budget_steps=0), "positive"), (dict(budget_steps=-3), "positive"),
-            (dict(budget_steps=None, budget_hours=math.nan), "positive"),
+            (dict(budget_steps=0), "at least 1"), (dict(budget_steps=None, budget_hours=math.nan), "above 0"),
             (dict(batch_size=9, micro_batch=4), "multiple"), (dict(size="big"), "--size"),
             (dict(size="2L32", heads=5), "multiple of 5 heads"), (dict(data=str(tmp_path)), "prepare.py"),
             (dict(strategy="tinybert", heads=4), "--heads 2"), (dict(strategy="minilm", heads=4), "--heads 2"),
