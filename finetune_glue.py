@@ -37,7 +37,7 @@ from tokenizers.processors import BertProcessing
 from tqdm import tqdm
 
 import checkpoint
-from arm import multiplies_in_bf16
+from arm import choose_device, multiplies_in_bf16
 from cli import Checked, Count, Counts, Positives, Seed, Share, UserError, run
 from data import hashed
 from train import learning_rate
@@ -59,7 +59,7 @@ class Config(Checked):
     shard: str | None = None                # i/n: only every n-th trial from the i-th; 1/2 and 2/2 share the work
     out: str | None = None                  # directory of trials and glue.json; default: runs/glue/MODEL
     save: bool = False                      # keep each trial's classifier too, a model directory beside its scores
-    device: str | None = None               # default: cuda where there is one, else cpu
+    device: str | None = None               # cpu, cuda or cuda:N; default: cuda where there is one, else cpu
 
 
 # ---------------------------------------------------------------------------------------------------------- tasks
@@ -493,7 +493,7 @@ def score(config, say=print):
         raise UserError(f"{path}: config.json has vocab_size {model.vocab_size}, its tokenizer "
                         f"{tokenizer.get_vocab_size()} tokens")
     texts = {name: read_task(name, task, config.glue_dir, say) for name, task in tasks.items()}     # all before any
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = choose_device(config.device)
     out = Path(config.out or Path("runs/glue", config.model.strip("/.").replace("/", "_")))
     (out / "trials").mkdir(parents=True, exist_ok=True)
 

@@ -127,6 +127,7 @@ WRONG = [                                       # (command, its line on stderr, 
         ("batch-sizes 1.5", COUNTS), ("seeds 0", COUNT),
         ("first-seed -1", NATURAL), ("epochs 0", COUNT),
         ("max-len 4", "a whole number, at least 8"), ("dropout 1", SHARE)]),
+    (FINE + " --model {teacher} --tasks mine={task} --device gpu", "--device gpu: must be cpu, cuda or cuda:N"),
     ("finetune_glue.py --tasks rte", "the following arguments are required: --model"),
     ("finetune_glue.py --model {tmp}/none --tasks rte", "{tmp}/none is neither a model directory nor a Hub id"),
     *((f"{COMPARE} --{flag}", f"--{flag}: must be {wanted}") for flag, wanted in [
@@ -158,10 +159,13 @@ WRONG = [                                       # (command, its line on stderr, 
 def test_a_users_mistake_is_one_line_and_status_2(command, line, corpus, teacher, tmp_path, monkeypatch, capsys):
     if "cuda" in line and torch.cuda.is_available():
         pytest.skip("CUDA is here")
-    work, file = tmp_path / "work", tmp_path / "file"
+    work, file, task = tmp_path / "work", tmp_path / "file", tmp_path / "task"
     work.mkdir()
     file.touch()
-    there = dict(corpus=corpus, teacher=teacher, tmp=tmp_path, file=file)
+    task.mkdir()
+    for part in ("train", "dev"):
+        (task / f"{part}.tsv").write_text("sentence\tlabel\none\t0\ntwo\t1\n")
+    there = dict(corpus=corpus, teacher=teacher, tmp=tmp_path, file=file, task=task)
     name, *argv = shlex.split(command.format(**there))
     script = importlib.import_module(name.removesuffix(".py"))
     monkeypatch.chdir(work)
@@ -171,7 +175,7 @@ def test_a_users_mistake_is_one_line_and_status_2(command, line, corpus, teacher
         cli.run(script.main, script.Config, script.__doc__)
     said = capsys.readouterr().err
     assert e.value.code == 2 and said.startswith("error: " + line.format(**there)) and said.count("\n") == 1, said
-    assert not list(work.iterdir()) and sorted(tmp_path.iterdir()) == [file, work]
+    assert not list(work.iterdir()) and sorted(tmp_path.iterdir()) == [file, task, work]
 
 
 def test_one_gpu_is_not_shared_by_the_processes_of_torchrun(monkeypatch):

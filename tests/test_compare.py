@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 
 import compare
+import finetune_glue
 import train
 from cli import UserError
 from conftest import TINY, text
+from data import TokenDirectory
 
 
 @pytest.fixture
@@ -95,6 +97,25 @@ def test_the_dry_run_prints_the_plan_and_writes_nothing(small, tmp_path, capsys)
     said = capsys.readouterr().out
     assert "12 pretraining runs" in said and "in one process" in said and "fine-tuning 16 models on mine" in said
     assert not (tmp_path / "out").exists()
+
+
+def test_the_plan_measures_fine_tuning_on_the_tasks_own_examples(small, monkeypatch):
+    """At a second per trained example and half of one per scored one, the plan says what that makes."""
+    clock = [0.0]
+
+    def spend(per_example):
+        def of(model, examples, *_, **__):
+            clock[0] += per_example * len(examples)
+        return of
+    monkeypatch.setattr(finetune_glue, "finetune", spend(1.0))
+    monkeypatch.setattr(finetune_glue, "predict", spend(0.5))
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    for changes, trials in ((dict(finetune_seeds=2), 2), (dict(finetune_seeds=2, finetune_lrs="1e-5,2e-5"), 4)):
+        config = small(finetune_epochs=3, finetune_batch_sizes="8", **changes)
+        texts = {name: finetune_glue.read_task(name, task, None)
+                 for name, task in finetune_glue.parse_tasks(config.tasks).items()}
+        seconds = compare.finetuning_seconds(compare.Plan(config), TokenDirectory(config.data), texts)
+        assert seconds == pytest.approx(trials * (3 * 40 * 1.0 + 40 * 0.5))
 
 
 def test_runs_from_other_data_tasks_or_teachers_are_not_mixed(small, task, tmp_path, narrow_teacher):
