@@ -18,6 +18,7 @@ import functools
 import hashlib
 import itertools
 import json
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,8 +30,7 @@ import numpy as np
 from cli import Checked, Length, Natural, Seed, UserError, run
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-
-
+FILES, COUNTS = ("train.bin", "val.bin", "tokenizer.json"), ("vocab_size", "train_tokens", "val_tokens", "unknown")
 SCAN = 2 ** 22              # ids looked at in one go, so that describing a large file takes no memory
 
 
@@ -63,16 +63,28 @@ class TokenDirectory:
         self.path = Path(path)
         try:
             self.manifest = json.loads((self.path / "manifest.json").read_text())
-            sizes, self.dtype = self.manifest["bytes"], np.dtype(self.manifest["dtype"])
+            self.dtype = {"uint16": np.uint16, "uint32": np.uint32}[self.manifest["dtype"]]
+            sizes, _ = ({name: self.manifest[key][name] for name in FILES} for key in ("bytes", "sha256"))
+            whole = all(isinstance(self.manifest[name], int) for name in COUNTS)
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(f"{path} is not a token directory (no manifest.json): make one with  "
                             f"python prepare.py TEXT.txt --vocab bert-base-uncased --out {path}") from None
-        except (ValueError, KeyError, TypeError):
+        except OSError as e:
+            raise UserError(f"{self.path / 'manifest.json'} cannot be read ({e.strerror}): mend that, or run "
+                            f"prepare.py with another --out") from None
+        except (ValueError, LookupError, TypeError):
+            whole = False
+        if not whole:
             raise UserError(f"{self.path / 'manifest.json'} is damaged: run prepare.py again") from None
         for name, size in sizes.items():
-            if not (self.path / name).exists():
-                raise UserError(f"{self.path / name} is missing: run prepare.py again")
-            found = (self.path / name).stat().st_size
+            try:
+                with open(self.path / name, "rb") as f:
+                    found = f.seek(0, os.SEEK_END)
+            except FileNotFoundError:
+                raise UserError(f"{self.path / name} is missing: run prepare.py again") from None
+            except OSError as e:
+                raise UserError(f"{self.path / name} cannot be read ({e.strerror}): mend that, or run prepare.py "
+                                f"with another --out") from None
             if found != size:
                 raise UserError(f"{self.path / name}: {found} bytes where manifest.json says {size}: "
                                 f"run prepare.py again")
@@ -121,6 +133,10 @@ class Blocks:
     def __init__(self, directory, split, seq_len, seed, unique_tokens=None, static_masks=False):
         self.tokens, self.seq_len, self.seed = directory.split(split), seq_len, seed
         self.static_masks = static_masks
+        if seq_len < 4:
+            raise UserError(f"--seq-len {seq_len}: at least 4, for [CLS], [SEP] and two ids of which one is masked")
+        if not 0 <= seed < 2 ** 63:
+            raise UserError(f"--seed {seed}: 0 or a larger whole number")
         if unique_tokens is not None:
             if not seq_len <= unique_tokens <= len(self.tokens):
                 raise UserError(f"--unique-tokens {unique_tokens}: {directory.path}/{split}.bin has "
@@ -130,9 +146,10 @@ class Blocks:
         self.body = seq_len - 2                                         # ids between [CLS] and [SEP]
         self.count = len(self.tokens) // self.body
         self.k = round(0.15 * seq_len)                                  # masked positions in every block
-        if self.k < 1 or self.count < 1:
+        if self.count < 1:
+            todo = "a larger --val-fraction" if split == "val" else "more text"
             raise UserError(f"{directory.path}/{split}.bin: {len(self.tokens)} ids do not make one block of length "
-                            f"{seq_len}: give a longer corpus or another --seq-len")
+                            f"{seq_len}: run prepare.py again with {todo}, or give a smaller --seq-len")
         self.order = functools.lru_cache(2)(                            # a batch can span two epochs
             lambda epoch: np.random.default_rng([seed, epoch]).permutation(self.count))
 

@@ -6,14 +6,19 @@
 
 What can be read, and what is done with damaged text: sources.py.
 
-A document is its paragraphs' WordPiece ids, then [SEP].  Exact duplicates are dropped; validation documents are chosen
-by a hash of their text, so they stay the same when files are added or reordered.  Under 100 documents, every
-so-many-th chunk of ids is kept for validation instead.  One pass, in bounded memory: one batch is tokenized while
-the next is read.  The same input gives the same bytes; a run that was killed is started again.  All is written
-under the name *.part first, manifest.json last: an earlier token directory stays until the new one is complete, and a
-directory without manifest.json is not usable.
+A document is its paragraphs' WordPiece ids, then [SEP].  Duplicates, documents with the same ids, are dropped.
+A hash of its ids puts a document into training or validation, so it stays there when files are added or reordered;
+for docstrings it is a hash of the beginning of the text, so they also stay when the rest of the text, the package's
+version or the vocabulary changes.  A document over 262,144 characters comes in pieces, each ended by [SEP]: each is
+compared as a document, and all are on the side of the first one.  Where this puts nothing or far too much into
+validation, or there are under 100 documents, every so-many-th chunk of ids is kept for validation instead.
+
+One pass, in bounded memory: one batch is tokenized while the next is read.  The same input gives the same bytes; a run
+that was killed is started again.  All is written under the name *.part first, manifest.json last: an earlier token
+directory stays until the new one is complete, and a directory without manifest.json is not usable.
 """
 import contextlib
+import errno
 import hashlib
 import importlib.metadata
 import itertools
@@ -27,6 +32,7 @@ from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -34,7 +40,7 @@ from tqdm import tqdm
 
 from cli import Checked, Count, Fraction, UserError, run
 from data import SPECIAL
-from sources import check_space, find_files, one_line, read_documents, required_packages
+from sources import Piece, check_space, find_files, listed, one_line, read_documents, required_packages
 
 BATCH = 2 ** 17             # characters tokenized at a time; tokenizers takes some 150 bytes of memory for each
 SAMPLE = 2 ** 26            # characters that a vocabulary is trained on: the first ones
@@ -42,6 +48,8 @@ ALPHABET = 1000             # characters a trained vocabulary knows, the most fr
 CHUNK = 4096                # ids: what is split into training and validation when there are few documents
 FEW = 100                   # documents
 RECENT = 2 ** 20            # document keys held in a set before they are sorted away
+HEAD = 160                  # characters of a docstring that decide on its side
+FEW_BLOCKS = 64             # of validation: below, its loss is noisy
 
 
 @dataclass
@@ -53,6 +61,7 @@ class Config(Checked):
     val_fraction: Fraction = 0.005  # documents kept for validation
     field: str = "text"             # what holds the text in a row of .jsonl or .parquet
     rows_per_document: Count = 1    # rows joined to one document, for data sets with a sentence per row
+    document_per: Literal["blank-line", "file"] = "blank-line"  # what ends a document of plain text
 
 
 # ------------------------------------------------------------------------------------------------- the tokenizer
@@ -100,12 +109,12 @@ def load_tokenizer(name):
     it has tokens with capitals."""
     names, settings = ("tokenizer.json", "vocab.txt"), {}
     path = Path(name)
-    if path.is_dir():
-        path = next((path / f for f in names if (path / f).exists()), path)
-    if path.is_dir():
-        raise UserError(f"--vocab {name}: neither tokenizer.json nor vocab.txt is in this directory")
     try:
-        config = path.with_name("tokenizer_config.json")
+        if path.is_dir():
+            path = next((path / f for f in names if (path / f).exists()), path)
+        if path.is_dir():
+            raise UserError(f"--vocab {name}: neither tokenizer.json nor vocab.txt is in this directory")
+        config = path.parent / "tokenizer_config.json"
         if not path.exists():
             path, config = hub_tokenizer(name)
         if config and config.exists():
@@ -127,8 +136,8 @@ def load_tokenizer(name):
     except UserError:
         raise
     except Exception as e:      # tokenizers raises a bare Exception for whatever it does not like
-        raise UserError(f"--vocab {name}: neither a vocabulary on this disk nor one on the Hub "
-                        f"({one_line(e)})") from None
+        raise UserError(f"--vocab {name}: cannot be read ({getattr(e, 'strerror', None) or one_line(e)}): give a "
+                        f"vocab.txt or a tokenizer.json that can") from None
     vocab = tokenizer.get_vocab()
     check_special(name, vocab)
     if max(vocab.values()) >= len(vocab):
@@ -141,14 +150,22 @@ def load_tokenizer(name):
 
 def hub_tokenizer(name):
     """(tokenizer.json or vocab.txt, tokenizer_config.json or None) of a model on the Hub, as files on this disk."""
+    if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) or name.endswith((".txt", ".json")):
+        raise UserError(f"--vocab {name}: neither on this disk nor a name on the Hub: give a vocab.txt, a "
+                        f"tokenizer.json, a directory that holds one, or a Hub id")
     import huggingface_hub as hub  # comes with tokenizers
     import huggingface_hub.errors  # which it does not import by itself
     found = []
     for names in (("tokenizer.json", "vocab.txt"), ("tokenizer_config.json",)):
         for f in names:
-            with contextlib.suppress(hub.errors.EntryNotFoundError):
+            try:
                 found.append(Path(hub.hf_hub_download(name, f)))
                 break
+            except hub.errors.EntryNotFoundError:
+                continue
+            except Exception as e:      # of many kinds: no network, no such model, not allowed
+                raise UserError(f"--vocab {name}: neither a vocabulary on this disk nor one that the Hub or its cache "
+                                f"gives ({one_line(e)})") from None
         else:
             found.append(None)
     if not found[0]:
@@ -171,9 +188,19 @@ def fingerprint(tokenizer):
 
 # --------------------------------------------------------------------------------------------- documents -> ids
 
-def document_key(document):
-    """The hash by which duplicates are found and validation documents chosen."""
-    return hashlib.blake2b(document.encode("utf-8", "replace"), digest_size=8).digest()
+def document_key(content):
+    """The hash of a document's ids (uint32, without [SEP]): tells duplicates, and training from validation."""
+    return hashlib.blake2b(content, digest_size=8).digest()
+
+
+def docstring_head(text):
+    """The beginning of a docstring as an uncased vocabulary sees it."""
+    return " ".join(normalizers.BertNormalizer().normalize_str(text).split())[:HEAD]
+
+
+def docstring_key(text):
+    """What puts a docstring into training or validation: a hash of its beginning, whatever the vocabulary."""
+    return document_key(docstring_head(text).encode("utf-8", "replace"))
 
 
 def is_validation(key, val_fraction):
@@ -181,7 +208,7 @@ def is_validation(key, val_fraction):
 
 
 class Seen:
-    """The documents met so far, at 8 bytes each: the newest keys in a set, the others sorted."""
+    """The pieces met so far, at 8 bytes each: the newest keys in a set, the others sorted."""
 
     def __init__(self):
         self.recent, self.older = set(), np.empty(0, np.uint64)
@@ -200,20 +227,14 @@ class Seen:
         return True
 
 
-def batches(documents, val_fraction, counts, characters=BATCH):
-    """Lists of (line, "train" or "val", whether it ends its document), of about that many characters in all.  A
-    document may go on in the next list."""
-    seen, batch, size = Seen(), [], 0
-    for document in documents:
-        key = document_key(document)
-        if not seen.add(key):
-            counts["duplicates"] += 1
-            continue
-        counts["documents"] += 1
-        counts["characters"] += len(document)
-        name, lines = "val" if is_validation(key, val_fraction) else "train", document.split("\n")
+def batches(documents, characters=BATCH):
+    """Lists of (line, the piece that it ends or None), of about that many characters in all.  A piece may go on in the
+    next list."""
+    batch, size = [], 0
+    for piece in documents:
+        lines = piece.text.split("\n")
         for i, line in enumerate(lines, 1):
-            batch.append((line, name, i == len(lines)))
+            batch.append((line, piece if i == len(lines) else None))
             size += len(line)
             if size >= characters:
                 yield batch
@@ -228,7 +249,7 @@ def encoded(tokenizer, batches):
     with ThreadPoolExecutor(1) as pool:
         waiting = deque()
         for batch in batches:
-            waiting.append((batch, pool.submit(tokenizer.encode_batch_fast, [line for line, _, _ in batch],
+            waiting.append((batch, pool.submit(tokenizer.encode_batch_fast, [line for line, _ in batch],
                                                add_special_tokens=False)))
             if len(waiting) == 2:
                 batch, future = waiting.popleft()
@@ -238,35 +259,75 @@ def encoded(tokenizer, batches):
 
 
 def prepare(config, documents=None):
-    """Makes the token directory and returns its manifest.  `documents` replaces the config's sources."""
+    """Makes the token directory and returns its manifest.  `documents`, texts, replace the config's sources."""
     if (config.vocab is None) == (config.vocab_size is None):
         raise UserError("give either --vocab (an existing vocabulary) or --vocab-size (train one)")
-    if not 0 < config.val_fraction < 1:
-        raise UserError(f"--val-fraction {config.val_fraction} is not between 0 and 1")
-    if config.rows_per_document < 1:
-        raise UserError(f"--rows-per-document {config.rows_per_document}: at least 1")
-    out, met, files = Path(config.out), Counter(), []
+    if config.vocab_size is not None and not len(SPECIAL) < config.vocab_size < 2 ** 31:
+        raise UserError(f"--vocab-size {config.vocab_size}: more than the {len(SPECIAL)} special tokens, as 30522 is")
+    if config.document_per == "file" and config.rows_per_document > 1:
+        raise UserError("--document-per file joins all rows of a file: leave out --rows-per-document")
+    out, files, left_out = Path(config.out), [], Counter()
+    if documents is None:
+        files = [file for source in config.sources for file in find_files(source, left_out)]
+        if left_out:
+            print(listed("left out: ", left_out), file=sys.stderr)
+        check_space(files, out)
+    try:
+        with locked(out):
+            return make(config, documents, out, files, left_out)
+    except OSError as e:
+        full = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        raise UserError(f"{out} cannot be written ({e.strerror or e}): " + (
+            "make room, or give another --out" if full else "give a directory that can be written as --out")) from None
+
+
+@contextlib.contextmanager
+def locked(out):
+    """Holds the directory, made if it is not there, against another prepare.py."""
+    out.mkdir(parents=True, exist_ok=True)
+    if not os.access(out, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    handle = None
+    try:
+        import fcntl
+        handle = os.open(out, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise UserError(f"{out}: another prepare.py is writing there: wait for it, or give another --out") from None
+    except (ImportError, OSError):                                      # Windows, some network file systems
+        print(f"{out} cannot be locked here: start no second prepare.py with the same --out", file=sys.stderr)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+        with contextlib.suppress(OSError):                              # a failed run leaves no empty directory
+            out.rmdir()
+
+
+def make(config, documents, out, files, left_out):
+    """prepare, in a directory that is ours."""
+    met = Counter()
     tokenizer = load_tokenizer(config.vocab) if config.vocab else None
     if documents is None:
-        files = [file for source in config.sources for file in find_files(source)]
-        check_space(files, out)
-        documents = read_documents(files, config.field, config.rows_per_document, met)
-    documents = iter(documents)
+        documents = read_documents(files, met, config.field, config.rows_per_document, config.document_per)
+    else:
+        documents = (Piece(text, docstring=config.sources == ["docstrings"]) for text in documents)
     if tokenizer is None:
         sample, size = [], 0
-        for document in tqdm(documents, desc="reading", unit=" documents", mininterval=1):
-            sample.append(document)
-            size += len(document)
+        for piece in tqdm(documents, desc="reading", unit=" documents", mininterval=1):
+            sample.append(piece)
+            size += len(piece.text)
             if size >= SAMPLE:
                 break
-        tokenizer = train_vocabulary(sample, config.vocab_size)
+        tokenizer = train_vocabulary([piece.text for piece in sample], config.vocab_size)
         documents = itertools.chain(sample, documents)
         del sample
 
     names = ("train.bin", "val.bin", "tokenizer.json", "manifest.json")
-    part = {name: out / f"{name}.part" for name in names}
+    part = {name: out / f"{name}.part" for name in (*names, "train.whole", "val.whole")}
     try:
-        out.mkdir(parents=True, exist_ok=True)
         dtype = np.dtype(np.uint16 if tokenizer.get_vocab_size() <= 2 ** 16 else np.uint32)
         counts = write_ids(config, documents, tokenizer, dtype, part, met, sum(file.size for file in files))
         tokenizer.save(str(part["tokenizer.json"]))
@@ -278,7 +339,8 @@ def prepare(config, documents=None):
         manifest = dict(
             counts, dtype=dtype.name, vocab_size=tokenizer.get_vocab_size(), fingerprint=fingerprint(tokenizer),
             sources=config.sources, files=len(files), val_fraction=config.val_fraction,
-            met={name: n for name, n in sorted(met.items()) if n and name != "read"},
+            document_per=config.document_per, left_out=dict(left_out),
+            met={name: n for name, n in sorted(met.items()) if n and name[0] != "_"},
             bytes={name: part[name].stat().st_size for name in sha256}, sha256=sha256)
         if hub := {m[0] for m in (re.match(r"[^/]+/[^/]+@[0-9a-f]{40}(?=/)", file.name) for file in files) if m}:
             manifest["hub"] = sorted(hub)
@@ -290,8 +352,6 @@ def prepare(config, documents=None):
         (out / "manifest.json").unlink(missing_ok=True)
         for name in names:
             os.replace(part[name], out / name)
-    except OSError as e:
-        raise UserError(f"{out} cannot be written ({e.strerror or e}): make room, or give another --out") from None
     finally:
         for path in part.values():
             with contextlib.suppress(OSError):
@@ -303,41 +363,60 @@ def write_ids(config, documents, tokenizer, dtype, part, met, total):
     """Tokenizes the documents into train.bin.part and val.bin.part; returns the counts."""
     sep, unk = tokenizer.token_to_id("[SEP]"), tokenizer.token_to_id("[UNK]")
     counts = dict(documents=0, duplicates=0, characters=0, train_tokens=0, val_tokens=0, unknown=0)
-    began = time.monotonic()
+    began, seen, ids, side = time.monotonic(), Seen(), [], "train"
     with (open(part["train.bin"], "wb") as train, open(part["val.bin"], "wb") as val,
           tqdm(total=total or None, unit="B", unit_scale=True, desc=config.out, mininterval=1) as bar):
-        for batch, encodings in encoded(tokenizer, batches(documents, config.val_fraction, counts)):
-            ids = {"train": [], "val": []}
-            for (_, name, ends), encoding in zip(batch, encodings, strict=True):
-                ids[name] += encoding.ids
-                if ends:
-                    ids[name].append(sep)
-            for name, file in (("train", train), ("val", val)):
-                array = np.fromiter(ids[name], dtype, len(ids[name]))
-                file.write(array)
-                counts[f"{name}_tokens"] += len(array)
+        files = {"train": train, "val": val}
+        for batch, encodings in encoded(tokenizer, batches(documents)):
+            for (_, piece), encoding in zip(batch, encodings, strict=True):
+                ids += encoding.ids
+                if not piece:
+                    continue
+                ids.append(sep)
+                array, ids = np.array(ids, "<u4"), []
+                key = document_key(array[:-1].tobytes())
+                if piece.begins:
+                    side_key = docstring_key(piece.text) if piece.docstring else key
+                    side = "val" if is_validation(side_key, config.val_fraction) else "train"
+                if len(array) == 1:                                     # nothing but control characters
+                    continue
+                if not seen.add(key):
+                    counts["duplicates"] += piece.begins
+                    continue
+                files[side].write(array.astype(dtype))
+                counts["documents"] += piece.begins
+                counts["characters"] += len(piece.text)
+                counts[f"{side}_tokens"] += len(array)
                 counts["unknown"] += int((array == unk).sum())
             tokens, seconds = counts["train_tokens"] + counts["val_tokens"], time.monotonic() - began
             bar.set_postfix_str(f"{tokens / 1e6:.1f}M tokens, {tokens / seconds / 1e6:.2f}M/s, "
                                 f"{counts['characters'] / seconds / 1e6:.1f} MB/s of text", refresh=False)
-            bar.update(met["read"] - bar.n if total else sum(len(line) for line, _, _ in batch))
-    if counts["train_tokens"] + counts["val_tokens"] == counts["documents"]:    # not one id but [SEP]
+            bar.update(met["_read"] - bar.n if total else sum(len(line) for line, _ in batch))
+    tokens = counts["train_tokens"] + counts["val_tokens"]
+    if not tokens:
         raise UserError(f"{' '.join(config.sources)}: no text in it")
-    if counts["documents"] < FEW or not counts["val_tokens"]:
+    most = (config.val_fraction + 0.1) * tokens                         # beyond, one long document has come in
+    if counts["documents"] < FEW or not 0 < counts["val_tokens"] < most:
         split_by_chunks(part, dtype, config.val_fraction, counts)
     return counts
 
 
 def split_by_chunks(part, dtype, val_fraction, counts):
-    """Few documents: validation is every so many-th chunk of the ids instead of a document (at least one chunk)."""
-    ids = np.concatenate([np.fromfile(part[name], dtype) for name in ("train.bin", "val.bin")])
-    chunks = np.array_split(ids, max(2, len(ids) // CHUNK))
-    every = max(2, min(len(chunks), round(1 / val_fraction)))
-    with open(part["train.bin"], "wb") as train, open(part["val.bin"], "wb") as val:
-        for i, chunk in enumerate(chunks):
-            chunk.tofile(val if i % every == every - 1 else train)
-    counts["val_tokens"] = sum(map(len, chunks[every - 1::every]))
-    counts["train_tokens"] = len(ids) - counts["val_tokens"]
+    """Validation is every so many-th chunk of the ids instead of a document: one at least, a tenth of a small text."""
+    n = counts["train_tokens"] + counts["val_tokens"]
+    chunks = max(min(n, 10), n // CHUNK)
+    every = max(2, min(chunks, round(1 / val_fraction)))
+    for name in ("train", "val"):
+        os.replace(part[f"{name}.bin"], part[f"{name}.whole"])
+    with (open(part["train.whole"], "rb") as first, open(part["val.whole"], "rb") as rest,
+          open(part["train.bin"], "wb") as train, open(part["val.bin"], "wb") as val):
+        for i in range(chunks):
+            size = n // chunks + (i < n % chunks)
+            ids = np.fromfile(first, dtype, size)
+            ids = np.concatenate([ids, np.fromfile(rest, dtype, size - len(ids))])
+            ids.tofile(val if i % every == every - 1 else train)
+    counts["val_tokens"] = part["val.bin"].stat().st_size // dtype.itemsize
+    counts["train_tokens"] = n - counts["val_tokens"]
 
 
 def main(config):
@@ -348,6 +427,9 @@ def main(config):
           f"vocabulary {m['vocab_size']:,}", file=sys.stderr)
     if m["met"]:
         print("met: " + ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in m["met"].items()), file=sys.stderr)
+    if (blocks := m["val_tokens"] // (128 - 2)) < FEW_BLOCKS:
+        print(f"validation is small: {blocks} blocks at --seq-len 128, so its loss is noisy: give more text, or a "
+              f"larger --val-fraction than {config.val_fraction}", file=sys.stderr)
 
 
 if __name__ == "__main__":

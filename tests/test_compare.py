@@ -204,17 +204,34 @@ def test_killed_and_run_by_two_processes_the_table_is_the_same(small, tmp_path):
     assert (tmp_path / "again/table.md").read_text() == (tmp_path / "out/table.md").read_text()
 
 
-def test_the_task_holds_validation_documents_alone_and_splits_them(tmp_path):
-    packages = ("torch", "sympy", "click")
-    documents = [(package, f"{d} {package}") for package in packages for d in text(3000, seed=2)]
+def test_the_task_holds_validation_documents_alone_and_splits_them(tmp_path, monkeypatch):
+    """Also where texts share their first 160 characters, differ in case, accents or width, or begin one another."""
+    monkeypatch.setattr(compare, "DEMO_LABELLED", 50)
+    packages, head = ("torch", "sympy", "click"), compare.prepare.docstring_head
+    documents = [(package, f"{package} {d}") for package in packages for d in text(500, seed=2)]
+    for package, d in list(documents[:500]):
+        long = (d + "\nwords" * 40).replace("e", "\xe9")
+        documents += [(package, long + " one"), (package, long.upper() + " two"), ("numpy", d[:60]),
+                      (package, long.replace("\xe9", "e\u0301") + " three")]
+    twice = documents[:100] + documents[-100:]
+    documents += [("sympy", d.title()) for _, d in twice]
     compare.package_task(tmp_path, documents)
-    rows = {name: (tmp_path / f"{name}.tsv").read_text().splitlines()[1:] for name in ("train", "dev")}
-    assert 0 < len(rows["train"]) <= compare.DEMO_LABELLED
-    held_out = {" ".join(t.split())[:compare.DEMO_CHARACTERS] for _, t in documents
-                if compare.prepare.is_validation(compare.prepare.document_key(t), compare.DEMO_VAL_FRACTION)}
-    assert all(row.split("\t")[0] in held_out for part in rows.values() for row in part)
-    assert {row.split("\t")[1] for row in rows["train"]} == {"0", "1"}          # click is not one of the labels
-    assert not set(rows["train"]) & set(rows["dev"])
+    rows = {name: [row.split("\t") for row in (tmp_path / f"{name}.tsv").read_text().splitlines()[1:]]
+            for name in ("train", "dev")}
+    assert len(rows["train"]) == compare.DEMO_LABELLED and len(rows["dev"]) > 50
+    rows["all"] = rows["train"] + rows["dev"]
+    held_out, trained = set(), []
+    for _, d in documents:
+        if compare.prepare.is_validation(compare.prepare.docstring_key(d), compare.DEMO_VAL_FRACTION):
+            held_out.add(" ".join(d.split())[:compare.DEMO_CHARACTERS])
+        else:
+            trained.append(head(d))
+    assert {row for row, _ in rows["all"]} <= held_out
+    assert {label for _, label in rows["train"]} == {"0", "1", "4"}             # click is not one of the labels
+    seen = [head(row) for row, _ in rows["all"]]
+    assert len(set(seen)) == len(seen)                                  # no dev row in the training rows, none twice
+    assert not set(seen) & {head(" ".join(d.split())[:compare.DEMO_CHARACTERS]) for _, d in twice}      # two packages
+    assert not any(d.startswith(row) for row in seen for d in trained)  # none begins a pretraining document
 
 
 @pytest.mark.parametrize("changes, message", [

@@ -99,8 +99,48 @@ def test_what_is_no_token_directory_is_refused(corpus, tmp_path):
     (tmp_path / "flipped/val.bin").write_bytes(raw)
     with pytest.raises(UserError, match="val.bin: sha256"):
         TokenDirectory(tmp_path / "flipped").verify()
-    with pytest.raises(UserError, match="do not make one block"):
-        Blocks(TokenDirectory(corpus), "val", 10 ** 6, 0)
+
+
+@pytest.mark.parametrize("changes, expected", [
+    (dict(seq_len=1), "--seq-len 1: must be a whole number, at least 4"),
+    (dict(seq_len=2), "--seq-len 2: must be a whole number, at least 4"), (dict(seq_len=3), "--seq-len 3: must be a whole number, at least 4"),
+    (dict(seq_len=-5), "--seq-len -5: must be a whole number, at least 4"),
+    (dict(seq_len=65536), "train.bin: {train_tokens} ids do not make one block of length 65536: run prepare.py "
+                            "again with more text, or give a smaller --seq-len"),
+    (dict(seed=-1), "--seed -1: must be a whole number, at least 0"), (dict(seed=10 ** 30), "--seed 1000000"),
+    (dict(show=-1), "--show -1: must be a whole number, at least 0"),
+    (dict(directory=["/none"]), "/none is not a token directory (no manifest.json): make one with  python prepare.py"),
+])
+def test_wrong_arguments_are_refused_in_one_line(corpus, changes, expected):
+    with pytest.raises(UserError) as e:
+        data.main(data.Config(**dict(directory=[str(corpus)], show=1) | changes))
+    assert expected.format(**TokenDirectory(corpus).manifest) in str(e.value) and "\n" not in str(e.value)
+
+
+def test_the_shortest_blocks_and_a_validation_set_without_one(corpus):
+    directory = TokenDirectory(corpus)
+    ids, masked, _ = Blocks(directory, "train", 4, 0).batch(0, 8)
+    assert ids.shape == (8, 4) and masked.shape == (8, 1)
+    with pytest.raises(UserError, match="run prepare.py again with a larger --val-fraction, or give a smaller --seq"):
+        Blocks(directory, "val", 10 ** 6, 0)
+
+
+@pytest.mark.parametrize("edit", [
+    lambda m: m.clear(), lambda m: m.pop("dtype"), lambda m: m.update(dtype="float64"), lambda m: m.update(dtype=[]),
+    lambda m: m.update(bytes=3), lambda m: m["bytes"].pop("val.bin"), lambda m: m.pop("sha256"),
+    lambda m: m["sha256"].pop("val.bin"), lambda m: m.update(vocab_size="300"), lambda m: m.pop("unknown")])
+def test_a_manifest_that_is_none_is_damaged(copy, edit):
+    change(copy, edit, {})
+    with pytest.raises(UserError, match="manifest.json is damaged: run prepare.py again"):
+        TokenDirectory(copy)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "train.bin", "tokenizer.json"])
+def test_a_file_that_cannot_be_read_is_said_with_the_reason(copy, name):
+    (copy / name).unlink()
+    (copy / name).mkdir()
+    with pytest.raises(UserError, match=rf"{name} cannot be read \(Is a directory\): mend that, or run prepare.py"):
+        TokenDirectory(copy)
 
 
 @pytest.fixture

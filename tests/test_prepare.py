@@ -7,10 +7,12 @@ import itertools
 import json
 import lzma
 import os
+import pickle
 import random
 import resource
 import subprocess
 import sys
+import tarfile
 import time
 import types
 import zipfile
@@ -60,11 +62,22 @@ def test_every_format_gives_the_same_bytes(raw, vocab, tmp_path, monkeypatch):
     (folder / "readme.md").write_text("not read")
     (folder / ".hidden.txt").write_text("not read")
     (folder / "a.txt").write_text("\n\n".join(documents[:100]))
-    (folder / "b.txt").write_text("\n\n".join(documents[100:200]))
+    (folder / "b.TXT").write_text("\n\n".join(documents[100:200]))
     (folder / "deeper/c.jsonl.gz").write_bytes(gzip.compress(jsonl(documents[200:], "text")))
     for suffix, pack in ((".gz", gzip.compress), (".xz", lzma.compress), (".bz2", bz2.compress)):
         (tmp_path / f"packed.txt{suffix}").write_bytes(pack(raw.read_bytes()))
         (tmp_path / f"packed.jsonl{suffix}").write_bytes(pack(jsonl(documents, "body")))
+    (tmp_path / "packed.00000-of-01024.json.gz").write_bytes(gzip.compress(jsonl(documents, "body")))      # as in C4
+    (tmp_path / "packed.json").write_bytes(jsonl(documents, "body"))
+    (tmp_path / "packed").write_bytes(jsonl(documents, "body"))
+    (tmp_path / "packed.data").write_bytes(b"\xef\xbb\xbf\n" + jsonl(documents, "body"))       # whatever the name
+    (tmp_path / "packed.text").write_bytes(gzip.compress(lzma.compress(raw.read_bytes())))
+    inside = [("./one", "\n\n".join(documents[:100]).encode()), ("__MACOSX/._one", b"\0\5\x16\7\0"),
+              ("a.png", b"\x89PNG"), ("deep/.two.txt", b"not read"),
+              ("deep/two.json.gz", gzip.compress(jsonl(documents[100:], "body")))]
+    tar(tmp_path / "packed.tar", inside)
+    for suffix, pack in ((".tar.gz", gzip.compress), (".tgz", gzip.compress), (".tar.xz", lzma.compress)):
+        (tmp_path / f"packed{suffix}").write_bytes(pack((tmp_path / "packed.tar").read_bytes()))
     with zipfile.ZipFile(tmp_path / "packed.zip", "w") as z:
         z.writestr("one.txt", "\n\n".join(documents[:100]))
         z.writestr("readme.md", "not read")
@@ -72,13 +85,26 @@ def test_every_format_gives_the_same_bytes(raw, vocab, tmp_path, monkeypatch):
     first = make(tmp_path / "out", raw, vocab=vocab)
     again = make(tmp_path / "out2", raw, vocab=vocab)
     assert files(tmp_path / "out") == files(tmp_path / "out2") and first == again
-    for i, given in enumerate(([folder], [folder / "*.txt", f"{folder}/**/*.gz"], *(
-            [p] for p in sorted(tmp_path.glob("packed.*"))))):
+    for i, given in enumerate(([folder], [folder / "*.[tT]*", f"{folder}/**/*.gz"], *(
+            [p] for p in sorted(tmp_path.glob("packed*"))))):
         field = "text" if i < 2 else "body"
-        assert make(tmp_path / "out2", *given, vocab=vocab, field=field)["sha256"] == first["sha256"], given
-    for content in (raw.read_bytes(), jsonl(documents, "text")):
+        made = make(tmp_path / "out2", *given, vocab=vocab, field=field)
+        assert made["sha256"] == first["sha256"], given
+        archive = {".zip", ".tar", ".tgz"} & {*given[0].suffixes} if i > 1 else ()
+        assert made["met"] == ({"archived_files_left_out": 1} if archive else {})
+    for content in (raw.read_bytes(), jsonl(documents, "text"), gzip.compress(raw.read_bytes()),
+                    tar(tmp_path / "any", [("a.txt", raw.read_bytes())])):
         monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BufferedReader(io.BytesIO(content))))
         assert make(tmp_path / "out2", "-", vocab=vocab)["sha256"] == first["sha256"]
+
+
+def tar(path, contents):
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
+        for name, content in contents:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return path.read_bytes()
 
 
 def jsonl(documents, field):
@@ -191,6 +217,304 @@ def damage(path, raw):
     path.write_bytes(path.read_bytes()[:-20])
 
 
+def zipped(**contents):
+    with zipfile.ZipFile(file := io.BytesIO(), "w") as z:
+        for name, content in contents.items():
+            z.writestr(name, content)
+    return file.getvalue()
+
+
+WORDS = b"some words, and more of them on a line\n" * 100
+@pytest.mark.parametrize("name, content, message", [
+    ("a.txt", b"%PDF-1.7\n" + WORDS, "is a PDF, not text: convert it first"),
+    ("a.docx", zipped(**{"[Content_Types].xml": "<x/>", "word/document.xml": "<x/>"}), "is an Office document or"),
+    ("a.txt", zipped(mimetype="application/epub+zip", a="<x/>"), "is an Office document or an EPUB"),
+    ("a.zip", zipped(**{"a.png": "x", "b.csv": "x"}), r"no file to read in it \(read are .txt"),
+    ("a.zip", zipped(**{"in.txt": b"\x80\x04\x95" + WORDS}), r"a.zip:in.txt is a Python pickle"),
+    ("a.tar", [("b.parquet", b"PAR1" + WORDS)], r"a.tar:b.parquet is a .zip or .parquet inside of"),
+    ("a.tar", [("b.png", WORDS)], "no file to read in it"),
+    ("a.gz", b"", "damaged or cut"),
+    ("a.doc", b"\xd0\xcf\x11\xe0" + WORDS, "is an Office document, not text"),
+    ("a.txt", b"{\\rtf1 " + WORDS, "is an Office document, not text"),
+    ("a.pkl", pickle.dumps(["text"] * 100), "is a Python pickle, not text"),
+    ("a.txt", b"\x89PNG\r\n" + WORDS, "is an image, not text"),
+    ("a.npy", b"\x93NUMPY" + WORDS, "is numpy, HDF5, Arrow or SQLite, not text"),
+    ("a.txt.zst", b"\x28\xb5\x2f\xfd" + WORDS, "is packed by Zstandard, not text: unpack it first"),
+    ("a.7z", b"7z\xbc\xaf\x27" + WORDS, "is a 7-Zip or RAR archive"),
+    ("program", b"\x7fELF" + WORDS, "is a program, not text"),
+    ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a Git LFS pointer"),
+    ("a.txt", b"\n<!DOCTYPE html>\n" + WORDS, "is HTML or XML, not text: take the text out"),
+    ("wiki.xml", b"\xef\xbb\xbf<?xml version='1.0'?>" + WORDS, "is HTML or XML"),
+    ("a.HTM", WORDS, "is HTML, not text"),
+    ("a.csv", WORDS, "is a table, not text: write its text column as JSON lines"),
+    ("a.tsv.gz", gzip.compress(WORDS), "is a table, not text"),
+    ("a.json", b'[\n {"text": "a"}\n]', "one JSON array: make it one object per line first"),
+    ("a.json", b'{\n "text": "a"\n}', "it is no JSON object: one per line belongs here"),
+    ("a.jsonl", WORDS, "it is no JSON object: one per line belongs here"),
+    ("a.txt", ("caf\xe9 au lait\n" * 100).encode("latin-1") + WORDS, "50% of its lines hold control characters or"),
+    ("a.bin", bytes(range(256)) * 40, r"\d+% of its lines hold control characters or bytes that are no UTF-8"),
+    ("a.txt", WORDS + bytes(200) + b"\n" * 5 + b"\1" * 20, None),
+    ("a.txt", (WORDS[:-1] + b"\0\n") * 3, None),
+    ("a.jsonl", jsonl(["words"] * 100, "text") + b'{"text": 3}\n' * 30, "23% of its rows are damaged or have no text"),
+    ("a.jsonl", jsonl(["words"] * 100, "text") + b'{"text": 3}\n' * 5, None),
+])
+def test_what_is_no_text_is_refused_by_what_it_is(vocab, tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content) if isinstance(content, bytes) else tar(path, content)
+    if message is None:                                                 # a few bad lines are counted
+        assert make(tmp_path / "out", path, vocab=vocab)["met"]
+        return
+    with pytest.raises(UserError, match=message) as e:
+        make(tmp_path / "out", path, vocab=vocab)
+    assert "\n" not in str(e.value) and path.name in str(e.value) and not (tmp_path / "out").exists()
+
+
+def test_a_tar_that_is_cut_anywhere_or_has_a_damaged_header_is_refused(vocab, tmp_path):
+    whole = tar(tmp_path / "a.tar", [("a.txt", b"some words\n" * 200), ("b.txt", b"some other words\n" * 200)])
+    assert make(tmp_path / "out", tmp_path / "a.tar", vocab=vocab)["documents"] == 2
+    second = 512 + 2560                                                 # where the second header is
+    assert whole[second:second + 5] == b"b.txt"
+    cuts = [whole[:n] for n in (0, 1, 400, 512, 700, second, second + 100, second + 512, second + 700, 7168)]
+    for content in (*cuts, whole[:second + 100] + b"x" * 100 + whole[second + 200:]):
+        (tmp_path / "a.tar").write_bytes(content)
+        with pytest.raises(UserError, match="a.tar cannot be read, it is damaged or cut"):
+            make(tmp_path / "out", tmp_path / "a.tar", vocab=vocab)
+
+
+def test_a_directory_is_read_to_its_end_and_says_what_is_left_out(vocab, tmp_path, capsys):
+    documents, top = text(120), tmp_path / "top"
+    for i, name in enumerate(("a.txt", "AA/wiki_00", "b.TXT", "c.json", "d.JSONL.gz", "e.text")):
+        (top / name).parent.mkdir(parents=True, exist_ok=True)
+        part = documents[20 * i:20 * (i + 1)]
+        content = jsonl(part, "text") if "json" in name.lower() else "\n\n".join(part).encode()
+        (top / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    for name in ("f.csv", "g.csv", "h.html.gz", "i.PDF", "__MACOSX/._a", "__MACOSX/a.txt", ".git/HEAD", ".DS_Store"):
+        (top / name).parent.mkdir(exist_ok=True)
+        (top / name).write_bytes(b"not read")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/j.txt").write_text("another document that is linked to")
+    (top / "linked").symlink_to(tmp_path / "elsewhere")
+    (top / "linked/again").symlink_to(top)                              # a circle
+    (top / "nowhere").symlink_to(tmp_path / "gone")
+    os.mkfifo(top / "pipe")
+    config = prepare.Config([str(top)], str(tmp_path / "out"), str(vocab), val_fraction=0.1)
+    prepare.main(config)
+    manifest = TokenDirectory(tmp_path / "out").manifest
+    assert manifest["documents"] == 121 and manifest["files"] == 7
+    assert manifest["left_out"] == {".csv": 2, ".gz": 1, ".pdf": 1, "special file": 1,
+                                    f"{top / 'nowhere'} (No such file or directory)": 1}
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("left out: ")]
+    assert len(said) == 1 and "2 .csv, " in said[0] and f"1 {top / 'nowhere'} (No such file or directory)" in said[0]
+
+
+def test_what_cannot_be_opened_is_named_with_its_reason(vocab, raw, tmp_path, monkeypatch):
+    """Permissions do not bind the superuser, as whom tests may run, so the system's answer is a stand-in."""
+    top, scandir = tmp_path / "top", os.scandir
+    (top / "locked").mkdir(parents=True)
+    (top / "a.txt").write_bytes(raw.read_bytes())
+
+    def refuse(path, *rest):
+        if Path(path).name in ("locked", "secret.txt"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path) if not rest else open(path, *rest)
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert make(tmp_path / "out", top, vocab=vocab)["left_out"] == {f"{top / 'locked'} (Permission denied)": 1}
+    with pytest.raises(UserError, match=r"no file to read in it .*; left out: 1 .*locked \(Permission denied\)"):
+        make(tmp_path / "out", top / "locked", vocab=vocab)
+    monkeypatch.setattr(sources, "open", refuse, raising=False)
+    (tmp_path / "secret.txt").write_bytes(raw.read_bytes())
+    with pytest.raises(UserError) as e:
+        make(tmp_path / "out", tmp_path / "secret.txt", vocab=vocab)
+    assert str(e.value).endswith("secret.txt cannot be read (Permission denied): mend that, or leave it out")
+
+
+WIKIEXTRACTOR = """<doc id="12" url="https://x.org?curid=12" title="A "b" c">
+Title
+
+one
+
+two
+</doc>
+<doc id="13" url="https://x.org?curid=13" title="More">
+More
+
+three
+</doc>
+"""
+WIKITEXT = (" \n = Title = \n \n one \n = no = \n \n = = Part = = \n \n two \n \n = = = Deep = = = \n \n three \n \n"
+            " = More = \n \n one \n")
+ARTICLES = ["= Title =\none\n= no =\n= = Part = =\ntwo\n= = = Deep = = =\nthree", "= More =\none"]
+
+
+@pytest.mark.parametrize("name, content, per_blank_line, per_file", [
+    ("a.txt", "one\n\ntwo\n", ["one", "two"], ["one\ntwo"]),
+    ("wiki_00", WIKIEXTRACTOR, ["Title\none\ntwo", "More\nthree"], ["Title\none\ntwo\nMore\nthree"]),
+    ("wiki.test.tokens", WIKITEXT, ARTICLES, ["\n".join(ARTICLES)]),
+    ("no_parts.txt", " = Title = \n\none\n\n = More = \n\ntwo", ["= Title =\none", "= More =\ntwo"], None),
+    ("middle.txt", "one\n\n = = Part = = \n\ntwo\n" + WIKITEXT, ["one\n= = Part = =\ntwo", *ARTICLES], None),
+    ("rows.jsonl", "".join(json.dumps({"text": line}) + "\n" for line in WIKITEXT.split("\n") if line != " = no = "),
+     [ARTICLES[0].replace("= no =\n", ""), ARTICLES[1]], None),
+    ("plain.txt", "one\n\n= b =\n\ntwo <doc id=1>\n\n</doc>\n", ["one", "= b =", "two <doc id=1>", "</doc>"], None),
+])
+def test_documents_are_what_the_text_or_the_flag_says(tmp_path, name, content, per_blank_line, per_file):
+    (tmp_path / name).write_text(content)
+    files = sources.find_files(str(tmp_path / name), Counter())
+    for per, expected in (("blank-line", per_blank_line), ("file", per_file)):
+        if expected:
+            assert [p.text for p in sources.read_documents(files, Counter(), document_per=per)] == expected
+
+
+def test_no_long_document_is_on_both_sides(vocab, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "DOCUMENT", 200)
+    books = ["\n\n".join(text(8, seed=i)) for i in range(120)]
+    for i, book in enumerate(books):
+        (tmp_path / f"books-{i:03}.txt").write_text(book)
+    copy = books[3].split("\n")
+    (tmp_path / "copy.txt").write_text("\n".join(copy))
+    (tmp_path / "same_end.txt").write_text("another beginning of the book. " * 10 + "\n" + books[5])
+    manifest = make(tmp_path / "out", tmp_path / "*.txt", vocab=vocab, document_per="file")
+    assert manifest["documents"] == 121 and manifest["duplicates"] == 1
+    assert manifest["met"]["long_documents"] == 122
+    assert 0 < manifest["val_tokens"] < 0.3 * manifest["train_tokens"]
+    tokenizer, sides = TokenDirectory(tmp_path / "out").read_tokenizer(), {}
+    for side in ("train", "val"):
+        for ids in prepare_split(tmp_path / "out", side):
+            sides.setdefault(ids[:-1], set()).add(side)
+    assert all(len(side) == 1 for side in sides.values())               # the same text is on one side
+
+    def encode(piece):
+        return tuple(itertools.chain.from_iterable(
+            tokenizer.encode(line, add_special_tokens=False).ids for line in piece.text.split("\n")))
+    for book in books:
+        pieces = [encode(piece) for piece in sources.pieces(filter(None, book.split("\n")), Counter())]
+        first = prepare.document_key(np.array(pieces[0], "<u4").tobytes())
+        side = "val" if prepare.is_validation(first, 0.1) else "train"
+        assert len(pieces) > 2 and all(sides[ids] == {side} for ids in pieces)
+
+
+def test_documents_that_differ_only_for_the_eye_are_duplicates(tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join([*SPECIAL, "cafe", "au", "lait"]) + "\n")
+    text = "cafe au lait\n\nCaf\xe9 au\nlait\n\nCAFE\x01 AU LAIT\n\nlait\n\n\x01\n"
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    manifest = make(tmp_path / "out", tmp_path / "a.txt", vocab=tmp_path / "vocab.txt")
+    assert (manifest["documents"], manifest["duplicates"]) == (2, 2)
+
+
+def test_a_docstrings_side_follows_from_its_beginning_alone(vocab, tmp_path, monkeypatch):
+    documents = [d.replace("\n", " ") + " and so on, and so forth" * 8 for d in text(300)]
+    later = [d[:prepare.HEAD].upper().replace(" ", "\n") + d[prepare.HEAD:] + " in version 2" for d in documents]
+    for i, given in enumerate((documents, later)):
+        prepare.prepare(prepare.Config(["docstrings"], str(tmp_path / str(i)), str(vocab), val_fraction=0.1), given)
+    tokenizer = TokenDirectory(tmp_path / "0").read_tokenizer()
+    expected = sorted(tuple(tokenizer.encode(d.replace("\n", " "), add_special_tokens=False).ids) for d in later
+                      if prepare.is_validation(prepare.docstring_key(d), 0.1))
+    held_out = [prepare.is_validation(prepare.docstring_key(d), 0.1) for d in documents]
+    assert held_out == [prepare.is_validation(prepare.docstring_key(d), 0.1) for d in later] and 10 < sum(held_out) < 60
+    assert sorted(ids[:-1] for ids in prepare_split(tmp_path / "1", "val")) == expected
+    assert len(prepare_split(tmp_path / "0", "val")) == len(expected)
+    head = "a word " * 22 + "123456"                                    # the rule itself, written out
+    key = hashlib.blake2b(head.encode(), digest_size=8).digest()
+    assert len(head) == 160 and prepare.docstring_key(f"  \xc0 W\xf6rd {head[7:]} more".replace("\xf6", "o")) == key
+    # from the source itself, and not beside another one
+    monkeypatch.setattr(sources, "docstrings", lambda: (("torch", d) for d in later))
+    monkeypatch.setattr(sources, "required_packages", lambda: {"torch"})
+    make(tmp_path / "2", "docstrings", vocab=vocab)
+    assert files(tmp_path / "2")["val.bin"] == files(tmp_path / "1")["val.bin"]
+
+
+def test_a_small_corpus_gives_a_tenth_to_validation_and_is_warned_of(vocab, tmp_path, capsys):
+    for documents, n in ((text(150), 150), (text(1), 1), ([*text(140), " ".join(text(1000, seed=3))], 141)):
+        (tmp_path / "a.txt").write_text("\n\n".join(documents))
+        prepare.main(prepare.Config([str(tmp_path / "a.txt")], str(tmp_path / "out"), str(vocab)))
+        manifest = TokenDirectory(tmp_path / "out").manifest
+        assert manifest["documents"] == n
+        assert 0 < manifest["val_tokens"] <= 0.11 * (manifest["train_tokens"] + manifest["val_tokens"]) + 1
+        blocks = manifest["val_tokens"] // 126
+        assert f"validation is small: {blocks} blocks at --seq-len 128" in capsys.readouterr().err
+    prepare.main(prepare.Config([str(tmp_path / "a.txt")], str(tmp_path / "out"), str(vocab), val_fraction=0.3))
+    assert "validation is small" not in capsys.readouterr().err
+
+
+def test_one_long_document_does_not_make_validation_half_of_the_ids(vocab, tmp_path):
+    """Of these 150 documents, the hash puts the longest into validation."""
+    tokenizer = prepare.load_tokenizer(str(vocab))
+    short = text(149)
+    for seed in itertools.count():
+        long = text(1000, seed=seed)
+        ids = [i for line in "\n".join(long).split("\n") for i in tokenizer.encode(line, add_special_tokens=False).ids]
+        if prepare.is_validation(prepare.document_key(np.array(ids, "<u4").tobytes()), 0.3):
+            break
+    (tmp_path / "a.txt").write_text("\n\n".join([*short, "\n".join(long)]))
+    manifest = make(tmp_path / "out", tmp_path / "a.txt", vocab=vocab, val_fraction=0.3)
+    total = manifest["val_tokens"] + manifest["train_tokens"]
+    assert len(ids) > total / 2 and 0.2 < manifest["val_tokens"] / total < 0.4 and manifest["documents"] == 150
+    assert sorted(files(tmp_path / "out")) == ["manifest.json", "tokenizer.json", "train.bin", "val.bin"]
+    together = [TokenDirectory(tmp_path / "out").split(name) for name in ("train", "val")]
+    assert sum(map(len, together)) == total
+    assert sum((ids == 3).sum() for ids in together) == 150             # no id is lost: [SEP] is 3
+
+
+def test_a_second_prepare_with_the_same_out_is_refused(raw, vocab, tmp_path, monkeypatch, capsys):
+    first = make(tmp_path / "out", raw, vocab=vocab)
+    with prepare.locked(tmp_path / "out"):
+        done = subprocess.run([sys.executable, prepare.__file__, str(raw), "--vocab", str(vocab), "--out",
+                               str(tmp_path / "out")], capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr == (f"error: {tmp_path / 'out'}: another prepare.py is writing "
+                                                        f"there: wait for it, or give another --out\n")
+    assert make(tmp_path / "out", raw, vocab=vocab) == first            # free again
+    monkeypatch.setitem(sys.modules, "fcntl", None)                     # as on Windows
+    capsys.readouterr()
+    assert make(tmp_path / "out", raw, vocab=vocab) == first
+    said = [line for line in capsys.readouterr().err.splitlines() if "locked" in line]
+    assert said == [f"{tmp_path / 'out'} cannot be locked here: start no second prepare.py with the same --out"]
+
+
+@pytest.mark.parametrize("changes, expected", [
+    (dict(vocab=None), "give either --vocab (an existing vocabulary) or --vocab-size (train one)"),
+    (dict(vocab=None, vocab_size=-5), "--vocab-size -5: must be a whole number, at least 1"),
+    (dict(vocab=None, vocab_size=10 ** 12), "--vocab-size 1000000000000: more than the 5 special tokens"),
+    (dict(vocab=None, vocab_size=9), "--vocab-size 9: the text's characters alone take"),
+    (dict(vocab="/none/vocab.txt"), "--vocab /none/vocab.txt: neither on this disk nor a name on the Hub: give a "
+                                    "vocab.txt, a tokenizer.json, a directory that holds one, or a Hub id"),
+    (dict(vocab="{tmp}"), "neither tokenizer.json nor vocab.txt is in this directory"),
+    (dict(vocab="{tmp}/damaged/tokenizer.json"), "damaged/tokenizer.json: cannot be read (EOF while parsing"),
+    (dict(vocab="{tmp}/damaged/vocab.txt"), "damaged/vocab.txt: cannot be read ('utf-8' codec"),
+    (dict(val_fraction=0.0), "--val-fraction 0.0: must be a number, above 0 and below 1"),
+    (dict(val_fraction=1.0), "--val-fraction 1.0: must be a number, above 0 and below 1"),
+    (dict(val_fraction=-0.1), "--val-fraction -0.1: must be a number, above 0 and below 1"),
+    (dict(val_fraction=float("nan")), "--val-fraction nan: must be a number, above 0 and below 1"),
+    (dict(rows_per_document=0), "--rows-per-document 0: must be a whole number, at least 1"),
+    (dict(document_per="page"), "--document-per page: must be one of blank-line, file"),
+    (dict(document_per="file", rows_per_document=2), "--document-per file joins all rows of a file: leave out"),
+    (dict(out="{tmp}/text.txt"), "text.txt cannot be written (File exists): give a directory that can be written as"),
+    (dict(out="{tmp}/text.txt/a"), "cannot be written (Not a directory): give a directory"),
+    (dict(sources=["{tmp}/none.txt"]), "none.txt: no such file: give files"),
+    (dict(sources=["{tmp}/" + "x" * 300]), "cannot be opened (File name too long)"),
+    (dict(sources=["{tmp}/damaged/*.xyz"]), "no file to read in it"),
+])
+def test_wrong_arguments_are_refused_in_one_line(raw, vocab, tmp_path, changes, expected):
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged/tokenizer.json").write_text("{")
+    (tmp_path / "damaged/vocab.txt").write_bytes(b"\xff\n")
+
+    def place(value):
+        return value.replace("{tmp}", str(tmp_path)) if isinstance(value, str) else value
+    given = dict(sources=[str(raw)], out=str(tmp_path / "out"), vocab=str(vocab)) | {
+        key: [place(v) for v in value] if isinstance(value, list) else place(value) for key, value in changes.items()}
+    with pytest.raises(UserError) as e:
+        prepare.prepare(prepare.Config(**given))
+    assert expected in str(e.value) and "\n" not in str(e.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_directory_that_cannot_be_written_is_said_before_the_work(raw, vocab, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/keep").write_text("")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)         # permissions do not bind the superuser
+    with pytest.raises(UserError, match=r"out cannot be written \(Permission denied\): give a directory that can be"):
+        make(tmp_path / "out", raw, vocab=vocab)
+
+
 @pytest.mark.parametrize("name, message", [
     ("a.txt", "UTF-16"), *((f"a.txt{s}", "damaged or cut") for s in (".gz", ".xz", ".bz2", ".zip"))])
 def test_a_cut_file_is_refused_and_what_was_there_stays(raw, vocab, tmp_path, name, message):
@@ -266,24 +590,25 @@ def test_lines_and_batches_are_bounded(vocab):
     words = " ".join("x" * rng.randint(1, 90) for _ in range(line // 45)) + "y" * 300_000
     met = Counter()
     pieces = list(sources.paragraphs(io.BytesIO(words.encode()), met))
-    assert max(map(len, pieces)) <= 2 * sources.LINE and met == {"long_lines": 1}
+    assert max(map(len, pieces)) <= 2 * sources.LINE and met["long_lines"] == 1
     assert "".join(pieces).replace(" ", "") == words.replace(" ", "")
-    document, counts = "\n".join(pieces), Counter()
-    batches = list(prepare.batches([document], 0.1, counts, characters=100_000))
-    assert max(sum(len(line) for line, _, _ in batch) for batch in batches) < 100_000 + 2 * sources.LINE
-    assert [ends for batch in batches for _, _, ends in batch] == [False] * (len(pieces) - 1) + [True]
+    document = sources.Piece("\n".join(pieces))
+    batches = list(prepare.batches([document], characters=100_000))
+    assert max(sum(len(line) for line, _ in batch) for batch in batches) < 100_000 + 2 * sources.LINE
+    assert [piece for batch in batches for _, piece in batch] == [None] * (len(pieces) - 1) + [document]
 
 
 def test_a_document_without_end_is_cut_at_a_line(monkeypatch):
     monkeypatch.setattr(sources, "DOCUMENT", 100)
     met = Counter()
-    documents = list(sources.documents_of(["a" * 40] * 7, met))
-    assert [len(d.split("\n")) for d in documents] == [3, 3, 1] and met["long_documents"] == 2
+    pieces = list(sources.pieces(["a" * 40] * 7 + ["", "b"], met))
+    assert [len(p.text.split("\n")) for p in pieces] == [3, 3, 1, 1] and met["long_documents"] == 1
+    assert [p.begins for p in pieces] == [True, False, False, True]
 
 
 def test_documents_are_remembered_when_they_are_many(monkeypatch):
     monkeypatch.setattr(prepare, "RECENT", 50)
-    seen, keys = prepare.Seen(), [prepare.document_key(str(i)) for i in range(1000)]
+    seen, keys = prepare.Seen(), [prepare.document_key(b"%d" % i) for i in range(1000)]
     assert all(seen.add(key) for key in keys) and not any(seen.add(key) for key in keys)
     assert len(seen.older) == 1000 and len(seen.recent) == 0
 
