@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import torch
 from tokenizers import Tokenizer
+from tokenizers.processors import BertProcessing
 
 from cli import UserError
 from model import ACTIVATIONS, BertConfig, BertForMaskedLM, BertForSequenceClassification
@@ -37,10 +38,16 @@ EMBEDDING = "bert.embeddings.word_embeddings.weight"
 def find_model(name):
     """The model directory `name`: a directory on this disk, or HUB_ID[@REVISION] through huggingface_hub's cache."""
     path = Path(name)
-    if path.exists():
-        if not (path / "config.json").exists():
-            raise UserError(f"{name} is not a model directory (no config.json)")
-        return path
+    try:
+        if path.exists():
+            for file in sorted(path.iterdir()):
+                if file.is_file():
+                    open(file, "rb").close()            # here, where one message names whichever is locked away
+            if not (path / "config.json").exists():
+                raise UserError(f"{name} is not a model directory (no config.json)")
+            return path
+    except OSError as e:
+        raise UserError(f"{name} cannot be read as a model directory: {e.filename}: {e.strerror}") from None
     repo, _, revision = name.partition("@")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo):
         raise UserError(f"{name} is neither a model directory nor a Hub id (no such directory)")
@@ -60,13 +67,22 @@ def find_model(name):
 
 def read_config(path):
     try:
-        raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise UserError(f"{path}/config.json is not JSON ({e})") from None
+        raw = dict(json.loads((path / "config.json").read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as e:
+        raise UserError(f"{path}/config.json is not a JSON object ({e})") from None
     kind = raw.get("model_type")
     if kind != "bert":
         raise UserError(f"{path}: model_type is {kind!r}: only BERT works here (model_type 'bert')")
     config = BertConfig(**{f.name: raw[f.name] for f in dataclasses.fields(BertConfig) if f.name in raw})
+    for field in dataclasses.fields(config):
+        value, least = getattr(config, field.name), int(field.name != "pad_token_id")
+        if field.type is int and (type(value) is not int or value < least):
+            raise UserError(f"{path}/config.json: {field.name} is {value!r}: a whole number from {least} belongs there")
+        if field.type is float and (type(value) not in (int, float) or not 0 <= value <= 1):
+            raise UserError(f"{path}/config.json: {field.name} is {value!r}: a number from 0 to 1 belongs there")
+    if config.pad_token_id >= config.vocab_size:
+        raise UserError(f"{path}/config.json: pad_token_id is {config.pad_token_id}, beyond a vocab_size of "
+                        f"{config.vocab_size}")
     if config.hidden_act not in ACTIVATIONS:
         raise UserError(f"{path}: hidden_act is {config.hidden_act!r}: one of {', '.join(ACTIVATIONS)} works here")
     if raw.get("position_embedding_type", "absolute") != "absolute":
@@ -83,15 +99,19 @@ def weight_files(path):
         if (path / name).exists():
             return [path / name]
         if (path / f"{name}.index.json").exists():
-            shards = json.loads((path / f"{name}.index.json").read_text())["weight_map"].values()
-            return [path / shard for shard in sorted(set(shards))]
+            try:
+                shards = json.loads((path / f"{name}.index.json").read_text())["weight_map"].values()
+                return [path / shard for shard in sorted(set(shards))]
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise UserError(f"{path}/{name}.index.json is damaged: it names no files of weights") from None
     raise UserError(f"{path}: neither model.safetensors nor pytorch_model.bin is there, nor an index of them")
 
 
 def read_weights(path):
     """{tensor name: tensor}: Hugging Face's names of today, the encoder's with the prefix `bert.`."""
     weights, sums = {}, path / "SHA256SUMS"
-    expected = dict(line.split()[::-1] for line in sums.read_text().splitlines()) if sums.exists() else {}
+    sums_text = sums.read_text(errors="replace") if sums.exists() else ""
+    expected = {name: digest for digest, name in re.findall(r"^(\w{64}) [ *](.+)$", sums_text, re.M)}
     for file in weight_files(path):
         if not file.exists():
             raise UserError(f"{file}: no such file, though {path} lists it")
@@ -189,12 +209,24 @@ def load_classifier(path, num_labels, seed, dropout=None):
 
 def read_tokenizer(path):
     """The tokenizer of a model directory."""
-    if (path / "tokenizer.json").exists():
-        return Tokenizer.from_file(str(path / "tokenizer.json"))
-    if (path / "vocab.txt").exists():
-        from prepare import load_tokenizer
-        return load_tokenizer(str(path / "vocab.txt"))
+    from prepare import load_tokenizer
+    for name in ("tokenizer.json", "vocab.txt"):
+        if (path / name).exists():
+            try:
+                return load_tokenizer(str(path / name))
+            except UserError as e:
+                raise UserError(f"{path / name} is not the vocabulary of a BERT, or is damaged "
+                                f"({str(e).removeprefix(f'--vocab {path / name}: ')})") from None
     raise UserError(f"{path}: neither tokenizer.json nor vocab.txt is there, so its ids mean nothing")
+
+
+def framed(tokenizer):
+    """A copy that neither cuts nor pads: [CLS] a [SEP], or [CLS] a [SEP] b [SEP] with 1 as the type of b [SEP]."""
+    tokenizer = Tokenizer.from_str(tokenizer.to_str())
+    tokenizer.post_processor = BertProcessing(*((t, tokenizer.token_to_id(t)) for t in ("[SEP]", "[CLS]")))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
 
 
 def same_vocabulary(tokenizer, path):
@@ -277,11 +309,11 @@ def cut_log(file, step):
 
 # ------------------------------------------------------------------------------------------------------- writing
 
-def save_model(directory, model, tokenizer, head=True, card=""):
+def save_model(directory, model, tokenizer, head=True, card="", max_len=None):
     """Writes a model directory: a BertForMaskedLM with its LM head if `head`, else as an encoder; or a classifier.
 
-    `card` is the text of its README.md.  Written beside its place and moved there, so that a directory of that name
-    is always whole."""
+    `card` is the text of its README.md; `max_len`: how many ids it was fine-tuned on, where its tokenizer is to cut.
+    Written beside its place and moved there, so that a directory of that name is always whole."""
     directory, part = Path(directory), Path(f"{directory}.part")
     shutil.rmtree(part, ignore_errors=True)
     (part / "1_Pooling").mkdir(parents=True)
@@ -295,7 +327,8 @@ def save_model(directory, model, tokenizer, head=True, card=""):
     if kind == "BertForSequenceClassification":
         labels = model.classifier.out_features
         extra = dict(id2label={i: f"LABEL_{i}" for i in range(labels)},
-                     label2id={f"LABEL_{i}": i for i in range(labels)})
+                     label2id={f"LABEL_{i}": i for i in range(labels)},     # a pipeline's sigmoid is not for scores:
+                     problem_type="regression" if labels == 1 else "single_label_classification")
     try:
         from safetensors.torch import save_file
         file = part / "model.safetensors"
@@ -309,12 +342,18 @@ def save_model(directory, model, tokenizer, head=True, card=""):
         (part / name).write_text(text, encoding="utf-8")
     write("SHA256SUMS", f"{sha256(file)}  {file.name}\n")
     write("config.json", dict(model_type="bert", architectures=[kind], **dataclasses.asdict(c), **extra))
+    tokenizer = framed(tokenizer)
     tokenizer.save(str(part / "tokenizer.json"))
     vocab = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     write("vocab.txt", "".join(f"{token}\n" for token, _ in vocab))
-    lowercase = (json.loads(tokenizer.to_str())["normalizer"] or {}).get("lowercase", False)
+    normalizer = json.loads(tokenizer.to_str())["normalizer"] or {}
+    # PreTrainedTokenizerFast takes tokenizer.json as it is, but gives token types only where model_input_names has
+    # them.  BertTokenizer would build its own from the vocabulary and the settings of the normaliser.
     write("tokenizer_config.json", dict(
-        tokenizer_class="PreTrainedTokenizerFast", model_max_length=c.max_position_embeddings, do_lower_case=lowercase,
+        tokenizer_class="PreTrainedTokenizerFast", model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+        model_max_length=max_len or c.max_position_embeddings, do_lower_case=normalizer.get("lowercase", False),
+        strip_accents=normalizer.get("strip_accents"),
+        tokenize_chinese_chars=normalizer.get("handle_chinese_chars", True),
         unk_token="[UNK]", sep_token="[SEP]", pad_token="[PAD]", cls_token="[CLS]", mask_token="[MASK]"))
     write("modules.json", [dict(idx=i, name=str(i), path=where, type=f"sentence_transformers.models.{what}")
                            for i, (where, what) in enumerate([("", "Transformer"), ("1_Pooling", "Pooling")])])

@@ -5,8 +5,8 @@
     python finetune_glue.py --model runs/tinybert/model --tasks reviews=data/reviews/   # train.tsv and dev.tsv
 
 `--glue-dir` holds the official TSVs (CoLA/train.tsv, ...); a task absent there comes from the Hub (nyu-mll/glue).
-Your own TSV has a header line, then one or two columns of text and the label: a whole number from 0, or a score
-where the header calls the last column `score`.
+Your own TSV has a header line: one or two columns of text, then the label, a whole number from 0, or a score where
+the header calls that column `score`.  A column that numbers the rows (id, index, ...) is left out.
 
 The recipe is the paper's (arXiv 2404.19319): AdamW, batch {16, 32} x lr {1e-5, 3e-5, 5e-5, 8e-5}, 5 epochs,
 linear decay, 128 ids, dropout 0.1.  Ours: 6% warm-up, of which the paper says nothing; the grid runs on seed 0 and
@@ -33,7 +33,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
-from tokenizers.processors import BertProcessing
 from tqdm import tqdm
 
 import checkpoint
@@ -66,9 +65,9 @@ class Config(Checked):
 
 class Task(NamedTuple):
     folder: str             # of the official TSVs, or of one's own
-    text: tuple             # columns of the sentences, counted from 0
-    label: int              # column of the label; -1: the last
-    columns: tuple          # the sentences' names on the Hub
+    text: tuple             # columns of the sentences, counted from 0; of one's own: their names in the header
+    label: int | str        # column of the label; -1: the last
+    columns: tuple          # the sentences' names on the Hub; (): one's own
     labels: tuple | None    # the TSV's labels in the order of their numbers; (): a score; None: whole numbers
     metrics: tuple          # of METRICS; the first picks the grid point and stands for the task
     rows: dict              # {file: official number of examples}: train, then one dev set or two
@@ -95,6 +94,7 @@ TASKS = {
 }
 PAPER = ("qnli", "sst2", "mnli", "mrpc", "qqp", "rte", "cola")     # the columns of its Table 2, which it averages
 QUICK = (32, 5e-5)
+ROW_NUMBER = re.compile(r"(.*[\W_])?(id|idx|index|guid|uuid)|(unnamed: \d+)?")     # pandas' own index has no name
 
 
 def parse_tasks(names):
@@ -104,18 +104,44 @@ def parse_tasks(names):
         if not re.fullmatch(r"[\w.-]+", name) or name in tasks or (not directory and name not in TASKS):
             raise UserError(f"--tasks {name!r}: unknown or given twice; of {', '.join(TASKS)}, or name=DIR for a "
                             f"directory of your own with train.tsv and dev.tsv")
+        if directory and not os.path.isdir(directory):
+            raise UserError(f"--tasks {name}={directory}: not a directory (it takes one with train.tsv and dev.tsv)")
         tasks[name] = own_task(Path(directory)) if directory else TASKS[name]
     return tasks
 
 
 def own_task(directory):
-    header = read_lines(directory / "train.tsv")[0].split("\t")
-    if len(header) not in (2, 3):
-        raise UserError(f"{directory}/train.tsv, line 1: {len(header)} columns: a header of one or two columns of "
-                        f"text and the label, separated by tabs, belongs here")
-    score = header[-1].strip().lower() == "score"
-    return Task(str(directory), tuple(range(len(header) - 1)), -1, (), () if score else None,
+    path = directory / "train.tsv"
+    names = own_header(path, read_lines(path)[0])
+    *text, label = [n for n in names if not ROW_NUMBER.fullmatch(n)] or [""]
+    if len(text) not in (1, 2) or {"label", "score"} & set(text):
+        raise UserError(f"{path}, line 1: the columns are {quoted(names)}: a header of one or two columns of text and "
+                        f"then the label belongs here")
+    score = label == "score"
+    return Task(str(directory), tuple(text), label, (), () if score else None,
                 ("pearson", "spearman") if score else ("accuracy",), dict(train=None, dev=None))
+
+
+def own_header(path, line):
+    """The names of the columns, in lower case."""
+    names = [name.strip().lower() for name in line.split("\t")]
+    if len(names) == 1:
+        raise UserError(f"{path}, line 1: {one_column(line)}")
+    if numbers := [name for name in names if re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?", name)]:
+        raise UserError(f"{path}, line 1 looks like an example (it holds {numbers[-1]}): a header, such as "
+                        f"sentence<tab>label, belongs above the examples")
+    if len(set(names)) < len(names):
+        raise UserError(f"{path}, line 1: two columns have one name: {quoted(names)}")
+    return names
+
+
+def quoted(names):
+    return ", ".join(repr(name[:40]) for name in names)
+
+
+def one_column(line):
+    other = next((name for mark, name in ((",", "commas"), (";", "semicolons")) if mark in line), None)
+    return f"one column: tabs separate the columns of a TSV{f', not {other}' if other else ''}"
 
 
 # -------------------------------------------------------------------------------------------------------- reading
@@ -123,10 +149,11 @@ def own_task(directory):
 def read_lines(path):
     try:
         # not splitlines(), which also breaks at U+2028; no csv quoting, since the official files have none
-        lines = path.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file: a task's directory holds train.tsv and dev.tsv "
-                        f"(MNLI: dev_matched.tsv, dev_mismatched.tsv)") from None
+        with open(path, encoding="utf-8-sig", newline="\n") as f:
+            lines = f.read().rstrip("\n").split("\n")
+    except OSError as e:
+        hint = ": a task's directory holds train.tsv and dev.tsv (MNLI: dev_matched.tsv, dev_mismatched.tsv)"
+        raise UserError(f"{path}: {e.strerror.lower()}{hint * isinstance(e, FileNotFoundError)}") from None
     except UnicodeDecodeError as e:
         raise UserError(f"{path}: not UTF-8 (byte {e.start:,})") from None
     return [line.rstrip("\r") for line in lines]
@@ -136,7 +163,7 @@ def number(task, field):
     """The label as a number; ValueError where it is none of the task's."""
     if task.labels:
         return task.labels.index(field)
-    if task.labels is None and not field.isdecimal() or not np.isfinite(float(field)):
+    if task.labels is None and not field.isdecimal() or not abs(float(field)) < 1e38:       # what float32 holds
         raise ValueError
     return float(field) if task.labels == () else int(field)
 
@@ -148,22 +175,42 @@ def read_tsv(path, task, say=print):
     out and listed; more than 0.1% of them are refused."""
     lines = read_lines(path)
     width, sentences, labels, bad = lines[0].count("\t") + 1, [], [], []
+    text, label = task.text, task.label
+    if not task.columns:                                # one's own: by name, whatever their order in this file
+        names, wanted = own_header(path, lines[0]), (*text, label)
+        rest = [n for n in names if n not in wanted]
+        if not set(wanted) <= set(names) or not all(map(ROW_NUMBER.fullmatch, rest)):
+            raise UserError(f"{path}, line 1: the columns are {quoted(names)}, but those of train.tsv are "
+                            f"{quoted(wanted)}: give both files the same")
+        if rest:
+            say(f"{path}: left out: the column {quoted(rest)}")
+        text, label = [names.index(n) for n in text], names.index(label)
+    elif width <= max(*text, label) + (label < 0):
+        raise UserError(f"{path}, line 1: " + (one_column(lines[0]) if width == 1 else
+                        f"{width} columns: GLUE's {task.folder} has more"))
     for at, line in enumerate(lines[task.header:], 1 + task.header):
         fields = line.split("\t")
         try:
-            if len(fields) != width or width <= max(*task.text, task.label):
+            if len(fields) != width:
                 raise IndexError
-            labels.append(number(task, fields[task.label]))
-            sentences.append(tuple(fields[i] for i in task.text))
+            labels.append(number(task, fields[label]))
+            sentences.append(tuple(fields[i] for i in text))
         except IndexError:
             bad.append(f"line {at} has {len(fields)} fields, not {width}")
         except ValueError:
-            bad.append(f"line {at} has the unknown label {fields[task.label][:40]!r}")
+            bad.append(f"line {at} has the unknown label {fields[label][:40]!r}")
     listed = "; ".join(bad[:10]) + (f"; and {len(bad) - 10} more" if len(bad) > 10 else "")
     if len(bad) > 0.001 * (len(lines) - task.header):
-        raise UserError(f"{path}: {len(bad)} of {len(lines) - task.header:,} rows cannot be read: {listed}")
+        kind = (f"one of {', '.join(task.labels)}" if task.labels else "a number" if task.labels == () else
+                "a whole number, 0 for the first class; any number where the header calls the column `score`")
+        raise UserError(f"{path}: {len(bad)} of {len(lines) - task.header:,} rows cannot be read: {listed}"
+                        + f" (a label here is {kind})" * ("label" in listed))
     if bad:
         say(f"{path}: left out: {listed}")
+    for name, column in () if task.columns else zip(task.text, zip(*sentences, strict=True), strict=False):
+        if not any(c.isalpha() for sentence in column for c in sentence):
+            raise UserError(f"{path}: the column {name!r} holds no letter: is it text?  A column that is called id is "
+                            f"left out")
     return sentences, labels, len(bad)
 
 
@@ -178,7 +225,8 @@ def read_hub(name, task, file):
             "nyu-mll/glue", f"{name}/{split}-00000-of-00001.parquet", repo_type="dataset")
         table = pyarrow.parquet.read_table(parquet, columns=[*task.columns, "label"]).to_pydict()
     except ImportError:
-        raise UserError(f"{where} needs pyarrow: pip install pyarrow, or give --glue-dir") from None
+        raise UserError(f"{where} needs pyarrow: pip install pyarrow, or give --glue-dir with {task.folder}/ in "
+                        f"it") from None
     except Exception as e:      # no network, no such file, not a parquet: whatever the two libraries raise
         raise UserError(f"{where} is not to be had ({type(e).__name__}): give --glue-dir with {task.folder}/ in "
                         f"it, or leave {name} out of --tasks") from None
@@ -189,6 +237,8 @@ def read_hub(name, task, file):
 
 def read_task(name, task, glue_dir, say=print):
     """{file: (sentences, labels)}, train first; labels are whole numbers, or scores in float32."""
+    if glue_dir and not os.path.isdir(glue_dir):
+        raise UserError(f"--glue-dir {glue_dir}: no such directory")
     folder, parts = Path(glue_dir or "", task.folder), {}
     from_hub = task.columns and not (glue_dir and folder.exists())
     for file, official in task.rows.items():
@@ -200,13 +250,13 @@ def read_task(name, task, glue_dir, say=print):
         if official and not n - slack <= official <= n + bad + slack:
             raise UserError(f"{where}: {n:,} examples, but GLUE's {task.folder} has {official:,}: the file is "
                             f"cut, of another version, or without its header line")
-        parts[file] = sentences, np.array(labels, np.float32 if task.labels == () else np.int64)
+        parts[file] = sentences, labels
     if task.labels is None:
-        classes = set(parts["train"][1].tolist())
-        if len(classes) < 2 or max(classes) >= len(classes) or not set(parts["dev"][1].tolist()) <= classes:
+        classes = set(parts["train"][1])
+        if len(classes) < 2 or max(classes) >= len(classes) or not set(parts["dev"][1]) <= classes:
             raise UserError(f"{folder}: the labels of train.tsv are not 0, 1, ... without a gap, or dev.tsv has "
                             f"others (a column of scores is called `score` in the header)")
-    return parts
+    return {file: (x, np.array(y, np.float32 if task.labels == () else np.int64)) for file, (x, y) in parts.items()}
 
 
 # -------------------------------------------------------------------------------------------------------- metrics
@@ -260,15 +310,19 @@ def encode(tokenizer, sentences, max_len):
     """One (2, S) array per example: ids, [CLS] a [SEP] or [CLS] a [SEP] b [SEP], over token types, 0 or 1.
 
     What is longer than max_len loses the end of its longer sentence, or of both."""
-    tokenizer = Tokenizer.from_str(tokenizer.to_str())          # a copy: the model's own keeps its settings
-    tokenizer.post_processor = BertProcessing(*((t, tokenizer.token_to_id(t)) for t in ("[SEP]", "[CLS]")))
-    tokenizer.no_padding()
+    tokenizer = checkpoint.framed(tokenizer)
     tokenizer.enable_truncation(max_len)
     examples = []
     for at in range(0, len(sentences), 10_000):     # an Encoding takes a few kB, and MNLI has 400,000 of them
         batch = [s if len(s) == 2 else s[0] for s in sentences[at:at + 10_000]]
         examples += [np.array([e.ids, e.type_ids], np.int32) for e in tokenizer.encode_batch(batch)]
     return examples
+
+
+def cut(tokenizer, sentences, examples, max_len):
+    """How many of the examples are cut: those of max_len ids that would be longer if they could."""
+    full = [s for s, e in zip(sentences, examples, strict=True) if e.shape[1] == max_len]
+    return sum(e.shape[1] > max_len for e in encode(tokenizer, full, max_len + 1))
 
 
 def pad(examples, pad_id):
@@ -349,27 +403,36 @@ def write(file, dump):
     os.replace(part, file)
 
 
-def trial(file, settings, run):
-    """The result of one trial: from its file, or of run() now; None while another process is running it."""
+def finished(file, settings, save=False):
+    """The result of a trial that ran before, and with `save` has its classifier beside it; else None."""
     if not file.exists():
+        return None
+    try:
+        result = json.loads(file.read_text())
+        differ = [k for k in settings if settings[k] != result["settings"].get(k)]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{file} is damaged: delete it and run this again") from None
+    if differ:
+        raise UserError(f"{file} was run with another {', '.join(differ)}: give another --out, or delete it")
+    return result if not save or file.with_suffix("").is_dir() else None
+
+
+def trial(file, settings, run, save=False):
+    """The result of one trial: from its file, or of run() now; None while another process is running it."""
+    result = finished(file, settings, save)
+    if result is None:
         lock = file.with_suffix(".lock")
         with open(lock, "w") as f:
             try:
                 fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)       # the system unlocks it when its process dies
             except BlockingIOError:
                 return None
-            if not file.exists():                       # the other process may have ended between the two questions
+            result = finished(file, settings, save)     # the other process may have ended between the two questions
+            if result is None:
                 result, logits = run()
                 write(file.with_suffix(".npy"), lambda f: np.save(f, logits))
                 write(file, lambda f: f.write(json.dumps(dict(result, settings=settings), indent=1).encode()))
         lock.unlink(missing_ok=True)
-    try:
-        result = json.loads(file.read_text())
-    except ValueError:
-        raise UserError(f"{file} is damaged: delete it and run this again") from None
-    differ = [k for k in settings if settings[k] != result["settings"].get(k)]
-    if differ:
-        raise UserError(f"{file} was run with another {', '.join(differ)}: give another --out, or delete it")
     return result
 
 
@@ -377,6 +440,7 @@ class Setup(NamedTuple):
     """What the trials of one task share."""
     config: Config
     path: Path              # the model directory
+    digests: list           # of its config.json and weights
     tokenizer: Tokenizer
     device: torch.device
     name: str
@@ -403,7 +467,7 @@ def fit(setup, file, batch, lr, seed):
     seconds = time.monotonic() - began
     setup.say(f"{name} batch {batch} lr {lr:g} seed {seed}: {text} ({seconds:.0f} s, {len(losses)} steps)")
     if config.save:
-        checkpoint.save_model(file.with_suffix(""), model, setup.tokenizer, card=(
+        checkpoint.save_model(file.with_suffix(""), model, setup.tokenizer, max_len=config.max_len, card=(
             f"---\nlibrary_name: transformers\ntags: [bert, nanokd]\n---\n\n`{config.model}` fine-tuned by nanoKD "
             f"on {name} (batch {batch}, lr {lr:g}, seed {seed}): {text} on {len(dev[0][1]):,} dev examples.\n"))
     return dict(scores=scores, collapsed=collapsed, seconds=seconds), np.concatenate(logits)
@@ -415,15 +479,17 @@ def run_trials(setup, out, points):
     i, n = map(int, (config.shard or "1/1").split("/"))
     # the examples as the model sees them: another TSV, tokenizer or max_len makes another trial
     examples = hashlib.sha256(b"".join(a.tobytes() for x, y in setup.parts.values() for a in (*x, y)))
-    files = setup.path / "config.json", *checkpoint.weight_files(setup.path)
-    settings = dict(model=[checkpoint.sha256(f)[:16] for f in files], examples=examples.hexdigest()[:16],
+    settings = dict(model=setup.digests, examples=examples.hexdigest()[:16],
                     epochs=config.epochs, dropout=config.dropout, bf16=multiplies_in_bf16(setup.device))
+    trials = [(point, out / f"{setup.name}-b{point[0]}-lr{point[1]:g}-seed{point[2]}.json", at % n == i - 1)
+              for at, point in enumerate(points)]
+    again = sum(mine and file.exists() and not finished(file, settings, config.save) for _, file, mine in trials)
+    if again:
+        setup.say(f"{setup.name}: {again} finished trials kept no classifier: they run again (--save)")
     while True:
-        for at, point in enumerate(points):
-            batch, lr, seed = point
-            file = out / f"{setup.name}-b{batch}-lr{lr:g}-seed{seed}.json"
-            if not results.get(point) and (at % n == i - 1 or file.exists()):
-                results[point] = trial(file, settings, partial(fit, setup, file, *point))
+        for point, file, mine in trials:
+            if not results.get(point) and (mine or file.exists()):
+                results[point] = trial(file, settings, partial(fit, setup, file, *point), config.save and mine)
         if all(results.get(p) for p in points[i - 1::n]):
             return results if len(results) == len(points) else None
         time.sleep(1)       # another process runs it: wait, and run it here should that one die
@@ -487,6 +553,7 @@ def score(config, say=print):
         raise UserError("--seeds and --epochs must be at least 1")
     path, tasks = checkpoint.find_model(config.model), parse_tasks(config.tasks)
     model, tokenizer = checkpoint.read_config(path), checkpoint.read_tokenizer(path)
+    digests = [checkpoint.sha256(f)[:16] for f in (path / "config.json", *checkpoint.weight_files(path))]
     if not 8 <= config.max_len <= model.max_position_embeddings:
         raise UserError(f"--max-len {config.max_len}: {path} takes 8 to {model.max_position_embeddings}")
     if tokenizer.get_vocab_size() > model.vocab_size:
@@ -495,14 +562,27 @@ def score(config, say=print):
     texts = {name: read_task(name, task, config.glue_dir, say) for name, task in tasks.items()}     # all before any
     device = choose_device(config.device)
     out = Path(config.out or Path("runs/glue", config.model.strip("/.").replace("/", "_")))
-    (out / "trials").mkdir(parents=True, exist_ok=True)
+    try:
+        (out / "trials").mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"--out {out}: no directory can be made there ({e.strerror})") from None
+    if not all(os.access(folder, os.W_OK) for folder in (out, out / "trials")):
+        raise UserError(f"--out {out}: nothing can be written there")
 
     results = {}
     for name, task in tasks.items():
-        parts = {file: (encode(tokenizer, x, config.max_len), y) for file, (x, y) in texts.pop(name).items()}
-        setup = Setup(config, path, tokenizer, device, name, task, parts, say)
+        parts, truncated = {}, {}
+        for file, (x, y) in texts.pop(name).items():
+            parts[file] = encode(tokenizer, x, config.max_len), y
+            truncated[file] = cut(tokenizer, x, parts[file][0], config.max_len)
+        if any(truncated.values()):
+            say(f"{name}: longer than --max-len {config.max_len} and cut: " + ", ".join(
+                f"{n:,} of {len(parts[file][1]):,} in {file}" for file, n in truncated.items()))
+        setup = Setup(config, path, digests, tokenizer, device, name, task, parts, say)
         results[name] = score_task(setup, out / "trials")
-        if results[name] is None:
+        if results[name]:
+            results[name]["truncated"] = truncated
+        else:
             say(f"{name}: trials of other shards are missing: run this again when they are done")
     done = {name: r for name, r in results.items() if r}
     averaged = [name for name in PAPER if name in done and tasks[name] is TASKS[name]]

@@ -6,14 +6,16 @@ import warnings
 
 import pytest
 import torch
+from tokenizers import normalizers
 
 import checkpoint
 import train
 from arm import make_arm
 from cli import UserError
 from conftest import text
-from data import TokenDirectory
+from data import SPECIAL, TokenDirectory
 from model import BertConfig, BertForMaskedLM
+from prepare import wordpiece
 
 QUIET = dict(say=lambda line: None)
 SHAPES = [  # layers, width, heads, activation, how it is stored
@@ -130,6 +132,70 @@ def test_a_trained_student_opens_with_its_own_class_and_the_same_tokenizer(tiny,
         assert tokenizer.mask_token == "[MASK]" and tokenizer.model_max_length == 512
         card = (path / "README.md").read_text()
         assert strategy in card and "--budget-steps 2" in card and "512 tokens" in card
+
+
+def sentence_encoder(path, corpus, head):
+    """Saves a model; ([the last hidden state of each of 40 sentences, by itself], the sentences)."""
+    torch.manual_seed(0)
+    ours = BertForMaskedLM(BertConfig.of_size("2L32", 2, vocab_size=300)).eval()
+    for p in ours.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    tokenizer, sentences = TokenDirectory(corpus).read_tokenizer(), " ".join(text(20, seed=9)).split(".")[:40]
+    checkpoint.save_model(path, ours, tokenizer, head)
+    with torch.no_grad():
+        ids = [torch.tensor([tokenizer.encode(s).ids]) for s in sentences]
+        return [ours(x, want=("hidden",))["hidden"][0] for x in ids], sentences
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_an_encoder_gives_the_same_hidden_states_in_transformers(corpus, tmp_path, head):
+    transformers = pytest.importorskip("transformers")
+    ours, sentences = sentence_encoder(tmp_path / "m", corpus, head)
+    batch = transformers.AutoTokenizer.from_pretrained(tmp_path / "m")(sentences, padding=True, return_tensors="pt")
+    assert set(batch) == {"input_ids", "token_type_ids", "attention_mask"}
+    with torch.no_grad():
+        theirs = transformers.AutoModel.from_pretrained(tmp_path / "m").eval()(**batch).last_hidden_state
+    assert all((a - b[:len(a)]).abs().max() < 1e-4 for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_an_encoder_gives_the_same_means_in_sentence_transformers(corpus, tmp_path, head):
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    ours, sentences = sentence_encoder(tmp_path / "m", corpus, head)
+    theirs = sentence_transformers.SentenceTransformer(str(tmp_path / "m"), device="cpu").encode(sentences)
+    difference = max((a.mean(0) - torch.from_numpy(b)).abs().max() for a, b in zip(ours, theirs, strict=True))
+    print(f"largest difference {difference:.1e} of values up to {abs(theirs).max():.2f}")
+    assert difference < 1e-4
+
+
+@pytest.mark.parametrize("settings", [
+    dict(lowercase=True), dict(lowercase=False), dict(lowercase=True, strip_accents=False),
+    dict(lowercase=False, strip_accents=True), dict(lowercase=True, handle_chinese_chars=False)])
+def test_casing_and_accents_are_the_same_in_transformers(corpus, tmp_path, settings):
+    """With AutoTokenizer, which takes tokenizer.json, and with BertTokenizer, which goes by tokenizer_config.json."""
+    transformers = pytest.importorskip("transformers")
+    vocab = {token: i for i, token in enumerate([*SPECIAL, *"aehoué東京中", *(f"##{c}" for c in "aehoué東京中ABH")])}
+    tokenizer = wordpiece(vocab | {"H": len(vocab), "É": len(vocab) + 1})
+    tokenizer.normalizer = normalizers.BertNormalizer(**settings)
+    tokenizer.enable_truncation(4)                      # as sentence encoders are published
+    ours = BertForMaskedLM(BertConfig.of_size("1L32", 2, vocab_size=len(vocab) + 2))
+    checkpoint.save_model(tmp_path / "m", ours, tokenizer)
+    tokenizer.no_truncation()
+    sentences = ["Hé hé he HA", "東京中 東hé", "É e é E", "a [MASK] h"]
+    for kind in (transformers.AutoTokenizer, transformers.BertTokenizer):
+        theirs = kind.from_pretrained(tmp_path / "m")(sentences)
+        assert theirs["input_ids"] == [tokenizer.encode(s).ids for s in sentences], kind
+    again = checkpoint.read_tokenizer(tmp_path / "m")
+    assert [again.encode(s).ids for s in sentences] == theirs["input_ids"]
+
+
+def test_the_casing_of_tokenizer_config_is_that_of_the_model(teacher, tmp_path):
+    """Where it differs from tokenizer.json, as in some cased models on the Hub, it is what transformers goes by."""
+    shutil.copytree(teacher, tmp_path / "m")
+    settings = dict(tokenizer_class="BertTokenizer", do_lower_case=False)
+    (tmp_path / "m/tokenizer_config.json").write_text(json.dumps(settings))
+    assert checkpoint.read_tokenizer(tmp_path / "m").normalizer.normalize_str("Ab") == "Ab"
+    assert checkpoint.read_tokenizer(teacher).normalizer.normalize_str("Ab") == "ab"
 
 
 def test_a_fine_tuned_classifier_opens_as_one(corpus, teacher, tmp_path):
@@ -265,7 +331,11 @@ def edit(path, **changes):
     (dict(hidden_act="silu"), "gelu, gelu_new, relu"), (dict(position_embedding_type="relative_key"), "absolute"),
     (dict(num_hidden_layers=1), "the weights hold more"), (dict(num_hidden_layers=3), "tensors are missing"),
     (dict(hidden_size=64), r"config.json makes it \("), (dict(vocab_size=50), "config.json makes it"),
-    (dict(num_attention_heads=5), "not a multiple of 5")])
+    (dict(num_attention_heads=5), "not a multiple of 5"), (dict(hidden_size="wide"), "hidden_size is 'wide'"),
+    (dict(vocab_size=True), "vocab_size is True"), (dict(layer_norm_eps=None), "layer_norm_eps is None"),
+    (dict(hidden_dropout_prob=1.5), "hidden_dropout_prob is 1.5: a number from 0 to 1"),
+    (dict(num_hidden_layers=0), "num_hidden_layers is 0: a whole number from 1"),
+    (dict(pad_token_id=120), "pad_token_id is 120, beyond")])
 def test_a_config_that_does_not_match_is_refused(tmp_path, changes, message):
     store(theirs(), tmp_path, "safetensors")
     edit(tmp_path, **changes)

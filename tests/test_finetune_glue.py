@@ -1,7 +1,9 @@
-"""Reading, scoring, batching and fine-tuning labelled tasks; trials that survive a kill."""
+"""Reading, scoring, batching and fine-tuning labelled tasks; trials that survive a kill; what is saved."""
+import builtins
 import dataclasses
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -184,11 +186,74 @@ def test_ones_own_task_has_one_or_two_sentences_and_a_class_or_a_score(tmp_path)
     (["a\t0", "b\t99999999999"], ["a\t0"], "sentence\tlabel", "without a gap"),
     (["a\t0", "b\t1"], ["a\t2"], "sentence\tlabel", "dev.tsv has others"),
     (["a\t0", "b\t1"], [], "sentence\tlabel", "dev.tsv: no examples"),
-    (["a\t0"], ["a\t0"], "just one column", "1 columns"),
-    (["a\tinf"], ["a\t0"], "sentence\tscore", "label 'inf'")])
+    (["a\t0"], ["a\t0"], "just one column", "one column: tabs separate"),
+    (["a\tinf"], ["a\t0"], "sentence\tscore", "label 'inf'"),
+    (["a\t1e39"], ["a\t0"], "sentence\tscore", "label '1e39' .a label here is a number"),
+    (["a\t0", "b\t" + "9" * 20], ["a\t0"], "sentence\tlabel", "without a gap"),
+    (["a\tgood", "b\tbad"], ["a\tgood"], "sentence\tlabel", "label 'good'.* .a label here is a whole number, 0 for"),
+    (["a,0", "b,1"], ["a,0"], "sentence,label", "line 1: one column: tabs separate the columns of a TSV, not commas"),
+    (["b\t1"], ["a\t0"], "a\t0", r"line 1 looks like an example \(it holds 0\): a header"),
+    (["b\tc\t3.75"], ["a\tc\t0"], "a\tb\t-1.5", r"line 1 looks like an example \(it holds -1.5\): a header"),
+    (["1\tb"], ["0\ta"], "0\ta", r"line 1 looks like an example \(it holds 0\): a header"),
+    (["0\tb"], ["1\ta"], "label\tsentence", "the columns are 'label', 'sentence': .* and then the label"),
+    (["a\tb\tc\t0"], ["a\tb\tc\t0"], "a\tb\tc\tlabel", "'a', 'b', 'c', 'label': a header of one or two columns"),
+    (["a\tb\t0"], ["a\tb\t0"], "text\tText\tlabel", "two columns have one name: 'text', 'text', 'label'"),
+    (["7\ta\t0", "8\tb\t1"], ["7\ta\t0"], "nr\ttext\tlabel", "the column 'nr' holds no letter: is it text")])
 def test_what_is_wrong_with_ones_own_task_is_named(train, dev, header, message, tmp_path):
     with pytest.raises(UserError, match=message):
         read_own(own(tmp_path / "t", (train, dev), header))
+
+
+def test_columns_are_matched_by_their_names(tmp_path):
+    path, said = own(tmp_path / "t", (["1\tx\ty\t0", "2\ty\tz\t1"], []), "ID\tFirst\tsecond\tlabel"), []
+    (path / "dev.tsv").write_text("label\tsecond\tguid\tfirst\n1\tb\tg1\ta\n", encoding="utf-8")
+    parts = ft.read_task("own", ft.own_task(path), None, said.append)
+    assert parts["train"][0] == [("x", "y"), ("y", "z")] and parts["dev"][0] == [("a", "b")]
+    assert parts["train"][1].tolist() == [0, 1] and parts["dev"][1].tolist() == [1]
+    assert said == [f"{path}/train.tsv: left out: the column 'id'", f"{path}/dev.tsv: left out: the column 'guid'"]
+    for header in ("first\tlabel", "first\tthird\tlabel", "first\tsecond\tgold", "first\tsecond\tlabel\tsource"):
+        row = "\t".join(["a"] * header.count("\t") + ["0"])
+        (path / "dev.tsv").write_text(f"{header}\n{row}\n", encoding="utf-8")
+        with pytest.raises(UserError) as e:
+            read_own(path)
+        assert str(e.value) == (f"{path}/dev.tsv, line 1: the columns are {ft.quoted(header.split(chr(9)))}, but those "
+                                f"of train.tsv are 'first', 'second', 'label': give both files the same")
+
+
+@pytest.mark.parametrize("name", ["id", "IDX", "index", "guid", "uuid", "#1 ID", "sentence_id", "Unnamed: 0", ""])
+def test_what_numbers_the_rows_is_no_sentence(name, tmp_path):
+    path = own(tmp_path / "t", (["7\tx\t0", "8\ty\t1"], ["9\tz\t1"]), f"{name}\ttext\tlabel")
+    assert read_own(path)["train"][0] == [("x",), ("y",)]
+    for other in ("valid", "indexed", "idea"):
+        own(path, (["a\tx\t0", "b\ty\t1"], ["c\tz\t1"]), f"{other}\ttext\tlabel")
+        assert read_own(path)["train"][0] == [("a", "x"), ("b", "y")]
+
+
+@pytest.mark.parametrize("name, line, message", [
+    ("rte", ROWS["rte"][1].format(1), "the unknown label '1' (a label here is one of entailment, not_entailment)"),
+    ("mrpc", ROWS["mrpc"][1].format("yes"), "the unknown label 'yes' (a label here is one of 0, 1)"),
+    ("stsb", ROWS["stsb"][1].format("high"), "the unknown label 'high' (a label here is a number)"),
+    ("rte", "0\tA sentence\t1", "3 fields, not 4")])
+def test_an_official_task_names_the_labels_that_it_wants(name, line, message, tmp_path):
+    (tmp_path / "t.tsv").write_text(f"{ROWS[name][0]}\n{line}\n", encoding="utf-8")
+    with pytest.raises(UserError) as e:
+        ft.read_tsv(tmp_path / "t.tsv", ft.TASKS[name])
+    assert str(e.value) == f"{tmp_path}/t.tsv: 1 of 1 rows cannot be read: line 2 has {message}"
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_file_of_another_kind_is_refused_by_its_first_line(name, tmp_path):
+    lines = tsv(tmp_path / "t.tsv", name, 3)
+    for mark, message in ((",", "one column: tabs separate the columns of a TSV, not commas"),
+                          (";", "one column: tabs separate the columns of a TSV, not semicolons")):
+        (tmp_path / "t.tsv").write_text("\n".join(line.replace("\t", mark) for line in lines), encoding="utf-8")
+        with pytest.raises(UserError, match=f"line 1: {message}"):
+            ft.read_tsv(tmp_path / "t.tsv", ft.TASKS[name])
+    task = ft.TASKS[name]
+    few = max(*task.text, task.label) + (task.label < 0)        # one column less than are needed
+    (tmp_path / "t.tsv").write_text("\n".join("\t".join(line.split("\t")[:few]) for line in lines), encoding="utf-8")
+    with pytest.raises(UserError, match="one column" if few == 1 else f"{few} columns: GLUE's {task.folder} has more"):
+        ft.read_tsv(tmp_path / "t.tsv", task)
 
 
 def test_a_missing_or_binary_file_is_named(tmp_path):
@@ -379,10 +444,44 @@ def test_the_grid_runs_on_one_seed_and_the_best_point_on_fresh_ones(teacher, tas
             ft.score(dataclasses.replace(config, **{} if change == "examples" else {change: value}), said.append)
 
 
+def test_save_after_a_finished_run_saves(teacher, task):
+    """What lacks its classifier runs again, to the same scores; what has one does not, nor another shard's trial."""
+    config, said = config_of(teacher, task, batch_sizes="8"), []
+    first, trials = ft.score(config, said.append), task.parent / "out/trials"
+    stamps = {f.name: f.stat().st_mtime_ns for f in trials.glob("*.json")}
+    assert len(stamps) == 4 and not any(f.is_dir() for f in trials.iterdir())
+    ft.score(dataclasses.replace(config, save=True, shard="2/2"), said.append)
+    assert len([f for f in trials.iterdir() if f.is_dir()]) == 2        # the second of the grid and the second seed
+    del said[:]
+    again = ft.score(dataclasses.replace(config, save=True), said.append)
+    assert again == first and len(said) == 4
+    assert said[0] == said[2] == "own: 1 finished trials kept no classifier: they run again (--save)"
+    assert {f.name for f in trials.iterdir() if f.is_dir()} == {name.removesuffix(".json") for name in stamps}
+    del said[:]
+    assert ft.score(dataclasses.replace(config, save=True), said.append) == first and said == []
+    with pytest.raises(UserError, match="was run with another epochs"):         # before anything is overwritten
+        ft.score(dataclasses.replace(config, save=True, epochs=2), said.append)
+
+
+def test_what_is_cut_is_counted(teacher, task, capsys):
+    word = read_own(task)["train"][0][0][0].split()[:1]                 # one of the vocabulary
+    rows = [f"{' '.join(word * n)}\t{n % 2}" for n in (1, 5, 6, 7, 8, 20)]
+    own(task, (rows, rows[:4]))
+    result = ft.score(config_of(teacher, task, batch_sizes="8", peak_lrs="1e-3", max_len=8))
+    assert result["tasks"]["own"]["truncated"] == dict(train=3, dev=1)
+    assert "own: longer than --max-len 8 and cut: 3 of 6 in train, 1 of 4 in dev" in capsys.readouterr().out
+    assert json.loads((task.parent / "out/glue.json").read_text())["tasks"] == result["tasks"]
+    tokenizer = checkpoint.read_tokenizer(teacher)
+    for pair, cut in (((1, 4), 0), ((1, 5), 1), ((5, 1), 1), ((9, 9), 1), ((3, 2), 0)):
+        x = [tuple(" ".join(word * n) for n in pair)]
+        assert ft.cut(tokenizer, x, ft.encode(tokenizer, x, 8), 8) == cut
+
+
 def test_a_damaged_trial_is_named(tmp_path):
-    (tmp_path / "t.json").write_text('{"scores"')
-    with pytest.raises(UserError, match="t.json is damaged: delete it"):
-        ft.trial(tmp_path / "t.json", {}, None)
+    for text in ('{"scores"', "[]", '{"scores": {}}'):
+        (tmp_path / "t.json").write_text(text)
+        with pytest.raises(UserError, match="t.json is damaged: delete it"):
+            ft.trial(tmp_path / "t.json", dict(epochs=1), None)
 
 
 def test_shards_split_the_grid_and_then_the_seeds(teacher, task):
@@ -426,14 +525,85 @@ def test_a_killed_grid_goes_on_and_two_processes_share_it(teacher, task):
     assert out[0][1] == out[1][1] == ft.line("own", whole["tasks"]["own"]) + "\n"
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(tasks="cola,magic"), "magic"), (dict(tasks="rte,rte"), "twice"), (dict(batch_sizes="16,x"), "16,x"),
-    (dict(peak_lrs="0"), "above 0"), (dict(shard="3/2"), "3/2"), (dict(seeds=0), "--seeds"),
-    (dict(max_len=4000), "--max-len 4000")])
-def test_wrong_arguments_are_refused_before_anything_runs(change, message, teacher, task):
-    with pytest.raises(UserError, match=message):
-        ft.score(config_of(teacher, task, **change))
-    assert not (task.parent / "out").exists()
+def spoiled_config(model, **changes):
+    raw = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(raw | changes))
+
+
+# (what is done to a copy of the model `m` and of the task `t`, what is asked for, the line that it is answered with)
+WRONG = [
+    (None, dict(tasks="cola,magic"), "--tasks 'magic': unknown or given twice; of cola, sst2, mrpc, stsb, qqp, mnli, "
+     "qnli, rte, wnli, or name=DIR for a directory of your own with train.tsv and dev.tsv"),
+    (None, dict(tasks="rte,rte"), "--tasks 'rte': unknown or given twice; of cola, sst2, mrpc, stsb, qqp, mnli, qnli, "
+     "rte, wnli, or name=DIR for a directory of your own with train.tsv and dev.tsv"),
+    (None, dict(tasks="own=t/train.tsv"), "--tasks own=t/train.tsv: not a directory (it takes one with train.tsv and "
+     "dev.tsv)"),
+    (None, dict(tasks="own=none"), "--tasks own=none: not a directory (it takes one with train.tsv and dev.tsv)"),
+    (None, dict(tasks="own=m"), "m/train.tsv: no such file or directory: a task's directory holds train.tsv and "
+     "dev.tsv (MNLI: dev_matched.tsv, dev_mismatched.tsv)"),
+    (None, dict(tasks="rte", glue_dir="none"), "--glue-dir none: no such directory"),
+    (None, dict(tasks="rte", glue_dir="t/dev.tsv"), "--glue-dir t/dev.tsv: no such directory"),
+    (None, dict(out="t/dev.tsv"), "--out t/dev.tsv: no directory can be made there (Not a directory)"),
+    (None, dict(out="t/dev.tsv/out"), "--out t/dev.tsv/out: no directory can be made there (Not a directory)"),
+    (None, dict(model="m/config.json"), "m/config.json cannot be read as a model directory: m/config.json: Not a "
+     "directory"),
+    (None, dict(model="none/of/them"), "none/of/them is neither a model directory nor a Hub id (no such directory)"),
+    (None, dict(model="t"), "t is not a model directory (no config.json)"),
+    (lambda m, t: (m / "tokenizer.json").write_text('{"version": "1.0", "trunc'), {}, "m/tokenizer.json is not the "
+     "vocabulary of a BERT, or is damaged (neither a vocabulary on this disk nor one on the Hub (EOF while parsing a "
+     "string at line 1 column 25))"),
+    (lambda m, t: (m / "config.json").write_text("[1, 2]"), {}, "m/config.json is not a JSON object (cannot "
+     "convert dictionary update sequence element #0 to a sequence)"),
+    (lambda m, t: spoiled_config(m, hidden_size="wide"), {},
+     "m/config.json: hidden_size is 'wide': a whole number from 1 belongs there"),
+    (lambda m, t: spoiled_config(m, num_attention_heads=0), {},
+     "m/config.json: num_attention_heads is 0: a whole number from 1 belongs there"),
+    (lambda m, t: spoiled_config(m, layer_norm_eps="tiny"), {},
+     "m/config.json: layer_norm_eps is 'tiny': a number from 0 to 1 belongs there"),
+    (lambda m, t: spoiled_config(m, pad_token_id=300), {},
+     "m/config.json: pad_token_id is 300, beyond a vocab_size of 300"),
+    (lambda m, t: next(m.glob("model.s*")).rename(m / "model.safetensors.index.json"), {},
+     "m/model.safetensors.index.json is damaged: it names no files of weights"),
+    (None, dict(batch_sizes="16,x"), "16,x"), (None, dict(peak_lrs="0"), "--peak-lrs"),
+    (None, dict(shard="3/2"), "--shard 3/2: i/n with i from 1 to n, such as 1/2, belongs here"),
+    (None, dict(seeds=0), "--seeds"), (None, dict(max_len=4000), "--max-len 4000: m takes 8 to 512")]
+
+
+@pytest.mark.parametrize("spoil, change, line", WRONG, ids=[str(i) for i in range(len(WRONG))])
+def test_wrong_inputs_are_refused_in_one_line_before_anything_runs(spoil, change, line, teacher, task, monkeypatch):
+    monkeypatch.chdir(task.parent)
+    shutil.copytree(teacher, "m")
+    task.rename("t")
+    if spoil:
+        spoil(Path("m"), Path("t"))
+    with pytest.raises(UserError) as e:
+        ft.score(config_of("m", Path("t"), **(dict(tasks="own=t", out="out") | change)))
+    assert str(e.value) == line if " " in line else line in str(e.value)
+    assert "\n" not in str(e.value) and not Path("out").exists()
+
+
+@pytest.mark.parametrize("file", ["m/SHA256SUMS", "m/tokenizer.json", "m/config.json", "t/train.tsv", "t/dev.tsv"])
+def test_what_may_not_be_read_is_not_called_damaged(file, teacher, task, monkeypatch):
+    monkeypatch.chdir(task.parent)
+    shutil.copytree(teacher, "m")
+    task.rename("t")
+    opened = open
+
+    def guarded(path, *args, **kwargs):
+        if str(path) == file:
+            raise PermissionError(13, "Permission denied", file)
+        return opened(path, *args, **kwargs)
+    monkeypatch.setattr(builtins, "open", guarded)
+    with pytest.raises(UserError) as e:
+        ft.score(config_of("m", Path("t"), tasks="own=t", out="out"))
+    assert str(e.value) == (f"m cannot be read as a model directory: {file}: Permission denied" if file[0] == "m" else
+                            f"{file}: permission denied")
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_first_trial(teacher, task, monkeypatch):
+    monkeypatch.setattr(ft.os, "access", lambda path, mode: False)
+    with pytest.raises(UserError, match="--out .*/out: nothing can be written there"):
+        ft.score(config_of(teacher, task))
 
 
 @pytest.mark.parametrize("names, average, without", [
@@ -450,6 +620,85 @@ def test_the_average_names_its_tasks(names, average, without, teacher, tmp_path,
     *lines, last = capsys.readouterr().out.strip().splitlines()
     assert average in last and without in last and len(lines) == names.count(",") + 1
     assert all(line.endswith("COLLAPSED") == line.startswith("cola") for line in lines)
+
+
+# --------------------------------------------------------------------------------------------------- transformers
+
+def their_logits(path, sentences):
+    """What a user of transformers gets from the directory, padded and cut by its own tokenizer."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(path).eval()
+    with torch.no_grad():
+        return np.concatenate([
+            model(**tokenizer(*map(list, zip(*sentences[at:at + 64], strict=True)), padding=True, truncation=True,
+                              return_tensors="pt")).logits.numpy() for at in range(0, len(sentences), 64)])
+
+
+def assert_same_in_transformers(kept, sentences):
+    ours, theirs = np.load(f"{kept}.npy"), their_logits(kept, sentences)
+    print(f"{len(ours)} examples, {(ours.argmax(-1) != theirs.argmax(-1)).sum()} labels differ, logits by at most "
+          f"{np.abs(ours - theirs).max():.1e}; they go from {ours.min():.2f} to {ours.max():.2f}")
+    assert ours.shape == theirs.shape and np.abs(ours - theirs).max() < 1e-5
+    assert (ours.argmax(-1) == theirs.argmax(-1)).all()
+
+
+def drawn(path, size, tokenizer, num_labels):
+    """A model directory with weights so large that token types, positions and all else tell in the logits."""
+    from model import BertConfig, BertForSequenceClassification
+    torch.manual_seed(0)
+    config = BertConfig.of_size(size, 2, vocab_size=tokenizer.get_vocab_size())
+    model = BertForSequenceClassification(config, num_labels)
+    for p in model.parameters():
+        if p.ndim > 1:
+            torch.nn.init.normal_(p, std=0.2)
+    checkpoint.save_model(path, model, tokenizer)
+    return path
+
+
+@pytest.mark.parametrize("header", ["a\tb\tlabel", "a\tb\tscore", "a\tlabel"])
+def test_a_saved_classifier_says_the_same_in_transformers(header, teacher, task, tmp_path):
+    rng, tokenizer = np.random.default_rng(0), checkpoint.read_tokenizer(teacher)
+    tokenizer.post_processor = None                     # as some tokenizer.json on the Hub are
+    words, sentences = [t for t in tokenizer.get_vocab() if t.isalpha()], header.count("\t")
+    rows = ["\t".join([" ".join(rng.choice(words, rng.integers(1, 20))) for _ in range(sentences)] + [str(i % 2)])
+            for i in range(200)]
+    own(task, (rows[:40], rows[40:]), header)
+    model = drawn(tmp_path / "m", "2L32", tokenizer, 1 + header.endswith("label"))
+    config = config_of(model, task, batch_sizes="8", peak_lrs="1e-3", seeds=1, save=True, quick=True)
+    ft.score(config, say=lambda line: None)
+    kept, x = tmp_path / "out/trials/own-b32-lr5e-05-seed0", read_own(task)["dev"][0]
+    assert_same_in_transformers(kept, x)
+
+    transformers = pytest.importorskip("transformers")
+    assert max(len(e) for e in transformers.AutoTokenizer.from_pretrained(kept)(
+        *map(list, zip(*x, strict=True)), truncation=True)["input_ids"]) == config.max_len
+    if header.endswith("score"):                        # a pipeline must not make a probability of it
+        pair = dict(text=x[0][0], text_pair=x[0][1])
+        found = transformers.pipeline("text-classification", str(kept), device="cpu")(pair)
+        assert found["score"] == pytest.approx(np.load(f"{kept}.npy")[0, 0], abs=1e-5)
+    elif sentences == 2:                                # without token types it would be another
+        raw = json.loads((kept / "tokenizer_config.json").read_text())
+        raw["model_input_names"].remove("token_type_ids")
+        (kept / "tokenizer_config.json").write_text(json.dumps(raw))
+        assert np.abs(their_logits(kept, x) - np.load(f"{kept}.npy")).max() > 0.1
+
+
+@pytest.mark.parametrize("name", ["mrpc", "rte", "stsb"])
+def test_a_dev_set_is_classified_the_same_in_transformers(name, real_data, tmp_path):
+    """All of it, by a classifier of a few steps on all token types and lengths."""
+    from prepare import load_tokenizer
+    tokenizer = load_tokenizer(str(real_data / "vocab/bert-base-uncased-vocab.txt"))
+    path = drawn(tmp_path / "m", "2L32", tokenizer, len(ft.TASKS[name].labels) or 1)
+    (x, y), (dev, labels) = ft.read_task(name, ft.TASKS[name], real_data / "glue").values()
+    some = [*(order := np.argsort(y, kind="stable"))[:160], *order[-160:]]              # of both classes
+    parts = dict(train=(ft.encode(tokenizer, [x[i] for i in some], 128), y[some]),
+                 dev=(ft.encode(tokenizer, dev, 128), labels))
+    setup = ft.Setup(ft.Config(str(path), epochs=1, save=True), path, [], checkpoint.read_tokenizer(path),
+                     torch.device("cpu"), name, ft.TASKS[name], parts, lambda line: None)
+    np.save(tmp_path / "c.npy", ft.fit(setup, tmp_path / "c.json", 32, 1e-3, 0)[1])
+    assert_same_in_transformers(tmp_path / "c", dev)
+    assert name == "stsb" or len(set(np.load(tmp_path / "c.npy").argmax(-1))) == 2      # else equality says little
 
 
 # ---------------------------------------------------------------------------------------------------------- speed
