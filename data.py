@@ -133,10 +133,6 @@ class Blocks:
     def __init__(self, directory, split, seq_len, seed, unique_tokens=None, static_masks=False):
         self.tokens, self.seq_len, self.seed = directory.split(split), seq_len, seed
         self.static_masks = static_masks
-        if seq_len < 4:
-            raise UserError(f"--seq-len {seq_len}: at least 4, for [CLS], [SEP] and two ids of which one is masked")
-        if not 0 <= seed < 2 ** 63:
-            raise UserError(f"--seed {seed}: 0 or a larger whole number")
         if unique_tokens is not None:
             if not seq_len <= unique_tokens <= len(self.tokens):
                 raise UserError(f"--unique-tokens {unique_tokens}: {directory.path}/{split}.bin has "
