@@ -303,6 +303,11 @@ STRATEGIES = {
                          same_heads=True),
     "minilm": Strategy({"attn": ATTN_KL, "value": VALUE_KL}, same_heads=True),
     "minilmv2": Strategy(RELATIONS),
+    # TinyBERT's own, of which 2404.19319 takes the last layer alone: arXiv 1909.10351, eq. 6 to 11, one W_h for all
+    "tinybert_layers": Strategy({
+        "embd": EMBD, "attn": attention_scores_term("sum over layers", uniform), "hidn": HIDN._replace(
+            about="hidden states, sum over layers; mean over positions and D", layers=uniform)}, same_heads=True),
+    "minilmv2_mlm": Strategy({"mlm": MLM, **RELATIONS}),
 }
 
 # For science only: what the paper's released code computes under the same names, where that is not what its text says

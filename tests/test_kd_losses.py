@@ -326,7 +326,8 @@ def test_gradient_reaches_what_a_strategy_asks_for_and_no_teacher(name, strategy
 @pytest.mark.parametrize("name, expected", [
     ("no_kd", {"mlm": 1}), ("vanilla_kd", {"mlm": 1, "soft_ce": 1}),
     ("distilbert", {"soft_kl": 5, "mlm": 2, "cosine": 1}), ("tinybert", {"embd": 1, "attn": 1, "hidn": 1}),
-    ("minilm", {"attn": 1, "value": 1}), ("minilmv2", {"qq": 1, "kk": 1, "vv": 1})])
+    ("minilm", {"attn": 1, "value": 1}), ("minilmv2", {"qq": 1, "kk": 1, "vv": 1}),
+    ("tinybert_layers", {"embd": 1, "attn": 1, "hidn": 1}), ("minilmv2_mlm", {"mlm": 1, "qq": 1, "kk": 1, "vv": 1})])
 def test_the_terms_and_weights_of_each_strategy(name, expected):
     assert {n: term.weight for n, term in kd.STRATEGIES[name].terms.items()} == expected
 
@@ -338,8 +339,9 @@ def test_a_strategy_computes_its_formula_from_the_outputs():
     s, t, labels = side(12, every), side(12, every), torch.randint(0, V, (M,))
     for outputs, last in (s, 1), (t, 3):
         outputs |= {(kind, -1): outputs[kind, last] for kind in ("qkv", "hidden")}
-    (q, k, v), (q0, k0, _), h = s["qkv", 1], s["qkv", 0], s["hidden", 1]
-    (qt, kt, vt), (q0t, k0t, _), ht = t["qkv", 3], t["qkv", 0], t["hidden", 3]
+    (q, k, v), (q0, k0, _), h, h0 = s["qkv", 1], s["qkv", 0], s["hidden", 1], s["hidden", 0]
+    (qt, kt, vt), (q0t, k0t, _), ht, (q1t, k1t, _), h1t = (
+        t["qkv", 3], t["qkv", 0], t["hidden", 3], t["qkv", 1], t["hidden", 1])
     flat = partial(torch.Tensor.transpose, dim0=1, dim1=2)
     relations = [kd.relation_kl(flat(a).flatten(2), flat(b).flatten(2), 3) for a, b in ((q, qt), (k, kt), (v, vt))]
     mlm, soft = kd.masked_lm_loss(s["logits"], labels), kd.soft_cross_entropy(s["logits"], t["logits"], 1.0)
@@ -349,7 +351,9 @@ def test_a_strategy_computes_its_formula_from_the_outputs():
         "no_kd": mlm, "vanilla_kd": mlm + soft, "vanilla_kd as released": mlm + soft / V,
         "distilbert": 5 * kd.soft_kl(s["logits"], t["logits"], 2.0) + 2 * mlm + cosine,
         "tinybert": tinybert, "tinybert as released": kd.attention_mse(q0, k0, q0t, k0t) + attention + hidden,
+        "tinybert_layers": tinybert + kd.attention_mse(q0, k0, q1t, k1t) + kd.hidden_mse(h0, h1t),
         "minilm": kd.attention_kl(q, k, qt, kt) + kd.value_relation_kl(v, vt),
+        "minilmv2_mlm": mlm + sum(relations),
         **dict.fromkeys(("minilmv2", "minilm as released", "minilmv2 as released"), sum(relations))}
     assert set(by_hand) == {name for name, _ in EVERY}
     for name, strategy in EVERY:
@@ -377,7 +381,9 @@ def test_layer_maps_meet_at_the_last_layer_and_count_evenly():
 
 def test_between_two_depths_every_pair_is_a_pair_of_numbers_and_says_so():
     of = {name: strategy.between(2, 4) for name, strategy in EVERY}
-    assert of["tinybert"].want("teacher") == ("embedding", ("qkv", -1), ("hidden", -1))
+    assert of["tinybert_layers"].want("teacher") == ("embedding", ("qkv", 1), ("qkv", 3), ("hidden", 1), ("hidden", 3))
+    assert of["tinybert_layers"].want("student") == ("embedding", ("qkv", 0), ("qkv", 1), ("hidden", 0), ("hidden", 1))
+    assert of["tinybert_layers"].terms["hidn"].about.endswith("layers 1-2 2-4")
     # --teacher-layer: whose q, k, v the student's last layer is compared with, and nothing else
     moved = {name: strategy.between(2, 24, teacher_layer=3).want("teacher") for name, strategy in EVERY}
     assert moved["tinybert"] == ("embedding", ("qkv", 3), ("hidden", -1)) and moved["minilmv2"] == (("qkv", 3),)
