@@ -72,6 +72,9 @@ class Arm:
             self.relation_heads = student_c.num_attention_heads
         self.proj = projections(self.strategy, student_c.hidden_size, teacher_c.hidden_size).to(self.device)
 
+        student.train(self.strategy.dropout).requires_grad_(not self.strategy.train_layers)
+        for layer in self.strategy.train_layers:
+            student.bert.encoder["layer"][layer].requires_grad_()
         if teacher:
             # bf16 weights, not autocast: the teacher is never updated, so there is no need to cast at each step.
             # The released code leaves the teacher's dropout on.
@@ -192,7 +195,7 @@ class Arm:
                 terms = {"mlm": torch.nn.functional.cross_entropy(logits.float(), labels)}
             for name, value in terms.items():
                 means.setdefault(name, []).append(value.item())
-        self.student.train()
+        self.student.train(self.strategy.dropout)
         if self.teacher:
             self.teacher.train(teacher_was)
         return {name: float(np.mean(values)) for name, values in means.items()}

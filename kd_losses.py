@@ -98,6 +98,16 @@ def embedding_mse(e_s, e_t, proj=None, real=None):
 
 
 @at_least_fp32
+def feature_map_transfer(h_s, h_t, proj=None, real=None):
+    """MobileBERT's feature map transfer (Sun 2020, arXiv 2004.02984, "Training Objectives"): MSE(LN0(h_s W), LN0(h_t)),
+    LN0 = LayerNorm without gain and bias.
+
+    h_s (B, S, D_s), h_t (B, S, D_t); W = `proj`, None for equal widths.  Averaged over the real positions and D_t."""
+    normal = (F.layer_norm(h, h.shape[-1:], eps=1e-12) for h in (h_s if proj is None else proj(h_s), h_t))
+    return hidden_mse(*normal, real=real)
+
+
+@at_least_fp32
 def cosine_loss(h_s, h_t, real=None):
     """DistilBERT's L_cos (arXiv 1910.01108, section 3): mean over real positions of 1 - cos(h_s, h_t).
 
@@ -171,7 +181,7 @@ LOGITS = {"logits", "all_logits"}
 
 
 def uniform(depth_s, depth_t):
-    """TinyBERT's map: every layer l of the student with layer l * L_t / L_s of the teacher, counted
+    """TinyBERT's and MobileBERT's map: every layer l of the student with layer l * L_t / L_s of the teacher, counted
     from 1 and rounded up, so that the last meets the last."""
     return tuple((i, math.ceil((i + 1) * depth_t / depth_s) - 1) for i in range(depth_s))
 
@@ -202,6 +212,8 @@ class Strategy(NamedTuple):
     init: str = "random"        # or "teacher": every so-many-th layer of it
     same_heads: bool = False    # compares attention head by head
     same_width: bool = False    # compares hidden states without a projection
+    train_layers: tuple = ()    # of the student, from 0: they train and nothing else does; () for everything
+    dropout: bool = True        # whether the student's is on
     as_released: bool = False   # what the paper's released code computes, not what its text says
 
     def needs(self, side):
@@ -309,6 +321,19 @@ STRATEGIES = {
             about="hidden states, sum over layers; mean over positions and D", layers=uniform)}, same_heads=True),
     "minilmv2_mlm": Strategy({"mlm": MLM, **RELATIONS}),
 }
+
+
+def mobilebert_stage(layer):
+    """MobileBERT's transfer to one layer of the student, from 0, which alone trains, without dropout: 100 FMT + 1 AT
+    (arXiv 2004.02984, "Training Strategies"; its code has 100 / L and 1 / L).  AT is MiniLM's L_AT."""
+    def pair(depth_s, depth_t):
+        return (uniform(depth_s, depth_t)[layer],)
+    fmt = Term(lambda s, t, c: feature_map_transfer(s["hidden"], t["hidden"], proj_of(c, f"hidden{layer}")),
+               ("hidden",), ("hidden",), "normalised hidden states; mean over positions and D", 100.0,
+               f"hidden{layer}", pair)
+    attn = ATTN_KL._replace(about="attention probabilities; sum over keys, mean over heads and queries", layers=pair)
+    return Strategy({"fmt": fmt, "attn": attn}, same_heads=True, train_layers=(layer,), dropout=False)
+
 
 # For science only: what the paper's released code computes under the same names, where that is not what its text says
 SOFT_CE_OVER_V = Term(lambda s, t, c: soft_cross_entropy_over_v(s["logits"], t["logits"], c.tau), ("logits",),

@@ -84,6 +84,19 @@ def slow_mse(h_s, h_t, W, lens):
     return total / count
 
 
+def slow_ln0(h):
+    """LayerNorm without gain and bias, position by position."""
+    def normal(x):
+        mean = sum(x) / len(x)
+        std = math.sqrt(sum((a - mean) ** 2 for a in x) / len(x))
+        return [(a - mean) / std for a in x]
+    return [[normal(x) for x in row] for row in h]
+
+
+def slow_project(h, W):
+    return [[[sum(a * w for a, w in zip(x, row, strict=True)) for row in W] for x in rows] for rows in h]
+
+
 def dot(x, y):
     return sum(a * b for a, b in zip(x, y, strict=True)) / math.sqrt(len(x))
 
@@ -148,6 +161,10 @@ def cases(padding):
         "hidden_proj": (kd.hidden_mse, [wide, e_t, proj, real], slow_mse(slow["wide"], slow["e_t"], W, lens)),
         "embedding": (kd.embedding_mse, [e_s, e_t, None, real], slow_mse(slow["e_s"], slow["e_t"], None, lens)),
         "embedding_proj": (kd.embedding_mse, [wide, e_t, proj, real], slow_mse(slow["wide"], slow["e_t"], W, lens)),
+        "fmt": (kd.feature_map_transfer, [e_s, e_t, None, real], slow_mse(
+            slow_ln0(slow["e_s"]), slow_ln0(slow["e_t"]), None, lens)),
+        "fmt_proj": (kd.feature_map_transfer, [wide, e_t, proj, real], slow_mse(
+            slow_ln0(slow_project(slow["wide"], W)), slow_ln0(slow["e_t"]), None, lens)),
         "attention_mse": (kd.attention_mse, [q_s, k_s, q_t, k_t, real], slow_attention_mse(*q, lens)),
         "attention_kl": (kd.attention_kl, [q_s, k_s, q_t, k_t, real], slow_attention_kl(*q, lens)),
         "value_relation_kl": (kd.value_relation_kl, [v_s, v_t, real], slow_attention_kl(
@@ -214,6 +231,16 @@ def test_soft_cross_entropy_is_smallest_where_the_student_is_the_teacher(name):
     assert at_minimum.item() < other and z_s.grad.abs().max() < 1e-12
     for _ in range(20):
         assert loss(z_t + 0.1 * rand(M, V), z_t, tau) > at_minimum
+
+
+@pytest.mark.parametrize("padding", [False, True])
+def test_feature_map_transfer_sees_no_scale_and_no_shift_of_a_position(padding):
+    torch.manual_seed(3)
+    _, (h_s, h_t, _, real), expected = cases(padding)["fmt"]
+    a, c = rand(2, B, S, 1).exp(), 5 * rand(2, B, S, 1)
+    found = kd.feature_map_transfer(a[0] * h_s + c[0], a[1] * h_t + c[1], None, real)
+    assert found.item() == pytest.approx(expected, rel=1e-9)
+    assert kd.feature_map_transfer(-h_s, h_t, None, real).item() != pytest.approx(expected, rel=0.01)
 
 
 @pytest.mark.parametrize("name", [n for n in ON_LOGITS if n != "soft_ce_over_v"])
@@ -301,7 +328,8 @@ def leaves(value):
     return value if isinstance(value, tuple) else (value,)
 
 
-EVERY = [*kd.STRATEGIES.items(), *((f"{name} as released", s) for name, s in kd.AS_RELEASED.items())]
+EVERY = [*kd.STRATEGIES.items(), *((f"{name} as released", s) for name, s in kd.AS_RELEASED.items()),
+         ("mobilebert stage", kd.mobilebert_stage(1))]
 
 
 @pytest.mark.parametrize("name, strategy", EVERY)
@@ -353,7 +381,8 @@ def test_a_strategy_computes_its_formula_from_the_outputs():
         "tinybert": tinybert, "tinybert as released": kd.attention_mse(q0, k0, q0t, k0t) + attention + hidden,
         "tinybert_layers": tinybert + kd.attention_mse(q0, k0, q1t, k1t) + kd.hidden_mse(h0, h1t),
         "minilm": kd.attention_kl(q, k, qt, kt) + kd.value_relation_kl(v, vt),
-        "minilmv2_mlm": mlm + sum(relations),
+        "minilmv2_mlm": mlm + sum(relations), "mobilebert stage": 100 * kd.feature_map_transfer(h, ht)
+        + kd.attention_kl(q, k, qt, kt),
         **dict.fromkeys(("minilmv2", "minilm as released", "minilmv2 as released"), sum(relations))}
     assert set(by_hand) == {name for name, _ in EVERY}
     for name, strategy in EVERY:
@@ -383,6 +412,7 @@ def test_between_two_depths_every_pair_is_a_pair_of_numbers_and_says_so():
     of = {name: strategy.between(2, 4) for name, strategy in EVERY}
     assert of["tinybert_layers"].want("teacher") == ("embedding", ("qkv", 1), ("qkv", 3), ("hidden", 1), ("hidden", 3))
     assert of["tinybert_layers"].want("student") == ("embedding", ("qkv", 0), ("qkv", 1), ("hidden", 0), ("hidden", 1))
+    assert of["mobilebert stage"].want("teacher") == (("hidden", 3), ("qkv", 3))
     assert of["tinybert_layers"].terms["hidn"].about.endswith("layers 1-2 2-4")
     # --teacher-layer: whose q, k, v the student's last layer is compared with, and nothing else
     moved = {name: strategy.between(2, 24, teacher_layer=3).want("teacher") for name, strategy in EVERY}

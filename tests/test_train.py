@@ -12,7 +12,7 @@ from arm import Arm, flops_per_block, make_arm
 from cli import UserError
 from conftest import TINY
 from data import TokenDirectory
-from kd_losses import AS_RELEASED, STRATEGIES
+from kd_losses import AS_RELEASED, STRATEGIES, mobilebert_stage
 from model import BertConfig, BertForMaskedLM
 
 QUIET = dict(say=lambda line: None)
@@ -228,6 +228,41 @@ def test_the_table_at_the_start_names_every_term_its_weight_and_its_value(tiny):
     assert any("from teacher weights" in line for line in said) and any("tau 2" in line for line in said)
 
 
+def stage(monkeypatch, layer):
+    """The strategy's name of one stage of MobileBERT's transfer."""
+    monkeypatch.setitem(STRATEGIES, f"stage {layer}", mobilebert_stage(layer))
+    return f"stage {layer}"
+
+
+def test_in_a_stage_one_layer_trains_and_every_other_weight_stays_bitwise(tiny, corpus, monkeypatch):
+    config = tiny(strategy=stage(monkeypatch, 1), size="3L32", dropout=0.1, weight_decay=0.1)
+    arm = make_arm(config, TokenDirectory(corpus))
+    before = {name: p.clone() for name, p in arm.student.named_parameters()}
+    blocks, seen = train.Blocks(TokenDirectory(corpus), "train", 32, 0), []
+    for step in range(30):
+        seen.append(dict(zip(*arm.gradients(blocks.batch(step, 8), step, train.Stages(arm.device)), strict=True)))
+        arm.update(3e-3, 0)
+    moved = {name for name, p in arm.student.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {name for name in before if name.startswith("bert.encoder.layer.1.")}       # key.bias decays too
+    assert [p.shape for p in arm.proj.parameters()] == [(48, 32)] and list(arm.proj) == ["hidden1"]
+    assert seen[29]["fmt"] < 0.9 * seen[0]["fmt"]
+    assert seen[0]["loss"].item() == pytest.approx(100 * seen[0]["fmt"].item() + seen[0]["attn"].item())
+    for _ in range(2):                                                  # no dropout, after a validation either
+        first, again = (arm.forward(*arm.dummy())[0].item() for _ in range(2))
+        assert first == again
+        arm.validate(blocks)
+
+
+def test_a_stage_has_nothing_to_do_for_copied_layers(tiny, narrow_teacher, corpus, monkeypatch):
+    for layer in range(4):
+        arm = make_arm(tiny(strategy=stage(monkeypatch, layer), size="4L32", init="teacher"), TokenDirectory(corpus))
+        batch = arm.to_device(train.Blocks(TokenDirectory(corpus), "train", 32, 0).batch(0, 8))
+        assert all(abs(value.item()) < 1e-9 for value in arm.forward(*batch)[1].values())
+        for p in arm.student.bert.encoder["layer"][layer].parameters():
+            torch.nn.init.normal_(p, std=0.3)
+        assert all(value.item() > 1e-3 for value in arm.forward(*batch)[1].values())
+
+
 @pytest.mark.parametrize("teacher_layers, given, expected", [(12, None, -1), (24, None, 20), (24, -1, -1), (12, 3, 3)])
 def test_minilmv2_takes_the_21st_of_24_layers(teacher_layers, given, expected):
     config = train.Config(strategy="minilmv2", budget_steps=1, teacher_layer=given)
@@ -256,6 +291,18 @@ def test_each_strategy_costs_no_more_flops_than_its_loss_needs(sizes):
     assert cost("vanilla_kd")[1] == pytest.approx(teacher_forward, rel=0.02)
     for name, ratio in ratios.items():
         assert sum(cost(name)) / no_kd == pytest.approx(ratio, rel=0.02), name
+
+
+def test_a_stage_costs_the_teacher_and_the_student_to_one_layer_and_that_layers_backward_pass(monkeypatch):
+    """Per token, F = 24 D^2 + 4 S D a layer: 2 l F of a teacher twice as deep, l F of the student, 2 F backward less
+    the 6 D^2 that would flow below q, k, v, and 8 S D for scores (the student's also backward)."""
+    D, S = 768, 128
+    F, sizes = 24 * D ** 2 + 4 * S * D, [BertConfig.of_size(size, vocab_size=30528) for size in ("6L768", "12L768")]
+    found = [flops_per_block(train.Config(strategy=stage(monkeypatch, i)), *sizes) for i in range(6)]
+    for i, (of_student, of_teacher) in enumerate(found):
+        assert of_teacher / S == pytest.approx(2 * (i + 1) * F, rel=1e-3)
+        assert of_student / S == pytest.approx((i + 3) * F - 6 * D ** 2 + 8 * S * D, rel=1e-3)
+    assert sum(map(sum, found)) / 6 / S / 283.5e6 == pytest.approx(0.64, rel=0.02)
 
 
 @pytest.mark.slow
