@@ -66,17 +66,16 @@ class Arm:
         self.bf16 = multiplies_in_bf16(self.device) if config.bf16 is None else config.bf16
         self.peak_lr = config.peak_lr if config.peak_lr is not None else self.strategy.peak_lr
         student_c, teacher_c = student.config, teacher.config if teacher else student.config
-        self.teacher_layers = self.strategy.layers
+        self.strategy = self.strategy.between(student_c.num_hidden_layers, teacher_c.num_hidden_layers,
+                                              config.teacher_layer)
         self.relation_heads = config.relation_heads or relation_head_count(student_c.hidden_size, teacher_c.hidden_size)
         if self.strategy.as_released:
             self.relation_heads = student_c.num_attention_heads
-        layer = config.teacher_layer
-        if layer is None and config.strategy == "minilmv2" and teacher_c.num_hidden_layers == 24:
-            layer = 20                                                  # the 21st (arXiv 2012.15828, section 4)
-        if layer is not None:
-            self.teacher_layers = (layer, *self.strategy.layers[1:])
         self.proj = projections(self.strategy, student_c.hidden_size, teacher_c.hidden_size).to(self.device)
 
+        student.train(self.strategy.dropout).requires_grad_(not self.strategy.train_layers)
+        for layer in self.strategy.train_layers:
+            student.bert.encoder["layer"][layer].requires_grad_()
         if teacher:
             # bf16 weights, not autocast: the teacher is never updated, so there is no need to cast at each step.
             # The released code leaves the teacher's dropout on.
@@ -148,11 +147,11 @@ class Arm:
         t, strategy = {}, self.strategy
         if self.teacher and strategy.needs("teacher"):
             with torch.no_grad():
-                t = self.run_teacher(ids, masked, want=strategy.needs("teacher"), qkv_layers=self.teacher_layers)
+                t = self.run_teacher(ids, masked, want=strategy.want("teacher"))
             if stages:
                 stages.mark("teacher")
         with autocast(self.device, self.bf16):
-            s = self.run_student(ids, masked, want=strategy.needs("student"), qkv_layers=strategy.layers)
+            s = self.run_student(ids, masked, want=strategy.want("student"))
             context = Context(labels, strategy.tau, self.relation_heads, self.proj)
             return self.loss_terms(strategy, s, t, context)
 
@@ -201,7 +200,7 @@ class Arm:
                     terms = {"mlm": torch.nn.functional.cross_entropy(logits.float(), labels)}
             for name, value in terms.items():
                 means[name] = means.get(name, 0.0) + value.item() * rows / count
-        self.student.train()
+        self.student.train(self.strategy.dropout)
         if self.teacher:
             self.teacher.train(teacher_was)
         return means
@@ -278,8 +277,8 @@ def make_arm(config, directory):
 def check_teacher(config, student, teacher, head):
     """Refuses a teacher that the strategy cannot use, saying which strategy can."""
     strategy, name = config.kind, f"--teacher {config.teacher}"
-    if not head and ("logits" in strategy.needs("teacher") or strategy.init == "teacher" and strategy.trains_lm_head):
-        able = [n for n, s in STRATEGIES.items() if s.needs("teacher") and "logits" not in s.needs("teacher")]
+    if not head and (strategy.needs_teachers_head or strategy.init == "teacher" and strategy.trains_lm_head):
+        able = [n for n, s in STRATEGIES.items() if s.needs("teacher") and not s.needs_teachers_head]
         raise UserError(f"{name} has no LM head, which {config.label} needs; these do without: {', '.join(able)}")
     if strategy.same_heads and student.num_attention_heads != teacher.num_attention_heads:
         raise UserError(f"{config.label} compares attention head by head, but the student has "
@@ -331,7 +330,7 @@ def flops_per_block(config, student, teacher=None):
         ids, masked, labels = arm.dummy()
         if arm.teacher:
             with of_teacher:
-                arm.teacher(ids, masked, want=arm.strategy.needs("teacher"), qkv_layers=arm.teacher_layers)
+                arm.teacher(ids, masked, want=arm.strategy.want("teacher"))
         with of_step:
             total, _ = arm.forward(ids, masked, labels)
             total.backward()

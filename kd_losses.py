@@ -11,7 +11,8 @@ and heads; a *mean squared error* is averaged over every real element.  (`reduct
 by V as well: a factor of 30,522 that several public distillation codes carry.)  And a loss is computed in at least
 fp32 with autocast off: under autocast even the matmul of two fp32 tensors runs in bf16.
 
-To add a strategy: write its loss as a function, and add a Strategy to STRATEGIES.  Nothing else has to change.
+To add a strategy: write its loss as a function, put it into a Term, which says what the two forward passes must leave
+behind and at which layers, and add a Strategy of such terms to STRATEGIES.  Nothing else has to change.
 """
 import contextlib
 import functools
@@ -97,6 +98,16 @@ def embedding_mse(e_s, e_t, proj=None, real=None):
 
 
 @at_least_fp32
+def feature_map_transfer(h_s, h_t, proj=None, real=None):
+    """MobileBERT's feature map transfer (Sun 2020, arXiv 2004.02984, "Training Objectives"): MSE(LN0(h_s W), LN0(h_t)),
+    LN0 = LayerNorm without gain and bias.
+
+    h_s (B, S, D_s), h_t (B, S, D_t); W = `proj`, None for equal widths.  Averaged over the real positions and D_t."""
+    normal = (F.layer_norm(h, h.shape[-1:], eps=1e-12) for h in (h_s if proj is None else proj(h_s), h_t))
+    return hidden_mse(*normal, real=real)
+
+
+@at_least_fp32
 def cosine_loss(h_s, h_t, real=None):
     """DistilBERT's L_cos (arXiv 1910.01108, section 3): mean over real positions of 1 - cos(h_s, h_t).
 
@@ -165,15 +176,26 @@ def relation_kl(x_s, x_t, relation_heads, real=None):
 
 # ---------------------------------------------------------------------------------------------------- strategies
 
+LAST, FIRST = ((-1, -1),), ((0, 0),)                # pairs of layers: (the student's, the teacher's)
+LOGITS = {"logits", "all_logits"}
+
+
+def uniform(depth_s, depth_t):
+    """TinyBERT's and MobileBERT's map: every layer l of the student with layer l * L_t / L_s of the teacher, counted
+    from 1 and rounded up, so that the last meets the last."""
+    return tuple((i, math.ceil((i + 1) * depth_t / depth_s) - 1) for i in range(depth_s))
+
+
 class Term(NamedTuple):
-    """One term of a strategy's loss: `of(s, t, c)` is its value, from what the two forward passes left behind
-    (`s`, `t`: the dicts of model.py) and from `c`, a Context."""
+    """One term of a strategy's loss: the sum of `of(s, t, c)` over the pairs of layers.  `s` and `t` hold what the two
+    forward passes left behind at one pair, under the names of `student` and `teacher`; `c` is a Context."""
     of: Callable
-    student: tuple              # what the student's forward pass must leave behind: model.py's `want`
+    student: tuple              # what the student's forward pass must leave behind, by the names in model.py
     teacher: tuple              # the same for the teacher; () for none
     about: str                  # where it looks and what is averaged: printed at the start of a run
     weight: float = 1.0
     projects: str = ""          # the output that needs a projection where the widths differ
+    layers: tuple | Callable = LAST     # the pairs, from 0 or -1, or a function of the two depths that gives them
 
 
 class Context(NamedTuple):
@@ -186,11 +208,12 @@ class Context(NamedTuple):
 class Strategy(NamedTuple):
     terms: dict                 # name -> Term
     peak_lr: float = 5e-4       # the paper's: 1e-3 for No-KD, 5e-4 for KD (arXiv 2404.19319, appendix)
-    layers: tuple = (-1,)       # the layers whose q, k, v are compared, on both sides; the first is --teacher-layer's
     tau: float = 1.0            # temperature
     init: str = "random"        # or "teacher": every so-many-th layer of it
     same_heads: bool = False    # compares attention head by head
     same_width: bool = False    # compares hidden states without a projection
+    train_layers: tuple = ()    # of the student, from 0: they train and nothing else does; () for everything
+    dropout: bool = True        # whether the student's is on
     as_released: bool = False   # what the paper's released code computes, not what its text says
 
     def needs(self, side):
@@ -200,35 +223,69 @@ class Strategy(NamedTuple):
             return ("embedding", "hidden", "logits", "qkv")
         return tuple(sorted({need for term in self.terms.values() for need in getattr(term, side)}))
 
+    def between(self, depth_s, depth_t, teacher_layer=None):
+        """The strategy for these two depths: all pairs of layers are numbers.  `teacher_layer` is whose q, k, v the
+        student's last layer is compared with."""
+        def fix(term):
+            pairs, about = term.layers(depth_s, depth_t) if callable(term.layers) else term.layers, term.about
+            if teacher_layer is not None and "qkv" in term.teacher:
+                pairs = ((l_s, teacher_layer if l_s == -1 else l_t) for l_s, l_t in pairs)
+            pairs = tuple(pairs)
+            if callable(term.layers):
+                about += "; layers " + " ".join(f"{l_s % depth_s + 1}-{l_t % depth_t + 1}" for l_s, l_t in pairs)
+            return term._replace(layers=pairs, about=about)
+        return self._replace(terms={name: fix(term) for name, term in self.terms.items()})
+
+    def want(self, side):
+        """model.py's `want` of "student" or "teacher", for two depths: see `between`."""
+        asked = [(need, pair[side == "teacher"]) for term in self.terms.values() for pair in term.layers
+                 for need in getattr(term, side)]
+        asked += [(need, -1) for need in self.needs(side)] if self.as_released else []
+        return tuple(dict.fromkeys(at_layer(*each) for each in asked))
+
+    @property
+    def needs_teachers_head(self):
+        return not LOGITS.isdisjoint(self.needs("teacher"))
+
     @property
     def trains_lm_head(self):
-        return any("logits" in term.student for term in self.terms.values())
+        return any(not LOGITS.isdisjoint(term.student) for term in self.terms.values())
+
+
+def at_layer(need, layer):
+    return (need, layer) if need in ("hidden", "qkv") else need
 
 
 def proj_of(c, name):
     return c.proj[name] if name in c.proj else None
 
 
-def attention_scores_term(layer, where):
-    """TinyBERT's L_attn on the strategy's `layer`-th layer."""
+def attention_scores_term(where, layers):
+    """TinyBERT's L_attn at pairs of layers."""
     def of(s, t, c):
-        (q_s, k_s, _), (q_t, k_t, _) = s["qkv"][layer], t["qkv"][layer]
+        (q_s, k_s, _), (q_t, k_t, _) = s["qkv"], t["qkv"]
         return attention_mse(q_s, k_s, q_t, k_t)
-    return Term(of, ("qkv",), ("qkv",), f"attention scores, {where} layer; mean over heads and (query, key) pairs")
+    return Term(of, ("qkv",), ("qkv",), f"attention scores, {where}; mean over heads and (query, key) pairs",
+                layers=layers)
 
 
 def attention_kl_of(s, t, c):
-    (q_s, k_s, _), (q_t, k_t, _) = s["qkv"][0], t["qkv"][0]
+    (q_s, k_s, _), (q_t, k_t, _) = s["qkv"], t["qkv"]
     return attention_kl(q_s, k_s, q_t, k_t)
+
+
+def for_minilmv2(depth_s, depth_t):
+    """The last layer of both, the 21st of a teacher of 24 (arXiv 2012.15828, section 4)."""
+    return ((-1, 20 if depth_t == 24 else -1),)
 
 
 def relation_term(which, name):
     """MiniLMv2's relation of queries (0), keys (1) or values (2)."""
     def of(s, t, c):
-        x_s, x_t = (side["qkv"][0][which].transpose(1, 2).flatten(2) for side in (s, t))        # (B, S, D)
+        x_s, x_t = (side["qkv"][which].transpose(1, 2).flatten(2) for side in (s, t))           # (B, S, D)
         return relation_kl(x_s, x_t, c.relation_heads)
-    return Term(of, ("qkv",), ("qkv",),
-                f"{name} relation, student's last layer; sum over keys, mean over relation heads and rows")
+    return Term(of, ("qkv",), ("qkv",), f"{name} relation, student's last layer; sum over keys, mean over relation "
+                "heads and rows", layers=for_minilmv2)
 
 
 MLM = Term(lambda s, t, c: masked_lm_loss(s["logits"], c.labels), ("logits",), (),
@@ -245,7 +302,7 @@ HIDN = Term(lambda s, t, c: hidden_mse(s["hidden"], t["hidden"], proj_of(c, "hid
             "last hidden state; mean over positions and D", projects="hidden")
 ATTN_KL = Term(attention_kl_of, ("qkv",), ("qkv",),
                "attention probabilities, last layer; sum over keys, mean over heads and queries")
-VALUE_KL = Term(lambda s, t, c: value_relation_kl(s["qkv"][0][2], t["qkv"][0][2]), ("qkv",), ("qkv",),
+VALUE_KL = Term(lambda s, t, c: value_relation_kl(s["qkv"][2], t["qkv"][2]), ("qkv",), ("qkv",),
                 "value relation, last layer; sum over keys, mean over heads and queries")
 RELATIONS = {"qq": relation_term(0, "query"), "kk": relation_term(1, "key"), "vv": relation_term(2, "value")}
 
@@ -254,19 +311,39 @@ STRATEGIES = {
     "vanilla_kd": Strategy({"mlm": MLM, "soft_ce": SOFT_CE}),
     "distilbert": Strategy({"soft_kl": SOFT_KL, "mlm": MLM._replace(weight=2.0), "cosine": COSINE}, tau=2.0,
                            init="teacher", same_width=True),
-    "tinybert": Strategy({"embd": EMBD, "attn": attention_scores_term(0, "last"), "hidn": HIDN}, same_heads=True),
+    "tinybert": Strategy({"embd": EMBD, "attn": attention_scores_term("last layer", LAST), "hidn": HIDN},
+                         same_heads=True),
     "minilm": Strategy({"attn": ATTN_KL, "value": VALUE_KL}, same_heads=True),
     "minilmv2": Strategy(RELATIONS),
+    # TinyBERT's own, of which 2404.19319 takes the last layer alone: arXiv 1909.10351, eq. 6 to 11, one W_h for all
+    "tinybert_layers": Strategy({
+        "embd": EMBD, "attn": attention_scores_term("sum over layers", uniform), "hidn": HIDN._replace(
+            about="hidden states, sum over layers; mean over positions and D", layers=uniform)}, same_heads=True),
+    "minilmv2_mlm": Strategy({"mlm": MLM, **RELATIONS}),
 }
+
+
+def mobilebert_stage(layer):
+    """MobileBERT's transfer to one layer of the student, from 0, which alone trains, without dropout: 100 FMT + 1 AT
+    (arXiv 2004.02984, "Training Strategies"; its code has 100 / L and 1 / L).  AT is MiniLM's L_AT."""
+    def pair(depth_s, depth_t):
+        return (uniform(depth_s, depth_t)[layer],)
+    fmt = Term(lambda s, t, c: feature_map_transfer(s["hidden"], t["hidden"], proj_of(c, f"hidden{layer}")),
+               ("hidden",), ("hidden",), "normalised hidden states; mean over positions and D", 100.0,
+               f"hidden{layer}", pair)
+    attn = ATTN_KL._replace(about="attention probabilities; sum over keys, mean over heads and queries", layers=pair)
+    return Strategy({"fmt": fmt, "attn": attn}, same_heads=True, train_layers=(layer,), dropout=False)
+
 
 # For science only: what the paper's released code computes under the same names, where that is not what its text says
 SOFT_CE_OVER_V = Term(lambda s, t, c: soft_cross_entropy_over_v(s["logits"], t["logits"], c.tau), ("logits",),
                       ("logits",), "cross-entropy with the teacher's distribution; mean over masked positions AND V")
 AS_RELEASED = {name: STRATEGIES[name]._replace(as_released=True, **changes) for name, changes in {
     "vanilla_kd": dict(terms={"mlm": MLM, "soft_ce": SOFT_CE_OVER_V}),
-    "tinybert": dict(terms={"attn0": attention_scores_term(1, "FIRST"), "attn": attention_scores_term(0, "last"),
-                            "hidn": HIDN}, layers=(-1, 0)),
-    "minilm": dict(terms=RELATIONS),                    # version 2, with as many relation heads as attention heads
+    "tinybert": dict(terms={"attn0": attention_scores_term("FIRST layer", FIRST),
+                            "attn": attention_scores_term("last layer", LAST), "hidn": HIDN}),
+    # version 2, with as many relation heads as attention heads
+    "minilm": dict(terms={name: term._replace(layers=LAST) for name, term in RELATIONS.items()}),
     "minilmv2": dict(terms=RELATIONS, same_heads=True),
 }.items()}
 
@@ -285,6 +362,11 @@ def projections(strategy, width_s, width_t):
 
 
 def loss_terms(strategy, s, t, c):
-    """(total, {name: value}): the weighted sum that is minimised and its terms as they are logged, unweighted."""
-    terms = {name: term.of(s, t, c) for name, term in strategy.terms.items()}
+    """(total, {name: value}): the weighted sum that is minimised and its terms as they are logged, unweighted.
+
+    s, t: what the two forward passes left behind, under the names of `want`."""
+    def at(out, needs, layer):
+        return {need: out[at_layer(need, layer)] for need in needs}
+    terms = {name: sum(term.of(at(s, term.student, l_s), at(t, term.teacher, l_t), c) for l_s, l_t in term.layers)
+             for name, term in strategy.terms.items()}
     return sum(term.weight * terms[name] for name, term in strategy.terms.items()), terms

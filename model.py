@@ -3,10 +3,13 @@
 The module tree carries the tensor names of Hugging Face's BERT, so `state_dict()` is that format and nothing has
 to be exported.  A forward pass computes what it is asked for (`want`) and stops there:
 
-    embedding   the embedding block's output, after its LayerNorm, before dropout         (B, S, D)
-    qkv         a list: queries, keys and values of each of `qkv_layers`                   (B, N, S, H) each
-    hidden      the last layer's output, after its LayerNorm                              (B, S, D)
-    logits      the MLM head's output, at the masked positions only                       (M, V)
+    "embedding"         the embedding block's output, after its LayerNorm, before dropout      (B, S, D)
+    ("qkv", l)          queries, keys and values of layer l                                    (B, N, S, H) each
+    ("hidden", l)       the output of layer l, after its LayerNorm                             (B, S, D)
+    "logits"            the MLM head's output, at the masked positions only                    (M, V)
+    "all_logits"        the same at every position                                             (B, S, V)
+
+l counts from 0, or from -1 for the last layer; "qkv" and "hidden" alone are the last layer's.
 
 Legend, for all files: B batch, S sequence, M masked positions, V vocabulary, N heads, H head size, D hidden size,
 L layers; `_s` student, `_t` teacher; `tau` temperature.  `real` is a (B, S) mask of what is not padding, or None.
@@ -144,28 +147,27 @@ class BertModel(nn.Module):
             self.pooler = nn.ModuleDict({"dense": nn.Linear(config.hidden_size, config.hidden_size)})
         initialise(self, config)
 
-    def forward(self, ids, real=None, token_types=None, want=("hidden",), qkv_layers=(-1,)):
-        """ids (B, S) -> a dict with what `want` names; qkv_layers count from 0, or from -1 for the last."""
-        out, layers, kept = {}, self.encoder["layer"], {}
-        keep = [i % len(layers) for i in qkv_layers] if "qkv" in want else []
-        to_the_end = "hidden" in want or "logits" in want
+    def forward(self, ids, real=None, token_types=None, want=("hidden",)):
+        """ids (B, S) -> a dict with what `want` names (see above), under the names that it has there."""
+        layers, found = self.encoder["layer"], {}
+        places = [w if isinstance(w, tuple) else (w, -1) for w in want]
+        places = [(kind, i % len(layers)) for kind, i in places]
+        to_qkv, to_hidden = (max([-1, *(i for kind, i in places if kind == last)]) for last in ("qkv", "hidden"))
         mask = None if real is None else real[:, None, None, :].bool()                      # (B, 1, 1, S)
 
         x = self.embeddings(ids, token_types)                                               # (B, S, D)
         if "embedding" in want:
-            out["embedding"] = x
+            found["embedding", len(layers) - 1] = x
         x = dropout(x, self.dropout if self.training else 0.0)
-        for i, layer in enumerate(layers if to_the_end else layers[:max(keep, default=-1) + 1]):
+        for i, layer in enumerate(layers[:max(to_qkv, to_hidden) + 1]):
             qkv = layer.qkv(x)
-            if i in keep:
-                kept[i] = qkv
-            if to_the_end or i < max(keep):
+            if ("qkv", i) in places:
+                found["qkv", i] = qkv
+            if i < to_qkv or i <= to_hidden:
                 x = layer(x, qkv, mask)
-        if keep:
-            out["qkv"] = [kept[i] for i in keep]
-        if to_the_end:
-            out["hidden"] = x
-        return out
+            if ("hidden", i) in places:
+                found["hidden", i] = x
+        return {w: found[place] for w, place in zip(want, places, strict=True)}
 
 
 class MLMHead(nn.Module):
@@ -192,14 +194,18 @@ class BertForMaskedLM(nn.Module):
         self.cls = MLMHead(config)
         initialise(self.cls, config)
 
-    def forward(self, ids, masked=None, real=None, token_types=None, want=("logits",), qkv_layers=(-1,)):
+    def forward(self, ids, masked=None, real=None, token_types=None, want=("logits",)):
         """As BertModel, plus logits at the `masked` positions (B, k): (M, V), M = B k; all (B, S, V) if None."""
-        out = self.bert(ids, real, token_types, want, qkv_layers)
+        heads = [w for w in want if w in ("logits", "all_logits")]
+        out = self.bert(ids, real, token_types, [w for w in want if w not in heads] + ["hidden"] * bool(heads))
+        decoder = self.bert.embeddings.word_embeddings.weight
+        if "all_logits" in want:
+            out["all_logits"] = self.cls(out["hidden"], decoder)
         if "logits" in want:
-            h = out["hidden"]
+            x = out["all_logits" if "all_logits" in want else "hidden"]
             if masked is not None:
-                h = h.gather(1, masked[..., None].expand(-1, -1, h.shape[-1])).flatten(0, 1)    # (M, D)
-            out["logits"] = self.cls(h, self.bert.embeddings.word_embeddings.weight)
+                x = x.gather(1, masked[..., None].expand(-1, -1, x.shape[-1])).flatten(0, 1)    # (M, D) or (M, V)
+            out["logits"] = x if "all_logits" in want else self.cls(x, decoder)
         return out
 
 

@@ -478,12 +478,13 @@ def describe(arm, val, step, teacher_mlm, say):
         f"{'bf16' if arm.bf16 else 'fp32'}")
     if arm.teacher:
         quality = f"validation MLM loss {teacher_mlm:.4f}" if teacher_mlm is not None else "no LM head"
-        layers = [layer % arm.teacher.config.num_hidden_layers + 1 for layer in arm.teacher_layers]
+        layers = [need[1] % arm.teacher.config.num_hidden_layers + 1 for need in strategy.want("teacher")
+                  if need[0] == "qkv"]
         say(f"teacher {config.teacher}: {arm.teacher.config.size}, {quality}"
-            + (f"; q, k, v of its layer {' and '.join(map(str, layers))}" if "qkv" in strategy.needs("teacher") else "")
+            + (f"; q, k, v of its layer {' and '.join(map(str, layers))}" if layers else "")
             + (f"; {arm.relation_heads} relation heads" if "qq" in strategy.terms else "")
             + ("; its dropout is on" if arm.teacher.training else "")
-            + (f"; tau {strategy.tau:g}" if "logits" in strategy.needs("teacher") else "")
+            + (f"; tau {strategy.tau:g}" if strategy.needs_teachers_head else "")
             + (f"; ignored: {', '.join(arm.teacher_ignored)}" if arm.teacher_ignored else ""))
     for name, term in strategy.terms.items():
         say(f"  {term.weight:g} x {name:8} {val[name]:9.4f} at step {step}   {term.about}")

@@ -1,4 +1,5 @@
 """Each loss against the slowest possible transcription of its formula, in Python floats and loops."""
+import json
 import math
 from functools import partial
 
@@ -6,6 +7,9 @@ import pytest
 import torch
 
 import kd_losses as kd
+import train
+from arm import make_arm
+from data import TokenDirectory
 
 B, N, S, H, D, M, V = 2, 3, 5, 4, 12, 6, 11
 LENGTHS = [5, 3]                    # real positions of each row, where there is padding
@@ -80,6 +84,19 @@ def slow_mse(h_s, h_t, W, lens):
     return total / count
 
 
+def slow_ln0(h):
+    """LayerNorm without gain and bias, position by position."""
+    def normal(x):
+        mean = sum(x) / len(x)
+        std = math.sqrt(sum((a - mean) ** 2 for a in x) / len(x))
+        return [(a - mean) / std for a in x]
+    return [[normal(x) for x in row] for row in h]
+
+
+def slow_project(h, W):
+    return [[[sum(a * w for a, w in zip(x, row, strict=True)) for row in W] for x in rows] for rows in h]
+
+
 def dot(x, y):
     return sum(a * b for a, b in zip(x, y, strict=True)) / math.sqrt(len(x))
 
@@ -144,6 +161,10 @@ def cases(padding):
         "hidden_proj": (kd.hidden_mse, [wide, e_t, proj, real], slow_mse(slow["wide"], slow["e_t"], W, lens)),
         "embedding": (kd.embedding_mse, [e_s, e_t, None, real], slow_mse(slow["e_s"], slow["e_t"], None, lens)),
         "embedding_proj": (kd.embedding_mse, [wide, e_t, proj, real], slow_mse(slow["wide"], slow["e_t"], W, lens)),
+        "fmt": (kd.feature_map_transfer, [e_s, e_t, None, real], slow_mse(
+            slow_ln0(slow["e_s"]), slow_ln0(slow["e_t"]), None, lens)),
+        "fmt_proj": (kd.feature_map_transfer, [wide, e_t, proj, real], slow_mse(
+            slow_ln0(slow_project(slow["wide"], W)), slow_ln0(slow["e_t"]), None, lens)),
         "attention_mse": (kd.attention_mse, [q_s, k_s, q_t, k_t, real], slow_attention_mse(*q, lens)),
         "attention_kl": (kd.attention_kl, [q_s, k_s, q_t, k_t, real], slow_attention_kl(*q, lens)),
         "value_relation_kl": (kd.value_relation_kl, [v_s, v_t, real], slow_attention_kl(
@@ -210,6 +231,16 @@ def test_soft_cross_entropy_is_smallest_where_the_student_is_the_teacher(name):
     assert at_minimum.item() < other and z_s.grad.abs().max() < 1e-12
     for _ in range(20):
         assert loss(z_t + 0.1 * rand(M, V), z_t, tau) > at_minimum
+
+
+@pytest.mark.parametrize("padding", [False, True])
+def test_feature_map_transfer_sees_no_scale_and_no_shift_of_a_position(padding):
+    torch.manual_seed(3)
+    _, (h_s, h_t, _, real), expected = cases(padding)["fmt"]
+    a, c = rand(2, B, S, 1).exp(), 5 * rand(2, B, S, 1)
+    found = kd.feature_map_transfer(a[0] * h_s + c[0], a[1] * h_t + c[1], None, real)
+    assert found.item() == pytest.approx(expected, rel=1e-9)
+    assert kd.feature_map_transfer(-h_s, h_t, None, real).item() != pytest.approx(expected, rel=0.01)
 
 
 @pytest.mark.parametrize("name", [n for n in ON_LOGITS if n != "soft_ce_over_v"])
@@ -285,43 +316,46 @@ def test_large_logits_and_one_hot_teachers_stay_finite(name):
 
 # ------------------------------------------------------------------------------------------------------ strategies
 
-def side(width, layers=2):
-    heads = (B, N, S, width // N)
-    return {"embedding": rand(B, S, width), "hidden": rand(B, S, width), "logits": rand(M, V),
-            "qkv": [tuple(rand(*heads) for _ in range(3)) for _ in range(layers)]}
+def side(width, want):
+    """Random outputs of a forward pass, under the names of `want`."""
+    def of(kind):
+        return (tuple(rand(B, N, S, width // N) for _ in range(3)) if kind == "qkv"
+                else rand(M, V) if kind == "logits" else rand(B, S, width))
+    return {need: of(need if isinstance(need, str) else need[0]) for need in want}
 
 
-def leaves(out):
-    return {"embedding": [out["embedding"]], "hidden": [out["hidden"]], "logits": [out["logits"]],
-            "qkv": [x for qkv in out["qkv"] for x in qkv]}
+def leaves(value):
+    return value if isinstance(value, tuple) else (value,)
 
 
-EVERY = [*kd.STRATEGIES.items(), *((f"{name} as released", s) for name, s in kd.AS_RELEASED.items())]
+EVERY = [*kd.STRATEGIES.items(), *((f"{name} as released", s) for name, s in kd.AS_RELEASED.items()),
+         ("mobilebert stage", kd.mobilebert_stage(1))]
 
 
 @pytest.mark.parametrize("name, strategy", EVERY)
 def test_gradient_reaches_what_a_strategy_asks_for_and_no_teacher(name, strategy):
     torch.manual_seed(0)
-    s, t = side(12 if strategy.same_width else 6), side(12)
-    for x in sum([*leaves(s).values(), *leaves(t).values()], []):
+    strategy, width = strategy.between(2, 4), 12 if strategy.same_width else 6
+    s, t = side(width, strategy.want("student")), side(12, strategy.want("teacher"))
+    for x in sum(map(leaves, (*s.values(), *t.values())), ()):
         x.requires_grad_()
-    proj = kd.projections(strategy, 12 if strategy.same_width else 6, 12).double()
+    proj = kd.projections(strategy, width, 12).double()
     context = kd.Context(torch.randint(0, V, (M,)), strategy.tau, 3, proj)
-    with torch.no_grad():
-        frozen = {k: [tuple(x.detach() for x in qkv) for qkv in v] if k == "qkv" else v.detach() for k, v in t.items()}
+    frozen = {need: tuple(x.detach() for x in v) if isinstance(v, tuple) else v.detach() for need, v in t.items()}
     total, terms = kd.loss_terms(strategy, s, frozen, context)
     total.backward()
     assert total.item() == pytest.approx(sum(term.weight * terms[n].item() for n, term in strategy.terms.items()))
-    used = {need for term in strategy.terms.values() for need in term.student}
-    reached = {need for need, xs in leaves(s).items() if any(x.grad is not None for x in xs)}
-    assert reached == used <= set(strategy.needs("student")) and all(p.grad is not None for p in proj.parameters())
-    assert all(x.grad is None for xs in leaves(t).values() for x in xs)
+    reached = {need for need, value in s.items() if any(x.grad is not None for x in leaves(value))}
+    assert reached == set(strategy._replace(as_released=False).want("student")) <= set(s)
+    assert all(p.grad is not None for p in proj.parameters())
+    assert all(x.grad is None for value in t.values() for x in leaves(value))
 
 
 @pytest.mark.parametrize("name, expected", [
     ("no_kd", {"mlm": 1}), ("vanilla_kd", {"mlm": 1, "soft_ce": 1}),
     ("distilbert", {"soft_kl": 5, "mlm": 2, "cosine": 1}), ("tinybert", {"embd": 1, "attn": 1, "hidn": 1}),
-    ("minilm", {"attn": 1, "value": 1}), ("minilmv2", {"qq": 1, "kk": 1, "vv": 1})])
+    ("minilm", {"attn": 1, "value": 1}), ("minilmv2", {"qq": 1, "kk": 1, "vv": 1}),
+    ("tinybert_layers", {"embd": 1, "attn": 1, "hidn": 1}), ("minilmv2_mlm", {"mlm": 1, "qq": 1, "kk": 1, "vv": 1})])
 def test_the_terms_and_weights_of_each_strategy(name, expected):
     assert {n: term.weight for n, term in kd.STRATEGIES[name].terms.items()} == expected
 
@@ -329,23 +363,30 @@ def test_the_terms_and_weights_of_each_strategy(name, expected):
 def test_a_strategy_computes_its_formula_from_the_outputs():
     """The terms pick the right tensors: each strategy's total against the losses called by hand."""
     torch.manual_seed(1)
-    s, t, labels = side(12), side(12), torch.randint(0, V, (M,))
-    (q, k, v), (q0, k0, _) = s["qkv"]
-    (qt, kt, vt), (q0t, k0t, _) = t["qkv"]
+    every = ["embedding", "logits", *((kind, i) for kind in ("qkv", "hidden") for i in range(4))]
+    s, t, labels = side(12, every), side(12, every), torch.randint(0, V, (M,))
+    for outputs, last in (s, 1), (t, 3):
+        outputs |= {(kind, -1): outputs[kind, last] for kind in ("qkv", "hidden")}
+    (q, k, v), (q0, k0, _), h, h0 = s["qkv", 1], s["qkv", 0], s["hidden", 1], s["hidden", 0]
+    (qt, kt, vt), (q0t, k0t, _), ht, (q1t, k1t, _), h1t = (
+        t["qkv", 3], t["qkv", 0], t["hidden", 3], t["qkv", 1], t["hidden", 1])
     flat = partial(torch.Tensor.transpose, dim0=1, dim1=2)
     relations = [kd.relation_kl(flat(a).flatten(2), flat(b).flatten(2), 3) for a, b in ((q, qt), (k, kt), (v, vt))]
     mlm, soft = kd.masked_lm_loss(s["logits"], labels), kd.soft_cross_entropy(s["logits"], t["logits"], 1.0)
-    attention, hidden = kd.attention_mse(q, k, qt, kt), kd.hidden_mse(s["hidden"], t["hidden"])
-    cosine = kd.cosine_loss(s["hidden"], t["hidden"])
+    attention, hidden, cosine = kd.attention_mse(q, k, qt, kt), kd.hidden_mse(h, ht), kd.cosine_loss(h, ht)
+    tinybert = kd.embedding_mse(s["embedding"], t["embedding"]) + attention + hidden
     by_hand = {
         "no_kd": mlm, "vanilla_kd": mlm + soft, "vanilla_kd as released": mlm + soft / V,
         "distilbert": 5 * kd.soft_kl(s["logits"], t["logits"], 2.0) + 2 * mlm + cosine,
-        "tinybert": kd.embedding_mse(s["embedding"], t["embedding"]) + attention + hidden,
-        "tinybert as released": kd.attention_mse(q0, k0, q0t, k0t) + attention + hidden,
+        "tinybert": tinybert, "tinybert as released": kd.attention_mse(q0, k0, q0t, k0t) + attention + hidden,
+        "tinybert_layers": tinybert + kd.attention_mse(q0, k0, q1t, k1t) + kd.hidden_mse(h0, h1t),
         "minilm": kd.attention_kl(q, k, qt, kt) + kd.value_relation_kl(v, vt),
+        "minilmv2_mlm": mlm + sum(relations), "mobilebert stage": 100 * kd.feature_map_transfer(h, ht)
+        + kd.attention_kl(q, k, qt, kt),
         **dict.fromkeys(("minilmv2", "minilm as released", "minilmv2 as released"), sum(relations))}
     assert set(by_hand) == {name for name, _ in EVERY}
     for name, strategy in EVERY:
+        strategy = strategy.between(2, 4)
         total, _ = kd.loss_terms(strategy, s, t, kd.Context(labels, strategy.tau, 3, torch.nn.ModuleDict()))
         assert total.item() == pytest.approx(by_hand[name].item(), rel=1e-12), name
 
@@ -355,3 +396,70 @@ def test_a_strategy_computes_its_formula_from_the_outputs():
     (7, 48, 1), (8, 8, 1)])
 def test_relation_heads(width_s, width_t, expected):
     assert kd.relation_head_count(width_s, width_t) == expected
+
+
+def test_layer_maps_meet_at_the_last_layer_and_count_evenly():
+    """TinyBERT's g(m) = 3 m for 4 of 12 layers (arXiv 1909.10351, section 4.2), here from 0."""
+    assert kd.uniform(4, 12) == ((0, 2), (1, 5), (2, 8), (3, 11)) and kd.uniform(2, 3) == ((0, 1), (1, 2))
+    for depth_s in range(1, 13):
+        for depth_t in range(1, 25):
+            pairs = kd.uniform(depth_s, depth_t)
+            assert [l_s for l_s, _ in pairs] == list(range(depth_s)) and pairs[-1][1] == depth_t - 1
+            assert all(0 <= l_t and 0 <= l_t + 1 - (l_s + 1) * depth_t / depth_s < 1 for l_s, l_t in pairs)
+
+
+def test_between_two_depths_every_pair_is_a_pair_of_numbers_and_says_so():
+    of = {name: strategy.between(2, 4) for name, strategy in EVERY}
+    assert of["tinybert_layers"].want("teacher") == ("embedding", ("qkv", 1), ("qkv", 3), ("hidden", 1), ("hidden", 3))
+    assert of["tinybert_layers"].want("student") == ("embedding", ("qkv", 0), ("qkv", 1), ("hidden", 0), ("hidden", 1))
+    assert of["mobilebert stage"].want("teacher") == (("hidden", 3), ("qkv", 3))
+    assert of["tinybert_layers"].terms["hidn"].about.endswith("layers 1-2 2-4")
+    # --teacher-layer: whose q, k, v the student's last layer is compared with, and nothing else
+    moved = {name: strategy.between(2, 24, teacher_layer=3).want("teacher") for name, strategy in EVERY}
+    assert moved["tinybert"] == ("embedding", ("qkv", 3), ("hidden", -1)) and moved["minilmv2"] == (("qkv", 3),)
+    assert {("qkv", 0), ("qkv", 3)} < set(moved["tinybert as released"]) and moved["no_kd"] == ()
+    assert kd.STRATEGIES["minilmv2"].between(2, 24).want("teacher") == (("qkv", 20),)
+    assert kd.AS_RELEASED["minilm"].between(2, 24).terms["qq"].layers == kd.LAST
+
+
+def test_a_strategy_is_added_as_the_docstring_says(tiny, narrow_teacher, monkeypatch, tmp_path):
+    """Patient-KD (Sun 2019, arXiv 1908.09355, eq. 7): ||h_s / ||h_s|| - h_t / ||h_t||||^2 of [CLS] at inner layers."""
+    @kd.at_least_fp32
+    def patient_mse(h_s, h_t):
+        h_s, h_t = (torch.nn.functional.normalize(h[:, 0], dim=-1) for h in (h_s, h_t))             # (B, D)
+        return (h_s - h_t).square().sum(-1).mean()
+    patient = kd.Term(lambda s, t, c: patient_mse(s["hidden"], t["hidden"]), ("hidden",), ("hidden",),
+                      "normalised [CLS], sum over inner layers; mean over B", weight=10.0,
+                      layers=lambda depth_s, depth_t: kd.uniform(depth_s, depth_t)[:-1])
+    monkeypatch.setitem(kd.STRATEGIES, "patient_kd", kd.Strategy(
+        {"mlm": kd.MLM, "soft_ce": kd.SOFT_CE, "patient": patient}, same_width=True))
+
+    said, config = [], tiny(strategy="patient_kd", size="3L32", teacher=str(narrow_teacher))
+    summary = train.train(config, say=said.append)
+    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert set(summary["val"]) == {"mlm", "soft_ce", "patient"} and lines[19]["patient"] < 0.8 * lines[0]["patient"]
+    assert any("10 x patient" in line and "layers 1-2 2-3" in line for line in said)
+    # by hand, from the models themselves
+    arm = make_arm(config, TokenDirectory(config.data))
+    ids, masked, labels = arm.dummy()
+    ids = torch.randint(0, 300, ids.shape)
+    cls = [model.bert(ids, want=[("hidden", i) for i in inner]) for model, inner in (
+        (arm.student, (0, 1)), (arm.teacher, (1, 2)))]
+    expected = sum(2 - 2 * torch.cosine_similarity(a[:, 0], b[:, 0]).mean()
+                   for a, b in zip(*(out.values() for out in cls), strict=True))
+    assert arm.forward(ids, masked, labels)[1]["patient"].item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_a_term_may_look_at_every_position(tiny, monkeypatch):
+    """Soft targets at all positions, as DistilBERT's own; the teacher's head is asked for and the student's trained."""
+    soft = kd.Term(lambda s, t, c: kd.soft_cross_entropy(s["all_logits"], t["all_logits"], c.tau), ("all_logits",),
+                   ("all_logits",), "everywhere")
+    monkeypatch.setitem(kd.STRATEGIES, "everywhere", kd.Strategy({"soft": soft, "mlm": kd.MLM}))
+    config = tiny(strategy="everywhere")
+    assert kd.Strategy({"soft": soft}).trains_lm_head and config.kind.needs_teachers_head
+    arm = make_arm(config, TokenDirectory(config.data))
+    ids, masked, labels = arm.dummy()
+    total, terms = arm.forward(ids, masked, labels)
+    z_s, z_t = arm.student(ids)["logits"].flatten(0, 1), arm.teacher(ids)["logits"].flatten(0, 1)
+    assert terms["soft"].item() == pytest.approx(kd.soft_cross_entropy(z_s, z_t).item(), rel=1e-6)
+    assert terms["mlm"].item() == pytest.approx(kd.masked_lm_loss(arm.student(ids, masked)["logits"], labels).item())

@@ -30,11 +30,13 @@ def test_hidden_states_and_logits_equal_transformers(size, heads, act, padding):
     theirs.tie_weights()
     ids, real, types = batch()
     with torch.no_grad():
-        out = ours(ids, None, real if padding else None, types, want=("hidden", "logits", "embedding"))
+        inner = [("hidden", i) for i in range(c.num_hidden_layers)]
+        out = ours(ids, None, real if padding else None, types, want=("hidden", "logits", "embedding", *inner))
         ref = theirs(ids, real.long() if padding else None, types, output_hidden_states=True)
     at = real if padding else torch.ones_like(real)
     assert (out["embedding"] - ref.hidden_states[0])[at].abs().max() < 1e-5
     assert (out["hidden"] - ref.hidden_states[-1])[at].abs().max() < 1e-5
+    assert all((out[h] - ref.hidden_states[h[1] + 1])[at].abs().max() < 1e-5 for h in inner)
     assert (out["logits"] - ref.logits)[at].abs().max() < 1e-4
 
 
@@ -83,25 +85,38 @@ def test_logits_at_masked_positions_are_rows_of_all_logits():
     assert torch.allclose(some, torch.stack([every[b, m] for b in range(3) for m in masked[b]]), atol=1e-6)
 
 
-@pytest.mark.parametrize("want, layers, runs", [
-    (("embedding",), (-1,), 0), (("qkv",), (1,), 1), (("qkv",), (-1,), 2), (("qkv",), (1, 0), 1),
-    (("hidden",), (-1,), 3), (("qkv", "hidden"), (0,), 3)])
-def test_a_forward_pass_stops_where_the_last_wanted_thing_is(want, layers, runs):
+def test_logits_at_every_position_and_at_the_masked_ones_come_from_one_run_of_the_head():
+    torch.manual_seed(0)
+    model, runs = BertForMaskedLM(BertConfig.of_size("2L32", 2, vocab_size=97)).eval(), []
+    ids, masked = torch.randint(0, 97, (3, 12)), torch.tensor([[1, 5], [0, 11], [2, 3]])
+    some, every = model(ids, masked)["logits"], model(ids)["logits"]
+    model.cls.register_forward_hook(lambda *_: runs.append(1))
+    both = model(ids, masked, want=("all_logits", "logits"))
+    assert len(runs) == 1 and torch.equal(both["all_logits"], every) and torch.allclose(both["logits"], some, atol=1e-6)
+
+
+@pytest.mark.parametrize("want, runs", [
+    (["embedding"], 0), ([("qkv", 1)], 1), (["qkv"], 2), ([("qkv", 1), ("qkv", 0)], 1), (["hidden"], 3),
+    ([("qkv", 0), "hidden"], 3), ([("hidden", 0)], 1), ([("hidden", -2), ("qkv", 0)], 2), ([("hidden", 0), "qkv"], 2)])
+def test_a_forward_pass_stops_where_the_last_wanted_thing_is(want, runs):
     model = BertModel(BertConfig.of_size("3L32", 2, vocab_size=97))
-    count = []
+    count, projected = [], []
     for each in model.encoder["layer"]:
         each.output.register_forward_hook(lambda *_: count.append(1))
-    out = model(torch.zeros(1, 4, dtype=torch.long), want=want, qkv_layers=layers)
-    assert set(out) == set(want) and len(count) == runs and len(out.get("qkv", layers)) == len(layers)
+        each.attention["self"]["query"].register_forward_hook(lambda *_: projected.append(1))
+    out = model(torch.zeros(1, 4, dtype=torch.long), want=want)
+    assert set(out) == set(want) and len(count) == runs
+    assert len(projected) == runs + any(need in want for need in ("qkv", ("qkv", runs)))
 
 
-def test_qkv_layers_count_from_both_ends():
+def test_layers_count_from_both_ends():
     torch.manual_seed(0)
     model = BertModel(BertConfig.of_size("3L32", 2, vocab_size=97)).eval()
-    ids = torch.randint(0, 97, (2, 5))
-    from_start, from_end = (model(ids, want=("qkv",), qkv_layers=layers)["qkv"] for layers in ((2, 0), (-1, -3)))
-    assert all(torch.equal(a, b) for a, b in zip(sum(from_start, ()), sum(from_end, ()), strict=True))
-    assert not torch.equal(from_start[0][0], from_start[1][0])
+    out = model(torch.randint(0, 97, (2, 5)), want=[(kind, i) for kind in ("qkv", "hidden") for i in range(-3, 3)])
+    for i in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(out["qkv", i], out["qkv", i - 3], strict=True))
+        assert torch.equal(out["hidden", i], out["hidden", i - 3])
+    assert not torch.equal(out["qkv", 0][0], out["qkv", 2][0]) and not torch.equal(out["hidden", 0], out["hidden", 2])
 
 
 def test_dropout_follows_train_and_eval():

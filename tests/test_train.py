@@ -14,7 +14,7 @@ from arm import Arm, flops_per_block, make_arm
 from cli import UserError
 from conftest import TINY
 from data import TokenDirectory
-from kd_losses import AS_RELEASED, STRATEGIES
+from kd_losses import AS_RELEASED, STRATEGIES, mobilebert_stage
 from model import BertConfig, BertForMaskedLM
 
 QUIET = dict(say=lambda line: None)
@@ -74,7 +74,7 @@ def test_twenty_steps_lower_the_loss_and_leave_a_whole_run_directory(tiny, tmp_p
 
     # what the loss does not reach is frozen, and stays as it was initialised; all else has moved
     last = "bert.encoder.layer.1."
-    expected = {"tinybert": ("cls.",)} | dict.fromkeys(("minilm", "minilmv2"), (
+    expected = dict.fromkeys(("tinybert", "tinybert_layers"), ("cls.",)) | dict.fromkeys(("minilm", "minilmv2"), (
         "cls.", last + "attention.output", last + "intermediate", last + "output"))
     assert frozen == {name for name, _ in before.student.named_parameters()
                       if name.startswith(expected.get(strategy, ()))}
@@ -251,7 +251,8 @@ def test_as_released_says_so_everywhere_computes_everything_and_keeps_the_teache
     arm.run_student, student = lambda *a, **k: asked.append(k["want"]) or student(*a, **k), arm.run_student
     arm.run_teacher, teacher = lambda *a, **k: asked.append(k["want"]) or teacher(*a, **k), arm.run_teacher
     arm.forward(*arm.dummy())
-    assert asked == [("embedding", "hidden", "logits", "qkv")] * 2 and arm.teacher.training
+    everything = {"embedding", ("hidden", -1), "logits", ("qkv", -1)}
+    assert len(asked) == 2 and everything <= set(asked[0]) == set(asked[1]) and arm.teacher.training
 
 
 def test_the_table_at_the_start_names_every_term_its_weight_and_its_value(tiny):
@@ -262,20 +263,56 @@ def test_the_table_at_the_start_names_every_term_its_weight_and_its_value(tiny):
     assert any("from teacher weights" in line for line in said) and any("tau 2" in line for line in said)
 
 
+def stage(monkeypatch, layer):
+    """The strategy's name of one stage of MobileBERT's transfer."""
+    monkeypatch.setitem(STRATEGIES, f"stage {layer}", mobilebert_stage(layer))
+    return f"stage {layer}"
+
+
+def test_in_a_stage_one_layer_trains_and_every_other_weight_stays_bitwise(tiny, corpus, monkeypatch):
+    config = tiny(strategy=stage(monkeypatch, 1), size="3L32", dropout=0.1, weight_decay=0.1)
+    arm = make_arm(config, TokenDirectory(corpus))
+    before = {name: p.clone() for name, p in arm.student.named_parameters()}
+    blocks, seen = train.Blocks(TokenDirectory(corpus), "train", 32, 0), []
+    for step in range(30):
+        seen.append(dict(zip(*arm.gradients(blocks.batch(step, 8), step, train.Stages(arm.device)), strict=True)))
+        arm.update(3e-3, 0)
+    moved = {name for name, p in arm.student.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {name for name in before if name.startswith("bert.encoder.layer.1.")}       # key.bias decays too
+    assert [p.shape for p in arm.proj.parameters()] == [(48, 32)] and list(arm.proj) == ["hidden1"]
+    assert seen[29]["fmt"] < 0.9 * seen[0]["fmt"]
+    assert seen[0]["loss"].item() == pytest.approx(100 * seen[0]["fmt"].item() + seen[0]["attn"].item())
+    for _ in range(2):                                                  # no dropout, after a validation either
+        first, again = (arm.forward(*arm.dummy())[0].item() for _ in range(2))
+        assert first == again
+        arm.validate(blocks)
+
+
+def test_a_stage_has_nothing_to_do_for_copied_layers(tiny, narrow_teacher, corpus, monkeypatch):
+    for layer in range(4):
+        arm = make_arm(tiny(strategy=stage(monkeypatch, layer), size="4L32", init="teacher"), TokenDirectory(corpus))
+        batch = arm.to_device(train.Blocks(TokenDirectory(corpus), "train", 32, 0).batch(0, 8))
+        assert all(abs(value.item()) < 1e-9 for value in arm.forward(*batch)[1].values())
+        for p in arm.student.bert.encoder["layer"][layer].parameters():
+            torch.nn.init.normal_(p, std=0.3)
+        assert all(value.item() > 1e-3 for value in arm.forward(*batch)[1].values())
+
+
 @pytest.mark.parametrize("teacher_layers, given, expected", [(12, None, -1), (24, None, 20), (24, -1, -1), (12, 3, 3)])
 def test_minilmv2_takes_the_21st_of_24_layers(teacher_layers, given, expected):
     config = train.Config(strategy="minilmv2", budget_steps=1, teacher_layer=given)
     with torch.device("meta"):
         arm = Arm(config, BertForMaskedLM(BertConfig.of_size("2L64")),
                         BertForMaskedLM(BertConfig.of_size(f"{teacher_layers}L128")))
-    assert arm.teacher_layers == (expected,) and arm.relation_heads == 8
+    assert arm.strategy.want("teacher") == (("qkv", expected),) and arm.relation_heads == 8
 
 
 # MFLOP per token (24 D^2 + 4 S D per layer forward, D^2 + D V per masked position, 1 multiply-add = 2 FLOP) and
 # the ratio to no_kd, by hand
 PAPER = {("6L768", "12L768"): (283.5, 181.8, dict(vanilla_kd=1.64, distilbert=1.64, tinybert=1.54, minilm=1.39,
-                                                  minilmv2=1.39)),
-         ("12L1024", "24L1024"): (953.9, 626.3, dict(vanilla_kd=1.66, tinybert=1.62, minilm=1.54, minilmv2=1.46))}
+                                                  minilmv2=1.39, minilmv2_mlm=1.58, tinybert_layers=1.55)),
+         ("12L1024", "24L1024"): (953.9, 626.3, dict(vanilla_kd=1.66, tinybert=1.62, minilm=1.54, minilmv2=1.46,
+                                                    minilmv2_mlm=1.55, tinybert_layers=1.63))}
 
 
 @pytest.mark.parametrize("sizes", PAPER)
@@ -289,6 +326,18 @@ def test_each_strategy_costs_no_more_flops_than_its_loss_needs(sizes):
     assert cost("vanilla_kd")[1] == pytest.approx(teacher_forward, rel=0.02)
     for name, ratio in ratios.items():
         assert sum(cost(name)) / no_kd == pytest.approx(ratio, rel=0.02), name
+
+
+def test_a_stage_costs_the_teacher_and_the_student_to_one_layer_and_that_layers_backward_pass(monkeypatch):
+    """Per token, F = 24 D^2 + 4 S D a layer: 2 l F of a teacher twice as deep, l F of the student, 2 F backward less
+    the 6 D^2 that would flow below q, k, v, and 8 S D for scores (the student's also backward)."""
+    D, S = 768, 128
+    F, sizes = 24 * D ** 2 + 4 * S * D, [BertConfig.of_size(size, vocab_size=30528) for size in ("6L768", "12L768")]
+    found = [flops_per_block(train.Config(strategy=stage(monkeypatch, i)), *sizes) for i in range(6)]
+    for i, (of_student, of_teacher) in enumerate(found):
+        assert of_teacher / S == pytest.approx(2 * (i + 1) * F, rel=1e-3)
+        assert of_student / S == pytest.approx((i + 3) * F - 6 * D ** 2 + 8 * S * D, rel=1e-3)
+    assert sum(map(sum, found)) / 6 / S / 283.5e6 == pytest.approx(0.64, rel=0.02)
 
 
 @pytest.mark.slow
