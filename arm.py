@@ -152,12 +152,13 @@ class Arm:
                 stages.mark("teacher")
         with autocast(self.device, self.bf16):
             s = self.run_student(ids, masked, want=strategy.needs("student"), qkv_layers=strategy.layers)
-            context = Context(labels, strategy.tau, self.relation_heads, self.proj)
-            return self.loss_terms(strategy, s, t, context)
+        context = Context(labels, strategy.tau, self.relation_heads, self.proj, self.student.config.vocab_size)
+        # outside autocast: a compiled function's backward pass keeps the autocast that it was called under
+        return self.loss_terms(strategy, s, t, context)
 
-    def dummy(self):
-        """(ids, masked, labels) of a micro-batch's shape."""
-        B, S = self.config.micro_batch, self.config.seq_len
+    def dummy(self, blocks=None):
+        """(ids, masked, labels) of a micro-batch's shape, or of so many blocks."""
+        B, S = blocks or self.config.micro_batch, self.config.seq_len
         k = round(0.15 * S)
         return (torch.zeros(B, S, dtype=torch.long, device=self.device),
                 torch.arange(k, device=self.device).expand(B, k).contiguous(),
