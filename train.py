@@ -32,7 +32,7 @@ import torch
 import torch.distributed as dist
 
 import checkpoint
-from arm import Stopped, flops_per_block, make_arm
+from arm import Stopped, flops_per_block, make_arm, memory_told
 from cli import UserError, run
 from data import Blocks, TokenDirectory, prefetch
 from kd_losses import AS_RELEASED, STRATEGIES
@@ -213,6 +213,7 @@ def stop_signals():
 
 # ---------------------------------------------------------------------------------------------------------- loop
 
+@memory_told
 def train(config, now=time.monotonic, say=print):
     """Runs one strategy to the end of its budget; returns the summary that is also written to the run directory.
 
