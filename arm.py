@@ -7,6 +7,7 @@ it.  The loop around it is in train.py.
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import os
 import re
 import time
@@ -54,6 +55,33 @@ class WithProjections(torch.nn.Module):
         return self.student(*args, **named)
 
 
+def with_tf32(method):
+    """Decorator of Arm's methods: beside bf16 autocast on CUDA the losses' own products, in fp32, run in TF32.  For
+    bf16 queries, keys and values that is exact forwards; it holds backwards too, so it is around the whole method."""
+    @functools.wraps(method)
+    def scoped(arm, *args, **named):
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high" if arm.bf16 and arm.device.type == "cuda" else before)
+        try:
+            return method(arm, *args, **named)
+        finally:
+            torch.set_float32_matmul_precision(before)
+    return scoped
+
+
+def memory_told(main):
+    """Decorator of a main(config, ...): a device without memory left is one line that says what to do."""
+    @functools.wraps(main)
+    def told(config, *args, **named):
+        try:
+            return main(config, *args, **named)
+        except torch.OutOfMemoryError as e:
+            first, *_ = str(e).split("\n")
+            raise UserError(f"--micro-batch {config.micro_batch} does not fit into the device's memory: give a smaller "
+                            f"one ({first})") from None
+    return told
+
+
 class Arm:
     """One strategy's student, teacher, projections and optimizer, and one micro-batch of work on them."""
 
@@ -87,6 +115,7 @@ class Arm:
         self.run_student, self.run_teacher = prepare(student), prepare(teacher) if teacher else None
         self.loss_terms = prepare(loss_terms)
 
+    @with_tf32
     def make_optimizer(self):
         """Freezes what the loss does not reach, then makes the optimizer and, under torchrun, the DDP wrapper."""
         began = time.monotonic()
@@ -109,6 +138,7 @@ class Arm:
         """Gradients travel between ranks in the last micro-batch of a step only."""
         return contextlib.nullcontext() if last or self.ranks.size == 1 else self.wrapper.no_sync()
 
+    @with_tf32
     def gradients(self, batch, step, stages):
         """Forward and backward over one optimizer step's batch, in micro-batches.  Nothing here waits for the device.
 
@@ -152,12 +182,13 @@ class Arm:
                 stages.mark("teacher")
         with autocast(self.device, self.bf16):
             s = self.run_student(ids, masked, want=strategy.want("student"))
-            context = Context(labels, strategy.tau, self.relation_heads, self.proj)
-            return self.loss_terms(strategy, s, t, context)
+        context = Context(labels, strategy.tau, self.relation_heads, self.proj, self.student.config.vocab_size)
+        # outside autocast: a compiled function's backward pass keeps the autocast that it was called under
+        return self.loss_terms(strategy, s, t, context)
 
-    def dummy(self):
-        """(ids, masked, labels) of a micro-batch's shape."""
-        B, S = self.config.micro_batch, self.config.seq_len
+    def dummy(self, blocks=None):
+        """(ids, masked, labels) of a micro-batch's shape, or of so many blocks."""
+        B, S = blocks or self.config.micro_batch, self.config.seq_len
         k = round(0.15 * S)
         return (torch.zeros(B, S, dtype=torch.long, device=self.device),
                 torch.arange(k, device=self.device).expand(B, k).contiguous(),
@@ -167,7 +198,8 @@ class Arm:
         """A forward and backward pass on dummy data: freezes what the loss does not reach (MiniLM leaves the last
         output projection and feed-forward without a gradient, TinyBERT the LM head).  A second one compiles."""
         with torch.compiler.set_stance("force_eager"):  # compiled, what is not reached gets a gradient of zeros
-            self.forward(*self.dummy())[0].backward()
+            # a few blocks: an eager pass over a micro-batch takes more memory than the compiled step
+            self.forward(*self.dummy(min(8, self.config.micro_batch)))[0].backward()
         for p in self.student.parameters():
             p.requires_grad_(p.grad is not None)
             p.grad = None
@@ -177,6 +209,7 @@ class Arm:
             for p in (*self.student.parameters(), *self.proj.parameters()):
                 p.grad = None
 
+    @with_tf32
     @torch.no_grad()
     def validate(self, blocks, signals=(), model=None):
         """Means over all the validation blocks asked for: the strategy's terms, or the MLM loss of another `model`."""

@@ -52,7 +52,7 @@ class Config(Checked):
     teacher_size: str = "12L768"        # teacher: layers L width
     heads: Count | None = None          # attention heads of the student; default: width / 64
     vocab_size: Annotated[int, "[6, inf)"] = 30522      # V, ids in the vocabulary
-    strategies: Annotated[str, str, tuple(STRATEGIES)] = ",".join(STRATEGIES)   # the arms; no_kd is always among them
+    strategies: Annotated[str, str, STRATEGIES] = ",".join(STRATEGIES)   # the arms; no_kd is always among them
     as_released: bool = False           # beside them what the paper's released code computes under their names
     baseline: Literal["transformers"] | None = None     # beside them BertForMaskedLM, and a TinyBERT, of that package
     teacher_cost: bool = False          # instead: the teacher's forward pass alone, one change at a time

@@ -8,7 +8,7 @@ What a field allows stands in its annotation, and a dataclass that inherits from
 else, whether by a command line or in code:
 
     Literal["random", "teacher"]        one of these words
-    Annotated[str, tuple(STRATEGIES)]   one of these words, from elsewhere
+    Annotated[str, STRATEGIES]   one of these words, from elsewhere
     Annotated[float, "[0, 1)"]          a number in this interval: 0 is, 1 is not; infinity and NaN never are
     Annotated[str, float, "(0, 1)"]     several of them, separated by commas (`numbers` reads them)
 
@@ -122,7 +122,7 @@ def inside(value, limit):
 
 def wanted(of, several, limit):
     """What is allowed, in words."""
-    if isinstance(limit, tuple):
+    if limit and not isinstance(limit, str):
         text = ("names out of " if several else "one of " if len(limit) > 1 else "") + ", ".join(limit)
     else:
         noun = "whole number" if of is int else "number"

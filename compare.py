@@ -65,7 +65,7 @@ class Config(Checked):
     budget_flops: Positives | None = None   # or in matmul FLOPs of student and teacher
     budget_tokens: Counts | None = None  # or in tokens
     budget_steps: Counts | None = None  # or in optimizer steps
-    strategies: Annotated[str, str, tuple(STRATEGIES)] = "no_kd,vanilla_kd,tinybert,minilm"     # the arms
+    strategies: Annotated[str, str, STRATEGIES] = "no_kd,vanilla_kd,tinybert,minilm"     # the arms
     seeds: Count = 1                    # pretraining seeds 0, 1, ... of each arm; an interval needs two, better three
     unique_tokens: str = "all"          # data settings such as all,2000000: the first so many ids, again and again
     static_masks: bool = False          # the limited settings with the same masks in every epoch as well

@@ -74,9 +74,12 @@ def soft_kl(z_s, z_t, tau=1.0):
 
 
 @at_least_fp32
-def soft_cross_entropy_over_v(z_s, z_t, tau=1.0):
-    """As released (code of arXiv 2404.19319): soft_cross_entropy, but a mean over V too: exactly V times smaller."""
-    return -tau ** 2 * ((z_t / tau).softmax(-1) * (z_s / tau).log_softmax(-1)).mean()
+def soft_cross_entropy_over_v(z_s, z_t, tau=1.0, vocab_size=None):
+    """As released (code of arXiv 2404.19319): soft_cross_entropy, but a mean over V too: exactly V times smaller.
+
+    V is `vocab_size` where the logits are wider, with columns of probability 0."""
+    surplus = z_s.shape[-1] / (vocab_size or z_s.shape[-1])
+    return -tau ** 2 * ((z_t / tau).softmax(-1) * (z_s / tau).log_softmax(-1)).mean() * surplus
 
 
 # ------------------------------------------------------------------------------ losses on states: (B, S, D) each
@@ -203,6 +206,7 @@ class Context(NamedTuple):
     tau: float                  # temperature of the soft targets
     relation_heads: int         # N_r of relation_kl
     proj: nn.Module             # a ModuleDict of projections: empty where the widths are equal
+    vocab_size: int | None = None       # V where the logits may be wider, with columns of probability 0
 
 
 class Strategy(NamedTuple):
@@ -336,8 +340,9 @@ def mobilebert_stage(layer):
 
 
 # For science only: what the paper's released code computes under the same names, where that is not what its text says
-SOFT_CE_OVER_V = Term(lambda s, t, c: soft_cross_entropy_over_v(s["logits"], t["logits"], c.tau), ("logits",),
-                      ("logits",), "cross-entropy with the teacher's distribution; mean over masked positions AND V")
+SOFT_CE_OVER_V = Term(lambda s, t, c: soft_cross_entropy_over_v(s["logits"], t["logits"], c.tau, c.vocab_size),
+                      ("logits",), ("logits",),
+                      "cross-entropy with the teacher's distribution; mean over masked positions AND V")
 AS_RELEASED = {name: STRATEGIES[name]._replace(as_released=True, **changes) for name, changes in {
     "vanilla_kd": dict(terms={"mlm": MLM, "soft_ce": SOFT_CE_OVER_V}),
     "tinybert": dict(terms={"attn0": attention_scores_term("FIRST layer", FIRST),

@@ -33,7 +33,7 @@ import torch
 import torch.distributed as dist
 
 import checkpoint
-from arm import Stopped, flops_per_block, make_arm
+from arm import Stopped, flops_per_block, make_arm, memory_told
 from cli import Checked, Count, Length, NotNegative, Positive, Seed, Share, UserError, numbers, run, writable
 from data import Blocks, TokenDirectory, prefetch
 from kd_losses import AS_RELEASED, STRATEGIES
@@ -43,7 +43,7 @@ FEW_BLOCKS = 32             # under so many validation blocks, a warning
 
 @dataclass
 class Config(Checked):
-    strategy: Annotated[str, tuple(STRATEGIES)] = "no_kd"  # one of kd_losses.STRATEGIES
+    strategy: Annotated[str, STRATEGIES] = "no_kd"  # one of kd_losses.STRATEGIES
     budget_hours: Positive | None = None    # the budget, in hours on the clock described above
     budget_flops: Positive | None = None    # or in matmul FLOPs of student and teacher, the same on every machine
     budget_tokens: Count | None = None  # or in tokens
@@ -198,6 +198,7 @@ def stop_signals():
 
 # ---------------------------------------------------------------------------------------------------------- loop
 
+@memory_told
 def train(config, now=time.monotonic, say=print):
     """Runs one strategy to the end of its budget; returns the summary that is also written to the run directory.
 

@@ -1,10 +1,13 @@
-"""The bench measures train.py's step; the step has no mask, does not recompile, and draws the dropout it says."""
+"""The bench measures train.py's step; the step has no mask, waits for nothing, does
+not recompile, and draws the dropout it says."""
 import dataclasses
 import json
 import sys
+from functools import partial
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves, tree_map
 
 import bench_throughput as bench
 import cli
@@ -12,7 +15,7 @@ import model
 import train
 from arm import Arm, flops_per_block, make_arm
 from data import Blocks, TokenDirectory
-from kd_losses import STRATEGIES
+from kd_losses import AS_RELEASED, STRATEGIES, loss_terms
 from model import BertForMaskedLM
 
 TINY = bench.Config(size="2L32", teacher_size="3L48", heads=None, vocab_size=300, seq_len=32, batch_size=8,
@@ -133,19 +136,72 @@ def test_the_gradients_of_a_batch_do_not_depend_on_the_micro_batch(tiny, corpus)
     assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
+EVERY = [(name, False) for name in STRATEGIES] + [(name, True) for name in AS_RELEASED]
+
+
+@pytest.mark.parametrize("strategy, as_released", EVERY)
+def test_nothing_in_a_step_waits_for_the_device(strategy, as_released, monkeypatch):
+    """On the meta device: there is no value to wait for, so .item(), .tolist(), a copy to the host or a mask whose
+    trues have to be counted is an error."""
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *args, fused, adamw=torch.optim.AdamW, **named: adamw(
+        *args, fused=None, **named))                                    # there is no fused one for meta
+    config = dataclasses.replace(TINY, strategies="no_kd", teacher_size="3L32").for_machine()
+    of_arm = dataclasses.replace(config.of_arm(strategy, as_released), clip=1.0)
+    with torch.device("meta"):
+        arm = Arm(of_arm, *(BertForMaskedLM(config.shape(size)) for size in ("2L32", "3L32")))
+        monkeypatch.setattr(torch, "from_numpy", lambda a, on_cpu=torch.from_numpy: on_cpu(a).to("meta"))
+        arm.make_optimizer()
+        batch = Blocks(bench.RandomTokens(300), "train", 32, 0).batch(0, 8)
+        names, values = arm.gradients(batch, 0, train.Stages(arm.device))
+        assert values.device.type == "meta" and len(names) == len(values) == len(arm.strategy.terms) + 2
+        arm.update(1e-3, 1.0)
+
+
 @pytest.mark.slow
-def test_no_recompilation_after_the_warm_up(tiny, corpus):
-    """The warm-up compiles the student, the teacher and the loss; five steps on other batches, and validation, compile
-    nothing."""
+@pytest.mark.parametrize("strategy, as_released", EVERY)
+def test_a_step_is_three_whole_graphs_and_none_is_new_after_the_start(strategy, as_released, tiny, corpus, monkeypatch):
+    """The start compiles the student, the teacher and the loss; steps on other batches compile nothing, nor does
+    validation, which runs eagerly; no graph breaks."""
     from torch._dynamo.utils import counters
-    arm = make_arm(tiny(strategy="minilm", compile=True, dropout=0.1, micro_batch=4), TokenDirectory(corpus))
-    compiled = counters["stats"]["unique_graphs"]
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    counters.clear()
+    arm = make_arm(tiny(strategy=strategy, as_released=as_released, compile=True, bf16=True, dropout=0.1,
+                        micro_batch=4), TokenDirectory(corpus))
+    assert counters["stats"]["unique_graphs"] == 2 + bool(arm.teacher)
     blocks = Blocks(TokenDirectory(corpus), "train", 32, 0)
-    for i in range(5):
+    compiled = counters["stats"]["unique_graphs"]
+    arm.validate(blocks)
+    for i in range(3):
         _, values = arm.gradients(blocks.batch(i, 8), i, train.Stages(arm.device))
         arm.update(1e-3 / (i + 1), values[-1].item())
-    arm.validate(Blocks(TokenDirectory(corpus), "val", 32, 0))
-    assert compiled >= 3 and counters["stats"]["unique_graphs"] == compiled
+        arm.validate(blocks)
+    assert counters["stats"]["unique_graphs"] == compiled and not counters["graph_break"]
+
+
+@pytest.mark.parametrize("strategy", ["tinybert", "minilm", "minilmv2"])
+def test_the_compiled_losses_gradient_is_as_precise_as_the_eager_one(strategy, tiny, corpus):
+    """Against float64, from the same bf16 states: traced under autocast, its backward pass would run in bf16."""
+    arm = make_arm(tiny(strategy=strategy, bf16=True), TokenDirectory(corpus))
+    batch = arm.to_device(Blocks(TokenDirectory(corpus), "train", 32, 0).batch(0, 8))
+    arm.loss_terms = lambda strategy, *states: (0 * tree_leaves(states[0])[0].sum(), states)
+    s, t, context = arm.forward(*batch)[1]
+    arm.run_teacher = lambda *_, **__: t
+
+    def gradients(loss, dtype):
+        """Of the loss, for everything that the student's forward pass left behind."""
+        found, arm.loss_terms = [], loss
+        arm.run_student = lambda *_, **__: tree_map(lambda x: found.append(x.detach().to(dtype).requires_grad_())
+                                                  or found[-1], s)
+        arm.forward(*batch)[0].backward()
+        return [x.grad for x in found]
+    eager = gradients(loss_terms, None)
+    compiled = gradients(torch.compile(loss_terms, fullgraph=True, dynamic=False, backend="aot_eager"), None)
+    exact = gradients(lambda strategy, s, t, c: loss_terms(
+        strategy, s, tree_map(torch.Tensor.double, t), c._replace(proj=arm.proj.double())), torch.float64)
+    reached = [i for i, x in enumerate(exact) if x is not None]             # TinyBERT compares no values
+    errors = [[((found[i] - exact[i]).norm() / exact[i].norm()).item() for i in reached] for found in (eager, compiled)]
+    assert errors[1] == pytest.approx(errors[0], rel=1e-2) and len(reached) >= 3 and max(errors[0]) < 3e-3
 
 
 @pytest.mark.slow

@@ -103,7 +103,8 @@ def test_what_is_no_token_directory_is_refused(corpus, tmp_path):
 
 @pytest.mark.parametrize("changes, expected", [
     (dict(seq_len=1), "--seq-len 1: must be a whole number, at least 4"),
-    (dict(seq_len=2), "--seq-len 2: must be a whole number, at least 4"), (dict(seq_len=3), "--seq-len 3: must be a whole number, at least 4"),
+    (dict(seq_len=2), "--seq-len 2: must be a whole number, at least 4"),
+    (dict(seq_len=3), "--seq-len 3: must be a whole number, at least 4"),
     (dict(seq_len=-5), "--seq-len -5: must be a whole number, at least 4"),
     (dict(seq_len=65536), "train.bin: {train_tokens} ids do not make one block of length 65536: run prepare.py "
                             "again with more text, or give a smaller --seq-len"),

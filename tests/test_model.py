@@ -2,6 +2,7 @@
 import pytest
 import torch
 
+import model as bert
 from model import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertModel
 
 SIZES = [("2L32", 2, "gelu"), ("3L48", 4, "gelu_new"), ("1L64", 1, "relu")]
@@ -64,6 +65,48 @@ def test_attention_with_and_without_gradient_is_the_same(padding):
         fused = model(ids, real)["hidden"]
     plain = model(ids, real)["hidden"]
     assert plain.requires_grad and (plain - fused).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_layout_for_a_gpu_is_the_same_model(autocast, monkeypatch):
+    """One product for q, k, v; a vocabulary of 97 as 128: outputs, gradients and tensors are those of the CPU."""
+    found = []
+    for on_gpu in (False, True):
+        monkeypatch.setattr(bert, "on_gpu", lambda x, on=on_gpu: on)
+        torch.manual_seed(0)
+        model = BertForMaskedLM(BertConfig.of_size("2L32", 2, vocab_size=97))
+        for p in model.parameters():
+            torch.nn.init.normal_(p, std=0.1)
+        ids, masked = torch.randint(0, 97, (3, 12)), torch.tensor([[1, 5], [0, 11], [2, 3]])
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = model.eval()(ids, masked, want=("logits", "qkv"))
+        logits = out["logits"].float()
+        relations = sum(x.float().square().mean() for x in out["qkv"][0])
+        (bert.F.cross_entropy(logits, torch.arange(6)) + relations).backward()
+        assert logits.shape == (6, 128 if on_gpu else 97) and not logits.softmax(-1)[:, 97:].any()
+        found.append({"logits": logits[:, :97], "q": out["qkv"][0][0], "v": out["qkv"][0][2]}
+                     | {name: p.grad for name, p in model.named_parameters()})
+    for name, cpu in found[0].items():
+        assert cpu.shape == found[1][name].shape, name
+        scale = cpu.abs().max().clamp(min=1e-3)                         # keys' biases have a gradient of rounding only
+        assert (cpu - found[1][name]).abs().max() <= (2e-2 if autocast else 2e-6) * scale, name
+
+
+def test_on_a_gpu_attention_with_a_mask_never_builds_a_cudnn_graph(monkeypatch):
+    """It would build one for each new length of a batch.  Without a mask the choice is torch's."""
+    torch.manual_seed(0)
+    q, real, allowed = torch.randn(3, 2, 12, 8), batch()[1][:, None, None], []
+    fused = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(*args, **named):
+        allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return fused(*args, **named)
+    monkeypatch.setattr(bert.F, "scaled_dot_product_attention", spy)
+    expected = bert.attention(q, q, q, real, 0.0)
+    monkeypatch.setattr(bert, "on_gpu", lambda x: True)
+    assert torch.allclose(bert.attention(q, q, q, real, 0.0), expected, atol=1e-6)
+    bert.attention(q, q, q, None, 0.0)
+    assert allowed == [True, False, True] and torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_padding_changes_nothing_at_real_positions():

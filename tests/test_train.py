@@ -1,4 +1,5 @@
 """The budget, the schedule, and twenty steps of every strategy."""
+import contextlib
 import json
 import math
 import shutil
@@ -9,6 +10,7 @@ import torch
 
 import arm as arm_module
 import checkpoint
+import model
 import train
 from arm import Arm, flops_per_block, make_arm
 from cli import UserError
@@ -88,6 +90,29 @@ def test_twenty_steps_lower_the_loss_and_leave_a_whole_run_directory(tiny, tmp_p
     assert {n for n in still if not n.startswith("cls.")} == {n for n in frozen if not n.startswith("cls.")}
 
 
+@pytest.mark.parametrize("strategy, as_released", [(name, False) for name in STRATEGIES]
+                         + [(name, True) for name in AS_RELEASED])
+def test_the_layout_for_a_gpu_trains_the_same_student(tiny, corpus, monkeypatch, strategy, as_released):
+    """A padded vocabulary and one product for q, k, v: the same losses over five steps, the same tensors to save."""
+    losses, arms, blocks = [], [], train.Blocks(TokenDirectory(corpus), "train", 32, 0)
+    for on_gpu in (False, True):
+        monkeypatch.setattr(model, "on_gpu", lambda x, on=on_gpu: on)
+        arm = make_arm(tiny(strategy=strategy, as_released=as_released), TokenDirectory(corpus))
+        if as_released:
+            arm.teacher.eval()                                          # its dropout depends on the layout
+        for i in range(5):
+            _, values = arm.gradients(blocks.batch(i, 8), i, train.Stages(arm.device))
+            arm.update(1e-3, values[-1].item())
+            losses.append(values.tolist())
+        arms.append(arm)
+    assert sum(losses[5:], []) == pytest.approx(sum(losses[:5], []), rel=2e-5, abs=1e-6)
+    ours, theirs = (arm.student.state_dict() for arm in arms)
+    assert {name: p.shape for name, p in ours.items()} == {name: p.shape for name, p in theirs.items()}
+    # AdamW's first steps are the gradient's sign: where that is nothing but rounding (keys' biases), they may differ
+    far = [name for name in ours if "key.bias" not in name and (ours[name] - theirs[name]).abs().max() > 1e-3]
+    assert not far
+
+
 def test_every_arm_starts_from_the_same_weights_and_sees_the_same_batches(tiny, corpus):
     arms = [make_arm(tiny(strategy=name, init="random"), TokenDirectory(corpus)) for name in STRATEGIES]
     for arm in arms[1:]:
@@ -95,6 +120,49 @@ def test_every_arm_starts_from_the_same_weights_and_sees_the_same_batches(tiny, 
             assert torch.equal(a, b)
     other = make_arm(tiny(seed=1), TokenDirectory(corpus))
     assert not torch.equal(next(other.student.parameters()), next(arms[0].student.parameters()))
+
+
+def test_of_what_bf16_leaves_in_fp32_on_a_gpu_forwards_and_backwards_run_in_tf32(tiny, corpus, monkeypatch):
+    """And nothing after the step does: fine-tuning in the same process keeps its fp32."""
+    arm, seen = make_arm(tiny(), TokenDirectory(corpus)), []
+    forward, batch = arm.forward, train.Blocks(TokenDirectory(corpus), "train", 32, 0).batch(0, 8)
+
+    def spy(*args):
+        total, terms = forward(*args)
+        total.register_hook(lambda _: seen.append(torch.get_float32_matmul_precision()))
+        seen.append(torch.get_float32_matmul_precision())
+        return total, terms
+    arm.forward, tensors = spy, arm.to_device(batch)
+    arm.to_device = lambda batch: tensors
+    for device, bf16, expected in (("cpu", True, "highest"), ("cuda", False, "highest"), ("cuda", True, "high")):
+        arm.device, arm.bf16 = torch.device(device), bf16
+        monkeypatch.setattr(arm_module, "autocast", lambda *_: contextlib.nullcontext())
+        arm.gradients(batch, 0, train.Stages(torch.device("cpu")))
+        assert seen == [expected] * 2 and torch.get_float32_matmul_precision() == "highest"
+        seen.clear()
+
+
+@pytest.mark.parametrize("compiled, passes", [(False, [8]), (True, [8, 16])])
+def test_the_eager_pass_at_the_start_is_over_a_few_blocks(tiny, corpus, monkeypatch, compiled, passes):
+    """A whole micro-batch takes more memory in it than in a compiled step."""
+    monkeypatch.setattr(torch, "compile", lambda f, **_: f)
+    sizes, whole = [], Arm.forward
+
+    def spy(arm, ids, *rest):
+        sizes.append(len(ids))
+        return whole(arm, ids, *rest)
+    monkeypatch.setattr(Arm, "forward", spy)
+    make_arm(tiny(compile=compiled, batch_size=16, micro_batch=16), TokenDirectory(corpus))
+    assert sizes == passes
+
+
+@pytest.mark.parametrize("method", ["make_optimizer", "gradients", "update"])
+def test_a_device_without_memory_is_one_line_that_names_the_micro_batch(tiny, monkeypatch, method):
+    def spoilt(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation")
+    monkeypatch.setattr(Arm, method, spoilt)
+    with pytest.raises(UserError, match=r"--micro-batch 4 .*smaller one \(CUDA out of memory.*GiB\.\)$"):
+        train.train(tiny(micro_batch=4), **QUIET)
 
 
 @pytest.mark.parametrize("strategy", [name for name, s in STRATEGIES.items() if s.needs("teacher")])
