@@ -237,7 +237,7 @@ def watched_ranks():
         for process in ranks:
             process.start()
         for process in ranks:
-            process.join(120)
+            process.join(60)
             if process.is_alive():
                 process.kill()
         return [torch.load(f"{config.out}.{rank}") for rank in range(2)]

@@ -5,9 +5,11 @@ dropout, a teacher that is deeper and wider than the student, as many steps as m
 and the strategies' own peak learning rates.  docs/tests.md lists the promises."""
 import json
 import math
+import os
 import random
 import re
 import shutil
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -490,7 +492,7 @@ def test_the_clock_counts_student_and_teacher_and_nothing_beside_them(fair, watc
     lines are not, in the middle of the run as at its ends; the learning rate follows what is charged, and the stages'
     seconds add up to it."""
     at, cost = [0.0], dict(student=1.0, teacher=0.5, validation=100.0, update=0.25)
-    dumps, fsync = json.dumps, checkpoint.os.fsync
+    dumps, fsync = json.dumps, os.fsync
 
     def passes(seconds, call):
         def slow(*args, **named):
@@ -500,9 +502,9 @@ def test_the_clock_counts_student_and_teacher_and_nothing_beside_them(fair, watc
 
     def on(kind):
         at[0] += cost[kind]
-    monkeypatch.setattr(train.time, "perf_counter", lambda: at[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: at[0])
     monkeypatch.setattr(json, "dumps", passes(10_000.0, dumps))         # what a line of the log is made with
-    monkeypatch.setattr(checkpoint.os, "fsync", passes(1000.0, fsync))  # what a checkpoint waits for
+    monkeypatch.setattr(os, "fsync", passes(1000.0, fsync))  # what a checkpoint waits for
     seen = watched(fair("vanilla_kd", budget_steps=None, budget_hours=60 / 3600, warmup=0.06, fractions="0.5",
                         checkpoint_minutes=1e-9), on, now=lambda: at[0])
     step = 2 * 1.5                                                      # two micro-batches, then the update
