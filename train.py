@@ -409,7 +409,8 @@ class Run:
         if self.validations + 1 <= min(due, self.config.val_times - 1):
             val = self.validate(signals)
             self.validations += 1
-            self.write(dict(record, val=val))
+            with self.budget.pause("checkpoints"):
+                self.write(dict(record, val=val))
         with self.budget.pause("checkpoints"):
             for fraction in numbers(self.config.fractions):
                 if self.budget.progress >= fraction and not (self.out / f"model-{fraction:g}").exists():

@@ -32,14 +32,18 @@ ROWS = {
     "qnli": ["index\tquestion\tsentence\tlabel", "0\tA sentence\tAnother\t{}"],
     "rte": ["index\tsentence1\tsentence2\tlabel", "0\tA sentence\tAnother\t{}"],
     "wnli": ["index\tsentence1\tsentence2\tlabel", "0\tA sentence\tAnother\t{}"]}
-# labels of train and dev, in the order of their numbers: the official files'
+# the TSVs' labels in the official order of their numbers; () is a score
+ORDER = dict.fromkeys(("cola", "sst2", "mrpc", "qqp", "wnli"), ("0", "1")) | dict.fromkeys(
+    ("qnli", "rte"), ("entailment", "not_entailment")) | dict(
+    mnli=("entailment", "neutral", "contradiction"), stsb=())
+# how many of train and dev have each label, in that order
 COUNTS = {"cola": [(2528, 6023), (322, 721)], "sst2": [(29780, 37569), (428, 444)],
           "mrpc": [(1194, 2474), (129, 279)], "rte": [(1249, 1241), (146, 131)], "stsb": None}
 
 
 def tsv(path, name, n, labels=None):
     """A file of task `name` with n rows."""
-    names = labels or ft.TASKS[name].labels or ("0.000", "4.750")
+    names = labels or ORDER[name] or ("0.000", "4.750")
     lines = ROWS[name][:1] * ft.TASKS[name].header + [ROWS[name][1].format(names[i % len(names)]) for i in range(n)]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return lines
@@ -71,12 +75,13 @@ def test_the_official_files_give_the_official_counts(name, real_data):
 
 @pytest.mark.parametrize("name", ROWS)
 def test_every_tasks_columns_and_labels(name, tmp_path):
+    """The sentences come from the official columns, and a label's number is its place in the official order."""
     task = ft.TASKS[name]
     tsv(tmp_path / "t.tsv", name, 6)
     sentences, labels, bad = ft.read_tsv(tmp_path / "t.tsv", task)
     strip = {tuple(s.strip() for s in pair) for pair in sentences}
     assert strip == {("A sentence", "Another")[:len(task.text)]} and len(sentences) == 6 and bad == 0
-    assert labels == [i % len(task.labels) for i in range(6)] if task.labels else labels == [0, 4.75] * 3
+    assert labels == [i % len(ORDER[name]) for i in range(6)] if ORDER[name] else labels == [0, 4.75] * 3
 
 
 def test_a_row_count_other_than_the_official_one_is_refused(tmp_path):
@@ -420,16 +425,15 @@ def test_a_task_that_can_be_learned_is_learned_and_kept(teacher, task, tmp_path)
     assert np.allclose(logits, np.load(f"{kept}.npy")) and 100 * ft.accuracy(logits.argmax(-1), y) == own["scores"][1]
 
 
-def test_the_grid_runs_on_one_seed_and_the_best_point_on_fresh_ones(teacher, task, capsys):
+def test_the_grid_runs_on_one_seed_and_one_point_on_fresh_ones(teacher, task, capsys):
     config, said = config_of(teacher, task), []
     ft.main(config)
     line = capsys.readouterr().out.splitlines()[-1]
     files = {f.name for f in (task.parent / "out/trials").glob("*.json")}
     grid = {f: json.loads((task.parent / "out/trials" / f).read_text()) for f in files if f.endswith("seed0.json")}
-    best = max(r["scores"]["accuracy"] for r in grid.values())
     fresh = [f for f in files if not f.endswith("seed0.json")]
     assert len(grid) == 4 and len(files) == 6 and {f[-6] for f in fresh} == {"1", "2"}
-    assert all(grid[f[:-6] + "0.json"]["scores"]["accuracy"] == best for f in fresh)
+    assert len({f[:-6] for f in fresh}) == 1            # the best one: test_promises.py
     assert line.startswith("own: accuracy ") and "6 trials" in line and "n = 100" in line and "majority class" in line
 
     ft.score(config, said.append)
@@ -703,27 +707,12 @@ def test_a_dev_set_is_classified_the_same_in_transformers(name, real_data, tmp_p
 
 # ---------------------------------------------------------------------------------------------------------- speed
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cola", "sst2"])
-def test_an_epoch_is_three_times_faster_than_one_padded_to_128(name, real_data, monkeypatch):
-    """Interleaved, the same batches of 32; the first 640 examples."""
-    from model import BertConfig, BertForSequenceClassification
+def test_an_epoch_has_a_third_of_the_positions_that_it_had_padded_to_128(name, real_data):
+    """Examples of like length go together and are padded to the longest of them: the first 640 in batches of 32."""
     from prepare import load_tokenizer
-    x, y = ft.read_task(name, ft.TASKS[name], real_data / "glue")["train"]
-    tokenizer = load_tokenizer(str(real_data / "vocab/bert-base-uncased-vocab.txt"))
-    examples, y = ft.encode(tokenizer, x[:640], 128), y[:640]
-    model = BertForSequenceClassification(BertConfig.of_size("4L384"), 2)
-    tight, seconds = ft.pad, {"to the longest": [], "to 128": []}
-
-    def wide(batch, pad_id):
-        ids, real, _ = tight([*batch, np.zeros((2, 128), np.int32)], pad_id)
-        return ids[:-1], real[:-1], None
-    for _ in range(3):
-        for (_, times), pad in zip(seconds.items(), (tight, wide), strict=True):
-            monkeypatch.setattr(ft, "pad", pad)
-            began = time.perf_counter()
-            ft.finetune(model, examples, y, 32, 1, 1e-5, 0, 0)
-            times.append(time.perf_counter() - began)
-    ratio = np.median(seconds["to 128"]) / np.median(seconds["to the longest"])
-    print(f"{name}: {ratio:.2f} times faster; seconds for 20 steps: {seconds}")
-    assert ratio > 3
+    x, _ = ft.read_task(name, ft.TASKS[name], real_data / "glue")["train"]
+    examples = ft.encode(load_tokenizer(str(real_data / "vocab/bert-base-uncased-vocab.txt")), x[:640], 128)
+    drawn = ft.batches(np.array([e.shape[1] for e in examples]), 32, 1, 0)
+    positions = sum(ft.pad([examples[i] for i in picked], 0)[0].numel() for picked in drawn)
+    assert sum(e.shape[1] for e in examples) <= positions < 640 * 128 / 3
