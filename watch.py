@@ -214,15 +214,21 @@ def table(runs, unit):
     return [head, *([row.get(name, "") for name in head] for row in rows)]
 
 
-def in_terminal(runs, comparisons, unit):
-    """One run: a line per fact and per validation.  Several: a table."""
-    rows = table(runs, unit)
+def in_terminal(runs, comparisons, unit, width):
+    """One run: a line per fact and per validation.  Several: a table, what does not fit into `width` below it."""
+    rows, lines = table(runs, unit), []
     if len(runs) == 1:
-        return [*(f"{name:14} {value}" for name, value in zip(*rows, strict=True)),
-                *(f"  at {amount(runs[0].at(r, unit), unit):>14}  {val}" for r, val in runs[0].validations())]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(f"{cell:{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows] + [
-        plain(line) for path in comparisons for line in verdict(path)]
+        lines = [*(f"{name:14} {value}" for name, value in zip(*rows, strict=True)),
+                 *(f"  at {amount(runs[0].at(r, unit), unit):>14}  {val}" for r, val in runs[0].validations())]
+    else:
+        columns = [[f"{cell:{max(map(len, column))}}" for cell in column] for column in zip(*rows, strict=True)]
+        part = columns[:1]
+        for column in [*columns[1:], None]:
+            if column is None or len(part) > 1 and sum(len(c[0]) + 2 for c in (*part, column)) - 2 > width:
+                lines += [*("  ".join(row).rstrip() for row in zip(*part, strict=True)), ""]
+                part = columns[:1]
+            part.append(column)
+    return "\n".join([*lines, *(plain(line) for path in comparisons for line in verdict(path))])
 
 
 # ------------------------------------------------------------------------------------------- files to pass on
@@ -416,10 +422,10 @@ def look(config, file, say):
         if None in each.axes[config.x]:
             raise UserError(f"{each.path}: what it spends in FLOPs is known when it has finished: --x hours, tokens or "
                             f"steps until then")
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    say("\033[H\033[2J" * config.follow + "\n".join(line[:width] for line in in_terminal(runs, comparisons, config.x)))
-    names = list(dict.fromkeys(name for each in runs for name, values in each.curves.items()
-                               if any(y is not None for y in values)))
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else math.inf
+    say("\033[H\033[2J" * config.follow + in_terminal(runs, comparisons, config.x, width))
+    names = sorted(dict.fromkeys(name for each in runs for name, values in each.curves.items()
+                                 if any(y is not None for y in values)), key=lambda name: name.startswith("validation"))
     try:
         if file and file.suffix == ".html":
             file.write_text(page(runs, comparisons, names, config.x), encoding="utf-8")

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import checkpoint
+import cli
 import train
 import watch
 from cli import UserError
@@ -76,9 +77,13 @@ def test_progress_time_left_rates_and_changes_of_a_run_under_way(made):
 
 def test_several_runs_are_one_table_and_one_that_starts_is_in_it(made):
     first, second, other = made("a"), made("b", steps=120, summary=dict(tokens_per_second=7.0)), made("c", steps=0)
-    head, a, b, c = shown(first, second, other).splitlines()
+    head, a, b, c = shown(first, second, other).rstrip().splitlines()
     assert head.split()[:3] == ["run", "state", "spent"] and "starting" in c and " 7 " in b
     assert 10 < len(cells(first, second)["a"]["loss so far"]) < len(cells(first, second)["b"]["loss so far"]) == 24
+    whole = watch.in_terminal(watch.find([first, second])[0], [], "hours", 10_000)
+    narrow = watch.in_terminal(watch.find([first, second])[0], [], "hours", 80)
+    assert max(map(len, narrow.splitlines())) <= 80 < len(whole.splitlines()[0])
+    assert set(whole.split()) == set(narrow.split()) and narrow.count("\na ") == narrow.count("run ") > 1
     (first.parent / "d").mkdir()                                        # claimed by compare.py, not begun
     shutil.copytree(first, first.parent.parent / "teacher")
     assert list(cells(first.parent.parent)) == ["teacher", "a", "b", "c"]       # a comparison under way
@@ -134,6 +139,15 @@ def test_bad_input_is_one_clear_line(made, change, message):
     with pytest.raises(UserError, match=message) as e:
         shown(*other.pop("paths", [path]), **other)
     assert "\n" not in str(e.value)
+
+
+def test_the_two_command_lines(capsys):
+    assert cli.parse(watch.Config, "", ["a", "b", "--x", "tokens"]) == watch.Config(["a", "b"], "tokens")
+    assert cli.parse(watch.ModelConfig, "", ["--model", "m", "--sentence", "s"]) == watch.ModelConfig("m", "s")
+    for config in (watch.Config, watch.ModelConfig):
+        with pytest.raises(SystemExit):
+            cli.parse(config, watch.__doc__, ["--help"])
+    assert "page to pass on" in capsys.readouterr().out
 
 
 def test_the_figure_is_written_and_its_absence_explained(made, tmp_path, monkeypatch):
@@ -221,6 +235,20 @@ def test_a_browser_shows_tables_verdict_and_curves_without_an_error(comparison, 
     assert "NaN" not in dom.split("</script>")[-3] and ">60000</text>" in panels["mlm"]
     x, y = zip(*(map(float, point.split(",")) for point in lines["mlm"][0].split()), strict=True)
     assert list(x) == sorted(x) and list(y) == sorted(y)                # the loss falls: downwards is a larger y
+
+
+def test_another_axis_a_hidden_run_and_the_numbers_under_the_pointer(comparison, browse, tmp_path):
+    shown(comparison, out=str(tmp_path / "x.html"))
+    with (tmp_path / "x.html").open("a") as f:          # a person's hand: against steps, without the first run
+        f.write("""<script>
+          axis.value = "steps"; boxes[0].click()
+          const svg = document.querySelector('[data-curve="tokens/s"] svg'), box = svg.getBoundingClientRect()
+          svg.dispatchEvent(new PointerEvent("pointermove", {clientX: box.right, clientY: box.top + box.height / 2}))
+        </script>""")
+    dom, console = browse(tmp_path / "x.html")
+    svg = re.search(r'data-curve="loss".*?(<svg.*?</svg>)', dom, re.S)[1]
+    assert not console and svg.count("<polyline") == 1 and ">60</text>" in svg and ">steps</text>" in svg
+    assert re.findall(r"<output>(.+?)</output>", dom) == ["tinybert-seed0: 1000 at 60"]
 
 
 def test_a_browser_would_show_an_error_of_the_script(comparison, browse, tmp_path, monkeypatch):
