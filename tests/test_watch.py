@@ -1,0 +1,317 @@
+"""Runs made by train.py and by hand, as table, figure and page (in a real browser), and what a model says."""
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+import torch
+
+import checkpoint
+import cli
+import train
+import watch
+from cli import UserError
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+def shown(*paths, **other):
+    lines = []
+    watch.watch(watch.Config([str(p) for p in paths], **other), say=lines.append)
+    return "\n".join(lines)
+
+
+def cells(*paths, **other):
+    """{run: {heading: text}} of the table."""
+    return {row[0]: dict(zip(head, row, strict=True))
+            for head, *rows in [watch.table(watch.find(paths)[0], other.get("x", "hours"))] for row in rows}
+
+
+@pytest.fixture
+def made(tmp_path):
+    """Writes a run directory: 100 blocks of 10 tokens a step, a step a second, validations at 20, 40, ..."""
+    def make(name="run", steps=60, tail="", summary=None, extra=lambda step: {}, **budget):
+        path = tmp_path / "runs" / name
+        path.mkdir(parents=True)
+        config = dict(strategy="no_kd", batch_size=100, seq_len=10) | (budget or dict(budget_hours=0.1))
+        (path / "config.json").write_text(json.dumps(config))
+        records = []
+        for step in range(10, steps + 1, 10):
+            record = dict(step=step, progress=(step - 1) / 360, seconds=float(step), lr=1e-4 * step, epoch=0.1,
+                          loss=9 - step / 20, mlm=8 - step / 20, soft=1.0, gradient_norm=2.5) | extra(step)
+            records += [record] + [dict(record, val=dict(mlm=9 - step / 20))] * (step % 20 == 0)
+        (path / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records) + tail)
+        if summary is not None:
+            (path / "summary.json").write_text(json.dumps(summary))
+        return path
+    return make
+
+
+def test_a_run_of_train_py_is_shown_with_the_numbers_of_its_files(tiny, tmp_path):
+    summary = train.train(tiny(strategy="vanilla_kd", val_times=2), say=lambda line: None)
+    out = shown(tmp_path / "run", x="flops")
+    last = json.loads((tmp_path / "run/log.jsonl").read_text().splitlines()[-2])
+    assert re.search(r"^state +finished$", out, re.M) and "20 of 20 steps, 100.0%" in out
+    assert f"{summary['student_flops'] + summary['teacher_flops']:.3g} FLOPs" in out
+    assert f"{last['loss']:.5g}" in out and f"soft_ce {last['soft_ce']:.5g}" in out
+    assert f"{summary['tokens_per_second']:,.0f}" in out and f"{last['gradient_norm']:.3g}" in out
+    assert out.count("  at ") == 2 and f"mlm {summary['val']['mlm']:.5g} (" in out
+
+
+def test_progress_time_left_rates_and_changes_of_a_run_under_way(made):
+    path = made(tail='{"step": 70, "progre')
+    found = cells(path)["run"]
+    assert found["spent"] == "60 of 360 s, 16.7%" and found["left"] == "300 s" and found["loss"] == "6"
+    assert found["terms"] == "mlm 5, soft 1" and found["tokens/s"] == "1,000"
+    assert found["validation"] == "mlm 6 (-1) [3]" and "last line 0 s ago" == found["state"]
+    assert len(found["loss so far"]) == 24 and found["loss so far"].strip()[::19] == "█▁"
+    assert re.findall(r"at +(\S+ \S+)  mlm (.*)", shown(path, x="tokens")) == [
+        ("20,000 tokens", "8"), ("40,000 tokens", "7 (-1)"), ("60,000 tokens", "6 (-1)")]
+    found = cells(made("slow", steps=100, extra=lambda step: dict(seconds=step + 200.0 * (step > 90)),
+                       budget_tokens=1_000_000))["slow"]
+    assert found["tokens/s"] == "48" and found["left"] == "5:15 h"      # 10,000 tokens in 210 s, 900,000 to go
+    assert found["spent"] == "100,000 of 1,000,000 tokens, 10.0%"
+    assert cells(made("logged", extra=lambda step: dict(tokens_per_second=5e4)))["logged"]["tokens/s"] == "50,000"
+
+
+def test_several_runs_are_one_table_and_one_that_starts_is_in_it(made):
+    first, second, other = made("a"), made("b", steps=120, summary=dict(tokens_per_second=7.0)), made("c", steps=0)
+    head, a, b, c = shown(first, second, other).rstrip().splitlines()
+    assert head.split()[:3] == ["run", "state", "spent"] and "starting" in c and " 7 " in b
+    assert 10 < len(cells(first, second)["a"]["loss so far"]) < len(cells(first, second)["b"]["loss so far"]) == 24
+    whole = watch.in_terminal(watch.find([first, second])[0], [], "hours", 10_000)
+    narrow = watch.in_terminal(watch.find([first, second])[0], [], "hours", 80)
+    assert max(map(len, narrow.splitlines())) <= 80 < len(whole.splitlines()[0])
+    assert set(whole.split()) == set(narrow.split()) and narrow.count("\na ") == narrow.count("run ") > 1
+    (first.parent / "d").mkdir()                                        # claimed by compare.py, not begun
+    shutil.copytree(first, first.parent.parent / "teacher")
+    assert list(cells(first.parent.parent)) == ["teacher", "a", "b", "c"]       # a comparison under way
+    shutil.copytree(second, first.parent.parent / "teacher", dirs_exist_ok=True)
+    assert list(cells(first.parent.parent)) == ["a", "b", "c"]
+
+
+def test_flops_come_from_the_log_the_summary_or_the_budget_and_are_refused_where_unknown(made):
+    summary = dict(steps=60, student_flops=500, teacher_flops=100)
+    assert cells(made("a", summary=summary), x="flops")["a"]["FLOPs"] == "600 FLOPs"
+    assert cells(made("b", extra=lambda step: dict(flops=7 * step)), x="flops")["b"]["FLOPs"] == "420 FLOPs"
+    assert cells(made("c", budget_flops=360))["c"]["spent"] == "59 of 360 FLOPs, 16.4%"
+    with pytest.raises(UserError, match="known when it has finished"):
+        shown(made("d"), x="flops")
+
+
+def test_long_logs_are_thinned_but_keep_their_end_and_validations(made):
+    run = watch.Run(made(steps=20_000))
+    assert len(run.records) == 2000 and len(run.points("loss", "steps")) < 1600
+    assert run.points("loss", "steps")[-1] == (20_000, 9 - 1000.0)
+    assert len(run.points("validation mlm", "hours")) == 1000
+    assert [y for _, y in run.points("tokens/s", "steps")] == pytest.approx([1000] * len(run.axes["steps"]))
+
+
+def test_follow_redraws_until_ctrl_c(made, monkeypatch):
+    path, naps = made(), []
+
+    def sleep(seconds):
+        naps.append(seconds)
+        (path / "summary.json").write_text('{"tokens_per_second": 1}')
+        if len(naps) == 2:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(watch.time, "sleep", sleep)
+    before, after = shown(path, follow=True).split("\033[H\033[2J")[1:]
+    assert "last line" in before and "last line" not in after
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda p: dict(paths=[p / "nowhere"]), "neither a run's directory"),
+    (lambda p: dict(x="days"), "--x days: one of hours, flops"),
+    (lambda p: dict(out="x.pdf"), "ends in .html or .png"),
+    (lambda p: dict(out=str(p / "no/x.html")), "cannot be written: No such file"),
+    (lambda p: (p / "config.json").write_text("{"), "cannot be read as JSON"),
+    (lambda p: (p / "config.json").write_text("[]"), "no JSON object"),
+    (lambda p: (p / "config.json").write_text('{"model_type": "bert"}'), "is a model directory"),
+    (lambda p: (p / "config.json").write_text("{}"), "not that of a run"),
+    (lambda p: (p / "log.jsonl").write_text('{"step": 1, "seconds": 1}\n{"step"\n{"step": 2, "seconds"'), "line 2"),
+    (lambda p: (p / "log.jsonl").write_text('{"step": 1, "seconds": "1"}\n'), "line 1")])
+def test_bad_input_is_one_clear_line(made, change, message):
+    path = made()
+    other = change(path)
+    other = other if isinstance(other, dict) else {}
+    with pytest.raises(UserError, match=message) as e:
+        shown(*other.pop("paths", [path]), **other)
+    assert "\n" not in str(e.value)
+
+
+def test_the_two_command_lines(capsys):
+    assert cli.parse(watch.Config, "", ["a", "b", "--x", "tokens"]) == watch.Config(["a", "b"], "tokens")
+    assert cli.parse(watch.ModelConfig, "", ["--model", "m", "--sentence", "s"]) == watch.ModelConfig("m", "s")
+    for config in (watch.Config, watch.ModelConfig):
+        with pytest.raises(SystemExit):
+            cli.parse(config, watch.__doc__, ["--help"])
+    assert "page to pass on" in capsys.readouterr().out
+
+
+def test_the_figure_is_written_and_its_absence_explained(made, tmp_path, monkeypatch):
+    paths = made("a$b"), made("c", steps=0), made("no-seed0")
+    with monkeypatch.context() as m:
+        m.setitem(__import__("sys").modules, "matplotlib", None)
+        with pytest.raises(UserError, match="pip install matplotlib"):
+            shown(*paths, out=str(tmp_path / "x.png"))
+    pytest.importorskip("matplotlib")
+    shown(*paths, out=str(tmp_path / "x.png"))
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_two_arms_look_alike_and_seeds_of_an_arm_do():
+    runs = [type("", (), dict(name=f"{i}-seed{seed}")) for seed in range(2) for i in range(140)]
+    looks = [tuple(look.values()) for look in watch.styles(runs)]
+    assert len(set(looks)) == 140 and looks[:140] == looks[140:]
+
+
+def test_runs_of_one_name_are_told_apart_and_none_moves_the_cursor(made):
+    one, two, three = made("x/run"), made("y/run"), made("\x1b[2J")
+    assert set(cells(one, two, three)) == {str(one), str(two), "?[2J"}
+
+
+# ------------------------------------------------------------------------------------------------------ the page
+
+HOSTILE = "<img src=x onerror=alert(1)>"
+
+
+@pytest.fixture
+def comparison(made):
+    """A comparison's directory of made-up numbers; one of its runs has a hostile name, one holds what is not finite."""
+    made("tinybert-seed0", summary=dict(tokens_per_second=1234.0, steps=60, student_flops=1, teacher_flops=2))
+    path = made(HOSTILE, extra=lambda step: dict(gradient_norm=float("inf"))).parent.parent
+    said = ["At 1 h, tinybert scores highest: 71.25 & <b>nothing</b> else."]
+    (path / "results.json").write_text(json.dumps(dict(results=[], verdict=said)))
+    (path / "table.md").write_text("| arm | score |\n| --- | --- |\n| tinybert | 71.25 |\n| no_kd |  |\n\n" + said[0]
+                                   + "\n\nOne <i>seed</i>.\n")
+    (path / "costs.md").write_text("| arm | charged s |\n| --- | --- |\n| tinybert | 3,599.75 |\n\nIn all 2 h.\n")
+    (path / "figure.png").write_bytes(b"\x89PNG")
+    return path
+
+
+def test_the_page_holds_everything_escaped_and_asks_nobody(comparison, tmp_path):
+    shown(comparison, out=str(tmp_path / "x.html"))
+    page = (tmp_path / "x.html").read_text()
+    assert "71.25 &amp; &lt;b&gt;nothing" in page and page.count("scores highest") == 1 and "&lt;i&gt;seed" in page
+    assert "<td>tinybert</td><td>3,599.75</td>" in page and "<td>no_kd</td><td></td>" in page
+    assert "data:image/png;base64,iVBORw" in page and "default-src 'none'" in page
+    assert "<img src=x" not in page and not re.search(r"(src|href)=.?(http|//)", page)
+
+
+@pytest.fixture
+def browse(tmp_path):
+    """A page as Chromium has it after its scripts ran."""
+    if not BROWSER:
+        pytest.skip("no chromium on PATH")
+
+    def browse(file):
+        done = subprocess.run(
+            [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+             "--disable-background-networking", "--disable-component-update", "--disable-sync",
+             "--enable-logging=stderr", f"--user-data-dir={tmp_path / 'browser'}", "--dump-dom", file.as_uri()],
+            capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    return browse
+
+
+def test_a_browser_shows_tables_verdict_and_curves_without_an_error(comparison, tiny, browse, tmp_path):
+    train.train(tiny(strategy="minilm", val_times=2), say=lambda line: None)
+    shown(comparison, tmp_path / "run", out=str(tmp_path / "x.html"), x="tokens")
+    dom, console = browse(tmp_path / "x.html")
+    assert 'role="alert"' not in dom and not console
+    for file in (*comparison.glob("runs/*/log.jsonl"), tmp_path / "run/log.jsonl"):
+        *_, before, last = map(json.loads, file.read_text().splitlines())
+        assert f"<td>{before['loss']:.5g}</td>" in dom and f"{last['val'].popitem()[1]:.5g} (" in dom
+    assert "<td>1,234</td>" in dom and "<td>71.25</td>" in dom and "<b>nothing" not in dom and HOSTILE not in dom
+
+    panels = {name: svg for name, svg in re.findall(r'<figure data-curve="(.*?)">.*?(<svg.*?</svg>)', dom, re.S)}
+    assert {"loss", "soft", "attn", "learning rate", "tokens/s", "gradient norm", "validation mlm"} <= set(panels)
+    lines = {name: re.findall(r'<polyline [^>]*points="(.*?)"', svg) for name, svg in panels.items()}
+    assert len(lines["loss"]) == 3 and len(lines["soft"]) == 2 and len(lines["gradient norm"]) == 2
+    assert [len(line.split()) for line in lines["loss"]] == [6, 6, 20]
+    assert "NaN" not in dom.split("</script>")[-3] and ">60000</text>" in panels["mlm"]
+    x, y = zip(*(map(float, point.split(",")) for point in lines["mlm"][0].split()), strict=True)
+    assert list(x) == sorted(x) and list(y) == sorted(y)                # the loss falls: downwards is a larger y
+
+
+def test_another_axis_a_hidden_run_and_the_numbers_under_the_pointer(comparison, browse, tmp_path):
+    shown(comparison, out=str(tmp_path / "x.html"))
+    with (tmp_path / "x.html").open("a") as f:          # a person's hand: against steps, without the first run
+        f.write("""<script>
+          axis.value = "steps"; boxes[0].click()
+          const svg = document.querySelector('[data-curve="tokens/s"] svg'), box = svg.getBoundingClientRect()
+          svg.dispatchEvent(new PointerEvent("pointermove", {clientX: box.right, clientY: box.top + box.height / 2}))
+        </script>""")
+    dom, console = browse(tmp_path / "x.html")
+    svg = re.search(r'data-curve="loss".*?(<svg.*?</svg>)', dom, re.S)[1]
+    assert not console and svg.count("<polyline") == 1 and ">60</text>" in svg and ">steps</text>" in svg
+    assert re.findall(r"<output>(.+?)</output>", dom) == ["tinybert-seed0: 1000 at 60"]
+
+
+def test_a_browser_would_show_an_error_of_the_script(comparison, browse, tmp_path, monkeypatch):
+    monkeypatch.setattr(watch, "SCRIPT", watch.SCRIPT.replace("redraw()\n</script>", "nonsense()\n</script>"))
+    shown(comparison, out=str(tmp_path / "x.html"))
+    dom, console = browse(tmp_path / "x.html")
+    assert 'role="alert"' in dom and "nonsense is not defined" in dom and console
+
+
+# ------------------------------------------------------------------------------------------------------- a model
+
+def asked(**config):
+    lines = []
+    watch.ask(watch.ModelConfig(**{"nearest": None} | config), say=lines.append)
+    return lines
+
+
+def test_masks_are_filled_as_transformers_fills_them(teacher):
+    transformers = pytest.importorskip("transformers")
+    lines = asked(model=str(teacher), sentence="a [MASK] b c [MASK]")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(teacher)
+    model = transformers.AutoModelForMaskedLM.from_pretrained(teacher).eval()
+    ids = tokenizer("a [MASK] b c [MASK]", return_tensors="pt")["input_ids"]
+    assert len(lines) == 2 and (ids == tokenizer.mask_token_id).sum() == 2
+    for line, p in zip(lines, model(ids).logits.softmax(-1)[ids == tokenizer.mask_token_id], strict=True):
+        words = [f"{tokenizer.convert_ids_to_tokens(int(k))} {p[k]:.1%}" for k in p.topk(5).indices]
+        assert line.split(": ", 1)[1].split(", ") == words
+
+
+def test_nearest_lines_are_those_of_each_line_on_its_own(teacher, tmp_path, monkeypatch):
+    lines = [f"{'abcdefghij'[i]}{'klmnopqrst'[i]} {'uvwxyzabcd'[i]} " * (i + 1) for i in range(10)]
+    (tmp_path / "lines.txt").write_text("\n\n".join([*lines, lines[0]]) + "\n\x1b[2J")
+    model, tokenizer = checkpoint.load_mlm(teacher).model.eval(), checkpoint.read_tokenizer(teacher)
+
+    @torch.no_grad()
+    def vector(text):                           # no batch, no padding
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        ids = [tokenizer.token_to_id("[CLS]"), *ids, tokenizer.token_to_id("[SEP]")]
+        return model.bert(torch.tensor([ids]))["hidden"][0].mean(0)
+    wanted = sorted(((torch.cosine_similarity(vector(lines[3]), vector(line.strip()), dim=0).item(), line.strip())
+                     for line in [*lines, "\x1b[2J"]), reverse=True)
+    head, *found = asked(model=str(teacher), sentence=lines[3], nearest=str(tmp_path / "lines.txt"))
+    assert head == "the nearest of 11 lines" and found[0] == f"  1.000  {lines[3].strip()}"
+    assert found == [f"  {cosine:.3f}  {line.replace(chr(27), '?')}" for cosine, line in wanted[:5]]
+    monkeypatch.setattr(watch, "LINES", 3)
+    assert asked(model=str(teacher), sentence="a", nearest=str(tmp_path / "lines.txt"))[0].startswith(
+        "the nearest of 3 lines (those after")
+
+
+@pytest.mark.parametrize("other, message", [
+    (dict(sentence="nothing hidden"), "has no \\[MASK\\]"), (dict(sentence="a [MASK]" * 600), "tokens, the model 512"),
+    (dict(nearest="nowhere.txt"), "nowhere.txt cannot be read"), (dict(nearest="/dev/null"), "no text in it"),
+    (dict(model="no/such/model/there"), "neither a model directory")])
+def test_a_bad_question_is_one_clear_line(teacher, other, message):
+    with pytest.raises(UserError, match=message) as e:
+        asked(**dict(model=str(teacher), sentence="a [MASK]") | other)
+    assert "\n" not in str(e.value)
+
+
+def test_a_student_without_an_lm_head_has_neighbours_but_fills_nothing(tiny, tmp_path):
+    train.train(tiny(strategy="minilm", budget_steps=1), say=lambda line: None)
+    (tmp_path / "lines.txt").write_text("a b\n")
+    model = str(tmp_path / "run/model")
+    with pytest.raises(UserError, match="has no LM head"):
+        asked(model=model, sentence="a [MASK]")
+    assert asked(model=model, sentence="a b", nearest=str(tmp_path / "lines.txt"))[1] == "  1.000  a b"
