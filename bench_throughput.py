@@ -34,11 +34,11 @@ import torch
 from torch.nn.functional import mse_loss
 
 import train
-from arm import Arm, autocast, check_teacher, choose_device, flops_per_block, keep_freed_memory, multiplies_in_bf16
-from cli import Checked, Count, Length, NotNegative, Share, UserError, run
 from data import SPECIAL, Blocks, loader_rate
 from kd_losses import AS_RELEASED, STRATEGIES
 from model import BertConfig, BertForMaskedLM
+from plumbing.cli import Checked, Count, Length, NotNegative, Share, UserError, run
+from step import Arm, autocast, check_teacher, choose_device, flops_per_block, keep_freed_memory, multiplies_in_bf16
 
 PAPERS_RATIO = 1.8
 # Dense bf16 TFLOP/s in the vendors' data sheets, by words of the device's name; the first entry that fits counts
@@ -134,7 +134,7 @@ def entry_of(name, arm, blocks, flops=None):
 
     def step():
         stages.mark(None)
-        names, values = arm.gradients(next(batches), next(steps), stages)
+        names, values = train.gradients(arm, next(batches), next(steps), stages)
         norm = values.tolist()[names.index("gradient_norm")]            # the step's one wait for the device
         stages.mark("optimizer")
         stages.read()
@@ -204,7 +204,7 @@ def teacher_alone(config, blocks):
     """The teacher's forward pass as vanilla_kd has it, and what one change at a time costs or saves."""
     shape, device = config.shape(config.teacher_size), torch.device(config.device)
     if device.type == "cpu":
-        keep_freed_memory()                                             # as Arm does
+        keep_freed_memory()                                             # as make_arm does
     with device:
         fp32, bf16 = (BertForMaskedLM(shape).to(dtype).eval() for dtype in (torch.float32, torch.bfloat16))
     ids, masked, _ = (torch.from_numpy(a).to(device) for a in blocks.batch(0, config.micro_batch))

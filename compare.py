@@ -15,42 +15,42 @@ and a 4-layer teacher on it, gives each strategy the same 2-layer student and th
 fine-tunes every student on the built-in task: which package does a docstring come from?  The task's docstrings are
 validation documents of that corpus, so no model has been pretrained on them.
 """
-import bisect
-import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import math
-import os
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-from tqdm import tqdm
 
-import checkpoint
 import finetune_glue
-import prepare
-import report
-import sources
 import train
-from arm import Arm, check_teacher, choose_device, flops_per_block, initial_student, student_shape
-from cli import Checked, Count, Counts, Length, Positive, Positives, Share, UserError, checked, numbers, run, writable
 from data import Blocks, TokenDirectory
 from kd_losses import STRATEGIES
 from model import BertConfig, BertForMaskedLM, BertForSequenceClassification
-
-# The demonstration's sizes: measured on two CPU cores, so that every arm learns something in its seconds
-DEMO_VOCAB, DEMO_VAL_FRACTION = 4096, 0.1
-DEMO_PACKAGES = ("torch", "sympy", "python", "networkx", "numpy")       # the labels of its task
-DEMO_LABELLED, DEMO_CHARACTERS = 500, 160                               # training examples, and how long each is
-DEMO = dict(teacher="train", teacher_size="4L128", teacher_budget=150 / 3600, size="2L128", budget_hours=f"{45 / 3600}",
-            seq_len=64, batch_size=32, micro_batch=32, dropout=0.0, peak_lrs="1e-3", val_times=1, val_blocks=256,
-            finetune_batch_sizes="32", finetune_lrs="7e-4", finetune_epochs=10, max_len=48)
+from plumbing import checkpoint, report
+from plumbing.budget import one_budget
+from plumbing.cli import (
+    Checked,
+    Count,
+    Counts,
+    Length,
+    Positive,
+    Positives,
+    Share,
+    UserError,
+    checked,
+    numbers,
+    run,
+    writable,
+)
+from plumbing.demonstration import prepare_built_in
+from plumbing.files import read_json, share, write_whole
+from plumbing.rundir import contents
+from step import Arm, check_teacher, choose_device, flops_per_block, initial_student, student_shape
 
 
 @dataclass
@@ -87,6 +87,10 @@ class Config(Checked):
     max_len: Annotated[int, "[8, inf)"] = 128       # ids an example is cut to
 
 
+# What every run of a comparison takes from its command line as it stands there
+SHARED = ("data", "size", "heads", "seq_len", "batch_size", "micro_batch", "dropout", "val_blocks", "val_times")
+
+
 # ----------------------------------------------------------------------------------------------------------- plan
 
 class Plan:
@@ -94,12 +98,9 @@ class Plan:
 
     def __init__(self, config):
         self.config, self.out = config, Path(config.out)
-        given = [unit for unit in train.Budget.UNITS if getattr(config, f"budget_{unit}") is not None]
-        if len(given) != 1:
-            raise UserError("give exactly one of " + ", ".join(f"--budget-{unit}" for unit in train.Budget.UNITS))
-        self.unit = given[0]
+        self.unit, budgets = one_budget(config)
         whole = int if self.unit in ("tokens", "steps") else float
-        self.budgets = sorted(numbers(getattr(config, f"budget_{self.unit}"), whole))
+        self.budgets = sorted(numbers(budgets, whole))
         self.names = config.strategies.split(",")
         uniques = [None if part == "all" else checked("--unique-tokens", part, Count)
                    for part in config.unique_tokens.split(",")]
@@ -137,9 +138,7 @@ class Plan:
         """The train.Config of one run; its directory's name says all that it differs in from the others."""
         name = (f"{strategy}-{budget:g}{self.unit}" + f"-{unique}ids" * (unique is not None) + "-static" * static
                 + (f"-lr{lr:g}" if lr else "") + f"-seed{seed}")
-        shared = {f.name for f in dataclasses.fields(train.Config)} & {f.name for f in dataclasses.fields(Config)}
-        values = {k: getattr(self.config, k) for k in shared if not k.startswith("budget_")}
-        return train.Config(**values | dict(
+        return train.Config(**{k: getattr(self.config, k) for k in SHARED} | dict(
             strategy=strategy, teacher=str(self.out / "teacher/model") if self.config.teacher == "train"
             else self.config.teacher, unique_tokens=unique, static_masks=static, seed=seed, peak_lr=lr,
             out=str(self.out / "runs" / name)) | {f"budget_{self.unit}": budget} | other)
@@ -177,7 +176,7 @@ def step_seconds(config, directory, teacher):
     batch = Blocks(directory, "train", config.seq_len, seed=0).batch(0, micro)
     for _ in range(2):                                                  # the first warms up
         began = time.perf_counter()
-        arm.gradients(batch, 0, train.Stages(arm.device))[1].tolist()   # waits for the device
+        train.gradients(arm, batch, 0, train.Stages(arm.device))[1].tolist()   # waits for the device
     return (time.perf_counter() - began) * config.batch_size / micro
 
 
@@ -198,10 +197,12 @@ class Progress:
         if seconds > 0.1 * estimate:
             self.estimated, self.took = self.estimated + estimate, self.took + seconds
 
+    def step(self, record):
+        """What train.py tells of a step, at most every 10 seconds."""
+        if time.monotonic() - self.said >= 10:
+            self.say(f"{record['progress']:.0%}, loss {record['loss']:.4f}")
+
     def say(self, line):
-        """A line of train.py's or finetune_glue.py's: steps at most every 10 seconds, the rest as it comes."""
-        if line.endswith("nothing to do") or line.startswith("step ") and time.monotonic() - self.said < 10:
-            return
         self.said = time.monotonic()
         seconds = sum(self.left.values()) * (self.took / self.estimated if self.estimated else 1)
         seconds = max(0, seconds - (time.monotonic() - self.began))
@@ -255,31 +256,11 @@ def estimate(plan, directory, teacher):
 
 # ----------------------------------------------------------------------------------------------------------- work
 
-@contextlib.contextmanager
-def claim(directory):
-    """Yields whether this process may work in the run directory; the lock goes when its process dies."""
-    Path(directory).mkdir(parents=True, exist_ok=True)
-    with open(Path(directory) / "lock", "w") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
-
-
-def share(directories, do):
+def share_runs(directories, do):
     """[do(i) for each], in any order: processes with the same --out take what no other one is working on, and wait."""
-    results, waiting = {}, list(enumerate(directories))
-    while waiting:
-        for job in list(waiting):
-            with claim(job[1]) as mine:
-                if mine:
-                    results[job[0]] = do(job[0])
-                    waiting.remove(job)
-        if waiting:
-            time.sleep(1)
-    return [results[i] for i in range(len(directories))]
+    for directory in directories:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+    return share(directories, do)
 
 
 def same_inputs(plan, directory, texts):
@@ -287,29 +268,21 @@ def same_inputs(plan, directory, texts):
     varies = ("strategy", "peak_lr", "seed", "unique_tokens", "static_masks", "out")
     recipe = dataclasses.asdict(plan.run("no_kd", plan.budgets[0]))
     now = {f"--{k.replace('_', '-')}": v for k, v in recipe.items() if k not in varies and not k.startswith("budget")}
-    now |= train.contents(directory, None if plan.teacher else plan.config.teacher)
+    now |= contents(directory, None if plan.teacher else plan.config.teacher)
     now |= {f"task {name}": hashlib.sha256(json.dumps(
         [(part, x, np.asarray(y).tolist()) for part, (x, y) in parts.items()]).encode()).hexdigest()
         for name, parts in texts.items()}
     file = plan.out / "inputs.json"
-    before = train.read_json(file) if file.exists() else {}
+    before = read_json(file) if file.exists() else {}
     differ = [k for k, v in now.items() if before.get(k, v) != v]
     if differ:
         raise UserError(f"{plan.out} holds runs with another {', '.join(differ)}: give another --out")
-    checkpoint.write_whole(file, json.dumps(before | now, indent=1).encode())
+    write_whole(file, json.dumps(before | now, indent=1).encode())
 
 
 def finetuned(config, model, out, say, seed=0):
-    """What finetune_glue.score found: {task: {mean, scores, collapsed, n, ...}}."""
-    settings = finetuning(config, model, out, seed)
-    file, wanted = Path(out) / "scores.json", dataclasses.asdict(settings)
-    if file.exists():
-        kept = train.read_json(file)
-        if kept["settings"] == wanted:
-            return kept["tasks"]
-    result = finetune_glue.score(settings, say)["tasks"]
-    checkpoint.write_whole(file, json.dumps(dict(settings=wanted, tasks=result), indent=1).encode())
-    return result
+    """What finetune_glue.score finds, now or in an earlier run: {task: {mean, scores, collapsed, n, ...}}."""
+    return finetune_glue.score(finetuning(config, model, out, seed), say)["tasks"]
 
 
 def scores(tasks):
@@ -336,14 +309,14 @@ def tuned(plan, progress):
         (name, lr), each = list(plan.tuning.items())[i]
         progress.start(each.out, f"{name}, peak LR {lr:g}")
         try:
-            summary = train.train(each, say=progress.say)
+            summary = train.train(each, say=progress.say, status=progress.step)
             loss = sum(each.kind.terms[k].weight * v for k, v in summary["val"].items())
         except train.NotFinite as e:
             progress.say(str(e))
             summary, loss = dict(charged_seconds=0.0), math.inf
         progress.done()
         return name, lr, loss if math.isfinite(loss) else math.inf, summary
-    found = share([each.out for each in plan.tuning.values()], do)
+    found = share_runs([each.out for each in plan.tuning.values()], do)
     best = {name: min((loss, lr) for n, lr, loss, _ in found if n == name)[1] for name in plan.names}
     lines = [f"{name}: peak LR " + ", ".join(
         f"{lr:g}: " + (f"{loss:.4f}" if math.isfinite(loss) else "not finite") + " (taken)" * (lr == best[name])
@@ -382,7 +355,7 @@ def score_yardsticks(plan, directory, progress):
         tasks = finetuned(plan.config, model, path / "glue", progress.say, seed)
         progress.done()
         return dict(name=name, **scores(tasks))
-    scored = share([path for _, path, _ in plan.yardsticks], score)
+    scored = share_runs([path for _, path, _ in plan.yardsticks], score)
     return [dict(name=name, averages=[m["average"] for m in of],
                  scores={task: [m["scores"][task] for m in of] for task in of[0]["scores"]})
             for name in ("random init", "teacher") for of in [[m for m in scored if m["name"] == name]]]
@@ -404,7 +377,7 @@ def compare(config, plan):
     describe(plan, seconds, finetune_seconds, texts)
     if config.dry_run:
         return None
-    share([plan.out], lambda _: same_inputs(plan, directory, texts))
+    share_runs([plan.out], lambda _: same_inputs(plan, directory, texts))
     scored = {each.out for each in plan.runs}
     progress = Progress({out: s + finetune_seconds * (out in scored) for out, s in seconds.items()}
                         | {f"score {path}": finetune_seconds for _, path, _ in plan.yardsticks})
@@ -412,7 +385,7 @@ def compare(config, plan):
 
     def pretrain(each, what):
         progress.start(each.out, what)
-        return train.train(each, say=progress.say)
+        return train.train(each, say=progress.say, status=progress.step)
 
     def teach(_):
         summary = pretrain(plan.teacher, f"teacher {plan.teacher.size}")
@@ -429,7 +402,7 @@ def compare(config, plan):
         return result_of(plan, each, summary, tasks)
 
     if plan.teacher:
-        taught, = share([plan.teacher.out], teach)
+        taught, = share_runs([plan.teacher.out], teach)
         remarks.append(f"The teacher ({plan.teacher.size}) has a validation MLM loss of {taught['val']['mlm']:.2f}; "
                        f"its own pretraining is charged to no arm"
                        + (", and it has seen all of the data." if plan.settings != [(None, False)] else "."))
@@ -440,7 +413,7 @@ def compare(config, plan):
         renamed = {a.out: b.out for a, b in zip(before, plan.runs, strict=True)}
         progress.left = {renamed.get(out, out): seconds for out, seconds in progress.left.items()}
         remarks, costs = remarks + tried, costs + [cost]
-    results = share([each.out for each in plan.runs], run_one)
+    results = share_runs([each.out for each in plan.runs], run_one)
     costs.append(f"The compared runs were charged {duration(sum(r['charged_seconds'] for r in results))} in all.")
     return results, score_yardsticks(plan, directory, progress), remarks, costs
 
@@ -459,55 +432,6 @@ def describe(plan, seconds, finetune_seconds, texts):
           + f"; {finished} are finished, the others take about {duration(sum(seconds.values()))} in one process")
     models = len(plan.runs) + config.seeds + 1                          # the random students and the teacher
     print(f"  fine-tuning {models} models on {', '.join(texts)}: very roughly {duration(models * finetune_seconds)}")
-
-
-# --------------------------------------------------------------------------------------- the demonstration's data
-
-def package_task(task, documents):
-    """The built-in task: which package does a docstring come from?  Of the validation documents, by hash order.
-
-    Rows are told apart as an uncased vocabulary sees them, after the cut; what occurs in two packages has no label, and
-    what begins a training document (a short text does, although longer ones are on the side of their beginning) has
-    been pretrained on: neither is a row."""
-    packages, held_out, trained = {}, {}, []
-    for package, text in documents:
-        row = " ".join(text.split())[:DEMO_CHARACTERS]
-        seen = prepare.docstring_head(row)
-        packages.setdefault(seen, set()).add(package)
-        key = prepare.docstring_key(text)
-        if not prepare.is_validation(key, DEMO_VAL_FRACTION):
-            trained.append(prepare.docstring_head(text))
-        elif package in DEMO_PACKAGES:
-            held_out.setdefault(seen, (key[::-1], f"{row}\t{DEMO_PACKAGES.index(package)}\n"))
-    trained.sort()
-
-    def begins_a_trained_one(seen):
-        at = bisect.bisect_left(trained, seen)
-        return at < len(trained) and trained[at].startswith(seen)
-    rows = [row for _, row in sorted(value for seen, value in held_out.items()
-                                     if len(packages[seen]) == 1 and not begins_a_trained_one(seen))]
-    task.mkdir(parents=True, exist_ok=True)
-    for name, part in (("train", rows[:DEMO_LABELLED]), ("dev", rows[DEMO_LABELLED:])):
-        checkpoint.write_whole(task / f"{name}.tsv", ("sentence\tlabel\n" + "".join(part)).encode())
-
-
-def prepare_built_in(config):
-    """Writes the built-in task and, for the demonstration, the corpus; what is there stays."""
-    task, data = Path(config.out) / "package", Path(config.out) / "data"
-    demonstration = config.data is None
-
-    def make(_):
-        if not (task / "dev.tsv").exists() or (demonstration and not (data / "manifest.json").exists()):
-            print("reading the documentation on this disk")
-            documents = list(tqdm(sources.docstrings(), unit=" docstrings", mininterval=2))
-            package_task(task, documents)
-            if demonstration:
-                print(f"training a WordPiece vocabulary of {DEMO_VOCAB:,} tokens")
-                prepare.prepare(prepare.Config(["docstrings"], str(data), None, DEMO_VOCAB, DEMO_VAL_FRACTION),
-                                [text for _, text in documents])
-    share([config.out], make)
-    config = dataclasses.replace(config, tasks=f"package={task}")
-    return dataclasses.replace(config, data=str(data), **DEMO) if demonstration else config
 
 
 def papers_setting(plan):
@@ -548,14 +472,12 @@ def main(config):
     def write(_):
         for name, content in (("table.md", text), ("costs.md", costs), ("results.csv", report.comma_separated(results)),
                               ("results.json", json.dumps(everything, indent=1))):
-            checkpoint.write_whole(out / name, f"{content.rstrip()}\n".encode())
+            write_whole(out / name, f"{content.rstrip()}\n".encode())
         report.figure(results, yardsticks, out / "figure.png")
-    share([config.out], write)
+    share_runs([config.out], write)
     print(f"\n{text}\n\n{costs}\n\nalso in {out}/table.md, costs.md, results.json and results.csv; "
           f"{time.monotonic() - began:.0f} s in all")
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     run(main, Config, __doc__)

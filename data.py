@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cli import Checked, Length, Natural, Seed, UserError, run
+from plumbing.cli import Checked, Length, Natural, Seed, UserError, run
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 FILES, COUNTS = ("train.bin", "val.bin", "tokenizer.json"), ("vocab_size", "train_tokens", "val_tokens", "unknown")

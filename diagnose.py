@@ -23,8 +23,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from cli import UserError, run
 from data import SCAN, Blocks, TokenDirectory, hashed
+from plumbing.cli import UserError, run
 
 D_ORDER_TURN = 0.3          # nat; under it a teacher has no attention structure to give
 COUNTED = 2 ** 26           # training ids that are counted over: the first ones
@@ -200,7 +200,7 @@ def diagnose(directory, config):
 
 
 def masked_lm(config, directory):
-    import checkpoint
+    from plumbing import checkpoint
     path = checkpoint.find_model(config.model)
     checkpoint.same_vocabulary(directory.read_tokenizer(), path)
     model, missing, _ = checkpoint.load_mlm(path, len(directory.vocab))

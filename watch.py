@@ -25,8 +25,8 @@ import torch
 from torch.nn.functional import normalize
 from torch.nn.utils.rnn import pad_sequence
 
-from checkpoint import find_model, load_mlm, read_tokenizer
-from cli import UserError, run
+from plumbing.checkpoint import find_model, load_mlm, read_tokenizer
+from plumbing.cli import UserError, run
 
 UNITS = {"hours": "charged hours", "flops": "FLOPs", "tokens": "tokens", "steps": "steps"}
 NOT_A_TERM = ("step progress seconds lr epoch loss gradient_norm tokens_per_second val flops tokens memory mfu").split()
@@ -498,7 +498,6 @@ def ask(config, say=print):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True, errors="replace")
     if any(argument.startswith("--model") for argument in sys.argv):
         run(ask, ModelConfig, __doc__)
     else:

@@ -10,13 +10,13 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 import bench_throughput as bench
-import cli
 import model
 import train
-from arm import Arm, flops_per_block, make_arm
 from data import Blocks, TokenDirectory
 from kd_losses import AS_RELEASED, STRATEGIES, loss_terms
 from model import BertForMaskedLM
+from plumbing import cli
+from step import Arm, flops_per_block, make_arm
 
 TINY = bench.Config(size="2L32", teacher_size="3L48", heads=None, vocab_size=300, seq_len=32, batch_size=8,
                     micro_batch=4, strategies="vanilla_kd,minilmv2", seconds=0.0, device="cpu", bf16=False)
@@ -128,7 +128,7 @@ def test_the_gradients_of_a_batch_do_not_depend_on_the_micro_batch(tiny, corpus)
     for micro in (8, 2):
         arm = make_arm(tiny(strategy="tinybert", micro_batch=micro), TokenDirectory(corpus))
         batch = Blocks(TokenDirectory(corpus), "train", 32, 0).batch(0, 8)
-        names, values = arm.gradients(batch, 0, train.Stages(arm.device))
+        names, values = train.gradients(arm, batch, 0, train.Stages(arm.device))
         assert names == ("loss", "embd", "attn", "hidn", "gradient_norm")
         norm = sum(p.grad.square().sum() for p in arm.trained).sqrt()
         assert values[-1].item() == pytest.approx(norm.item(), rel=1e-5)
@@ -152,7 +152,7 @@ def test_nothing_in_a_step_waits_for_the_device(strategy, as_released, monkeypat
         monkeypatch.setattr(torch, "from_numpy", lambda a, on_cpu=torch.from_numpy: on_cpu(a).to("meta"))
         arm.make_optimizer()
         batch = Blocks(bench.RandomTokens(300), "train", 32, 0).batch(0, 8)
-        names, values = arm.gradients(batch, 0, train.Stages(arm.device))
+        names, values = train.gradients(arm, batch, 0, train.Stages(arm.device))
         assert values.device.type == "meta" and len(names) == len(values) == len(arm.strategy.terms) + 2
         arm.update(1e-3, 1.0)
 
@@ -173,7 +173,7 @@ def test_a_step_is_three_whole_graphs_and_none_is_new_after_the_start(strategy, 
     compiled = counters["stats"]["unique_graphs"]
     arm.validate(blocks)
     for i in range(3):
-        _, values = arm.gradients(blocks.batch(i, 8), i, train.Stages(arm.device))
+        _, values = train.gradients(arm, blocks.batch(i, 8), i, train.Stages(arm.device))
         arm.update(1e-3 / (i + 1), values[-1].item())
         arm.validate(blocks)
     assert counters["stats"]["unique_graphs"] == compiled and not counters["graph_break"]

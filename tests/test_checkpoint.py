@@ -8,14 +8,14 @@ import pytest
 import torch
 from tokenizers import normalizers
 
-import checkpoint
 import train
-from arm import make_arm
-from cli import UserError
 from conftest import text
 from data import SPECIAL, TokenDirectory
 from model import BertConfig, BertForMaskedLM
+from plumbing import checkpoint
+from plumbing.cli import UserError
 from prepare import wordpiece
+from step import make_arm
 
 QUIET = dict(say=lambda line: None)
 SHAPES = [  # layers, width, heads, activation, how it is stored

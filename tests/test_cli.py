@@ -14,14 +14,14 @@ import pytest
 import torch
 
 import bench_throughput
-import cli
 import compare
 import data
 import finetune_glue
 import prepare
 import train
+from plumbing import cli
 
-ROOT = Path(cli.__file__).parent
+ROOT = Path(train.__file__).parent
 
 
 @dataclass
@@ -179,14 +179,14 @@ def test_a_users_mistake_is_one_line_and_status_2(command, line, corpus, teacher
 
 
 def test_one_gpu_is_not_shared_by_the_processes_of_torchrun(monkeypatch):
-    import arm
+    import step
     for name, value in (("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     for device, message in ((None, "torch sees 1 CUDA device.*or fewer processes"),
                             ("cuda:0", "--device cuda:0: 2 processes would share one GPU: --device cuda gives each")):
         with pytest.raises(cli.UserError, match=message):
-            arm.choose_device(device)
+            step.choose_device(device)
 
 
 def test_what_the_system_refuses_is_one_line_too(tmp_path, monkeypatch, capsys):

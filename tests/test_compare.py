@@ -15,9 +15,9 @@ import pytest
 import compare
 import finetune_glue
 import train
-from cli import UserError
 from conftest import TINY, text
 from data import TokenDirectory
+from plumbing.cli import UserError
 
 
 @pytest.fixture
@@ -66,9 +66,9 @@ def test_budgets_seeds_data_settings_and_a_trained_teacher_are_runs_of_their_own
     assert len(kept["results"]) == 2 * 2 * 3 * 2 and len(list((tmp_path / "out/runs").iterdir())) == 24 + 2
     models = {Path(r["model"]).parent.name for r in kept["results"]}
     assert len(models) == 24 and any("-600ids-static-" in name and name.endswith("-seed1") for name in models)
-    seeds = {json.loads((tmp_path / f"out/runs/{name}/glue/scores.json").read_text())["settings"]["first_seed"]
+    seeds = {name[-1]: {f.stem[-1] for f in (tmp_path / f"out/runs/{name}/glue/trials").glob("*.json")}
              for name in models}
-    assert seeds == {1, 2}                              # each pretraining seed has fine-tuning seeds of its own
+    assert seeds == {"0": {"1"}, "1": {"2"}}            # each pretraining seed has fine-tuning seeds of its own
     table = (tmp_path / "out/table.md").read_text()
     assert "600 unique tokens, static masks" in table and "no_kd: peak LR 0.001: " in table and "(taken)" in table
     capsys.readouterr()
@@ -175,7 +175,7 @@ def test_processes_share_the_runs_and_each_is_done_once(tmp_path):
             (tmp_path / f"{i}/finished").touch()
         return i * i
 
-    threads = [threading.Thread(target=lambda: found.append(compare.share(directories, do))) for _ in range(3)]
+    threads = [threading.Thread(target=lambda: found.append(compare.share_runs(directories, do))) for _ in range(3)]
     for t in threads:
         t.start()
     for t in threads:

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import data
-from cli import UserError
 from data import Blocks, TokenDirectory, document_lengths, loader_rate, prefetch
+from plumbing.cli import UserError
 
 
 @pytest.fixture

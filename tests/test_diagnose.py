@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
 import diagnose
-from cli import UserError
 from data import Batch, Blocks, TokenDirectory
 from diagnose import Config, counting, d_order, permuted, repeated, token_losses, validation, where_it_stands
+from plumbing import checkpoint
+from plumbing.cli import UserError
 
 
 @pytest.fixture(scope="module")

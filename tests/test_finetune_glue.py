@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
 import finetune_glue as ft
-from cli import UserError
+from plumbing import checkpoint
+from plumbing.cli import UserError
 from train import learning_rate
 
 # one row per task as the official TSVs lay it out, with {} for the label
@@ -449,13 +449,16 @@ def test_the_grid_runs_on_one_seed_and_one_point_on_fresh_ones(teacher, task, ca
 
 
 def test_save_after_a_finished_run_saves(teacher, task):
-    """What lacks its classifier runs again, to the same scores; what has one does not, nor another shard's trial."""
+    """What lacks its classifier runs again, to the same scores; what has one does not."""
     config, said = config_of(teacher, task, batch_sizes="8"), []
     first, trials = ft.score(config, said.append), task.parent / "out/trials"
     stamps = {f.name: f.stat().st_mtime_ns for f in trials.glob("*.json")}
     assert len(stamps) == 4 and not any(f.is_dir() for f in trials.iterdir())
-    ft.score(dataclasses.replace(config, save=True, shard="2/2"), said.append)
-    assert len([f for f in trials.iterdir() if f.is_dir()]) == 2        # the second of the grid and the second seed
+    ft.score(dataclasses.replace(config, save=True), said.append)
+    saved = sorted(f for f in trials.iterdir() if f.is_dir())
+    assert len(saved) == 4
+    for directory in (next(f for f in saved if f.name.endswith(seed)) for seed in ("seed0", "seed1")):
+        shutil.rmtree(directory)
     del said[:]
     again = ft.score(dataclasses.replace(config, save=True), said.append)
     assert again == first and len(said) == 4
@@ -485,18 +488,7 @@ def test_a_damaged_trial_is_named(tmp_path):
     for text in ('{"scores"', "[]", '{"scores": {}}'):
         (tmp_path / "t.json").write_text(text)
         with pytest.raises(UserError, match="t.json is damaged: delete it"):
-            ft.trial(tmp_path / "t.json", dict(epochs=1), None)
-
-
-def test_shards_split_the_grid_and_then_the_seeds(teacher, task):
-    config, said = config_of(teacher, task), {"1/2": [], "2/2": []}
-    for shard in ("1/2", "2/2", "1/2"):
-        result = ft.score(dataclasses.replace(config, shard=shard), said[shard].append)
-        assert bool(result["tasks"]) == (len(said["2/2"]) > 0 and len(said["1/2"]) == 4)
-    ran = [[s for s in lines if " lr " in s] for lines in said.values()]
-    assert [len(lines) for lines in ran] == [3, 3] and len(set(sum(ran, []))) == 6 and "missing" in said["1/2"][2]
-    whole = ft.score(dataclasses.replace(config, out=str(task.parent / "whole")), lambda line: None)
-    assert whole["tasks"] == result["tasks"]
+            ft.finished(tmp_path / "t.json", dict(epochs=1))
 
 
 def start(config):
@@ -569,7 +561,6 @@ WRONG = [
     (lambda m, t: next(m.glob("model.s*")).rename(m / "model.safetensors.index.json"), {},
      "m/model.safetensors.index.json is damaged: it names no files of weights"),
     (None, dict(batch_sizes="16,x"), "16,x"), (None, dict(peak_lrs="0"), "--peak-lrs"),
-    (None, dict(shard="3/2"), "--shard 3/2: i/n with i from 1 to n, such as 1/2, belongs here"),
     (None, dict(seeds=0), "--seeds"), (None, dict(max_len=4000), "--max-len 4000: m takes 8 to 512")]
 
 

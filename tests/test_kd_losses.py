@@ -8,8 +8,8 @@ import torch
 
 import kd_losses as kd
 import train
-from arm import make_arm
 from data import TokenDirectory
+from step import make_arm
 
 B, N, S, H, D, M, V = 2, 3, 5, 4, 12, 6, 11
 LENGTHS = [5, 3]                    # real positions of each row, where there is padding

@@ -24,10 +24,10 @@ import pytest
 from tokenizers import BertWordPieceTokenizer
 
 import prepare
-import sources
-from cli import UserError
 from conftest import text
 from data import SPECIAL, TokenDirectory
+from plumbing import sources
+from plumbing.cli import UserError
 
 
 def files(directory):

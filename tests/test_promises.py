@@ -17,17 +17,16 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
 import compare
 import finetune_glue
 import prepare
-import report
 import train
-from arm import start_from
-from cli import UserError
 from conftest import TINY, text, watching
 from kd_losses import AS_RELEASED, STRATEGIES
 from model import BertConfig, BertForMaskedLM
+from plumbing import checkpoint, report
+from plumbing.cli import UserError
+from step import start_from
 
 FAIR = TINY | dict(micro_batch=4, dropout=0.1, val_blocks=12, val_times=3, warmup=0.25, weight_decay=0.05,
                    peak_lr=None, budget_steps=8)

@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import arm as arm_module
-import checkpoint
+import step as step_module
 import train
-from arm import Arm
-from cli import UserError
 from data import Blocks
 from kd_losses import STRATEGIES
+from plumbing import checkpoint
+from plumbing.cli import UserError
+from step import Arm
 
 ROOT = Path(train.__file__).parent
 QUIET = dict(say=lambda line: None)
@@ -306,14 +306,14 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_and_says_what_is_missing(tiny
 @pytest.mark.parametrize("term", ["embd", "attn", "hidn"])
 def test_a_term_that_is_not_finite_stops_before_the_update_and_is_named(tiny, monkeypatch, term):
     """F9."""
-    config, whole, calls = tiny(strategy="tinybert", **OFTEN), arm_module.loss_terms, []
+    config, whole, calls = tiny(strategy="tinybert", **OFTEN), step_module.loss_terms, []
 
     def spoilt(*args):
         total, terms = whole(*args)
         calls.append(1)
         bad = terms[term] * (math.inf if len(calls) == 8 else 1.0)
         return total - terms[term] + bad, terms | {term: bad}
-    monkeypatch.setattr(arm_module, "loss_terms", spoilt)
+    monkeypatch.setattr(step_module, "loss_terms", spoilt)
     with pytest.raises(UserError, match=rf"step \d: .*{term}.* not finite: stopped before the update"):
         train.train(config, **QUIET)
     state = checkpoint.load_run(Path(config.out), print)
@@ -443,16 +443,16 @@ def test_memory_stays_flat(tiny):
 
 RANK_1_IS_DIFFERENT = """
 import math, os, sys, time
-import arm, cli, train
+import step, train; from plumbing import cli
 skew = 1e6 if os.environ["RANK"] == "1" else 0.0
-whole, calls = arm.loss_terms, []
+whole, calls = step.loss_terms, []
 
 def spoilt(*args):
     total, terms = whole(*args)
     calls.append(1)
     bad = os.environ["RANK"] == "1" and len(calls) > int(os.environ["SPOIL_AFTER"])
     return total * (math.nan if bad else 1.0), {k: v * (math.nan if bad else 1.0) for k, v in terms.items()}
-arm.loss_terms = spoilt
+step.loss_terms = spoilt
 cli.run(lambda config: train.main(config, now=lambda: time.monotonic() * (3 if skew else 1) + skew), train.Config, "")
 """
 

@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-import report
+from plumbing import report
 
 
 def result(strategy, seed, average, budget=1e12, unique=None, static=False, **other):

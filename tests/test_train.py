@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-import arm as arm_module
-import checkpoint
 import model
+import step as step_module
 import train
-from arm import Arm, flops_per_block, make_arm
-from cli import UserError
 from data import TokenDirectory
 from kd_losses import AS_RELEASED, STRATEGIES, mobilebert_stage
 from model import BertConfig, BertForMaskedLM
+from plumbing import checkpoint
+from plumbing.cli import UserError
+from plumbing.files import sha256
+from step import Arm, flops_per_block, make_arm
 
 QUIET = dict(say=lambda line: None)
 
@@ -100,7 +101,7 @@ def test_the_layout_for_a_gpu_trains_the_same_student(tiny, corpus, monkeypatch,
         if as_released:
             arm.teacher.eval()                                          # its dropout depends on the layout
         for i in range(5):
-            _, values = arm.gradients(blocks.batch(i, 8), i, train.Stages(arm.device))
+            _, values = train.gradients(arm, blocks.batch(i, 8), i, train.Stages(arm.device))
             arm.update(1e-3, values[-1].item())
             losses.append(values.tolist())
         arms.append(arm)
@@ -115,19 +116,19 @@ def test_the_layout_for_a_gpu_trains_the_same_student(tiny, corpus, monkeypatch,
 def test_of_what_bf16_leaves_in_fp32_on_a_gpu_forwards_and_backwards_run_in_tf32(tiny, corpus, monkeypatch):
     """And nothing after the step does: fine-tuning in the same process keeps its fp32."""
     arm, seen = make_arm(tiny(), TokenDirectory(corpus)), []
-    forward, batch = arm.forward, train.Blocks(TokenDirectory(corpus), "train", 32, 0).batch(0, 8)
+    loss, batch = arm.loss, train.Blocks(TokenDirectory(corpus), "train", 32, 0).batch(0, 8)
 
     def spy(*args):
-        total, terms = forward(*args)
+        total, terms = loss(*args)
         total.register_hook(lambda _: seen.append(torch.get_float32_matmul_precision()))
         seen.append(torch.get_float32_matmul_precision())
         return total, terms
-    arm.forward, tensors = spy, arm.to_device(batch)
+    arm.loss, tensors = spy, arm.to_device(batch)
     arm.to_device = lambda batch: tensors
     for device, bf16, expected in (("cpu", True, "highest"), ("cuda", False, "highest"), ("cuda", True, "high")):
         arm.device, arm.bf16 = torch.device(device), bf16
-        monkeypatch.setattr(arm_module, "autocast", lambda *_: contextlib.nullcontext())
-        arm.gradients(batch, 0, train.Stages(torch.device("cpu")))
+        monkeypatch.setattr(step_module, "autocast", lambda *_: contextlib.nullcontext())
+        train.gradients(arm, batch, 0, train.Stages(torch.device("cpu")))
         assert seen == [expected] * 2 and torch.get_float32_matmul_precision() == "highest"
         seen.clear()
 
@@ -146,7 +147,7 @@ def test_the_eager_pass_at_the_start_is_over_a_few_blocks(tiny, corpus, monkeypa
     assert sizes == passes
 
 
-@pytest.mark.parametrize("method", ["make_optimizer", "gradients", "update"])
+@pytest.mark.parametrize("method", ["make_optimizer", "student_forward", "update"])
 def test_a_device_without_memory_is_one_line_that_names_the_micro_batch(tiny, monkeypatch, method):
     def spoilt(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation")
@@ -190,7 +191,7 @@ def test_too_few_validation_blocks_are_counted_and_too_few_for_one_refused(tiny,
     ids.tofile(data / "val.bin")
     manifest = json.loads((data / "manifest.json").read_text())
     manifest["bytes"]["val.bin"], manifest["val_tokens"] = ids.nbytes, len(ids)
-    manifest["sha256"]["val.bin"] = checkpoint.sha256(data / "val.bin")
+    manifest["sha256"]["val.bin"] = sha256(data / "val.bin")
     (data / "manifest.json").write_text(json.dumps(manifest))
     config = tiny(data=str(data), budget_steps=1)
     if not blocks:
@@ -213,7 +214,7 @@ def test_a_finished_run_is_a_no_op_and_another_configuration_is_refused(tiny, tm
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(tiny, monkeypatch, tmp_path):
-    whole = arm_module.loss_terms
+    whole = step_module.loss_terms
 
     def spoilt(*args):
         total, terms = whole(*args)
@@ -221,7 +222,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tiny, monkeypatch, tm
         bad = math.nan if spoilt.calls > 3 else 0.0
         return total + bad, {name: value + bad for name, value in terms.items()}
     spoilt.calls = 0
-    monkeypatch.setattr(arm_module, "loss_terms", spoilt)
+    monkeypatch.setattr(step_module, "loss_terms", spoilt)
     with pytest.raises(UserError, match=r"step \d+: loss and mlm not finite"):
         train.train(tiny(strategy="no_kd"), **QUIET)
     assert not (tmp_path / "run/model").exists()
@@ -312,7 +313,8 @@ def test_in_a_stage_one_layer_trains_and_every_other_weight_stays_bitwise(tiny, 
     before = {name: p.clone() for name, p in arm.student.named_parameters()}
     blocks, seen = train.Blocks(TokenDirectory(corpus), "train", 32, 0), []
     for step in range(30):
-        seen.append(dict(zip(*arm.gradients(blocks.batch(step, 8), step, train.Stages(arm.device)), strict=True)))
+        found = train.gradients(arm, blocks.batch(step, 8), step, train.Stages(arm.device))
+        seen.append(dict(zip(*found, strict=True)))
         arm.update(3e-3, 0)
     moved = {name for name, p in arm.student.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {name for name in before if name.startswith("bert.encoder.layer.1.")}       # key.bias decays too

@@ -7,11 +7,10 @@ import subprocess
 import pytest
 import torch
 
-import checkpoint
-import cli
 import train
 import watch
-from cli import UserError
+from plumbing import checkpoint, cli
+from plumbing.cli import UserError
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
 

@@ -1,8 +1,8 @@
-"""One strategy's student, teacher, projections and optimizer, and one micro-batch of work on them.  Read it third.
+"""One step of an arm: its student, teacher, projections and optimizer, and what a micro-batch asks of them.
 
-`make_arm` builds an Arm from a configuration, the data's vocabulary and the teacher's files; `Arm.forward` is what a
-step costs: the teacher and the student leave behind what the strategy asks for, and no more.  `flops_per_block` counts
-it.  The loop around it is in train.py.
+Read it with train.py, whose loop calls it.  `make_arm` builds an Arm from a configuration, the data's vocabulary and
+the teacher's files; `Arm.forward` is what a step costs: the teacher and the student leave behind what the strategy asks
+for, and no more.  `flops_per_block` counts it.
 """
 import contextlib
 import ctypes
@@ -18,30 +18,34 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
-import checkpoint
-from cli import UserError
 from data import Batch, hashed
 from kd_losses import STRATEGIES, Context, loss_terms, projections, relation_head_count
 from model import BertConfig, BertForMaskedLM
+from plumbing import checkpoint
+from plumbing.budget import Stopped
+from plumbing.cli import UserError
 
 
 class Ranks:
     """The processes of a torchrun, or this one alone.  Every decision is taken on sums that all ranks see alike."""
 
-    def __init__(self, device):
+    def __init__(self):
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+    def join(self, device):
         if self.size > 1 and not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+
+    def leave(self):
+        if self.size > 1:
+            dist.barrier()
+            dist.destroy_process_group()
 
     def sum(self, values):
         """The tensor's sum over ranks, as a list.  For a tensor on the device it waits for the device."""
         if self.size > 1:
             dist.all_reduce(values)
         return values.tolist()
-
-
-class Stopped(Exception):
-    """SIGTERM or SIGINT came: the run ends with a checkpoint of its last finished step."""
 
 
 class WithProjections(torch.nn.Module):
@@ -53,20 +57,6 @@ class WithProjections(torch.nn.Module):
 
     def forward(self, *args, **named):
         return self.student(*args, **named)
-
-
-def with_tf32(method):
-    """Decorator of Arm's methods: beside bf16 autocast on CUDA the losses' own products, in fp32, run in TF32.  For
-    bf16 queries, keys and values that is exact forwards; it holds backwards too, so it is around the whole method."""
-    @functools.wraps(method)
-    def scoped(arm, *args, **named):
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("high" if arm.bf16 and arm.device.type == "cuda" else before)
-        try:
-            return method(arm, *args, **named)
-        finally:
-            torch.set_float32_matmul_precision(before)
-    return scoped
 
 
 def memory_told(main):
@@ -85,12 +75,12 @@ def memory_told(main):
 class Arm:
     """One strategy's student, teacher, projections and optimizer, and one micro-batch of work on them."""
 
-    def __init__(self, config, student, teacher=None):
+    def __init__(self, config, student, teacher=None, has_head=True, ignored=()):
+        """`teacher`: a BertForMaskedLM; `has_head`: whether its LM head was trained; `ignored`: its unused tensors."""
         self.config, self.strategy, self.student, self.teacher = config, config.kind, student, teacher
-        self.device = next(student.parameters()).device
-        self.ranks = Ranks(self.device)
-        if self.device.type == "cpu":
-            keep_freed_memory()
+        self.teacher_has_head, self.teacher_ignored = teacher is not None and has_head, ignored
+        self.device, self.ranks = next(student.parameters()).device, Ranks()
+        self.accumulate = config.batch_size // (config.micro_batch * self.ranks.size)       # micro-batches a step
         self.bf16 = multiplies_in_bf16(self.device) if config.bf16 is None else config.bf16
         self.peak_lr = config.peak_lr if config.peak_lr is not None else self.strategy.peak_lr
         student_c, teacher_c = student.config, teacher.config if teacher else student.config
@@ -109,23 +99,22 @@ class Arm:
             # The released code leaves the teacher's dropout on.
             teacher.to(torch.bfloat16 if self.bf16 else None).train(self.strategy.as_released).requires_grad_(False)
         compiled = self.compiled = config.compile if config.compile is not None else self.device.type == "cuda"
-        if compiled:            # arms in one process share the code of one forward pass: 8 variants are too few
-            torch._dynamo.config.recompile_limit = 64
         prepare = (lambda f: torch.compile(f, fullgraph=True, dynamic=False)) if compiled else (lambda f: f)
         self.run_student, self.run_teacher = prepare(student), prepare(teacher) if teacher else None
         self.loss_terms = prepare(loss_terms)
 
-    @with_tf32
     def make_optimizer(self):
         """Freezes what the loss does not reach, then makes the optimizer and, under torchrun, the DDP wrapper."""
         began = time.monotonic()
-        self.freeze_unreached()
+        with self.tf32():
+            self.freeze_unreached()
         trained = self.trained = [p for m in (self.student, self.proj) for p in m.parameters() if p.requires_grad]
         if self.ranks.size > 1:
             self.run_student = self.wrapper = DistributedDataParallel(WithProjections(self.student, self.proj))
             if self.compiled:
                 self.run_student = torch.compile(self.wrapper, dynamic=False)
-            self.forward(*self.dummy())[0].backward()                   # first use connects the ranks
+            with self.tf32():
+                self.forward(*self.dummy())[0].backward()               # first use connects the ranks
             for p in trained:
                 p.grad = None
         self.warm_up_seconds = time.monotonic() - began
@@ -138,25 +127,31 @@ class Arm:
         """Gradients travel between ranks in the last micro-batch of a step only."""
         return contextlib.nullcontext() if last or self.ranks.size == 1 else self.wrapper.no_sync()
 
-    @with_tf32
-    def gradients(self, batch, step, stages):
-        """Forward and backward over one optimizer step's batch, in micro-batches.  Nothing here waits for the device.
+    @contextlib.contextmanager
+    def tf32(self):
+        """Beside bf16 autocast on CUDA the losses' own products, in fp32, run in TF32.  For bf16 queries, keys and
+        values that is exact forwards; it has to hold backwards too."""
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high" if self.bf16 and self.device.type == "cuda" else before)
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
 
-        (names, values on the device): the means of this rank's losses, and the gradient's norm."""
-        micro, ranks = self.config.micro_batch, self.ranks
-        accumulate, sums = len(batch.ids) // (micro * ranks.size), 0
-        for j in range(accumulate):
-            at = (ranks.rank * accumulate + j) * micro
-            ids, masked, labels = self.to_device(type(batch)(*(a[at:at + micro] for a in batch)))
-            torch.manual_seed(int(hashed(self.config.seed, step, j, ranks.rank) >> np.uint64(1)))       # dropout
-            stages.mark("data")
-            with self.synchronised(j == accumulate - 1):
-                total, terms = self.forward(ids, masked, labels, stages)
-                (total / accumulate).backward()
-            sums = sums + torch.stack([total.detach(), *(v.detach() for v in terms.values())])
-            stages.mark("student")
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.trained])
-        return ("loss", *terms, "gradient_norm"), torch.cat([sums / accumulate, norm.reshape(1)])
+    @functools.cached_property
+    def flops(self):
+        """(of the student, of the teacher): what one block costs in training."""
+        return flops_per_block(self.config, self.student.config, self.teacher and self.teacher.config)
+
+    def micro_batches(self, batch, step):
+        """(micro-batch on the device, whether it is this rank's last) of one optimizer step; dropout is reseeded for
+        each, so that no generator's state has to survive a stop."""
+        micro = self.config.micro_batch
+        for j in range(self.accumulate):
+            at = (self.ranks.rank * self.accumulate + j) * micro
+            on_device = self.to_device(type(batch)(*(a[at:at + micro] for a in batch)))
+            torch.manual_seed(int(hashed(self.config.seed, step, j, self.ranks.rank) >> np.uint64(1)))
+            yield on_device, j == self.accumulate - 1
 
     def update(self, lr, norm):
         if self.config.clip:
@@ -170,29 +165,38 @@ class Arm:
         def tensor(a):
             t = torch.from_numpy(a)
             return t.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else t
-        return tensor(batch.ids), tensor(batch.masked), tensor(batch.labels).flatten()
+        return Batch(tensor(batch.ids), tensor(batch.masked), tensor(batch.labels).flatten())
 
-    def forward(self, ids, masked, labels, stages=None):
-        """(total, {term: value}) of one micro-batch: what the strategy asks of both sides, and no more."""
-        t, strategy = {}, self.strategy
-        if self.teacher and strategy.needs("teacher"):
-            with torch.no_grad():
-                t = self.run_teacher(ids, masked, want=strategy.want("teacher"))
-            if stages:
-                stages.mark("teacher")
+    def teacher_forward(self, batch):
+        """What the strategy compares of the teacher; {} where it has no need of one."""
+        if not (self.teacher and self.strategy.needs("teacher")):
+            return {}
+        with torch.no_grad():
+            return self.run_teacher(batch.ids, batch.masked, want=self.strategy.want("teacher"))
+
+    def student_forward(self, batch):
         with autocast(self.device, self.bf16):
-            s = self.run_student(ids, masked, want=strategy.want("student"))
-        context = Context(labels, strategy.tau, self.relation_heads, self.proj, self.student.config.vocab_size)
-        # outside autocast: a compiled function's backward pass keeps the autocast that it was called under
-        return self.loss_terms(strategy, s, t, context)
+            return self.run_student(batch.ids, batch.masked, want=self.strategy.want("student"))
+
+    def loss(self, s, t, labels):
+        """(total, {term: value}) of what the two sides left behind.  Outside autocast: a compiled function's backward
+        pass keeps the autocast that it was called under."""
+        context = Context(labels, self.strategy.tau, self.relation_heads, self.proj, self.student.config.vocab_size)
+        return self.loss_terms(self.strategy, s, t, context)
+
+    def forward(self, ids, masked, labels):
+        """(total, {term: value}) of one micro-batch: what the strategy asks of both sides, and no more."""
+        batch = Batch(ids, masked, labels)
+        t = self.teacher_forward(batch)
+        return self.loss(self.student_forward(batch), t, labels)
 
     def dummy(self, blocks=None):
         """(ids, masked, labels) of a micro-batch's shape, or of so many blocks."""
         B, S = blocks or self.config.micro_batch, self.config.seq_len
         k = round(0.15 * S)
-        return (torch.zeros(B, S, dtype=torch.long, device=self.device),
-                torch.arange(k, device=self.device).expand(B, k).contiguous(),
-                torch.zeros(B * k, dtype=torch.long, device=self.device))
+        return Batch(torch.zeros(B, S, dtype=torch.long, device=self.device),
+                     torch.arange(k, device=self.device).expand(B, k).contiguous(),
+                     torch.zeros(B * k, dtype=torch.long, device=self.device))
 
     def freeze_unreached(self):
         """A forward and backward pass on dummy data: freezes what the loss does not reach (MiniLM leaves the last
@@ -209,7 +213,6 @@ class Arm:
             for p in (*self.student.parameters(), *self.proj.parameters()):
                 p.grad = None
 
-    @with_tf32
     @torch.no_grad()
     def validate(self, blocks, signals=(), model=None):
         """Means over all the validation blocks asked for: the strategy's terms, or the MLM loss of another `model`."""
@@ -225,7 +228,7 @@ class Arm:
             rows = min(size, count - at)                                # the last ones may be fewer
             ids, masked, labels = self.to_device(Batch(*(a[:rows] for a in blocks.batch(at // size, size))))
             # eager: compiled, evaluation would be a variant of its own, and the last rows one more
-            with torch.compiler.set_stance("force_eager"):
+            with torch.compiler.set_stance("force_eager"), self.tf32():
                 if model is None:
                     _, terms = self.forward(ids, masked, labels)
                 else:
@@ -237,6 +240,13 @@ class Arm:
         if self.teacher:
             self.teacher.train(teacher_was)
         return means
+
+
+def ready_process(device):
+    """What holds for the whole process, not for one arm."""
+    torch._dynamo.config.recompile_limit = 64       # arms share the code of one forward pass: 8 variants are too few
+    if device.type == "cpu":
+        keep_freed_memory()
 
 
 def keep_freed_memory():
@@ -289,9 +299,13 @@ def initial_student(config, directory):
 
 
 def make_arm(config, directory):
-    """The arm on its device, from the configuration, the data's vocabulary and the teacher's files."""
+    """The arm on its device, from the configuration, the data's vocabulary and the teacher's files; the process is made
+    ready for its steps."""
     device = choose_device(config.device)
-    student, strategy, teacher = initial_student(config, directory), config.kind, None
+    Ranks().join(device)
+    ready_process(device)
+    student, strategy = initial_student(config, directory), config.kind
+    teacher, missing, ignored = None, [], []
     if config.reads_teacher:
         path = checkpoint.find_model(config.teacher)
         checkpoint.same_vocabulary(directory.read_tokenizer(), path)
@@ -300,9 +314,7 @@ def make_arm(config, directory):
         if strategy.init == "teacher":
             start_from(student, teacher)
         teacher = teacher.to(device) if strategy.needs("teacher") else None
-    arm = Arm(config, student.to(device), teacher)
-    arm.teacher_has_head = teacher is not None and not missing
-    arm.teacher_ignored = ignored if teacher is not None else []
+    arm = Arm(config, student.to(device), teacher, has_head=not missing, ignored=ignored)
     arm.make_optimizer()
     return arm
 

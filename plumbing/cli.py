@@ -194,6 +194,8 @@ def joined(argv, valued, flags, parser):
 
 def run(main, cls, doc):
     """main(config) as a program."""
+    sys.stdout.reconfigure(line_buffering=True, errors="replace")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         main(parse(cls, doc))

@@ -9,7 +9,6 @@ A student is written with its LM head (opens with AutoModelForMaskedLM) where it
 encoder (AutoModel).  Nothing is unpickled beyond tensors (`weights_only=True`).
 """
 import dataclasses
-import errno
 import hashlib
 import io
 import json
@@ -24,8 +23,10 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.processors import BertProcessing
 
-from cli import UserError
 from model import ACTIVATIONS, BertConfig, BertForMaskedLM, BertForSequenceClassification
+from plumbing.cli import UserError
+from plumbing.files import sha256, write_whole
+from plumbing.tokenizer import load_tokenizer
 
 OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias",
              "cls.predictions.decoder.bias": "cls.predictions.bias"}
@@ -143,11 +144,6 @@ def zip_signature(file):
         return f.read(2) == b"PK"
 
 
-def sha256(file):
-    with open(file, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
 class Loaded(NamedTuple):
     model: torch.nn.Module
     missing: list           # tensors that the checkpoint lacks (they keep their initialisation)
@@ -209,7 +205,6 @@ def load_classifier(path, num_labels, seed, dropout=None):
 
 def read_tokenizer(path):
     """The tokenizer of a model directory."""
-    from prepare import load_tokenizer
     for name in ("tokenizer.json", "vocab.txt"):
         if (path / name).exists():
             try:
@@ -244,24 +239,6 @@ def same_vocabulary(tokenizer, path):
 
 
 # ------------------------------------------------------------------------------------------------------ run state
-
-def write_whole(file, data):
-    """Writes `data` under a temporary name, syncs, renames: `file` is the old one or the new one, never a part."""
-    part = file.with_name(file.name + ".part")
-    free = shutil.disk_usage(file.parent).free
-    try:
-        if free < len(data):
-            raise OSError(errno.ENOSPC, "no space left")
-        with open(part, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(part, file)
-    except OSError as e:
-        part.unlink(missing_ok=True)
-        raise UserError(f"{file} could not be written ({e.strerror}): {len(data):,} bytes needed, {free:,} free; what "
-                        f"was there before is intact") from None
-
 
 def save_run(out, state):
     """Everything a run needs to go on, in out/checkpoint.pt: tensors, then their sha256.  The one before is kept."""

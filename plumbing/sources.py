@@ -50,7 +50,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from cli import UserError
+from plumbing.cli import UserError
 
 LINE = 2 ** 16              # bytes after which a line is cut
 DOCUMENT = 2 ** 18          # characters after which a document is cut: whole books would be most of the memory
@@ -507,7 +507,7 @@ def required_packages():
     """The packages that requirements.txt names, with what they require in turn: no other that is installed."""
     from packaging.requirements import Requirement  # comes with tokenizers, through huggingface_hub
     from packaging.utils import canonicalize_name
-    todo = (Path(__file__).parent / "requirements.txt").read_text().splitlines()
+    todo = (Path(__file__).parents[1] / "requirements.txt").read_text().splitlines()
     found = set()
     while todo:
         line = todo.pop().split("#")[0].strip()

@@ -1,0 +1,87 @@
+"""Files that are whole or not there, and locks that end with their process.
+
+One atomic writer, one lock, one wait loop: for checkpoints, model directories, trials, tables and token directories.
+"""
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from plumbing.cli import UserError
+
+
+def write_whole(file, data):
+    """Writes bytes under a temporary name, syncs, renames: `file` is the old one or the new one, never a part."""
+    part = file.with_name(f"{file.name}.{os.getpid()}.part")
+    free = shutil.disk_usage(file.parent).free
+    try:
+        if free < len(data):
+            raise OSError(errno.ENOSPC, "no space left")
+        with open(part, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, file)
+    except OSError as e:
+        part.unlink(missing_ok=True)
+        raise UserError(f"{file} could not be written ({e.strerror}): {len(data):,} bytes needed, {free:,} free; what "
+                        f"was there before is intact") from None
+
+
+def write_json(file, value):
+    write_whole(file, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def read_json(file):
+    """The dict in one of our own files."""
+    try:
+        return dict(json.loads(file.read_text()))
+    except (FileNotFoundError, TypeError, ValueError):
+        raise UserError(f"{file} is missing or damaged, so what {file.parent} holds cannot be told: give another "
+                        f"--out, or remove that directory") from None
+
+
+def sha256(file):
+    with open(file, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def lock(path):
+    """Yields whether the file (made if it is not there) or directory is now ours.  The system unlocks it when its
+    process dies.  Where nothing can be locked, one line says so, and it is ours."""
+    path = Path(path)
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDONLY | os.O_CREAT, 0o666)
+    try:
+        try:
+            import fcntl
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours = True
+        except BlockingIOError:
+            ours = False
+        except (ImportError, OSError):                                  # Windows, some network file systems
+            print(f"{path} cannot be locked here: let no second process work on it", file=sys.stderr)
+            ours = True
+        yield ours
+    finally:
+        os.close(handle)
+
+
+def share(paths, do):
+    """[do(i) for each path], in any order: processes with the same paths take what no other one works on, and wait
+    for the rest.  What another process has done, `do` finds finished."""
+    results, waiting = {}, list(enumerate(paths))
+    while waiting:
+        for job in list(waiting):
+            with lock(job[1]) as ours:
+                if ours:
+                    results[job[0]] = do(job[0])
+                    waiting.remove(job)
+        if waiting:
+            time.sleep(1)
+    return [results[i] for i in range(len(paths))]

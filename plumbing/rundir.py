@@ -1,0 +1,219 @@
+"""A run directory: what is written beside the steps, and what is said about a run.  Nothing here is on the clock.
+
+config.json (with the sha256 of what it was made from), log.jsonl, checkpoint.pt and the one before, model/, and, at the
+end, summary.json.
+"""
+import contextlib
+import dataclasses
+import json
+import math
+import signal
+import time
+
+import torch
+
+from plumbing import checkpoint
+from plumbing.budget import Stopped
+from plumbing.cli import UserError, numbers
+from plumbing.files import read_json, sha256, write_json
+
+
+def contents(directory, teacher=None):
+    """What stands in the token files and in the teacher's weights, by sha256: under the same paths, something else may
+    stand tomorrow."""
+    found = {"contents of data": directory.manifest["sha256"]}
+    if teacher:
+        found["contents of teacher"] = [sha256(f) for f in
+                                        checkpoint.weight_files(checkpoint.find_model(teacher))]
+    return found
+
+
+def finished(record, out):
+    """The summary if the run of this very record has finished in `out`, None if it has not; another one is refused."""
+    if not (out / "summary.json").exists() and not list(out.glob("checkpoint*.pt")):
+        return None
+    before = read_json(out / "config.json")
+    differ = [k if k.startswith("contents") else f"{k} ({before.get(k)} there, {v} here)" for k, v in record.items()
+              if before.get(k, v if k.startswith("contents") else None) != v and k not in ("out", "checkpoint_minutes")]
+    if differ:
+        raise UserError(f"{out} holds a run of another configuration: {', '.join(differ)}: give another --out")
+    return read_json(out / "summary.json") if (out / "summary.json").exists() else None
+
+
+class Run:
+    """The run directory: what is written beside the steps, none of it on the clock, and only by rank 0."""
+
+    def __init__(self, config, out, arm, budget, stages, directory, val_blocks, say, status=None, writes=True):
+        self.config, self.out, self.arm, self.budget, self.stages = config, out, arm, budget, stages
+        self.directory, self.val_blocks, self.say, self.status = directory, val_blocks, say, status
+        self.validations, self.seconds, self.teacher_mlm = 0, 0.0, None
+        self.said, self.saved = -math.inf, time.monotonic()
+        self.writes = writes
+
+    def resume_or_start(self, record):
+        state = checkpoint.load_run(self.out, self.say)
+        arm, budget = self.arm, self.budget
+        if state:
+            arm.student.load_state_dict(state["student"])
+            arm.proj.load_state_dict(state["proj"])
+            arm.optimizer.load_state_dict(state["optimizer"])
+            budget.steps, budget.seconds, self.seconds = state["steps"], state["seconds"], state["seconds"]
+            budget.uncharged, self.stages.seconds = state["uncharged"], state["charged"]
+            self.validations, self.teacher_mlm = state["validations"], state["teacher_mlm"]
+            self.say(f"{self.out}: going on after step {budget.steps}")
+        if self.writes:
+            self.out.mkdir(parents=True, exist_ok=True)
+            write_json(self.out / "config.json", record)
+            checkpoint.cut_log(self.out / "log.jsonl", budget.steps)
+            self.log = (self.out / "log.jsonl").open("a", buffering=1)
+
+    def describe(self):
+        if not self.writes:
+            return
+        with self.budget.pause("validation"):
+            if self.arm.teacher and self.arm.teacher_has_head and self.teacher_mlm is None:
+                self.teacher_mlm = self.arm.validate(self.val_blocks, model=self.arm.teacher)["mlm"]
+            describe(self.arm, self.arm.validate(self.val_blocks), self.budget.steps, self.teacher_mlm, self.say)
+
+    def after_step(self, record, signals):
+        """Log, status line, validation, fractions, checkpoint: each where it is due."""
+        with self.budget.pause("checkpoints"):
+            if not self.writes:
+                return
+            if record["step"] % self.config.log_every == 0:
+                self.write(record)
+            if time.monotonic() - self.said > 2:
+                self.said = time.monotonic()
+                (self.status or self.say_status)(record)
+        due = self.config.val_times * self.budget.progress              # the last one is the summary's
+        if self.validations + 1 <= min(due, self.config.val_times - 1):
+            val = self.validate(signals)
+            self.validations += 1
+            with self.budget.pause("checkpoints"):
+                self.write(dict(record, val=val))
+        with self.budget.pause("checkpoints"):
+            for fraction in numbers(self.config.fractions):
+                if self.budget.progress >= fraction and not (self.out / f"model-{fraction:g}").exists():
+                    self.save_model(f"model-{fraction:g}", f"{fraction:g} of the budget of `{self.config.label}`.\n")
+            if time.monotonic() - self.saved >= 60 * self.config.checkpoint_minutes:
+                self.checkpoint()
+
+    def validate(self, signals):
+        with self.budget.pause("validation"):
+            return self.arm.validate(self.val_blocks, signals) if self.writes else None
+
+    def write(self, record):
+        self.log.write(json.dumps(record) + "\n")
+
+    def checkpoint(self):
+        if not self.writes:
+            return
+        arm = self.arm
+        checkpoint.save_run(self.out, dict(
+            config=dataclasses.asdict(self.config), steps=self.budget.steps, seconds=self.seconds,
+            uncharged=self.budget.uncharged, charged=self.stages.seconds, validations=self.validations,
+            teacher_mlm=self.teacher_mlm, student=arm.student.state_dict(), proj=arm.proj.state_dict(),
+            optimizer=arm.optimizer.state_dict()))
+        self.saved = time.monotonic()
+
+    def save_model(self, name, card):
+        checkpoint.save_model(self.out / name, self.arm.student, self.directory.read_tokenizer(),
+                              self.arm.strategy.trains_lm_head, card)
+
+    def say_status(self, record):
+        self.say(status(record, self.arm.strategy.terms, self.config, self.stages))
+
+    @contextlib.contextmanager
+    def stopped_by(self, signals):
+        """Stopped inside becomes a checkpoint of the last finished step, and the exit status of the signal."""
+        try:
+            yield
+        except Stopped:
+            self.checkpoint()
+            number = signals[0] if signals else signal.SIGTERM
+            self.say(f"stopped by signal {number:d} after step {self.budget.steps}: the same command goes on from "
+                     f"there")
+            raise SystemExit(128 + number) from None
+
+    def finish(self, blocks, charged, val, processes):
+        """Writes and returns the summary: what was trained, what it cost, what came out."""
+        config, arm, budget = self.config, self.arm, self.budget
+        steps, tokens = budget.steps, budget.steps * config.batch_size * config.seq_len
+        student, teacher = (steps * config.batch_size * flops for flops in arm.flops)
+        spent = dict(hours=charged / 3600, flops=student + teacher, tokens=tokens, steps=steps)[budget.unit]
+        summary = dict(
+            strategy=config.strategy, label=config.label, as_released=config.as_released, init=arm.strategy.init,
+            size=config.size, peak_lr=arm.peak_lr, seed=config.seed, steps=steps, tokens=tokens,
+            student_flops=student, teacher_flops=teacher, epochs=blocks.epochs(steps, config.batch_size),
+            unique_tokens=min(blocks.count, steps * config.batch_size) * config.seq_len,
+            budget={budget.unit: budget.total}, overshoot=spent / budget.total - 1, charged_seconds=charged,
+            tokens_per_second=tokens / charged, charged=self.stages.seconds, uncharged=budget.uncharged,
+            teacher_share=self.stages.seconds.get("teacher", 0.0) / charged, val=val, teacher_mlm=self.teacher_mlm,
+            device=str(arm.device), ranks=processes, bf16=arm.bf16, torch=torch.__version__)
+        if self.writes:
+            self.checkpoint()
+            self.write(dict(step=steps, progress=1.0, seconds=charged, val=val))
+            self.log.close()
+            self.save_model("model", model_card(config, summary))
+            write_json(self.out / "summary.json", summary)
+            self.tell(summary)
+        return summary
+
+    def tell(self, summary):
+        self.say(f"finished after {summary['steps']:,} steps, {summary['tokens']:,} tokens, "
+                 f"{summary['charged_seconds']:.1f} s charged ({self.out})")
+        for kind in ("charged", "uncharged"):
+            self.say(f"{kind}: " + ", ".join(f"{cause} {s:.1f} s" for cause, s in summary[kind].items()))
+        for name, value in summary["val"].items():
+            self.say(f"val_{name}: {value:.4f}")
+
+
+def model_card(config, summary):
+    """The README.md of the model directory: what was trained, on what, for how long, by which command."""
+    given = ""
+    for f in dataclasses.fields(config):
+        flag, value = f.name.replace("_", "-"), getattr(config, f.name)
+        if value != f.default:
+            given += {True: f" --{flag}", False: f" --no-{flag}"}.get(value if isinstance(value, bool) else None,
+                                                                      f" --{flag} {value}")
+    teacher = f" from the teacher `{config.teacher}`" if config.kind.needs("teacher") else ""
+    val = ", ".join(f"{name} {value:.4f}" for name, value in summary["val"].items())
+    return (f"---\nlibrary_name: transformers\ntags: [bert, nanokd]\n---\n\n"
+            f"A BERT of {config.size} trained by nanoKD with the strategy `{summary['label']}`{teacher}: "
+            f"{summary['tokens']:,} tokens of `{config.data}` in {summary['charged_seconds']:,.0f} charged seconds "
+            f"({summary['student_flops'] + summary['teacher_flops']:.3g} FLOP) on {summary['device']}.\n\n"
+            f"Validation: {val}.\n\n    python train.py{given}\n")
+
+
+def describe(arm, val, step, teacher_mlm, say):
+    config, c, strategy = arm.config, arm.student.config, arm.strategy
+    trained = sum(p.numel() for p in arm.student.parameters() if p.requires_grad)
+    say(f"{config.label}: student {c.size}, {c.num_attention_heads} heads, V {c.vocab_size:,}, "
+        f"{trained / 1e6:.1f}M parameters trained, from {strategy.init} weights; "
+        f"peak LR {arm.peak_lr:g}; {config.batch_size} x {config.seq_len} tokens a step; {arm.device}, "
+        f"{'bf16' if arm.bf16 else 'fp32'}")
+    if arm.teacher:
+        quality = f"validation MLM loss {teacher_mlm:.4f}" if teacher_mlm is not None else "no LM head"
+        layers = [need[1] % arm.teacher.config.num_hidden_layers + 1 for need in strategy.want("teacher")
+                  if need[0] == "qkv"]
+        say(f"teacher {config.teacher}: {arm.teacher.config.size}, {quality}"
+            + (f"; q, k, v of its layer {' and '.join(map(str, layers))}" if layers else "")
+            + (f"; {arm.relation_heads} relation heads" if "qq" in strategy.terms else "")
+            + ("; its dropout is on" if arm.teacher.training else "")
+            + (f"; tau {strategy.tau:g}" if strategy.needs_teachers_head else "")
+            + (f"; ignored: {', '.join(arm.teacher_ignored)}" if arm.teacher_ignored else ""))
+    for name, term in strategy.terms.items():
+        say(f"  {term.weight:g} x {name:8} {val[name]:9.4f} at step {step}   {term.about}")
+
+
+def status(record, terms, config, stages):
+    rate = record["step"] * config.batch_size * config.seq_len / max(record["seconds"], 1e-9)
+    left = f"{record['seconds'] * (1 / record['progress'] - 1):.0f} s left" if record["progress"] > 1e-3 else "started"
+    whole = max(sum(stages.seconds.values()), 1e-9)
+    shares = " ".join(f"{stage} {stages.seconds[stage] / whole:.0%}"
+                      for stage in ("data", "teacher", "student") if stage in stages.seconds)
+    return (f"step {record['step']:6} {record['progress']:6.1%} lr {record['lr']:.2e} "
+            + " ".join(f"{name} {record[name]:.4f}" for name in terms)
+            + f" {rate:,.0f} tok/s ({shares}) {left}")
+
+
