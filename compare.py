@@ -31,7 +31,7 @@ import train
 from data import Blocks, TokenDirectory
 from kd_losses import STRATEGIES
 from model import BertConfig, BertForMaskedLM, BertForSequenceClassification
-from plumbing import checkpoint, report
+from plumbing import checkpoint, glue, report
 from plumbing.budget import one_budget
 from plumbing.cli import (
     Checked,
@@ -364,8 +364,8 @@ def score_yardsticks(plan, directory, progress):
 def compare(config, plan):
     """Trains and scores every run and the yardsticks: (results, yardsticks, remarks, costs); None for a dry run."""
     directory = TokenDirectory(config.data)
-    texts = {name: finetune_glue.read_task(name, task, config.glue_dir)
-             for name, task in finetune_glue.parse_tasks(config.tasks).items()}     # before hours of training
+    texts = {name: glue.read_task(name, task, config.glue_dir)
+             for name, task in glue.parse_tasks(config.tasks).items()}     # before hours of training
     plan.teacher_shape = teacher = teacher_shape(plan, directory)
     longest = min(c.max_position_embeddings for c in (teacher, student_shape(plan.runs[0], directory)))
     if config.max_len > longest:

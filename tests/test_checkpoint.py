@@ -14,7 +14,7 @@ from data import SPECIAL, TokenDirectory
 from model import BertConfig, BertForMaskedLM
 from plumbing import checkpoint
 from plumbing.cli import UserError
-from prepare import wordpiece
+from plumbing.tokenizer import wordpiece
 from step import make_arm
 
 QUIET = dict(say=lambda line: None)

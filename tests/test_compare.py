@@ -14,9 +14,11 @@ import pytest
 
 import compare
 import finetune_glue
+import prepare
 import train
 from conftest import TINY, text
 from data import TokenDirectory
+from plumbing import demonstration, glue
 from plumbing.cli import UserError
 
 
@@ -112,8 +114,8 @@ def test_the_plan_measures_fine_tuning_on_the_tasks_own_examples(small, monkeypa
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     for changes, trials in ((dict(finetune_seeds=2), 2), (dict(finetune_seeds=2, finetune_lrs="1e-5,2e-5"), 4)):
         config = small(finetune_epochs=3, finetune_batch_sizes="8", **changes)
-        texts = {name: finetune_glue.read_task(name, task, None)
-                 for name, task in finetune_glue.parse_tasks(config.tasks).items()}
+        texts = {name: glue.read_task(name, task, None)
+                 for name, task in glue.parse_tasks(config.tasks).items()}
         seconds = compare.finetuning_seconds(compare.Plan(config), TokenDirectory(config.data), texts)
         assert seconds == pytest.approx(trials * (3 * 40 * 1.0 + 40 * 0.5))
 
@@ -206,8 +208,8 @@ def test_killed_and_run_by_two_processes_the_table_is_the_same(small, tmp_path):
 
 def test_the_task_holds_validation_documents_alone_and_splits_them(tmp_path, monkeypatch):
     """Also where texts share their first 160 characters, differ in case, accents or width, or begin one another."""
-    monkeypatch.setattr(compare, "DEMO_LABELLED", 50)
-    packages, head = ("torch", "sympy", "click"), compare.prepare.docstring_head
+    monkeypatch.setattr(demonstration, "DEMO_LABELLED", 50)
+    packages, head = ("torch", "sympy", "click"), prepare.docstring_head
     documents = [(package, f"{package} {d}") for package in packages for d in text(500, seed=2)]
     for package, d in list(documents[:500]):
         long = (d + "\nwords" * 40).replace("e", "\xe9")
@@ -215,22 +217,23 @@ def test_the_task_holds_validation_documents_alone_and_splits_them(tmp_path, mon
                       (package, long.replace("\xe9", "e\u0301") + " three")]
     twice = documents[:100] + documents[-100:]
     documents += [("sympy", d.title()) for _, d in twice]
-    compare.package_task(tmp_path, documents)
+    demonstration.package_task(tmp_path, documents)
     rows = {name: [row.split("\t") for row in (tmp_path / f"{name}.tsv").read_text().splitlines()[1:]]
             for name in ("train", "dev")}
-    assert len(rows["train"]) == compare.DEMO_LABELLED and len(rows["dev"]) > 50
+    assert len(rows["train"]) == demonstration.DEMO_LABELLED and len(rows["dev"]) > 50
     rows["all"] = rows["train"] + rows["dev"]
     held_out, trained = set(), []
     for _, d in documents:
-        if compare.prepare.is_validation(compare.prepare.docstring_key(d), compare.DEMO_VAL_FRACTION):
-            held_out.add(" ".join(d.split())[:compare.DEMO_CHARACTERS])
+        if prepare.is_validation(prepare.docstring_key(d), demonstration.DEMO_VAL_FRACTION):
+            held_out.add(" ".join(d.split())[:demonstration.DEMO_CHARACTERS])
         else:
             trained.append(head(d))
     assert {row for row, _ in rows["all"]} <= held_out
     assert {label for _, label in rows["train"]} == {"0", "1", "4"}             # click is not one of the labels
     seen = [head(row) for row, _ in rows["all"]]
     assert len(set(seen)) == len(seen)                                  # no dev row in the training rows, none twice
-    assert not set(seen) & {head(" ".join(d.split())[:compare.DEMO_CHARACTERS]) for _, d in twice}      # two packages
+    cut = {head(" ".join(d.split())[:demonstration.DEMO_CHARACTERS]) for _, d in twice}
+    assert not set(seen) & cut                                          # two packages
     assert not any(d.startswith(row) for row in seen for d in trained)  # none begins a pretraining document
 
 

@@ -28,6 +28,7 @@ from conftest import text
 from data import SPECIAL, TokenDirectory
 from plumbing import sources
 from plumbing.cli import UserError
+from plumbing.tokenizer import load_tokenizer, wordpiece
 
 
 def files(directory):
@@ -437,7 +438,7 @@ def test_a_small_corpus_gives_a_tenth_to_validation_and_is_warned_of(vocab, tmp_
 
 def test_one_long_document_does_not_make_validation_half_of_the_ids(vocab, tmp_path):
     """Of these 150 documents, the hash puts the longest into validation."""
-    tokenizer = prepare.load_tokenizer(str(vocab))
+    tokenizer = load_tokenizer(str(vocab))
     short = text(149)
     for seed in itertools.count():
         long = text(1000, seed=seed)
@@ -682,12 +683,12 @@ def test_a_trained_vocabulary_is_special_tokens_then_sorted_ones(corpus):
 def test_a_given_vocabulary_tokenizes_as_bert_does(tmp_path):
     tokens = [*SPECIAL, "hello", "world", "##s", ",", "e", "##e"]
     (tmp_path / "vocab.txt").write_text("\n".join(tokens) + "\n")
-    ours = prepare.load_tokenizer(str(tmp_path / "vocab.txt"))
+    ours = load_tokenizer(str(tmp_path / "vocab.txt"))
     theirs = BertWordPieceTokenizer(str(tmp_path / "vocab.txt"))
     for sentence in ("Hello, worlds", "HÉLLO ée", "unknown"):
         assert ours.encode(sentence).ids == theirs.encode(sentence).ids
     (tmp_path / "vocab.txt").write_text("\n".join([*tokens, "Hello"]) + "\n")               # has capitals: cased
-    assert prepare.load_tokenizer(str(tmp_path)).encode("Hello", add_special_tokens=False).ids == [len(tokens)]
+    assert load_tokenizer(str(tmp_path)).encode("Hello", add_special_tokens=False).ids == [len(tokens)]
 
 
 @pytest.mark.parametrize("file", ["vocab.txt", "tokenizer.json"])
@@ -696,10 +697,10 @@ def test_casing_is_what_the_tokenizers_configuration_says(tmp_path, file, monkey
     if file == "vocab.txt":
         (tmp_path / file).write_text("\n".join(tokens) + "\n", encoding="utf-8")
     else:
-        prepare.wordpiece({token: i for i, token in enumerate(tokens)}).save(str(tmp_path / file))
+        wordpiece({token: i for i, token in enumerate(tokens)}).save(str(tmp_path / file))
 
     def first_id():
-        return prepare.load_tokenizer(str(tmp_path)).encode("Hello", add_special_tokens=False).ids
+        return load_tokenizer(str(tmp_path)).encode("Hello", add_special_tokens=False).ids
     for lower, expected in ((True, [5]), (False, [6])):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": lower}))
         assert first_id() == expected
@@ -711,7 +712,7 @@ def test_casing_is_what_the_tokenizers_configuration_says(tmp_path, file, monkey
             raise hub.errors.EntryNotFoundError("404")
         return str(tmp_path / filename)
     monkeypatch.setattr(hub, "hf_hub_download", download)
-    assert prepare.load_tokenizer("some/bert").encode("Hello", add_special_tokens=False).ids == [6]
+    assert load_tokenizer("some/bert").encode("Hello", add_special_tokens=False).ids == [6]
 
 
 def test_the_hubs_own_client_reads_its_cache_in_a_fresh_process(raw, vocab, tmp_path):
@@ -739,7 +740,7 @@ def test_the_hubs_own_client_reads_its_cache_in_a_fresh_process(raw, vocab, tmp_
 def test_a_vocabulary_with_a_token_twice_is_refused(tmp_path):
     (tmp_path / "vocab.txt").write_text("\n".join([*SPECIAL, "a", "b", "a"]) + "\n")
     with pytest.raises(UserError, match="7 tokens with ids up to 7"):
-        prepare.load_tokenizer(str(tmp_path / "vocab.txt"))
+        load_tokenizer(str(tmp_path / "vocab.txt"))
 
 
 def test_ids_above_65535_get_32_bits(tmp_path):
@@ -781,7 +782,7 @@ def test_docstrings_come_from_required_packages_alone_and_nothing_is_imported():
     assert {"torch", "numpy", "tokenizers", "tqdm", "sympy"} <= packages
     assert not packages & {"pytest", "transformers", "scikit-learn", "scipy", "ruff", "pip"}
     code = """
-import itertools, sys, sources
+import itertools, sys; from plumbing import sources
 before = set(sys.modules)
 first = list(itertools.islice(sources.docstrings(), 3000))
 assert len({package for package, _ in first}) > 2 and all(len(text) >= 20 for _, text in first)

@@ -24,7 +24,7 @@ import train
 from conftest import TINY, text, watching
 from kd_losses import AS_RELEASED, STRATEGIES
 from model import BertConfig, BertForMaskedLM
-from plumbing import checkpoint, report
+from plumbing import checkpoint, glue, report
 from plumbing.cli import UserError
 from step import start_from
 
@@ -615,7 +615,7 @@ def test_trials_of_another_model_are_not_reused(teacher, task, tmp_path):
 
 def test_the_score_of_a_task_is_the_first_of_its_official_metrics():
     """What picks the grid's point and stands for a task: the paper's metric for each."""
-    assert {name: task.metrics[0] for name, task in finetune_glue.TASKS.items()} == dict(
+    assert {name: task.metrics[0] for name, task in glue.TASKS.items()} == dict(
         cola="matthews", sst2="accuracy", mrpc="f1", stsb="pearson", qqp="accuracy", mnli="accuracy", qnli="accuracy",
         rte="accuracy", wnli="accuracy")
 
