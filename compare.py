@@ -10,28 +10,31 @@ budget.  Of several --peak-lrs, each arm takes the one with which its own valida
 budget (seed 0).  What is finished is never run again: the same command goes on where it was stopped, and several
 processes with the same --out share the runs, such as one per GPU, each started with its own CUDA_VISIBLE_DEVICES.
 
-The demonstration takes the English documentation that is already on this disk (see prepare.py), trains a vocabulary
-and a 4-layer teacher on it, gives each strategy the same 2-layer student and the same number of seconds, and
-fine-tunes every student on the built-in task: which package does a docstring come from?  The task's docstrings are
-validation documents of that corpus, so no model has been pretrained on them.
+The demonstration takes the English documentation that is already on this disk (see prepare.py) and the teacher in
+teacher/, gives each strategy the same 2-layer student and the same number of FLOPs from three seeds, one process per
+core, and fine-tunes every student on the built-in task: which package does a docstring come from?  The task's
+docstrings are validation documents of that corpus, so neither a student nor the teacher has been pretrained on them.
 """
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
+import torch
 
 import finetune_glue
 import train
 from data import Blocks, TokenDirectory
 from kd_losses import STRATEGIES
 from model import BertConfig, BertForMaskedLM, BertForSequenceClassification
-from plumbing import checkpoint, glue, report
+from plumbing import checkpoint, glue, jobs, report
 from plumbing.budget import one_budget
 from plumbing.cli import (
     Checked,
@@ -47,8 +50,8 @@ from plumbing.cli import (
     run,
     writable,
 )
-from plumbing.demonstration import prepare_built_in
-from plumbing.files import read_json, share, write_whole
+from plumbing.demonstration import built_in_task, demonstrated, look
+from plumbing.files import read_json, share, write_json, write_whole
 from plumbing.rundir import contents
 from step import Arm, check_teacher, choose_device, flops_per_block, initial_student, student_shape
 
@@ -66,7 +69,7 @@ class Config(Checked):
     budget_tokens: Counts | None = None  # or in tokens
     budget_steps: Counts | None = None  # or in optimizer steps
     strategies: Annotated[str, str, STRATEGIES] = "no_kd,vanilla_kd,tinybert,minilm"     # the arms
-    seeds: Count = 1                    # pretraining seeds 0, 1, ... of each arm; an interval needs two, better three
+    seeds: Count = 3                    # pretraining seeds 0, 1, ... of each arm; an interval needs two
     unique_tokens: str = "all"          # data settings such as all,2000000: the first so many ids, again and again
     static_masks: bool = False          # the limited settings with the same masks in every epoch as well
     peak_lrs: Positives | None = None   # of every arm; several: its best at the smallest budget; default: the paper's
@@ -80,6 +83,7 @@ class Config(Checked):
     dropout: Share = 0.1                # of every arm
     val_blocks: Count = 512             # validation blocks
     val_times: Count = 4                # validations over the budget
+    jobs: Count | None = None           # processes over the runs; default: 1, in the demonstration one per core
     finetune_seeds: Count = 3           # fine-tuning runs per pretrained model
     finetune_batch_sizes: Counts = "16,32"          # the grid of fine-tuning: examples per step ...
     finetune_lrs: Positives = "1e-5,3e-5,5e-5,8e-5"  # ... times peak learning rates
@@ -111,6 +115,9 @@ class Plan:
             raise UserError("--static-masks compares masks where data repeat: give --unique-tokens all,N with it")
         self.settings = [(None, False)] * (None in uniques) + [
             (n, static) for n in limited for static in ((False, True) if config.static_masks else (False,))]
+        if self.unit == "hours" and (config.jobs or 1) > max(1, torch.cuda.device_count()):
+            raise UserError(f"--jobs {config.jobs} under --budget-hours: runs that share a device would take each "
+                            f"other's time: give --budget-flops, or one job per GPU")
         self.lrs = numbers(config.peak_lrs) if config.peak_lrs else [None]
         try:
             shape = BertConfig.of_size(config.size, config.heads)
@@ -164,9 +171,9 @@ def finetuning(config, model, out, seed=0):
 
 # -------------------------------------------------------------------------------------------- time and progress
 
-def step_seconds(config, directory, teacher):
-    """Seconds of one optimizer step of this run on this machine, by trying: eager, with random weights, on a CPU with a
-    smaller micro-batch.  `teacher`: its BertConfig."""
+def step_seconds(config, directory, teacher, tries=1):
+    """Seconds of one optimizer step of this run on this machine, the median of so many tries: eager, with random
+    weights, on a CPU with a smaller micro-batch.  `teacher`: its BertConfig."""
     device = choose_device()
     micro = config.micro_batch if device.type == "cuda" else min(config.micro_batch, 16)
     arm = Arm(dataclasses.replace(config, micro_batch=micro, compile=False),
@@ -174,10 +181,12 @@ def step_seconds(config, directory, teacher):
               BertForMaskedLM(teacher).to(device) if config.kind.needs("teacher") else None)
     arm.make_optimizer()
     batch = Blocks(directory, "train", config.seq_len, seed=0).batch(0, micro)
-    for _ in range(2):                                                  # the first warms up
+    seconds = []
+    for _ in range(1 + tries):                                          # the first warms up
         began = time.perf_counter()
-        train.gradients(arm, batch, 0, train.Stages(arm.device))[1].tolist()   # waits for the device
-    return (time.perf_counter() - began) * config.batch_size / micro
+        train.gradients(arm, batch, 0, train.Stages(arm.device))[1].tolist()        # waits for the device
+        seconds.append(time.perf_counter() - began)
+    return float(np.median(seconds[1:])) * config.batch_size / micro
 
 
 class Progress:
@@ -341,31 +350,25 @@ def teacher_shape(plan, directory):
     return teacher
 
 
-def score_yardsticks(plan, directory, progress):
-    """[{name, scores: {task: [per seed]}, averages}]: the untrained student of each seed, and the teacher."""
-    def score(i):
-        name, path, seed = plan.yardsticks[i]
-        model = path / "model"
-        if name == "teacher":
-            model = plan.runs[0].teacher
-        elif not model.exists():
-            student = initial_student(dataclasses.replace(plan.runs[0], seed=seed), directory)
-            checkpoint.save_model(model, student, directory.read_tokenizer(), head=True)
-        progress.start(f"score {path}", f"{name} {seed}")
-        tasks = finetuned(plan.config, model, path / "glue", progress.say, seed)
-        progress.done()
-        return dict(name=name, **scores(tasks))
-    scored = share_runs([path for _, path, _ in plan.yardsticks], score)
-    return [dict(name=name, averages=[m["average"] for m in of],
-                 scores={task: [m["scores"][task] for m in of] for task in of[0]["scores"]})
-            for name in ("random init", "teacher") for of in [[m for m in scored if m["name"] == name]]]
+def score_yardstick(plan, directory, progress, name, path, seed):
+    """{name, scores, average} of the untrained student of a seed, or of the teacher."""
+    model = path / "model"
+    if name == "teacher":
+        model = plan.runs[0].teacher
+    elif not model.exists():
+        student = initial_student(dataclasses.replace(plan.runs[0], seed=seed), directory)
+        checkpoint.save_model(model, student, directory.read_tokenizer(), head=True)
+    progress.start(f"score {path}", f"{name} {seed}")
+    tasks = finetuned(plan.config, model, path / "glue", progress.say, seed)
+    progress.done()
+    return dict(name=name, **scores(tasks))
 
 
-def compare(config, plan):
-    """Trains and scores every run and the yardsticks: (results, yardsticks, remarks, costs); None for a dry run."""
-    directory = TokenDirectory(config.data)
+def check_inputs(plan):
+    """(token directory, {task: its examples}): everything that can be refused before hours of training is."""
+    config, directory = plan.config, TokenDirectory(plan.config.data)
     texts = {name: glue.read_task(name, task, config.glue_dir)
-             for name, task in glue.parse_tasks(config.tasks).items()}     # before hours of training
+             for name, task in glue.parse_tasks(config.tasks).items()}
     plan.teacher_shape = teacher = teacher_shape(plan, directory)
     longest = min(c.max_position_embeddings for c in (teacher, student_shape(plan.runs[0], directory)))
     if config.max_len > longest:
@@ -373,33 +376,28 @@ def compare(config, plan):
     for unique, static in plan.settings:
         Blocks(directory, "train", config.seq_len, 0, unique, static)               # refuses more than there are
     train.validation_blocks(directory, config.seq_len)
-    seconds, finetune_seconds = estimate(plan, directory, teacher), finetuning_seconds(plan, directory, texts)
-    describe(plan, seconds, finetune_seconds, texts)
-    if config.dry_run:
-        return None
-    share_runs([plan.out], lambda _: same_inputs(plan, directory, texts))
-    scored = {each.out for each in plan.runs}
-    progress = Progress({out: s + finetune_seconds * (out in scored) for out, s in seconds.items()}
-                        | {f"score {path}": finetune_seconds for _, path, _ in plan.yardsticks})
-    remarks, costs = [], []
+    return directory, texts
 
-    def pretrain(each, what):
-        progress.start(each.out, what)
-        return train.train(each, say=progress.say, status=progress.step)
+
+def execute(plan, directory, progress):
+    """Trains and scores every run and the yardsticks, and what is finished not again: (results, yardsticks, remarks,
+    costs)."""
+    config, remarks, costs = plan.config, [], []
 
     def teach(_):
-        summary = pretrain(plan.teacher, f"teacher {plan.teacher.size}")
+        progress.start(plan.teacher.out, f"teacher {plan.teacher.size}")
+        summary = train.train(plan.teacher, say=progress.say, status=progress.step)
         progress.done()
         return summary
 
-    def run_one(i):
-        each = plan.runs[i]
-        summary = pretrain(each, Path(each.out).name)
+    def run_one(each):
+        progress.start(each.out, Path(each.out).name)
+        summary, speed = timed(plan, directory, each, progress)
         tasks = finetuned(config, f"{each.out}/model", f"{each.out}/glue", progress.say, each.seed)
         for file in Path(each.out).glob("checkpoint*.pt"):              # the model and the log stay
             file.unlink()
         progress.done()
-        return result_of(plan, each, summary, tasks)
+        return dict(result_of(plan, each, summary, tasks), speed=speed)
 
     if plan.teacher:
         taught, = share_runs([plan.teacher.out], teach)
@@ -413,9 +411,79 @@ def compare(config, plan):
         renamed = {a.out: b.out for a, b in zip(before, plan.runs, strict=True)}
         progress.left = {renamed.get(out, out): seconds for out, seconds in progress.left.items()}
         remarks, costs = remarks + tried, costs + [cost]
-    results = share_runs([each.out for each in plan.runs], run_one)
+    todo = [partial(run_one, each) for each in plan.runs]
+    todo += [partial(score_yardstick, plan, directory, progress, *yardstick) for yardstick in plan.yardsticks]
+    done = share_runs([*(each.out for each in plan.runs), *(path for _, path, _ in plan.yardsticks)],
+                      lambda i: todo[i]())
+    results, scored = done[:len(plan.runs)], done[len(plan.runs):]
     costs.append(f"The compared runs were charged {duration(sum(r['charged_seconds'] for r in results))} in all.")
-    return results, score_yardsticks(plan, directory, progress), remarks, costs
+    yardsticks = [dict(name=name, averages=[m["average"] for m in of],
+                       scores={task: [m["scores"][task] for m in of] for task in of[0]["scores"]})
+                  for name in ("random init", "teacher") for of in [[m for m in scored if m["name"] == name]]]
+    return results, yardsticks, remarks, costs
+
+
+def timed(plan, directory, each, progress):
+    """(summary, speed) of a run.  Under a budget in hours a fixed step is timed before and after it, uncharged: the
+    machine's speed beside the first run's, since an hour of a busy machine buys less.  Else the speed is None."""
+    note, first = Path(each.out) / "speed.json", plan.out / "speed.json"
+    finished = (Path(each.out) / "summary.json").exists()
+    reference = plan.run("no_kd", plan.budgets[0])
+    before = step_seconds(reference, directory, None, tries=5) if plan.unit == "hours" and not finished else None
+    summary = train.train(each, say=progress.say, status=progress.step)
+    if before:
+        seconds = (before + step_seconds(reference, directory, None, tries=5)) / 2
+        write_json(note, dict(seconds=seconds))
+        if not first.exists():
+            write_json(first, dict(seconds=seconds))
+    return summary, read_json(first)["seconds"] / read_json(note)["seconds"] if note.exists() else None
+
+
+def work(config):
+    """What one of several processes does: its share of the runs."""
+    plan = Plan(config)
+    directory, _ = check_inputs(plan)
+    execute(plan, directory, Progress({}))
+
+
+def compare(config, plan):
+    """(results, yardsticks, remarks, costs) of the whole plan; None for a dry run."""
+    directory, texts = check_inputs(plan)
+    seconds = estimate(plan, directory, plan.teacher_shape)
+    finetune_seconds = finetuning_seconds(plan, directory, texts)
+    describe(plan, seconds, finetune_seconds, texts)
+    if config.dry_run:
+        return None
+    share_runs([plan.out], lambda _: same_inputs(plan, directory, texts))
+    scored = {each.out for each in plan.runs}
+    progress = Progress({out: s + finetune_seconds * (out in scored) for out, s in seconds.items()}
+                        | {f"score {path}": finetune_seconds for _, path, _ in plan.yardsticks})
+    if (config.jobs or 1) > 1:
+        jobs.run(config.jobs, work, config, plan.out, partial(over_all, plan, dict(progress.left), time.monotonic()))
+        progress.say_line = lambda line: None                           # everything is finished
+    return execute(plan, directory, progress)
+
+
+def over_all(plan, estimates, began):
+    """One line over all processes: what is finished, what is under way, and the time left."""
+    folders = {each.out: Path(each.out).name for each in plan.all}
+    folders |= {str(path): f"{name} {seed}" for name, path, seed in plan.yardsticks}
+    done, under_way = 0.0, []
+    finished = {out for out in folders if (Path(out) / "glue/glue.json").exists()
+                or out not in estimates and f"score {out}" not in estimates}
+    for out, name in folders.items():
+        estimate, log = estimates.get(out, estimates.get(f"score {out}", 0.0)), Path(out) / "log.jsonl"
+        share = 1.0 if out in finished else 0.0
+        if out not in finished and log.exists():
+            line = log.read_text().splitlines()[-1:] or ["{}"]
+            with contextlib.suppress(ValueError):                       # half a line
+                share = 0.8 * json.loads(line[0]).get("progress", 0.0)
+                under_way.append(f"{name} {share / 0.8:.0%}" if share < 0.8 else f"{name} is scored")
+        done += share * estimate
+    part = done / max(sum(estimates.values()), 1e-9)
+    left = (time.monotonic() - began) * (1 - part) / part if part > 0.02 else None
+    return (f"[{len(finished)}/{len(folders)}" + (f", {duration(left)} left" if left is not None else "") + "] "
+            + ", ".join(under_way))
 
 
 def describe(plan, seconds, finetune_seconds, texts):
@@ -445,26 +513,21 @@ def papers_setting(plan):
 
 def main(config):
     began, out = time.monotonic(), writable(config.out)
-    if config.data is None:
-        given = [f.name for f in dataclasses.fields(Config)
-                 if f.name not in ("out", "strategies", "seeds", "dry_run") and getattr(config, f.name) != f.default]
-        if given:
-            raise UserError(f"--{given[0].replace('_', '-')} without --data: the demonstration, which runs without "
-                            f"--data, has its own sizes; give --data, --teacher and a budget")
+    demonstration = config.data is None
+    if demonstration:
+        config = demonstrated(config)
     elif config.teacher is None:
         raise UserError("--data needs --teacher with it: a model directory, a Hub id, or train")
-    if config.data is None:
-        config = prepare_built_in(config)
     elif config.tasks is None and config.glue_dir:
         config = dataclasses.replace(config, tasks=finetune_glue.Config.tasks)
     plan = Plan(config)
     if config.tasks is None:
-        config = plan.config = prepare_built_in(config)
+        config = plan.config = dataclasses.replace(config, tasks=built_in_task(out))
     found = compare(config, plan)
     if found is None:
         return
     results, yardsticks, remarks, costs = found
-    said = report.verdict(results, yardsticks) + report.remarks(results) + remarks
+    said = report.verdict(results, yardsticks) + report.drift(results) + report.remarks(results) + remarks
     text = "\n\n".join([report.score_table(results, yardsticks, papers_setting(plan)), *said])
     costs = "\n\n".join([report.cost_table(results), *costs])
     everything = dict(config=dataclasses.asdict(config), results=results, yardsticks=yardsticks, verdict=said)
@@ -475,8 +538,10 @@ def main(config):
             write_whole(out / name, f"{content.rstrip()}\n".encode())
         report.figure(results, yardsticks, out / "figure.png")
     share_runs([config.out], write)
-    print(f"\n{text}\n\n{costs}\n\nalso in {out}/table.md, costs.md, results.json and results.csv; "
-          f"{time.monotonic() - began:.0f} s in all")
+    print(f"\n{text}\n\n{costs}\n")
+    if demonstration:
+        look(results, config)
+    print(f"\nalso in {out}/table.md, costs.md, results.json and results.csv; {time.monotonic() - began:.0f} s in all")
 
 
 if __name__ == "__main__":

@@ -1,21 +1,28 @@
 """The demonstration's text, task and sizes: what `python compare.py` runs on where nobody gives it data."""
 import bisect
 import dataclasses
+import os
 from pathlib import Path
 
 from tqdm import tqdm
 
 import prepare
+import watch
 from plumbing import sources
+from plumbing.cli import UserError
 from plumbing.files import share, write_whole
 
-# The demonstration's sizes: measured on two CPU cores, so that every arm learns something in its seconds
-DEMO_VOCAB, DEMO_VAL_FRACTION = 4096, 0.1
-DEMO_PACKAGES = ("torch", "sympy", "python", "networkx", "numpy")       # the labels of its task
-DEMO_LABELLED, DEMO_CHARACTERS = 500, 160                               # training examples, and how long each is
-DEMO = dict(teacher="train", teacher_size="4L128", teacher_budget=150 / 3600, size="2L128", budget_hours=f"{45 / 3600}",
-            seq_len=64, batch_size=32, micro_batch=32, dropout=0.0, peak_lrs="1e-3", val_times=1, val_blocks=256,
-            finetune_batch_sizes="32", finetune_lrs="7e-4", finetune_epochs=10, max_len=48)
+TEACHER = Path(__file__).parents[1] / "teacher"        # how it was made: its README.md
+VAL_FRACTION = 0.1
+PACKAGES = ("torch", "sympy", "python", "networkx", "numpy")    # the labels of the task
+LABELLED, CHARACTERS = 500, 160                         # training examples, and how long each is
+# Chosen on two CPU cores: FLOPs, so that a busy machine changes how long it takes and not what comes out
+SETTING = dict(teacher=str(TEACHER), size="2L128", budget_flops="6e12", seq_len=64, batch_size=32, micro_batch=32,
+               dropout=0.0, peak_lrs="1e-3", val_times=1, val_blocks=256, finetune_batch_sizes="32",
+               finetune_lrs="7e-4", finetune_epochs=10, max_len=48)
+STRATEGIES = "no_kd,vanilla_kd,tinybert,minilm,distilbert"      # the last one starts from the teacher
+MASKED = "returns a new [MASK] with the same shape as the input."
+QUERY = "compute the eigenvalues of a matrix"
 
 
 def package_task(task, documents):
@@ -26,14 +33,14 @@ def package_task(task, documents):
     been pretrained on: neither is a row."""
     packages, held_out, trained = {}, {}, []
     for package, text in documents:
-        row = " ".join(text.split())[:DEMO_CHARACTERS]
+        row = " ".join(text.split())[:CHARACTERS]
         seen = prepare.docstring_head(row)
         packages.setdefault(seen, set()).add(package)
         key = prepare.docstring_key(text)
-        if not prepare.is_validation(key, DEMO_VAL_FRACTION):
+        if not prepare.is_validation(key, VAL_FRACTION):
             trained.append(prepare.docstring_head(text))
-        elif package in DEMO_PACKAGES:
-            held_out.setdefault(seen, (key[::-1], f"{row}\t{DEMO_PACKAGES.index(package)}\n"))
+        elif package in PACKAGES:
+            held_out.setdefault(seen, (key[::-1], f"{row}\t{PACKAGES.index(package)}\n"))
     trained.sort()
 
     def begins_a_trained_one(seen):
@@ -42,25 +49,55 @@ def package_task(task, documents):
     rows = [row for _, row in sorted(value for seen, value in held_out.items()
                                      if len(packages[seen]) == 1 and not begins_a_trained_one(seen))]
     task.mkdir(parents=True, exist_ok=True)
-    for name, part in (("train", rows[:DEMO_LABELLED]), ("dev", rows[DEMO_LABELLED:])):
+    for name, part in (("train", rows[:LABELLED]), ("dev", rows[LABELLED:])):
         write_whole(task / f"{name}.tsv", ("sentence\tlabel\n" + "".join(part)).encode())
 
 
-def prepare_built_in(config):
-    """Writes the built-in task and, for the demonstration, the corpus; what is there stays."""
-    task, data = Path(config.out) / "package", Path(config.out) / "data"
-    demonstration = config.data is None
+def built_in_task(out, data=None):
+    """Writes the built-in task to OUT/package and, if asked, the corpus to the token directory `data`; what is there
+    stays.  --tasks for it."""
+    task = Path(out) / "package"
 
     def make(_):
-        if not (task / "dev.tsv").exists() or (demonstration and not (data / "manifest.json").exists()):
-            print("reading the documentation on this disk")
-            documents = list(tqdm(sources.docstrings(), unit=" docstrings", mininterval=2))
-            package_task(task, documents)
-            if demonstration:
-                print(f"training a WordPiece vocabulary of {DEMO_VOCAB:,} tokens")
-                prepare.prepare(prepare.Config(["docstrings"], str(data), None, DEMO_VOCAB, DEMO_VAL_FRACTION),
-                                [text for _, text in documents])
-    Path(config.out).mkdir(parents=True, exist_ok=True)
-    share([config.out], make)
-    config = dataclasses.replace(config, tasks=f"package={task}")
-    return dataclasses.replace(config, data=str(data), **DEMO) if demonstration else config
+        if (task / "dev.tsv").exists() and (data is None or (data / "manifest.json").exists()):
+            return
+        print("reading the documentation on this disk")
+        documents = list(tqdm(sources.docstrings(), unit=" docstrings", mininterval=2))
+        package_task(task, documents)
+        if data:
+            prepare.prepare(prepare.Config(["docstrings"], str(data), str(TEACHER), val_fraction=VAL_FRACTION),
+                            [text for _, text in documents])
+    Path(out).mkdir(parents=True, exist_ok=True)
+    share([out], make)
+    return f"package={task}"
+
+
+def demonstrated(config):
+    """The configuration of the demonstration, its text and task on disk.  Its sizes are its own."""
+    free = ("out", "strategies", "seeds", "dry_run", "jobs")
+    given = [f.name for f in dataclasses.fields(config) if f.name not in free and getattr(config, f.name) != f.default]
+    if given:
+        raise UserError(f"--{given[0].replace('_', '-')} without --data: the demonstration, which runs without --data, "
+                        f"has its own sizes; give --data, --teacher and a budget")
+    if config.strategies == type(config).strategies:
+        config = dataclasses.replace(config, strategies=STRATEGIES)
+    data = Path(config.out) / "data"
+    return dataclasses.replace(config, **SETTING, jobs=config.jobs or os.cpu_count() or 1, data=str(data),
+                               tasks=built_in_task(config.out, data))
+
+
+def look(results, config):
+    """A masked sentence as each student of the first seed fills it in, and what is nearest to a query."""
+    lines = Path(config.out) / "package/lines.txt"
+    rows = (Path(config.out) / "package/dev.tsv").read_text().splitlines()[1:]
+    write_whole(lines, "".join(row.rpartition("\t")[0] + "\n" for row in rows).encode())
+    print(f"To look at (seed 0): \"{MASKED}\", and of {len(rows):,} docstrings the nearest to \"{QUERY}\"")
+    for each in results:
+        if each["seed"] == 0 and each["budget"] == results[0]["budget"]:
+            said = []
+            if "mlm" in each["val"]:                                    # it has trained an LM head
+                watch.ask(watch.ModelConfig(model=each["model"], sentence=MASKED), said.append)
+            watch.ask(watch.ModelConfig(model=each["model"], sentence=QUERY, nearest=str(lines)), said.append)
+            masked = said[0].removeprefix("[MASK] 1: ") if "mlm" in each["val"] else "(no LM head)"
+            nearest = next(line for line in said if line.startswith("  ")).strip()
+            print(f"{each['strategy']:12} {masked}\n{'':12} {nearest[:100]}")

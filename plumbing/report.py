@@ -154,8 +154,10 @@ def cost_table(results):
                 return np.mean([r[key] for r in runs.values()])
             rows.append([amount(budget, next(iter(runs.values()))["unit"]), setting(unique, static), name,
                          f"{mean('tokens'):,.0f}", f"{mean('tokens') / tokens:.2f}", f"{mean('charged_seconds'):,.1f}",
-                         f"{mean('tokens_per_second'):,.0f}", f"{mean('teacher_share'):.0%}"])
-    return markdown(["budget", "data", "arm", "tokens", "x base", "charged s", "tokens/s", "in teacher"], rows)
+                         f"{mean('tokens_per_second'):,.0f}", f"{mean('teacher_share'):.0%}",
+                         *([f"{mean('speed'):.2f}"] if results[0].get("speed") else [])])
+    return markdown(["budget", "data", "arm", "tokens", "x base", "charged s", "tokens/s", "in teacher",
+                     *(["machine's speed"] if results[0].get("speed") else [])], rows)
 
 
 def comma_separated(results):
@@ -275,6 +277,20 @@ def remarks(results):
     if len(devices) > 1:
         lines.append(f"Beware: the runs were made on different devices ({', '.join(sorted(devices))}).")
     return lines
+
+
+def drift(results):
+    """A warning where the arms ran at different speeds under a budget in hours."""
+    speeds = {}
+    for r in results:
+        if r.get("speed"):
+            speeds.setdefault(r["strategy"], []).append(r["speed"])
+    means = {name: float(np.mean(values)) for name, values in speeds.items()}
+    if not means or max(means.values()) <= 1.05 * min(means.values()):
+        return []
+    return ["Beware: these arms did not have the same budget. A fixed step, timed before and after each run, went at "
+            + ", ".join(f"{value:.2f} ({name})" for name, value in means.items())
+            + " times the first run's speed, so an hour was not the same for all: give --budget-flops."]
 
 
 # -------------------------------------------------------------------------------------------------------- figure

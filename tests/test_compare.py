@@ -39,7 +39,8 @@ def small(corpus, teacher, task, tmp_path):
 
     def make(**other):
         return compare.Config(**recipe | dict(
-            data=str(corpus), teacher=str(teacher), tasks=f"mine={task}", budget_steps="3", out=str(tmp_path / "out"),
+            data=str(corpus), teacher=str(teacher), tasks=f"mine={task}", budget_steps="3", seeds=1,
+            out=str(tmp_path / "out"),
             finetune_batch_sizes="32", finetune_lrs="5e-5", finetune_epochs=1, finetune_seeds=1) | other)
     return make
 
@@ -185,6 +186,41 @@ def test_processes_share_the_runs_and_each_is_done_once(tmp_path):
     assert sorted(done) == list(range(6)) and found == [[i * i for i in range(6)]] * 3
 
 
+def test_two_jobs_make_the_table_of_one_and_a_job_that_fails_is_told(small, tmp_path, capsys):
+    """--jobs: worker processes over the same plan; the table is that of one process, to the last digit."""
+    config = small(budget_flops="2e9", budget_steps=None, strategies="no_kd,minilm")
+    compare.main(config)
+    table = (tmp_path / "out/table.md").read_text()
+    compare.main(dataclasses.replace(config, jobs=2, out=str(tmp_path / "two")))
+    logs = [(tmp_path / f"two/jobs/{i}.log").read_text() for i in range(2)]
+    assert (tmp_path / "two/table.md").read_text() == table and all("finished after" in log for log in logs)
+    victim = tmp_path / "two/runs/no_kd-2e+09flops-seed0"
+    (victim / "summary.json").unlink()
+    for file in ("checkpoint.pt", "checkpoint.before.pt"):
+        (victim / file).write_bytes(b"damaged")
+    with pytest.raises(UserError, match="worker . of 2 stopped .*damaged.*jobs/.*the same command goes on"):
+        compare.main(dataclasses.replace(config, jobs=2, out=str(tmp_path / "two")))
+
+
+def test_arms_that_ran_at_different_speeds_are_told(small, tmp_path, monkeypatch, capsys):
+    """Under an hour budget a fixed step is timed before and after each run; more than 5% apart, the verdict says so."""
+    whole = compare.step_seconds
+    for slow, told in ((1.0, False), (1.2, True)):
+        out = tmp_path / f"{slow}"
+        seconds = iter([1.0, 1.0, slow, slow])
+
+        def step_seconds(config, directory, teacher, tries=1, seconds=seconds):
+            return next(seconds) if tries == 5 else whole(config, directory, teacher, tries)
+        monkeypatch.setattr(compare, "step_seconds", step_seconds)
+        config = small(budget_hours=f"{0.3 / 3600}", budget_steps=None, strategies="no_kd,minilm", out=str(out))
+        for _ in range(2):                                              # the second time nothing is timed
+            compare.main(config)
+            table, costs = ((out / f"{name}.md").read_text() for name in ("table", "costs"))
+            assert ("did not have the same budget" in table) == told and "machine's speed" in costs
+            assert f"| {1 / slow:.2f} |" in costs
+            assert ("1.00 (no_kd), 0.83 (minilm)" in table) == told
+
+
 @pytest.mark.slow
 def test_killed_and_run_by_two_processes_the_table_is_the_same(small, tmp_path):
     config = small(seeds=2, budget_steps="30,60", strategies="no_kd,minilm")
@@ -208,7 +244,7 @@ def test_killed_and_run_by_two_processes_the_table_is_the_same(small, tmp_path):
 
 def test_the_task_holds_validation_documents_alone_and_splits_them(tmp_path, monkeypatch):
     """Also where texts share their first 160 characters, differ in case, accents or width, or begin one another."""
-    monkeypatch.setattr(demonstration, "DEMO_LABELLED", 50)
+    monkeypatch.setattr(demonstration, "LABELLED", 50)
     packages, head = ("torch", "sympy", "click"), prepare.docstring_head
     documents = [(package, f"{package} {d}") for package in packages for d in text(500, seed=2)]
     for package, d in list(documents[:500]):
@@ -220,19 +256,19 @@ def test_the_task_holds_validation_documents_alone_and_splits_them(tmp_path, mon
     demonstration.package_task(tmp_path, documents)
     rows = {name: [row.split("\t") for row in (tmp_path / f"{name}.tsv").read_text().splitlines()[1:]]
             for name in ("train", "dev")}
-    assert len(rows["train"]) == demonstration.DEMO_LABELLED and len(rows["dev"]) > 50
+    assert len(rows["train"]) == demonstration.LABELLED and len(rows["dev"]) > 50
     rows["all"] = rows["train"] + rows["dev"]
     held_out, trained = set(), []
     for _, d in documents:
-        if prepare.is_validation(prepare.docstring_key(d), demonstration.DEMO_VAL_FRACTION):
-            held_out.add(" ".join(d.split())[:demonstration.DEMO_CHARACTERS])
+        if prepare.is_validation(prepare.docstring_key(d), demonstration.VAL_FRACTION):
+            held_out.add(" ".join(d.split())[:demonstration.CHARACTERS])
         else:
             trained.append(head(d))
     assert {row for row, _ in rows["all"]} <= held_out
     assert {label for _, label in rows["train"]} == {"0", "1", "4"}             # click is not one of the labels
     seen = [head(row) for row, _ in rows["all"]]
     assert len(set(seen)) == len(seen)                                  # no dev row in the training rows, none twice
-    cut = {head(" ".join(d.split())[:demonstration.DEMO_CHARACTERS]) for _, d in twice}
+    cut = {head(" ".join(d.split())[:demonstration.CHARACTERS]) for _, d in twice}
     assert not set(seen) & cut                                          # two packages
     assert not any(d.startswith(row) for row in seen for d in trained)  # none begins a pretraining document
 
@@ -252,6 +288,7 @@ def test_the_task_holds_validation_documents_alone_and_splits_them(tmp_path, mon
     (dict(size="2Lx"), "2Lx"),
     (dict(batch_size=12), "--batch-size 12"),
     (dict(heads=4, strategies="no_kd,minilm"), "--heads 2"),
+    (dict(budget_steps=None, budget_hours="1", jobs=64), "--jobs 64 under --budget-hours: runs that share a device"),
 ])
 def test_wrong_arguments_are_refused_before_anything_runs(small, tmp_path, changes, message):
     with pytest.raises(UserError) as refused:

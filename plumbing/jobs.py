@@ -1,0 +1,82 @@
+"""Worker processes over one plan: each takes the runs that no other one works on (plumbing.files.share).
+
+The workers write to OUT/jobs/N.log; this process shows one line over all of them.  Ctrl-C reaches them all, each leaves
+a checkpoint, and the same command goes on.  A worker that fails stops the others.
+"""
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import torch
+
+from plumbing.cli import UserError
+
+SAY_EVERY = 10.0            # seconds
+
+
+def worker(do, config, log, threads):
+    """do(config) in a process of its own, what it prints in `log`; exits with the status that run() would give."""
+    sys.stdout = sys.stderr = open(log, "w", buffering=1, errors="replace")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    torch.set_num_threads(threads)
+    try:
+        do(config)
+    except UserError as e:
+        print(f"error: {e}")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(1)
+
+
+def run(jobs, do, config, out, status, say=print):
+    """Runs do(config) in `jobs` processes to their end; `status()` is the line that is said now and then.
+
+    On CUDA each process has a GPU of its own, on a CPU its share of the threads."""
+    folder = Path(out) / "jobs"
+    folder.mkdir(parents=True, exist_ok=True)
+    gpus, threads = torch.cuda.device_count(), max(1, (os.cpu_count() or 1) // jobs)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(i) for i in range(gpus)]
+    context, processes, said = multiprocessing.get_context("spawn"), [], time.monotonic()
+    try:
+        for i in range(jobs):
+            changed = {"OMP_NUM_THREADS": str(threads)} | ({"CUDA_VISIBLE_DEVICES": names[i % gpus]} if gpus else {})
+            with environment(changed):
+                processes.append(context.Process(target=worker, args=(do, config, folder / f"{i}.log", threads)))
+                processes[-1].start()
+        while any(p.exitcode is None for p in processes):
+            bad = [i for i, p in enumerate(processes) if p.exitcode]
+            if bad:
+                lines = (folder / f"{bad[0]}.log").read_text().splitlines() or ["no word"]
+                raise UserError(f"worker {bad[0]} of {jobs} stopped ({lines[-1].removeprefix('error: ')}): "
+                                f"{folder}/{bad[0]}.log; the same command goes on")
+            time.sleep(0.2)
+            if time.monotonic() - said >= SAY_EVERY:
+                said = time.monotonic()
+                say(status())
+    finally:
+        for p in processes:
+            if p.exitcode is None:
+                p.terminate()
+        for p in processes:
+            p.join()
+
+
+@contextlib.contextmanager
+def environment(changed):
+    """Variables that the processes started inside see."""
+    before = {name: os.environ.get(name) for name in changed}
+    os.environ.update(changed)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
