@@ -119,6 +119,17 @@ def test_the_optimizer_uses_the_learning_rate_of_the_schedule(run, name):
     assert [line["lr"] for line in seen.log if "val" not in line] == pytest.approx(expected)
 
 
+def test_the_defaults_are_the_papers_recipe():
+    """What no flag says is what the paper says (arXiv 2404.19319, appendix), in pretraining and in fine-tuning."""
+    ours = train.Config()
+    assert (ours.size, ours.seq_len, ours.batch_size, ours.micro_batch) == ("6L768", 128, 1024, 256)
+    assert (ours.warmup, ours.weight_decay, ours.dropout, ours.clip, ours.peak_lr) == (0.06, 0.01, 0.1, 0, None)
+    assert (ours.seed, ours.init, ours.tau, ours.static_masks, ours.as_released) == (0, None, None, False, False)
+    tuning = finetune_glue.Config("model")
+    assert (tuning.batch_sizes, tuning.peak_lrs, tuning.epochs) == ("16,32", "1e-5,3e-5,5e-5,8e-5", 5)
+    assert (tuning.max_len, tuning.dropout, tuning.seeds) == (128, 0.1, 3)
+
+
 @pytest.mark.parametrize("name", EVERY)
 def test_only_matrices_decay_and_all_that_is_trained_is_in_the_optimizer(run, name):
     """Weight decay is --weight-decay on matrices, projections among them, and zero on biases and LayerNorms; each
@@ -595,7 +606,7 @@ def test_the_order_of_the_examples_follows_the_seed(teacher, task):
 def test_the_grid_takes_the_best_point_and_reports_fresh_seeds(teacher, task):
     """Of a learning rate that learns and two that do not, the grid takes the one that does, wherever it stands; the
     score is the mean of other seeds than the grid's."""
-    result, _ = fine_tuned(teacher, task, peak_lrs="1e-9,3e-3,2e-9", epochs=3, dropout=0.0)
+    result, _ = fine_tuned(teacher, task, peak_lrs="1e-9,3e-3,2e-9", epochs=4, dropout=0.0)
     trials = {f.stem: json.loads(f.read_text()) for f in (task.parent / "out/trials").glob("*.json")}
     grid = [trials[f"own-b8-lr{lr}-seed0"]["scores"]["accuracy"] for lr in ("1e-09", "0.003", "2e-09")]
     assert grid[1] > 80 > max(grid[0], grid[2]) and result["peak_lr"] == 3e-3 and result["trials"] == len(trials) == 4
