@@ -99,12 +99,17 @@ def main():
     survived, began = [], time.monotonic()
     with tempfile.TemporaryDirectory() as copy:
         tree = shutil.copytree(config.tree, Path(copy) / "tree", ignore=shutil.ignore_patterns(".git", "runs", "data"))
+        arguments = {}
+        for name in sorted({name for name, *_ in drawn}):
+            files = [f"tests/{test}.py" for test in SCOPE[name][0].split() if (tree / f"tests/{test}.py").exists()]
+            arguments[name] = ["-k", SCOPE[name][1], *files]
+            if tested(tree, arguments[name]):
+                sys.exit(f"{' '.join(arguments[name])}: fails without any mutant, so a score would mean nothing")
         for at, (name, line, operator, place) in enumerate(drawn, 1):
             source = (tree / name).read_text()
             mutated = mutate_code(source, cosmic_ray.plugins.get_operator(operator)(), place)
             (tree / name).write_text(mutated)
-            files = [f"tests/{test}.py" for test in SCOPE[name][0].split() if (tree / f"tests/{test}.py").exists()]
-            alive = tested(tree, ["-k", SCOPE[name][1], *files]) == 0
+            alive = tested(tree, arguments[name]) == 0
             (tree / name).write_text(source)
             old, new = next((a, b) for a, b in zip(source.split("\n"), mutated.split("\n"), strict=False) if a != b)
             survived += [name] * alive
