@@ -21,10 +21,8 @@ from pathlib import Path
 os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
 
 import cosmic_ray.plugins
-import numpy  # noqa: F401 - for the forks
 import pytest
-import tokenizers  # noqa: F401
-import torch.optim  # noqa: F401
+import torch.optim  # noqa: F401 - for the forks
 from cosmic_ray.ast import ast_nodes, get_ast_from_path
 from cosmic_ray.ast.ast_query import ASTQuery
 from cosmic_ray.mutating import mutate_code

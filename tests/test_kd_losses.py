@@ -340,7 +340,7 @@ def test_a_strategy_computes_its_formula_from_the_outputs():
     mlm, soft = kd.masked_lm_loss(s["logits"], labels), kd.soft_cross_entropy(s["logits"], t["logits"], 1.0)
     attention, hidden = kd.attention_mse(q, k, qt, kt), kd.hidden_mse(s["hidden"], t["hidden"])
     cosine = kd.cosine_loss(s["hidden"], t["hidden"])
-    for loss in (kd.soft_cross_entropy, kd.soft_kl, kd.soft_cross_entropy_over_v):          # tau is 1 where none is said
+    for loss in (kd.soft_cross_entropy, kd.soft_kl, kd.soft_cross_entropy_over_v):   # tau is 1 unless given
         assert loss(s["logits"], t["logits"]) == loss(s["logits"], t["logits"], 1.0)
     by_hand = {
         "no_kd": mlm, "vanilla_kd": mlm + soft, "vanilla_kd as released": mlm + soft / V,
