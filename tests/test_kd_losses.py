@@ -377,6 +377,8 @@ def test_a_strategy_computes_its_formula_from_the_outputs():
     mlm, soft = kd.masked_lm_loss(s["logits"], labels), kd.soft_cross_entropy(s["logits"], t["logits"], 1.0)
     attention, hidden, cosine = kd.attention_mse(q, k, qt, kt), kd.hidden_mse(h, ht), kd.cosine_loss(h, ht)
     tinybert = kd.embedding_mse(s["embedding"], t["embedding"]) + attention + hidden
+    for loss in (kd.soft_cross_entropy, kd.soft_kl, kd.soft_cross_entropy_over_v):   # tau is 1 unless given
+        assert loss(s["logits"], t["logits"]) == loss(s["logits"], t["logits"], 1.0)
     by_hand = {
         "no_kd": mlm, "vanilla_kd": mlm + soft, "vanilla_kd as released": mlm + soft / V,
         "distilbert": 5 * kd.soft_kl(s["logits"], t["logits"], 2.0) + 2 * mlm + cosine,

@@ -528,7 +528,7 @@ def test_a_cut_file_is_refused_and_what_was_there_stays(raw, vocab, tmp_path, na
 
 
 def test_killed_at_random_moments_and_run_again(vocab, tmp_path):
-    (tmp_path / "text.txt").write_text("\n\n".join(text(20_000)))
+    (tmp_path / "text.txt").write_text("\n\n".join(text(8_000)))
     (tmp_path / "other.txt").write_text("\n\n".join(text(200, seed=1)))
     expected = make(tmp_path / "whole", tmp_path / "text.txt", vocab=vocab)["sha256"]
     make(tmp_path / "out", tmp_path / "other.txt", vocab=vocab)

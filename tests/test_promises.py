@@ -119,6 +119,17 @@ def test_the_optimizer_uses_the_learning_rate_of_the_schedule(run, name):
     assert [line["lr"] for line in seen.log if "val" not in line] == pytest.approx(expected)
 
 
+def test_the_defaults_are_the_papers_recipe():
+    """What no flag says is what the paper says (arXiv 2404.19319, appendix), in pretraining and in fine-tuning."""
+    ours = train.Config()
+    assert (ours.size, ours.seq_len, ours.batch_size, ours.micro_batch) == ("6L768", 128, 1024, 256)
+    assert (ours.warmup, ours.weight_decay, ours.dropout, ours.clip, ours.peak_lr) == (0.06, 0.01, 0.1, 0, None)
+    assert (ours.seed, ours.init, ours.tau, ours.static_masks, ours.as_released) == (0, None, None, False, False)
+    tuning = finetune_glue.Config("model")
+    assert (tuning.batch_sizes, tuning.peak_lrs, tuning.epochs) == ("16,32", "1e-5,3e-5,5e-5,8e-5", 5)
+    assert (tuning.max_len, tuning.dropout, tuning.seeds) == (128, 0.1, 3)
+
+
 @pytest.mark.parametrize("name", EVERY)
 def test_only_matrices_decay_and_all_that_is_trained_is_in_the_optimizer(run, name):
     """Weight decay is --weight-decay on matrices, projections among them, and zero on biases and LayerNorms; each
@@ -166,14 +177,13 @@ def test_clip_scales_a_longer_gradient_down_to_its_length_and_leaves_a_shorter_o
 def test_micro_batches_add_up_to_the_batch(run, name):
     """The gradient that the optimizer receives, and the losses that are logged, are the mean over the whole batch,
     however many micro-batches it is cut into."""
-    whole = run(name, micro_batch=8, dropout=0.0, budget_steps=1)
-    for micro in (4, 2):
-        parts = run(name, micro_batch=micro, dropout=0.0, budget_steps=1)
-        assert len(parts.micro_batches) == 8 // micro
-        for a, b in zip(whole.updates[0].grads.values(), parts.updates[0].grads.values(), strict=True):
-            assert torch.allclose(a, b, atol=1e-6)
-        assert {k: pytest.approx(v, rel=1e-4) for k, v in whole.log[0].items() if k in STRATEGIES[name].terms or
-                k in ("loss", "gradient_norm")}.items() <= parts.log[0].items()
+    whole, parts = (run(name, micro_batch=micro, dropout=0.0, budget_steps=1) for micro in (8, 2))
+    assert (len(whole.micro_batches), len(parts.micro_batches)) == (1, 4)
+    for a, b in zip(whole.updates[0].grads.values(), parts.updates[0].grads.values(), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+    logged = {k: pytest.approx(v, rel=1e-4) for k, v in whole.log[0].items()
+              if k in STRATEGIES[name].terms or k in ("loss", "gradient_norm")}
+    assert len(logged) >= 4 and logged.items() <= parts.log[0].items()
 
 
 # ------------------------------------------------------------------------------------------------------- dropout
@@ -342,13 +352,13 @@ def split_of(corpus, documents, out, val_fraction):
 
 def test_the_val_fraction_holds_and_the_split_does_not_depend_on_order(corpus, tmp_path):
     """--val-fraction of the documents are kept for validation, chosen by their text: shuffled, they are the same."""
-    documents = text(1500, seed=3)
+    documents = text(1000, seed=3)
     shuffled = random.Random(0).sample(documents, len(documents))
     for fraction in (0.05, 0.3):
         found = split_of(corpus, documents, tmp_path / f"{fraction}", fraction)
         n = len(found["val"])
-        assert abs(n - 1500 * fraction) < 4 * math.sqrt(1500 * fraction * (1 - fraction))
-        assert n + len(found["train"]) == 1500 and not set(found["val"]) & set(found["train"])
+        assert abs(n - 1000 * fraction) < 4 * math.sqrt(1000 * fraction * (1 - fraction))
+        assert n + len(found["train"]) == 1000 and not set(found["val"]) & set(found["train"])
         again = split_of(corpus, shuffled, tmp_path / f"{fraction} shuffled", fraction)
         assert {name: Counter(d) for name, d in again.items()} == {name: Counter(d) for name, d in found.items()}
 
@@ -587,9 +597,9 @@ def test_the_order_of_the_examples_follows_the_seed(teacher, task):
     """Fine-tuning reads each example once an epoch, in an order that its seed alone decides."""
     orders = {}
     for seed, out in ((1, "a"), (2, "b"), (1, "c")):
-        _, seen = fine_tuned(teacher, task, first_seed=seed, epochs=2, out=str(task.parent / out))
+        _, seen = fine_tuned(teacher, task, first_seed=seed, out=str(task.parent / out))
         orders[out] = [row for f in seen.micro_batches for row in f.ids.tolist()]
-        assert len(orders[out]) == 320
+        assert len(orders[out]) == 160
     whole = {out: Counter(tuple(i for i in row if i) for row in rows) for out, rows in orders.items()}
     assert orders["a"] == orders["c"] != orders["b"] and whole["a"] == whole["b"]
 
@@ -597,7 +607,7 @@ def test_the_order_of_the_examples_follows_the_seed(teacher, task):
 def test_the_grid_takes_the_best_point_and_reports_fresh_seeds(teacher, task):
     """Of a learning rate that learns and two that do not, the grid takes the one that does, wherever it stands; the
     score is the mean of other seeds than the grid's."""
-    result, _ = fine_tuned(teacher, task, peak_lrs="1e-9,3e-3,2e-9", epochs=4)
+    result, _ = fine_tuned(teacher, task, peak_lrs="1e-9,3e-3,2e-9", epochs=4, dropout=0.0)
     trials = {f.stem: json.loads(f.read_text()) for f in (task.parent / "out/trials").glob("*.json")}
     grid = [trials[f"own-b8-lr{lr}-seed0"]["scores"]["accuracy"] for lr in ("1e-09", "0.003", "2e-09")]
     assert grid[1] > 80 > max(grid[0], grid[2]) and result["peak_lr"] == 3e-3 and result["trials"] == len(trials) == 4
@@ -638,12 +648,12 @@ def results_of(arms, unique=None):
 
 def test_differences_are_taken_by_seed_where_seeds_are_missing_or_permuted():
     """Arms are compared seed by seed over the seeds that both have, in whatever order the runs came."""
-    results = results_of({"minilm": {2: 83, 0: 61}, "no_kd": {1: 70, 0: 60, 2: 80}})
+    results = results_of({"minilm": {2: 83, 0: 61, 3: 99}, "no_kd": {1: 70, 0: 60, 2: 80}})
     expected = "+2.0 [-10.7, +14.7]"                                    # of 1 and 3: t(0.975, 1) = 12.706
     assert report.score_table(results).splitlines()[2].endswith(f"| {expected} |")
     assert f"against no_kd {expected}, inside the noise" in report.verdict(results)[0]
     more = results_of({"minilm": {2: 90, 0: 66, 1: 0}, "no_kd": {1: 60, 2: 82, 0: 63}}, unique=500)
-    # no_kd by seed +3, -10, +2; the lead of minilm by seed 3 - 1 and 8 - 3, for both seeds that it has twice
+    # no_kd by seed +3, -10, +2; the lead of minilm by seed 3 - 1 and 8 - 3, where all four runs are there
     assert "no_kd changes by -1.7 [-19.6, +16.3], the lead of minilm over it by +3.5 [-15.6, +22.6]" in report.verdict(
         results + more)[-1]
 
