@@ -38,6 +38,7 @@ from data import SPECIAL, Blocks, loader_rate
 from kd_losses import AS_RELEASED, STRATEGIES
 from model import BertConfig, BertForMaskedLM
 from plumbing.cli import Checked, Count, Length, NotNegative, Share, UserError, run
+from plumbing.report import markdown
 from step import Arm, autocast, check_teacher, choose_device, flops_per_block, keep_freed_memory, multiplies_in_bf16
 
 PAPERS_RATIO = 1.8
@@ -290,8 +291,7 @@ def peak_flops(device_name):
 
 def table(rows):
     columns = list(dict.fromkeys(name for r in rows for name in r))
-    lines = [columns, ["---"] * len(columns)] + [[r.get(name, "") for name in columns] for r in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown(columns, [[r.get(name, "") for name in columns] for r in rows])
 
 
 def figure(rows, path):

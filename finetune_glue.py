@@ -36,7 +36,7 @@ from plumbing import checkpoint
 from plumbing.cli import Checked, Count, Counts, Positives, Seed, Share, UserError, run, writable
 from plumbing.files import sha256, share, write_json, write_whole
 from plumbing.glue import PAPER, TASKS, Task, evaluate, parse_tasks, read_task
-from step import choose_device, multiplies_in_bf16
+from step import choose_device, decay_groups, multiplies_in_bf16
 from train import learning_rate
 
 
@@ -112,10 +112,7 @@ def batches(lengths, batch_size, epochs, seed):
 def finetune(model, examples, labels, batch_size, epochs, peak_lr, seed, pad_id, name=""):
     """Trains in place: cross-entropy for classes, mean squared error for scores.  Returns the loss of each step."""
     device = next(model.parameters()).device
-    decay = [p for p in model.parameters() if p.ndim > 1]
-    plain = [p for p in model.parameters() if p.ndim < 2]           # biases and LayerNorm
-    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.01}, {"params": plain, "weight_decay": 0.0}],
-                                  lr=peak_lr, fused=True)
+    optimizer = torch.optim.AdamW(decay_groups(model.parameters(), 0.01), lr=peak_lr, fused=True)
     total, losses = epochs * -(-len(examples) // batch_size), []
     order = batches(np.array([e.shape[1] for e in examples]), batch_size, epochs, seed)
     model.train()

@@ -118,10 +118,8 @@ class Arm:
             for p in trained:
                 p.grad = None
         self.warm_up_seconds = time.monotonic() - began
-        self.optimizer = torch.optim.AdamW(
-            [{"params": [p for p in trained if p.ndim > 1], "weight_decay": self.config.weight_decay},
-             {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}],   # biases and LayerNorm
-            lr=self.peak_lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
+        self.optimizer = torch.optim.AdamW(decay_groups(trained, self.config.weight_decay), lr=self.peak_lr,
+                                           betas=(0.9, 0.98), eps=1e-6, fused=True)
 
     def synchronised(self, last):
         """Gradients travel between ranks in the last micro-batch of a step only."""
@@ -255,6 +253,13 @@ def keep_freed_memory():
         mallopt, trim_threshold, mmap_max = ctypes.CDLL("libc.so.6").mallopt, -1, -4        # malloc.h
         mallopt(trim_threshold, -1)
         mallopt(mmap_max, 0)
+
+
+def decay_groups(parameters, weight_decay):
+    """AdamW's two groups: matrices decay, biases and LayerNorm do not."""
+    parameters = list(parameters)
+    return [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]
 
 
 def autocast(device, bf16):
