@@ -154,7 +154,7 @@ def arms(config, blocks):
     for name, as_released in [(n, False) for n in names] + [(n, True) for n in names if n in AS_RELEASED
                                                             and config.as_released]:
         of_arm = config.of_arm(name, as_released)
-        needed = shapes if of_arm.kind.needs("teacher") else shapes[:1]
+        needed = shapes if of_arm.needs_teacher else shapes[:1]
         if len(needed) > 1:
             check_teacher(of_arm, student_c, teacher_c, head=True)
         with torch.device(config.device):

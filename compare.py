@@ -32,7 +32,7 @@ import torch
 import finetune_glue
 import train
 from data import Blocks, TokenDirectory
-from kd_losses import STRATEGIES
+from kd_losses import PHASED, STRATEGIES
 from model import BertConfig, BertForMaskedLM, BertForSequenceClassification
 from plumbing import checkpoint, glue, jobs, report
 from plumbing.budget import one_budget
@@ -68,7 +68,8 @@ class Config(Checked):
     budget_flops: Positives | None = None   # or in matmul FLOPs of student and teacher
     budget_tokens: Counts | None = None  # or in tokens
     budget_steps: Counts | None = None  # or in optimizer steps
-    strategies: Annotated[str, str, STRATEGIES] = "no_kd,vanilla_kd,tinybert,minilm"     # the arms
+    strategies: Annotated[str, str, (*STRATEGIES, *PHASED)] = "no_kd,vanilla_kd,tinybert,minilm"     # the arms
+    arms: str | None = None             # or STRATEGY or PHASE:END/.../PHASE, then +init (from the teacher) or +released
     seeds: Count = 3                    # pretraining seeds 0, 1, ... of each arm; an interval needs two
     unique_tokens: str = "all"          # data settings such as all,2000000: the first so many ids, again and again
     static_masks: bool = False          # the limited settings with the same masks in every epoch as well
@@ -105,7 +106,9 @@ class Plan:
         self.unit, budgets = one_budget(config)
         whole = int if self.unit in ("tokens", "steps") else float
         self.budgets = sorted(numbers(budgets, whole))
-        self.names = config.strategies.split(",")
+        if config.arms and config.strategies != Config.strategies:
+            raise UserError("give --strategies or --arms, not both")
+        self.names = (config.arms or config.strategies).split(",")
         uniques = [None if part == "all" else checked("--unique-tokens", part, Count)
                    for part in config.unique_tokens.split(",")]
         limited = [n for n in uniques if n]
@@ -141,12 +144,17 @@ class Plan:
         for each in (*self.tuning.values(), *self.runs, *([self.teacher] if self.teacher else [])):
             each.check()
 
-    def run(self, strategy, budget, unique=None, static=False, seed=0, lr=None, **other):
+    def run(self, arm, budget, unique=None, static=False, seed=0, lr=None, **other):
         """The train.Config of one run; its directory's name says all that it differs in from the others."""
-        name = (f"{strategy}-{budget:g}{self.unit}" + f"-{unique}ids" * (unique is not None) + "-static" * static
-                + (f"-lr{lr:g}" if lr else "") + f"-seed{seed}")
+        strategy, *suffixes = arm.split("+")
+        if len(set(suffixes)) < len(suffixes) or not {"init", "released"}.issuperset(suffixes):
+            raise UserError(f"--arms {arm}: after the strategy may come +init (it starts from the teacher) and "
+                            f"+released (what the paper's code computes), each once")
+        name = (f"{train.file_name(arm)}-{budget:g}{self.unit}" + f"-{unique}ids" * (unique is not None)
+                + "-static" * static + (f"-lr{lr:g}" if lr else "") + f"-seed{seed}")
         return train.Config(**{k: getattr(self.config, k) for k in SHARED} | dict(
-            strategy=strategy, teacher=str(self.out / "teacher/model") if self.config.teacher == "train"
+            strategy=strategy, init="teacher" if "init" in suffixes else None, as_released="released" in suffixes,
+            teacher=str(self.out / "teacher/model") if self.config.teacher == "train"
             else self.config.teacher, unique_tokens=unique, static_masks=static, seed=seed, peak_lr=lr,
             out=str(self.out / "runs" / name)) | {f"budget_{self.unit}": budget} | other)
 
@@ -178,7 +186,7 @@ def step_seconds(config, directory, teacher, tries=1):
     micro = config.micro_batch if device.type == "cuda" else min(config.micro_batch, 16)
     arm = Arm(dataclasses.replace(config, micro_batch=micro, compile=False),
               BertForMaskedLM(student_shape(config, directory)).to(device),
-              BertForMaskedLM(teacher).to(device) if config.kind.needs("teacher") else None)
+              BertForMaskedLM(teacher).to(device) if config.needs_teacher else None, phase=len(config.phases) - 1)
     arm.make_optimizer()
     batch = Blocks(directory, "train", config.seq_len, seed=0).batch(0, micro)
     seconds = []
@@ -249,16 +257,18 @@ def estimate(plan, directory, teacher):
     """{run directory: seconds until it is finished}; `teacher`: a BertConfig."""
     seconds, rates = {}, {}
     for each in plan.all:
-        budget, kind = getattr(each, f"budget_{plan.unit}"), (each.strategy, each.size)
+        budget, kind = getattr(each, f"budget_{plan.unit}"), (each.arm, each.size)
         if (Path(each.out) / "summary.json").exists():
             seconds[each.out] = 0.0
         elif plan.unit == "hours":
             seconds[each.out] = budget * 3600
         else:
-            if kind not in rates:
-                price = dict(steps=1, tokens=each.batch_size * each.seq_len, flops=each.batch_size * sum(
-                    flops_per_block(each, student_shape(each, directory), teacher)))[plan.unit]
-                rates[kind] = step_seconds(each, directory, teacher) / price
+            if kind not in rates:       # at the last phase's FLOP/s
+                flops = [each.batch_size * sum(flops_per_block(each, student_shape(each, directory), teacher, i))
+                         for i in range(len(each.phases))]
+                price = dict(steps=1, tokens=each.batch_size * each.seq_len).get(plan.unit)
+                rates[kind] = step_seconds(each, directory, teacher) / flops[-1] * sum(
+                    (p.end - p.begin) * (n / price if price else 1) for p, n in zip(each.phases, flops, strict=True))
             seconds[each.out] = budget * rates[kind]
     return seconds
 
@@ -274,7 +284,7 @@ def share_runs(directories, do):
 
 def same_inputs(plan, directory, texts):
     """Notes in OUT/inputs.json what the runs are made from; refuses to mix them with runs from anything else."""
-    varies = ("strategy", "peak_lr", "seed", "unique_tokens", "static_masks", "out")
+    varies = ("strategy", "init", "as_released", "peak_lr", "seed", "unique_tokens", "static_masks", "out")
     recipe = dataclasses.asdict(plan.run("no_kd", plan.budgets[0]))
     now = {f"--{k.replace('_', '-')}": v for k, v in recipe.items() if k not in varies and not k.startswith("budget")}
     now |= contents(directory, None if plan.teacher else plan.config.teacher)
@@ -303,13 +313,13 @@ def scores(tasks):
 
 def result_of(plan, each, summary, tasks):
     """One run as report.py reads it."""
-    kept = ("strategy", "seed", "peak_lr", "steps", "tokens", "epochs", "charged_seconds", "tokens_per_second",
+    kept = ("seed", "peak_lr", "steps", "tokens", "epochs", "charged_seconds", "tokens_per_second",
             "teacher_share", "val", "device")
     curve = [(r["seconds"], r["val"]["mlm"]) for r in map(json.loads, (Path(each.out) / "log.jsonl").open())
              if "mlm" in r.get("val", {})]
-    return dict({k: summary[k] for k in kept}, budget=getattr(each, f"budget_{plan.unit}"), unit=plan.unit,
-                unique_tokens=each.unique_tokens, static_masks=each.static_masks, model=f"{each.out}/model",
-                curve=curve, tasks=tasks, **scores(tasks))
+    return dict({k: summary[k] for k in kept}, strategy=each.arm, budget=getattr(each, f"budget_{plan.unit}"),
+                unit=plan.unit, unique_tokens=each.unique_tokens, static_masks=each.static_masks,
+                model=f"{each.out}/model", curve=curve, tasks=tasks, **scores(tasks))
 
 
 def tuned(plan, progress):
@@ -319,7 +329,8 @@ def tuned(plan, progress):
         progress.start(each.out, f"{name}, peak LR {lr:g}")
         try:
             summary = train.train(each, say=progress.say, status=progress.step)
-            loss = sum(each.kind.terms[k].weight * v for k, v in summary["val"].items())
+            terms = each.phases[-1].strategy.terms
+            loss = sum(terms[k].weight * v for k, v in summary["val"].items())
         except train.NotFinite as e:
             progress.say(str(e))
             summary, loss = dict(charged_seconds=0.0), math.inf
@@ -345,7 +356,7 @@ def teacher_shape(plan, directory):
         loaded, missing, _ = checkpoint.load_mlm(path, len(directory.vocab))
         teacher, head = loaded.config, not missing
     for each in plan.runs[:len(plan.names)]:
-        if each.kind.needs("teacher"):
+        if each.reads_teacher:
             check_teacher(each, student_shape(each, directory), teacher, head)
     return teacher
 

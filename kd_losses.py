@@ -12,7 +12,8 @@ by V as well: a factor of 30,522 that several public distillation codes carry.) 
 fp32 with autocast off: under autocast even the matmul of two fp32 tensors runs in bf16.
 
 To add a strategy: write its loss as a function, put it into a Term, which says what the two forward passes must leave
-behind and at which layers, and add a Strategy of such terms to STRATEGIES.  Nothing else has to change.
+behind and at which layers, and add a Strategy of such terms to STRATEGIES.  Nothing else has to change.  Strategies
+one after another are phases: an expression such as tinybert:0.3/no_kd, or a function in PHASED.
 """
 import contextlib
 import functools
@@ -23,6 +24,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from plumbing.cli import UserError
 
 
 def at_least_fp32(loss):
@@ -213,11 +216,12 @@ class Strategy(NamedTuple):
     terms: dict                 # name -> Term
     peak_lr: float = 5e-4       # the paper's: 1e-3 for No-KD, 5e-4 for KD (arXiv 2404.19319, appendix)
     tau: float = 1.0            # temperature
-    init: str = "random"        # or "teacher": every so-many-th layer of it
+    init: str = "random"        # or "teacher": every so-many-th layer of it; or "embeddings": of the teacher
     same_heads: bool = False    # compares attention head by head
     same_width: bool = False    # compares hidden states without a projection
     train_layers: tuple = ()    # of the student, from 0: they train and nothing else does; () for everything
     dropout: bool = True        # whether the student's is on
+    ramp: tuple | None = None   # (part over which the learning rate rises, part of the peak left at the end)
     as_released: bool = False   # what the paper's released code computes, not what its text says
 
     def needs(self, side):
@@ -246,6 +250,12 @@ class Strategy(NamedTuple):
                  for need in getattr(term, side)]
         asked += [(need, -1) for need in self.needs(side)] if self.as_released else []
         return tuple(dict.fromkeys(at_layer(*each) for each in asked))
+
+    @property
+    def without_teacher(self):
+        """The strategy of its terms that need no teacher: what a step without distillation computes."""
+        return self._replace(as_released=False, terms={
+            name: term for name, term in self.terms.items() if not term.teacher})
 
     @property
     def needs_teachers_head(self):
@@ -336,7 +346,60 @@ def mobilebert_stage(layer):
                ("hidden",), ("hidden",), "normalised hidden states; mean over positions and D", 100.0,
                f"hidden{layer}", pair)
     attn = ATTN_KL._replace(about="attention probabilities; sum over keys, mean over heads and queries", layers=pair)
-    return Strategy({"fmt": fmt, "attn": attn}, same_heads=True, train_layers=(layer,), dropout=False)
+    return Strategy({"fmt": fmt, "attn": attn}, same_heads=True, train_layers=(layer,), dropout=False, ramp=(0.1, 0.9))
+
+
+def mobilebert(depth):
+    """MobileBERT's transfer on a plain BERT of `depth` layers: stage by stage over the first 32% of the budget (240k of
+    740k steps), then MLM and soft targets.  Departures: in a stage the lower layers rest (there: a tenth of the
+    learning rate); no bottlenecks, stacked feed-forwards or NoNorm."""
+    stages = [(0.32 * (i + 1) / depth, f"layer {i + 1}", mobilebert_stage(i)._replace(init="embeddings"))
+              for i in range(depth)]
+    tail = Strategy({"mlm": MLM._replace(weight=0.5), "soft_ce": SOFT_CE._replace(weight=0.5)})
+    return [*stages, (1.0, "tail", tail)]
+
+
+PHASED = {"mobilebert": mobilebert}     # name -> function of the student's depth: [(end, name of the phase, Strategy)]
+
+
+class Phase(NamedTuple):
+    """A part of the budget and the Strategy that spends it."""
+    name: str
+    begin: float                # as shares of the budget
+    end: float
+    strategy: Strategy
+
+    def progress(self, of_run):
+        """Of the phase, from the run's."""
+        return min(1.0, (of_run - self.begin) / (self.end - self.begin))
+
+
+def phases_of(text, depth, as_released=False):
+    """[Phase] of NAME or NAME:END/.../NAME, END a share of the budget, for a student of `depth` layers."""
+    known, parts, phases, begin = {**STRATEGIES, **PHASED}, text.split("/"), [], 0.0
+    known |= AS_RELEASED if as_released else {}
+    for i, part in enumerate(parts):
+        name, colon, share = part.partition(":")
+        if name not in known:
+            raise UserError(f"--strategy {text}: must be one of {', '.join(known)}"
+                            + (f", not {name!r}" if name != text else "")
+                            + ", or several in turn, such as tinybert:0.3/no_kd")
+        last = i == len(parts) - 1
+        try:
+            end = 1.0 if last else float(share)
+        except ValueError:
+            end = math.nan
+        if colon if last else not begin < end < 1:
+            raise UserError(f"--strategy {text}: phase {part}: every phase but the last is NAME:END, END a share of "
+                            f"the budget between 0 and 1 that rises from phase to phase, the last one NAME alone: "
+                            f"such as tinybert:0.3/no_kd")
+        inner = PHASED[name](depth) if name in PHASED else [(1.0, "", known[name])]
+        for stop, title, strategy in inner:
+            at = phases[-1].end if phases else 0.0
+            until = end if stop == 1 else begin + stop * (end - begin)
+            phases.append(Phase(f"{name} {title}".strip(), at, until, strategy))
+        begin = end
+    return phases
 
 
 # For science only: what the paper's released code computes under the same names, where that is not what its text says

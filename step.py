@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
+import gc
 import os
 import re
 import time
@@ -23,7 +24,7 @@ from kd_losses import STRATEGIES, Context, loss_terms, projections, relation_hea
 from model import BertConfig, BertForMaskedLM
 from plumbing import checkpoint
 from plumbing.budget import Stopped
-from plumbing.cli import UserError
+from plumbing.cli import UserError, numbers
 
 
 class Ranks:
@@ -73,35 +74,61 @@ def memory_told(main):
 
 
 class Arm:
-    """One strategy's student, teacher, projections and optimizer, and one micro-batch of work on them."""
+    """One strategy's student, teacher, projections and optimizer, and one micro-batch of work on them; of several
+    phases, one at a time: `enter`, then `make_optimizer`."""
 
-    def __init__(self, config, student, teacher=None, has_head=True, ignored=()):
-        """`teacher`: a BertForMaskedLM; `has_head`: whether its LM head was trained; `ignored`: its unused tensors."""
-        self.config, self.strategy, self.student, self.teacher = config, config.kind, student, teacher
+    def __init__(self, config, student, teacher=None, has_head=True, ignored=(), start="random weights", phase=0):
+        """`teacher`: a BertForMaskedLM; `has_head`: whether its LM head was trained; `ignored`: its unused tensors;
+        `start`: where the student's weights are from; `phase`: the one to enter."""
+        self.config, self.phases, self.student, self.teacher, self.start = (
+            config, config.phases, student, teacher, start)
         self.teacher_has_head, self.teacher_ignored = teacher is not None and has_head, ignored
         self.device, self.ranks = next(student.parameters()).device, Ranks()
         self.accumulate = config.batch_size // (config.micro_batch * self.ranks.size)       # micro-batches a step
         self.bf16 = multiplies_in_bf16(self.device) if config.bf16 is None else config.bf16
-        self.peak_lr = config.peak_lr if config.peak_lr is not None else self.strategy.peak_lr
+        if teacher:
+            # bf16 weights, not autocast: the teacher is never updated, so there is no need to cast at each step
+            teacher.to(torch.bfloat16 if self.bf16 else None).requires_grad_(False)
+        self.compiled = config.compile if config.compile is not None else self.device.type == "cuda"
+        self.counted, self.warm_up_seconds = {}, 0.0
+        self.enter(phase)
+
+    def enter(self, phase):
+        """Takes up one of the phases: its strategy between these two depths, its projections, what may train in it."""
+        config, student, teacher = self.config, self.student, self.teacher
+        if phase:                                       # its projections, whatever was drawn before them
+            torch.manual_seed(int(hashed(config.seed, phase) >> np.uint64(1)))
+        self.number, self.phase = phase, self.phases[phase]
         student_c, teacher_c = student.config, teacher.config if teacher else student.config
-        self.strategy = self.strategy.between(student_c.num_hidden_layers, teacher_c.num_hidden_layers,
-                                              config.teacher_layer)
+        self.strategy = self.between(self.phase.strategy)
+        self.strategies = [self.strategy]
+        if config.kd_every > 1 and self.strategy.needs("teacher"):
+            self.strategies.append(self.strategy.without_teacher)
+        self.peak_lr = config.peak_lr if config.peak_lr is not None else self.strategy.peak_lr
         self.relation_heads = config.relation_heads or relation_head_count(student_c.hidden_size, teacher_c.hidden_size)
         if self.strategy.as_released:
             self.relation_heads = student_c.num_attention_heads
-        self.proj = projections(self.strategy, student_c.hidden_size, teacher_c.hidden_size).to(self.device)
+        self.proj = self.projections(self.strategy).to(self.device)
+        if phase and self.ranks.size > 1:
+            self.run_student = self.wrapper = None
+            gc.collect()                                # the last phase's DDP hooks go with it
 
         student.train(self.strategy.dropout).requires_grad_(not self.strategy.train_layers)
         for layer in self.strategy.train_layers:
             student.bert.encoder["layer"][layer].requires_grad_()
         if teacher:
-            # bf16 weights, not autocast: the teacher is never updated, so there is no need to cast at each step.
-            # The released code leaves the teacher's dropout on.
-            teacher.to(torch.bfloat16 if self.bf16 else None).train(self.strategy.as_released).requires_grad_(False)
-        compiled = self.compiled = config.compile if config.compile is not None else self.device.type == "cuda"
-        prepare = (lambda f: torch.compile(f, fullgraph=True, dynamic=False)) if compiled else (lambda f: f)
+            teacher.train(self.strategy.as_released)    # the released code leaves the teacher's dropout on
+        prepare = (lambda f: torch.compile(f, fullgraph=True, dynamic=False)) if self.compiled else (lambda f: f)
         self.run_student, self.run_teacher = prepare(student), prepare(teacher) if teacher else None
         self.loss_terms = prepare(loss_terms)
+
+    def between(self, strategy):
+        teacher = self.teacher or self.student
+        return strategy.between(self.student.config.num_hidden_layers, teacher.config.num_hidden_layers,
+                                self.config.teacher_layer)
+
+    def projections(self, strategy):
+        return projections(strategy, self.student.config.hidden_size, (self.teacher or self.student).config.hidden_size)
 
     def make_optimizer(self):
         """Freezes what the loss does not reach, then makes the optimizer and, under torchrun, the DDP wrapper."""
@@ -110,14 +137,16 @@ class Arm:
             self.freeze_unreached()
         trained = self.trained = [p for m in (self.student, self.proj) for p in m.parameters() if p.requires_grad]
         if self.ranks.size > 1:
-            self.run_student = self.wrapper = DistributedDataParallel(WithProjections(self.student, self.proj))
+            self.run_student = self.wrapper = DistributedDataParallel(
+                WithProjections(self.student, self.proj),
+                find_unused_parameters=self.config.kd_every > 1 and len(self.proj) > 0)
             if self.compiled:
                 self.run_student = torch.compile(self.wrapper, dynamic=False)
             with self.tf32():
                 self.forward(*self.dummy())[0].backward()               # first use connects the ranks
             for p in trained:
                 p.grad = None
-        self.warm_up_seconds = time.monotonic() - began
+        self.warm_up_seconds += time.monotonic() - began
         self.optimizer = torch.optim.AdamW(decay_groups(trained, self.config.weight_decay), lr=self.peak_lr,
                                            betas=(0.9, 0.98), eps=1e-6, fused=True)
 
@@ -136,10 +165,21 @@ class Arm:
         finally:
             torch.set_float32_matmul_precision(before)
 
-    @functools.cached_property
-    def flops(self):
+    def strategy_of(self, step):
+        """The phase's strategy, without what needs the teacher in the steps between --kd-every."""
+        return self.strategies[-1 if step % self.config.kd_every else 0]
+
+    def flops(self, phase):
         """(of the student, of the teacher): what one block costs in training."""
-        return flops_per_block(self.config, self.student.config, self.teacher and self.teacher.config)
+        if phase not in self.counted:
+            self.counted[phase] = flops_per_block(self.config, self.student.config,
+                                                  self.teacher and self.teacher.config, phase)
+        return self.counted[phase]
+
+    def price(self, unit):
+        """Of a step of this phase, in a budget's unit."""
+        return (self.config.batch_size * sum(self.flops(self.number)) if unit == "flops" else
+                self.config.batch_size * self.config.seq_len if unit == "tokens" else 1)
 
     def micro_batches(self, batch, step):
         """(micro-batch on the device, whether it is this rank's last) of one optimizer step; dropout is reseeded for
@@ -165,28 +205,28 @@ class Arm:
             return t.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else t
         return Batch(tensor(batch.ids), tensor(batch.masked), tensor(batch.labels).flatten())
 
-    def teacher_forward(self, batch):
+    def teacher_forward(self, batch, strategy):
         """What the strategy compares of the teacher; {} where it has no need of one."""
-        if not (self.teacher and self.strategy.needs("teacher")):
+        if not (self.teacher and strategy.needs("teacher")):
             return {}
         with torch.no_grad():
-            return self.run_teacher(batch.ids, batch.masked, want=self.strategy.want("teacher"))
+            return self.run_teacher(batch.ids, batch.masked, want=strategy.want("teacher"))
 
-    def student_forward(self, batch):
+    def student_forward(self, batch, strategy):
         with autocast(self.device, self.bf16):
-            return self.run_student(batch.ids, batch.masked, want=self.strategy.want("student"))
+            return self.run_student(batch.ids, batch.masked, want=strategy.want("student"))
 
-    def loss(self, s, t, labels):
+    def loss(self, s, t, labels, strategy):
         """(total, {term: value}) of what the two sides left behind.  Outside autocast: a compiled function's backward
         pass keeps the autocast that it was called under."""
-        context = Context(labels, self.strategy.tau, self.relation_heads, self.proj, self.student.config.vocab_size)
-        return self.loss_terms(self.strategy, s, t, context)
+        context = Context(labels, strategy.tau, self.relation_heads, self.proj, self.student.config.vocab_size)
+        return self.loss_terms(strategy, s, t, context)
 
-    def forward(self, ids, masked, labels):
+    def forward(self, ids, masked, labels, strategy=None):
         """(total, {term: value}) of one micro-batch: what the strategy asks of both sides, and no more."""
-        batch = Batch(ids, masked, labels)
-        t = self.teacher_forward(batch)
-        return self.loss(self.student_forward(batch), t, labels)
+        batch, strategy = Batch(ids, masked, labels), strategy or self.strategy
+        t = self.teacher_forward(batch, strategy)
+        return self.loss(self.student_forward(batch, strategy), t, labels, strategy)
 
     def dummy(self, blocks=None):
         """(ids, masked, labels) of a micro-batch's shape, or of so many blocks."""
@@ -207,13 +247,15 @@ class Arm:
             p.grad = None
         self.proj.zero_grad()
         if self.compiled:
-            self.forward(*self.dummy())[0].backward()
+            for strategy in self.strategies:
+                self.forward(*self.dummy(), strategy)[0].backward()
             for p in (*self.student.parameters(), *self.proj.parameters()):
                 p.grad = None
 
     @torch.no_grad()
-    def validate(self, blocks, signals=(), model=None):
-        """Means over all the validation blocks asked for: the strategy's terms, or the MLM loss of another `model`."""
+    def validate(self, blocks, signals=(), model=None, strategy=None):
+        """Means over all the validation blocks asked for: the terms of the strategy, or of another one, or the MLM loss
+        of another `model`."""
         count = min(self.config.val_blocks, blocks.count)
         size = min(self.config.micro_batch, count)
         means, teacher_was = {}, self.teacher and self.teacher.training
@@ -228,7 +270,7 @@ class Arm:
             # eager: compiled, evaluation would be a variant of its own, and the last rows one more
             with torch.compiler.set_stance("force_eager"), self.tf32():
                 if model is None:
-                    _, terms = self.forward(ids, masked, labels)
+                    _, terms = self.forward(ids, masked, labels, strategy)
                 else:
                     logits = model(ids, masked, want=("logits",))["logits"]
                     terms = {"mlm": torch.nn.functional.cross_entropy(logits.float(), labels)}
@@ -309,43 +351,54 @@ def make_arm(config, directory):
     device = choose_device(config.device)
     Ranks().join(device)
     ready_process(device)
-    student, strategy = initial_student(config, directory), config.kind
+    student, start = initial_student(config, directory), "random weights"
     teacher, missing, ignored = None, [], []
     if config.reads_teacher:
         path = checkpoint.find_model(config.teacher)
         checkpoint.same_vocabulary(directory.read_tokenizer(), path)
         teacher, missing, ignored = checkpoint.load_mlm(path, len(directory.vocab))
         check_teacher(config, student.config, teacher.config, head=not missing)
-        if strategy.init == "teacher":
-            start_from(student, teacher)
-        teacher = teacher.to(device) if strategy.needs("teacher") else None
-    arm = Arm(config, student.to(device), teacher, has_head=not missing, ignored=ignored)
+        if config.start != "random":
+            start = start_from(student, teacher, config, head=not missing)
+        teacher = teacher.to(device) if config.needs_teacher else None
+    arm = Arm(config, student.to(device), teacher, has_head=not missing, ignored=ignored, start=start)
     arm.make_optimizer()
     return arm
 
 
 def check_teacher(config, student, teacher, head):
-    """Refuses a teacher that the strategy cannot use, saying which strategy can."""
-    strategy, name = config.kind, f"--teacher {config.teacher}"
-    if not head and (strategy.needs_teachers_head or strategy.init == "teacher" and strategy.trains_lm_head):
-        able = [n for n, s in STRATEGIES.items() if s.needs("teacher") and not s.needs_teachers_head]
-        raise UserError(f"{name} has no LM head, which {config.label} needs; these do without: {', '.join(able)}")
-    if strategy.same_heads and student.num_attention_heads != teacher.num_attention_heads:
-        raise UserError(f"{config.label} compares attention head by head, but the student has "
-                        f"{student.num_attention_heads} heads and the teacher {teacher.num_attention_heads}: give "
-                        f"--heads {teacher.num_attention_heads}, or take --strategy minilmv2")
-    if (strategy.same_width or strategy.init == "teacher") and student.hidden_size != teacher.hidden_size:
-        raise UserError(f"{config.label}{' --init teacher' if not strategy.same_width else ''} needs a student as wide "
-                        f"as its teacher: {student.hidden_size} and {teacher.hidden_size}; give --size "
-                        f"{student.num_hidden_layers}L{teacher.hidden_size}")
-    if strategy.init == "teacher" and (student.num_hidden_layers > teacher.num_hidden_layers
+    """Refuses a teacher that one of the phases cannot use, saying which strategy can."""
+    for phase in config.phases:
+        strategy = phase.strategy
+        label = config.label if len(config.phases) == 1 else f"{phase.name}, a phase of {config.label},"
+        if not head and strategy.needs_teachers_head:
+            able = [n for n, s in STRATEGIES.items() if s.needs("teacher") and not s.needs_teachers_head]
+            raise UserError(f"--teacher {config.teacher} has no LM head, which {label} needs; these do without: "
+                            f"{', '.join(able)}")
+        if strategy.same_heads and student.num_attention_heads != teacher.num_attention_heads:
+            raise UserError(f"{label} compares attention head by head, but the student has "
+                            f"{student.num_attention_heads} heads and the teacher {teacher.num_attention_heads}: give "
+                            f"--heads {teacher.num_attention_heads}, or take --strategy minilmv2")
+        if strategy.same_width and student.hidden_size != teacher.hidden_size:
+            raise UserError(f"{label} needs a student as wide as its teacher: {student.hidden_size} and "
+                            f"{teacher.hidden_size}; give --size {student.num_hidden_layers}L{teacher.hidden_size}")
+    if config.start != "random" and student.hidden_size != teacher.hidden_size:
+        raise UserError(f"{config.label}{' --init teacher' if config.start == 'teacher' else ''} needs a student as "
+                        f"wide as its teacher, whose {'weights' if config.start == 'teacher' else config.start} it "
+                        f"copies: {student.hidden_size} and {teacher.hidden_size}; give --size "
+                        f"{student.num_hidden_layers}L{teacher.hidden_size}"
+                        + " or --init random" * (config.start == "embeddings"))
+    if config.start == "teacher" and (student.num_hidden_layers > teacher.num_hidden_layers
                                        or student.intermediate_size != teacher.intermediate_size
                                        or student.num_attention_heads != teacher.num_attention_heads
                                        or student.hidden_act != teacher.hidden_act):
         raise UserError(f"--init teacher: the student ({student.size}) must be the teacher ({teacher.size}) with fewer "
                         f"layers: give --heads {teacher.num_attention_heads} and a depth of at most "
                         f"{teacher.num_hidden_layers}")
-    layers = teacher.num_hidden_layers
+    layers, copied = teacher.num_hidden_layers, numbers(config.init_layers or "", int)
+    if copied and (len(copied) != student.num_hidden_layers or max(copied) >= layers):
+        raise UserError(f"--init-layers {config.init_layers}: the student has {student.num_hidden_layers} layers, the "
+                        f"teacher {layers}: give one of 0 to {layers - 1} for each of the student's")
     if config.teacher_layer is not None and not -layers <= config.teacher_layer < layers:
         raise UserError(f"--teacher-layer {config.teacher_layer}: the teacher has {layers} layers")
     if config.relation_heads and (student.hidden_size % config.relation_heads
@@ -356,36 +409,51 @@ def check_teacher(config, student, teacher, head):
         raise UserError(f"--seq-len {config.seq_len}: the teacher has {teacher.max_position_embeddings} positions only")
 
 
-def start_from(student, teacher):
-    """Copies embeddings, LM head and every so-many-th layer of the teacher: 0, 2, 4, ... for half its depth."""
-    every = teacher.config.num_hidden_layers / student.config.num_hidden_layers
-    weights, prefix = teacher.state_dict(), "bert.encoder.layer."
+def start_from(student, teacher, config, head):
+    """Copies embeddings, LM head and the layers of --init-layers, or every so-many-th: 0, 2, 4, ... for half the
+    teacher's depth; or the embeddings alone.  Says what was copied.  `head`: whether the teacher has an LM head."""
+    depth, weights, prefix = student.config.num_hidden_layers, teacher.state_dict(), "bert.encoder.layer."
+    layers = numbers(config.init_layers or "", int) or [
+        int(i * (teacher.config.num_hidden_layers / depth)) for i in range(depth)]
+    whole = config.start == "teacher"
     for name, p in student.state_dict().items():
+        if not (name.startswith("bert.embeddings.") or whole and (head or name.startswith(prefix))):
+            continue
         if name.startswith(prefix):
             layer, rest = name.removeprefix(prefix).split(".", 1)
-            name = f"{prefix}{int(int(layer) * every)}.{rest}"
+            name = f"{prefix}{layers[int(layer)]}.{rest}"
         rows = min(len(p), len(weights[name]))                          # position embeddings may differ in number
         p[:rows].copy_(weights[name][:rows])
+    if not whole:
+        return "the teacher's embeddings and random layers"
+    return (f"teacher weights (its layers {', '.join(map(str, layers))}, from 0)"
+            + ("" if head else "; the LM head starts random: the teacher has none"))
 
 
-def flops_per_block(config, student, teacher=None):
-    """(of the student, of the teacher): the matmul FLOPs that one block costs in training, from two BertConfigs.
+def flops_per_block(config, student, teacher=None, phase=0):
+    """(of the student, of the teacher): the matmul FLOPs that one block costs in training, from two BertConfigs, in one
+    of the phases; under --kd-every the mean over steps.
 
     torch's own counter over the real step on the meta device (1 multiply-add = 2 FLOP), losses included.  It is what
     --budget-flops spends, the same on every machine."""
+    of_steps = []
     with torch.device("meta"):
         arm = Arm(dataclasses.replace(config, micro_batch=1, bf16=False, compile=False), BertForMaskedLM(student),
-                  BertForMaskedLM(teacher) if teacher and config.kind.needs("teacher") else None)
-        of_teacher, of_step = FlopCounterMode(display=False), FlopCounterMode(display=False)
-        ids, masked, labels = arm.dummy()
-        if arm.teacher:
+                  BertForMaskedLM(teacher) if teacher and config.needs_teacher else None, phase=phase)
+        batch = arm.dummy()
+        for strategy in arm.strategies:
+            of_teacher, of_step = FlopCounterMode(display=False), FlopCounterMode(display=False)
             with of_teacher:
-                arm.teacher(ids, masked, want=arm.strategy.want("teacher"))
-        with of_step:
-            total, _ = arm.forward(ids, masked, labels)
-            total.backward()
-    teacher_flops = of_teacher.get_total_flops()
-    return of_step.get_total_flops() - teacher_flops, teacher_flops
+                arm.teacher_forward(batch, strategy)
+            with of_step:
+                arm.forward(*batch, strategy)[0].backward()
+            teacher_flops = of_teacher.get_total_flops()
+            of_steps.append((of_step.get_total_flops() - teacher_flops, teacher_flops))
+    if len(of_steps) == 1:
+        return of_steps[0]
+    (student_kd, teacher_kd), (student_between, _) = of_steps
+    r = config.kd_every
+    return (student_kd + (r - 1) * student_between) / r, teacher_kd / r
 
 
 def multiplies_in_bf16(device):

@@ -6,9 +6,10 @@
 
 Every arm has the same architecture, initial weights, data order, masks and recipe; what differs by method (the
 losses, distilbert's initialisation, the paper's peak LR) is printed at the start.  Progress = spent / budget, read
-once a step; the learning rate is a function of progress alone.  The clock counts fetching and masking the batch, the
-teacher's forward pass, the student's forward and backward pass, communication and the optimizer; it does not count
-start-up, warm-up of compilation, validation, saving, or the pretraining of the teacher.
+once a step; the learning rate is a function of progress alone: of the phase's, where strategies come one after another
+(tinybert:0.3/no_kd), each with an optimizer of its own and what it trains.  The clock counts fetching and masking the
+batch, the teacher's forward pass, the student's forward and backward pass, communication and the optimizer; it does not
+count start-up, warm-up of compilation, validation, saving, or the pretraining of the teacher.
 
 A run directory (--out) gets config.json, log.jsonl, checkpoint.pt and the one before, summary.json and model/, a
 Hugging Face BERT directory.  The same command goes on where a stopped run was; under torchrun it runs on many GPUs.
@@ -19,6 +20,7 @@ import dataclasses
 import itertools
 import math
 import os
+import re
 import sys
 import time
 from dataclasses import dataclass
@@ -28,7 +30,7 @@ from typing import Annotated, Literal
 import torch
 
 from data import Blocks, TokenDirectory, prefetch
-from kd_losses import AS_RELEASED, STRATEGIES
+from kd_losses import AS_RELEASED, phases_of
 from plumbing.budget import Budget, Stages, Stopped, one_budget, stop_signals
 from plumbing.cli import Checked, Count, Length, NotNegative, Positive, Seed, Share, UserError, run, writable
 from plumbing.rundir import Run, contents, finished
@@ -39,7 +41,7 @@ FEW_BLOCKS = 32             # under so many validation blocks, a warning
 
 @dataclass
 class Config(Checked):
-    strategy: Annotated[str, STRATEGIES] = "no_kd"  # one of kd_losses.STRATEGIES
+    strategy: str = "no_kd"             # of kd_losses.STRATEGIES; or phases, each to a share: tinybert:0.3/no_kd
     budget_hours: Positive | None = None    # the budget, in hours on the clock described above
     budget_flops: Positive | None = None    # or in matmul FLOPs of student and teacher, the same on every machine
     budget_tokens: Count | None = None  # or in tokens
@@ -52,7 +54,8 @@ class Config(Checked):
     size: str = "6L768"                 # student: layers L width
     heads: Count | None = None          # attention heads; default: width / 64
     out: str | None = None              # run directory; default: runs/STRATEGY
-    init: Literal["random", "teacher"] | None = None    # teacher: layers 1, 3, ...; default: the strategy's
+    init: Literal["random", "teacher"] | None = None    # teacher: its weights; default: the strategy's
+    init_layers: Annotated[str, int, "[0, inf)"] | None = None  # of the teacher, from 0; default: every so-many-th
     seed: Seed = 0                      # initial weights, data order, masks, dropout
     seq_len: Length = 128               # S, positions in a block
     unique_tokens: Count | None = None  # train on the first so many ids of the data alone, again and again
@@ -65,6 +68,8 @@ class Config(Checked):
     dropout: Share = 0.1                # hidden states and attention probabilities
     clip: NotNegative = 0.0             # gradient norm above which gradients are scaled down; 0: off, as the paper
     tau: Positive | None = None         # temperature of the soft targets; default: 1, distilbert: 2
+    weights: str = ""                   # of terms, such as mlm=1,soft_ce=2; default: the strategy's
+    kd_every: Count = 1                 # the terms that need the teacher in every so-many-th step only
     val_blocks: Count = 512             # validation blocks
     val_times: Count = 4                # validations over the budget, the last at its end
     log_every: Count = 10               # steps per line of log.jsonl
@@ -76,9 +81,16 @@ class Config(Checked):
 
     def check(self):
         """What the fields ask of each other, and of the number of processes."""
-        if self.as_released and self.strategy not in AS_RELEASED:
+        phases = self.phases
+        if self.as_released and not any(phase.strategy.as_released for phase in phases):
             raise UserError(f"--as-released: no other code was released for {self.strategy}; it was for "
                             f"{', '.join(AS_RELEASED)}")
+        for phase in phases:
+            if self.kd_every > 1 and phase.strategy.needs("teacher") and not phase.strategy.without_teacher.terms:
+                raise UserError(f"--kd-every {self.kd_every}: {phase.name} has no term that needs no teacher, so "
+                                f"nothing is left for the steps between")
+        if self.init_layers is not None and self.start != "teacher":
+            raise UserError(f"--init-layers {self.init_layers} belongs to --init teacher")
         self.budget  # noqa: B018
         ranks = int(os.environ.get("WORLD_SIZE", 1))
         if self.batch_size % (self.micro_batch * ranks):
@@ -86,10 +98,20 @@ class Config(Checked):
                             + (f" x {ranks} processes" if ranks > 1 else ""))
 
     @property
-    def kind(self):
-        """The Strategy, with the run's own temperature, initialisation and layer."""
-        strategy = (AS_RELEASED if self.as_released else STRATEGIES)[self.strategy]
-        return strategy._replace(tau=self.tau or strategy.tau, init=self.init or strategy.init)
+    def phases(self):
+        """[kd_losses.Phase], with the run's own temperature and weights."""
+        phases = phases_of(self.strategy, int(re.match(r"\d*", self.size)[0] or 1), self.as_released)
+        weights = term_weights(self.weights, {name for phase in phases for name in phase.strategy.terms})
+
+        def own(strategy):
+            return strategy._replace(tau=self.tau or strategy.tau, terms={
+                name: term._replace(weight=weights.get(name, term.weight)) for name, term in strategy.terms.items()})
+        return [phase._replace(strategy=own(phase.strategy)) for phase in phases]
+
+    @property
+    def start(self):
+        """Where the student's first weights come from: "random", "teacher" or "embeddings" (of the teacher)."""
+        return self.init or self.phases[0].strategy.init
 
     @property
     def budget(self):
@@ -97,19 +119,48 @@ class Config(Checked):
         return one_budget(self)
 
     @property
+    def needs_teacher(self):
+        return any(phase.strategy.needs("teacher") for phase in self.phases)
+
+    @property
     def reads_teacher(self):
-        return bool(self.kind.needs("teacher") or self.kind.init == "teacher")
+        return self.needs_teacher or self.start != "random"
+
+    @property
+    def arm(self):
+        """What compare.py calls it."""
+        return self.strategy + "+init" * (self.init == "teacher") + "+released" * self.as_released
 
     @property
     def label(self):
         return self.strategy + (" AS RELEASED (for science only)" if self.as_released else "")
 
 
-def learning_rate(progress, peak, warmup=0.06):
-    """Linear from 0 to `peak` over the first `warmup` of the budget, linear back to 0 at its end."""
+def term_weights(text, terms):
+    """{term: weight} of TERM=WEIGHT,..."""
+    weights = {}
+    for part in filter(None, text.split(",")):
+        name, _, value = part.partition("=")
+        try:
+            weights[name] = float(value)
+        except ValueError:
+            weights[name] = math.nan
+        if name not in terms or not 0 < weights[name] < math.inf:
+            raise UserError(f"--weights {text}: {part}: must be TERM=WEIGHT, a term out of {', '.join(sorted(terms))} "
+                            f"and a number above 0")
+    return weights
+
+
+def file_name(arm):
+    return arm.replace(":", "-").replace("/", "-then-")
+
+
+def learning_rate(progress, peak, warmup=0.06, left=0.0):
+    """Linear from 0 to `peak` over the first `warmup` of the budget, or of a phase, then linear to the part of it that
+    is `left` at the end."""
     if progress < warmup:
         return peak * progress / warmup
-    return peak * (1 - progress) / (1 - warmup)
+    return left * peak + (1 - left) * peak * (1 - progress) / (1 - warmup)
 
 
 # ---------------------------------------------------------------------------------------------------------- loop
@@ -120,17 +171,18 @@ def gradients(arm, batch, step, stages):
     (names, values on the device): the means of this rank's losses, and the gradient's norm."""
     sums = 0
     with arm.tf32():
+        strategy = arm.strategy_of(step)
         for micro, last in arm.micro_batches(batch, step):
             stages.mark("data")
-            if t := arm.teacher_forward(micro):                         # what the strategy compares, and no more
+            if t := arm.teacher_forward(micro, strategy):               # what the strategy compares, and no more
                 stages.mark("teacher")
             with arm.synchronised(last):
-                s = arm.student_forward(micro)
-                loss, terms = arm.loss(s, t, micro.labels)
+                s = arm.student_forward(micro, strategy)
+                loss, terms = arm.loss(s, t, micro.labels, strategy)
                 (loss / arm.accumulate).backward()
             sums = sums + torch.stack([loss.detach(), *(v.detach() for v in terms.values())])
             stages.mark("student")
-        norm = torch.nn.utils.get_total_norm([p.grad for p in arm.trained])
+        norm = torch.nn.utils.get_total_norm([p.grad for p in arm.trained if p.grad is not None])
     return ("loss", *terms, "gradient_norm"), torch.cat([sums / arm.accumulate, norm.reshape(1)])
 
 
@@ -142,7 +194,7 @@ def train(config, now=time.monotonic, say=print, status=None):
     record of the last step every two seconds, in place of a printed line."""
     began = now()
     config.check()
-    out, directory = Path(config.out or f"runs/{config.strategy}"), TokenDirectory(config.data)
+    out, directory = Path(config.out or f"runs/{file_name(config.strategy)}"), TokenDirectory(config.data)
     record = dataclasses.asdict(config) | contents(directory, config.teacher if config.reads_teacher else None)
     if summary := finished(record, out):
         say(f"{out} is finished: nothing to do")
@@ -153,11 +205,11 @@ def train(config, now=time.monotonic, say=print, status=None):
     say = say if ranks.rank == 0 else lambda line: None
     blocks = Blocks(directory, "train", config.seq_len, config.seed, config.unique_tokens, config.static_masks)
     unit, total = config.budget
-    prices = dict(flops=config.batch_size * sum(arm.flops), tokens=config.batch_size * config.seq_len)
-    budget, stages = Budget(total, unit, prices.get(unit, 1), now), Stages(arm.device)
+    budget, stages = Budget(total, unit, now=now), Stages(arm.device)
     run = Run(config, out, arm, budget, stages, directory, validation_blocks(directory, config.seq_len, say), say,
               status, writes=ranks.rank == 0)
     run.resume_or_start(record)
+    budget.price = arm.price(unit)
     for cause, seconds in (("compile", arm.warm_up_seconds), ("start-up", now() - began - arm.warm_up_seconds)):
         budget.uncharged[cause] = budget.uncharged.get(cause, 0.0) + seconds
     run.describe()
@@ -167,6 +219,9 @@ def train(config, now=time.monotonic, say=print, status=None):
     stages.mark(None)
     with stop_signals() as signals, run.stopped_by(signals):
         while budget.progress < 1 or not budget.steps:
+            if arm.phase.end <= budget.progress < 1:
+                run.next_phase(signals)
+                stages.mark(None)
             batch = next(batches)
             names, values = gradients(arm, batch, budget.steps, stages)
             # The step's one wait for the device; then, before the update, what all ranks decide together: whether
@@ -180,7 +235,7 @@ def train(config, now=time.monotonic, say=print, status=None):
                 raise Stopped
             refuse_non_finite(budget.steps, values)
             progress = budget.progress
-            lr = learning_rate(progress, arm.peak_lr, config.warmup)
+            lr = learning_rate(arm.phase.progress(progress), arm.peak_lr, *(arm.strategy.ramp or [config.warmup]))
             arm.update(lr, values["gradient_norm"])
             stages.mark("optimizer")
             budget.steps += 1

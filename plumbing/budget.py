@@ -26,9 +26,19 @@ class Budget:
     def __init__(self, total, unit, price=1, now=time.monotonic):
         self.total, self.unit, self.price, self.now = total, unit, price, now
         self.steps = 0
+        self.ended = []                 # (steps, price) of the phases that are over
         self.seconds = 0.0              # charged, as of the last reading that all ranks agreed on
         self.uncharged = {}             # cause -> seconds
         self.origin = None              # charged seconds = now() - origin
+
+    @property
+    def spent(self):
+        """Of everything but hours."""
+        return sum(steps * price for steps, price in (*self.ended, (self.phase_steps, self.price)))
+
+    @property
+    def phase_steps(self):
+        return self.steps - sum(steps for steps, _ in self.ended)
 
     def start(self):
         self.origin = self.now() - self.seconds
@@ -52,7 +62,7 @@ class Budget:
     @property
     def progress(self):
         """Spent / budget, from 0 to 1."""
-        spent = self.seconds / 3600 if self.unit == "hours" else self.steps * self.price
+        spent = self.seconds / 3600 if self.unit == "hours" else self.spent
         return min(1.0, spent / self.total)
 
 

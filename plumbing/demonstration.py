@@ -20,7 +20,7 @@ LABELLED, CHARACTERS = 500, 160                         # training examples, and
 SETTING = dict(teacher=str(TEACHER), size="2L128", budget_flops="6e12", seq_len=64, batch_size=32, micro_batch=32,
                dropout=0.0, peak_lrs="1e-3", val_times=1, val_blocks=256, finetune_batch_sizes="32",
                finetune_lrs="7e-4", finetune_epochs=10, max_len=48)
-STRATEGIES = "no_kd,vanilla_kd,tinybert,minilm,distilbert"      # the last one starts from the teacher
+ARMS = "no_kd,vanilla_kd,tinybert,minilm,no_kd+init"        # the last one starts from the teacher
 MASKED = "returns a new [MASK] with the same shape as the input."
 QUERY = "compute the eigenvalues of a matrix"
 
@@ -74,13 +74,13 @@ def built_in_task(out, data=None):
 
 def demonstrated(config):
     """The configuration of the demonstration, its text and task on disk.  Its sizes are its own."""
-    free = ("out", "strategies", "seeds", "dry_run", "jobs")
+    free = ("out", "strategies", "arms", "seeds", "dry_run", "jobs")
     given = [f.name for f in dataclasses.fields(config) if f.name not in free and getattr(config, f.name) != f.default]
     if given:
         raise UserError(f"--{given[0].replace('_', '-')} without --data: the demonstration, which runs without --data, "
                         f"has its own sizes; give --data, --teacher and a budget")
-    if config.strategies == type(config).strategies:
-        config = dataclasses.replace(config, strategies=STRATEGIES)
+    if config.arms is None and config.strategies == type(config).strategies:
+        config = dataclasses.replace(config, arms=ARMS)
     data = Path(config.out) / "data"
     return dataclasses.replace(config, **SETTING, jobs=config.jobs or os.cpu_count() or 1, data=str(data),
                                tasks=built_in_task(config.out, data))

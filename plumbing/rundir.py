@@ -46,7 +46,7 @@ class Run:
     def __init__(self, config, out, arm, budget, stages, directory, val_blocks, say, status=None, writes=True):
         self.config, self.out, self.arm, self.budget, self.stages = config, out, arm, budget, stages
         self.directory, self.val_blocks, self.say, self.status = directory, val_blocks, say, status
-        self.validations, self.seconds, self.teacher_mlm = 0, 0.0, None
+        self.validations, self.seconds, self.teacher_mlm, self.vals = 0, 0.0, None, []  # vals: at the phases' ends
         self.said, self.saved = -math.inf, time.monotonic()
         self.writes = writes
 
@@ -54,6 +54,10 @@ class Run:
         state = checkpoint.load_run(self.out, self.say)
         arm, budget = self.arm, self.budget
         if state:
+            budget.ended, self.vals = state["ended"], state["vals"]
+            if budget.ended:
+                arm.enter(len(budget.ended))
+                arm.make_optimizer()
             arm.student.load_state_dict(state["student"])
             arm.proj.load_state_dict(state["proj"])
             arm.optimizer.load_state_dict(state["optimizer"])
@@ -66,6 +70,21 @@ class Run:
             write_json(self.out / "config.json", record)
             checkpoint.cut_log(self.out / "log.jsonl", budget.steps)
             self.log = (self.out / "log.jsonl").open("a", buffering=1)
+
+    def next_phase(self, signals):
+        """Ends the phase and enters the next one that has a share left; nothing of it is on the clock."""
+        arm, budget = self.arm, self.budget
+        val = self.validate(signals)
+        while arm.phases[len(budget.ended)].end <= budget.progress:
+            self.vals.append(val if len(budget.ended) == arm.number else None)
+            budget.ended.append((budget.phase_steps, budget.price))
+        self.say(f"{arm.phase.name} ended after {budget.ended[arm.number][0]} steps: "
+                 + ", ".join(f"val_{name} {value:.4f}" for name, value in (val or {}).items()))
+        with budget.pause("compile"):
+            arm.enter(len(budget.ended))
+            arm.make_optimizer()
+            budget.price = arm.price(budget.unit)
+        self.describe()
 
     def describe(self):
         if not self.writes:
@@ -103,6 +122,8 @@ class Run:
             return self.arm.validate(self.val_blocks, signals) if self.writes else None
 
     def write(self, record):
+        if len(self.arm.phases) > 1:
+            record = dict(record, phase=self.arm.number + 1)
         self.log.write(json.dumps(record) + "\n")
 
     def checkpoint(self):
@@ -113,7 +134,7 @@ class Run:
             config=dataclasses.asdict(self.config), steps=self.budget.steps, seconds=self.seconds,
             uncharged=self.budget.uncharged, charged=self.stages.seconds, validations=self.validations,
             teacher_mlm=self.teacher_mlm, student=arm.student.state_dict(), proj=arm.proj.state_dict(),
-            optimizer=arm.optimizer.state_dict()))
+            optimizer=arm.optimizer.state_dict(), ended=self.budget.ended, vals=self.vals))
         self.saved = time.monotonic()
 
     def save_model(self, name, card):
@@ -139,17 +160,18 @@ class Run:
         """Writes and returns the summary: what was trained, what it cost, what came out."""
         config, arm, budget = self.config, self.arm, self.budget
         steps, tokens = budget.steps, budget.steps * config.batch_size * config.seq_len
-        student, teacher = (steps * config.batch_size * flops for flops in arm.flops)
+        phases = [self.phase_summary(i) for i in range(len(arm.phases))]
+        student, teacher = (sum(p[f"{side}_flops"] for p in phases) for side in ("student", "teacher"))
         spent = dict(hours=charged / 3600, flops=student + teacher, tokens=tokens, steps=steps)[budget.unit]
         summary = dict(
-            strategy=config.strategy, label=config.label, as_released=config.as_released, init=arm.strategy.init,
+            strategy=config.strategy, label=config.label, as_released=config.as_released, init=config.start,
             size=config.size, peak_lr=arm.peak_lr, seed=config.seed, steps=steps, tokens=tokens,
             student_flops=student, teacher_flops=teacher, epochs=blocks.epochs(steps, config.batch_size),
             unique_tokens=min(blocks.count, steps * config.batch_size) * config.seq_len,
             budget={budget.unit: budget.total}, overshoot=spent / budget.total - 1, charged_seconds=charged,
             tokens_per_second=tokens / charged, charged=self.stages.seconds, uncharged=budget.uncharged,
             teacher_share=self.stages.seconds.get("teacher", 0.0) / charged, val=val, teacher_mlm=self.teacher_mlm,
-            device=str(arm.device), ranks=processes, bf16=arm.bf16, torch=torch.__version__)
+            device=str(arm.device), ranks=processes, bf16=arm.bf16, torch=torch.__version__, phases=phases)
         if self.writes:
             self.checkpoint()
             self.write(dict(step=steps, progress=1.0, seconds=charged, val=val))
@@ -158,6 +180,21 @@ class Run:
             write_json(self.out / "summary.json", summary)
             self.tell(summary)
         return summary
+
+    def phase_summary(self, i):
+        """What a phase did; `val` at its end, `val_at_end` by its terms at the end of the run."""
+        config, arm, phase = self.config, self.arm, self.arm.phases[i]
+        steps = [*(n for n, _ in self.budget.ended), self.budget.phase_steps, *[0] * len(arm.phases)][i]
+        student, teacher = (steps * config.batch_size * flops for flops in arm.flops(i)) if steps else (0, 0)
+        found = dict(name=phase.name, begin=phase.begin, end=phase.end, steps=steps, student_flops=student,
+                     teacher_flops=teacher, weights={k: term.weight for k, term in phase.strategy.terms.items()})
+        if i < arm.number:
+            found["val"] = self.vals[i]
+            strategy = arm.between(phase.strategy)
+            if self.writes and not len(arm.projections(strategy)):              # which end with their phase
+                with self.budget.pause("validation"):
+                    found["val_at_end"] = arm.validate(self.val_blocks, strategy=strategy)
+        return found
 
     def tell(self, summary):
         self.say(f"finished after {summary['steps']:,} steps, {summary['tokens']:,} tokens, "
@@ -176,7 +213,7 @@ def model_card(config, summary):
         if value != f.default:
             given += {True: f" --{flag}", False: f" --no-{flag}"}.get(value if isinstance(value, bool) else None,
                                                                       f" --{flag} {value}")
-    teacher = f" from the teacher `{config.teacher}`" if config.kind.needs("teacher") else ""
+    teacher = f" from the teacher `{config.teacher}`" if config.needs_teacher else ""
     val = ", ".join(f"{name} {value:.4f}" for name, value in summary["val"].items())
     return (f"---\nlibrary_name: transformers\ntags: [bert, nanokd]\n---\n\n"
             f"A BERT of {config.size} trained by nanoKD with the strategy `{summary['label']}`{teacher}: "
@@ -188,8 +225,9 @@ def model_card(config, summary):
 def describe(arm, val, step, teacher_mlm, say):
     config, c, strategy = arm.config, arm.student.config, arm.strategy
     trained = sum(p.numel() for p in arm.student.parameters() if p.requires_grad)
-    say(f"{config.label}: student {c.size}, {c.num_attention_heads} heads, V {c.vocab_size:,}, "
-        f"{trained / 1e6:.1f}M parameters trained, from {strategy.init} weights; "
+    several = f", {arm.phase.name} to {arm.phase.end:.0%}" if len(arm.phases) > 1 else ""
+    say(f"{config.label}{several}: student {c.size}, {c.num_attention_heads} heads, V {c.vocab_size:,}, "
+        f"{trained / 1e6:.1f}M parameters trained, from {arm.start}; "
         f"peak LR {arm.peak_lr:g}; {config.batch_size} x {config.seq_len} tokens a step; {arm.device}, "
         f"{'bf16' if arm.bf16 else 'fp32'}")
     if arm.teacher:
@@ -201,6 +239,7 @@ def describe(arm, val, step, teacher_mlm, say):
             + (f"; {arm.relation_heads} relation heads" if "qq" in strategy.terms else "")
             + ("; its dropout is on" if arm.teacher.training else "")
             + (f"; tau {strategy.tau:g}" if strategy.needs_teachers_head else "")
+            + (f"; in every {config.kd_every}. step" if len(arm.strategies) > 1 else "")
             + (f"; ignored: {', '.join(arm.teacher_ignored)}" if arm.teacher_ignored else ""))
     for name, term in strategy.terms.items():
         say(f"  {term.weight:g} x {name:8} {val[name]:9.4f} at step {step}   {term.about}")
@@ -213,7 +252,7 @@ def status(record, terms, config, stages):
     shares = " ".join(f"{stage} {stages.seconds[stage] / whole:.0%}"
                       for stage in ("data", "teacher", "student") if stage in stages.seconds)
     return (f"step {record['step']:6} {record['progress']:6.1%} lr {record['lr']:.2e} "
-            + " ".join(f"{name} {record[name]:.4f}" for name in terms)
+            + " ".join(f"{name} {record[name]:.4f}" for name in terms if name in record)
             + f" {rate:,.0f} tok/s ({shares}) {left}")
 
 
