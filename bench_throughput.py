@@ -187,18 +187,18 @@ class TransformersArm(Arm):
 
     EVERYTHING = dict(output_hidden_states=True, output_attentions=True)
 
-    def teacher_forward(self, batch):
+    def teacher_forward(self, batch, strategy):
         if not self.teacher:
             return {}
         with torch.no_grad():
             return self.run_teacher(batch.ids, **self.EVERYTHING)
 
-    def student_forward(self, batch):
+    def student_forward(self, batch, strategy):
         labels = torch.full_like(batch.ids, -100).scatter(1, batch.masked, batch.labels.view_as(batch.masked))
         with autocast(self.device, self.bf16):
             return self.run_student(batch.ids, **self.EVERYTHING if self.teacher else dict(labels=labels))
 
-    def loss(self, s, t, labels):
+    def loss(self, s, t, labels, strategy):
         if not self.teacher:
             return s.loss, {}
         pairs = [(s.attentions[-1], t.attentions[-1]), *((s.hidden_states[i], t.hidden_states[i]) for i in (0, -1))]
