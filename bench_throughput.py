@@ -35,7 +35,7 @@ from torch.nn.functional import mse_loss
 
 import train
 from data import SPECIAL, Blocks, loader_rate
-from kd_losses import AS_RELEASED, STRATEGIES
+from kd_losses import AS_RELEASED, PHASED, STRATEGIES
 from model import BertConfig, BertForMaskedLM
 from plumbing.cli import Checked, Count, Length, NotNegative, Share, UserError, run
 from plumbing.report import markdown
@@ -53,7 +53,7 @@ class Config(Checked):
     teacher_size: str = "12L768"        # teacher: layers L width
     heads: Count | None = None          # attention heads of the student; default: width / 64
     vocab_size: Annotated[int, "[6, inf)"] = 30522      # V, ids in the vocabulary
-    strategies: Annotated[str, str, STRATEGIES] = ",".join(STRATEGIES)   # the arms; no_kd is always among them
+    strategies: Annotated[str, str, (*STRATEGIES, *PHASED)] = ",".join(STRATEGIES)   # the arms; no_kd always
     as_released: bool = False           # beside them what the paper's released code computes under their names
     baseline: Literal["transformers"] | None = None     # beside them BertForMaskedLM, and a TinyBERT, of that package
     teacher_cost: bool = False          # instead: the teacher's forward pass alone, one change at a time
@@ -157,10 +157,11 @@ def arms(config, blocks):
         needed = shapes if of_arm.needs_teacher else shapes[:1]
         if len(needed) > 1:
             check_teacher(of_arm, student_c, teacher_c, head=True)
-        with torch.device(config.device):
-            arm = Arm(of_arm, *map(BertForMaskedLM, needed))
-        flops = config.batch_size * sum(flops_per_block(of_arm, *needed))
-        yield entry_of(name + ", as released" * as_released, arm, blocks, flops)
+        for i, phase in enumerate(of_arm.phases):
+            with torch.device(config.device):
+                arm = Arm(of_arm, *map(BertForMaskedLM, needed), phase=i)
+            flops = config.batch_size * sum(flops_per_block(of_arm, *needed, phase=i))
+            yield entry_of(phase.name + ", as released" * as_released, arm, blocks, flops)
     if config.baseline:
         import transformers as hf
         student_c, teacher_c = (hf.BertConfig(**dataclasses.asdict(shape)) for shape in shapes)

@@ -109,6 +109,8 @@ class Plan:
         if config.arms and config.strategies != Config.strategies:
             raise UserError("give --strategies or --arms, not both")
         self.names = (config.arms or config.strategies).split(",")
+        if twice := [name for name in self.names if self.names.count(name) > 1]:
+            raise UserError(f"--arms {config.arms}: {twice[0]} is given twice")
         uniques = [None if part == "all" else checked("--unique-tokens", part, Count)
                    for part in config.unique_tokens.split(",")]
         limited = [n for n in uniques if n]

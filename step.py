@@ -359,7 +359,8 @@ def make_arm(config, directory):
         teacher, missing, ignored = checkpoint.load_mlm(path, len(directory.vocab))
         check_teacher(config, student.config, teacher.config, head=not missing)
         if config.start != "random":
-            start = start_from(student, teacher, config, head=not missing)
+            start = start_from(student, teacher, numbers(config.init_layers or "", int), head=not missing,
+                               whole=config.start == "teacher")
         teacher = teacher.to(device) if config.needs_teacher else None
     arm = Arm(config, student.to(device), teacher, has_head=not missing, ignored=ignored, start=start)
     arm.make_optimizer()
@@ -409,13 +410,11 @@ def check_teacher(config, student, teacher, head):
         raise UserError(f"--seq-len {config.seq_len}: the teacher has {teacher.max_position_embeddings} positions only")
 
 
-def start_from(student, teacher, config, head):
-    """Copies embeddings, LM head and the layers of --init-layers, or every so-many-th: 0, 2, 4, ... for half the
-    teacher's depth; or the embeddings alone.  Says what was copied.  `head`: whether the teacher has an LM head."""
+def start_from(student, teacher, layers=(), head=True, whole=True):
+    """Copies embeddings, LM head and these layers of the teacher, or every so-many-th: 0, 2, 4, ... for half its depth;
+    the embeddings alone if not `whole`.  Says what was copied.  `head`: whether the teacher has an LM head."""
     depth, weights, prefix = student.config.num_hidden_layers, teacher.state_dict(), "bert.encoder.layer."
-    layers = numbers(config.init_layers or "", int) or [
-        int(i * (teacher.config.num_hidden_layers / depth)) for i in range(depth)]
-    whole = config.start == "teacher"
+    layers = layers or [int(i * (teacher.config.num_hidden_layers / depth)) for i in range(depth)]
     for name, p in student.state_dict().items():
         if not (name.startswith("bert.embeddings.") or whole and (head or name.startswith(prefix))):
             continue

@@ -90,6 +90,11 @@ def differences(arm, other, value=lambda r: r["average"]):
     return [value(arm[seed]) - value(other[seed]) for seed in arm if seed in other]
 
 
+def row_of(arm):
+    """The arm's name as a row has it."""
+    return arm + " (MobileBERT's transfer on a plain BERT)" * ("mobilebert" in arm)
+
+
 def setting(unique_tokens, static_masks):
     return ("all of the data" if unique_tokens is None else f"{unique_tokens:,} unique tokens") + (
         ", static masks" if static_masks else "")
@@ -119,7 +124,7 @@ def score_table(results, yardsticks=(), size=None):
             first = next(iter(runs.values()))
             val = [r["val"]["mlm"] for r in runs.values() if "mlm" in r["val"]]
             delta = "" if name == base else signed(*interval(differences(runs, arms[base])))
-            rows.append([amount(budget, first["unit"]), setting(unique, static), name, f"{first['peak_lr']:g}",
+            rows.append([amount(budget, first["unit"]), setting(unique, static), row_of(name), f"{first['peak_lr']:g}",
                          f"{np.mean([r['tokens'] for r in runs.values()]):,.0f}",
                          f"{np.mean([r['epochs'] for r in runs.values()]):.2g}", f"{np.mean(val):.2f}" if val else "",
                          *[spread([r["scores"][task] for r in runs.values()]) for task in tasks],
@@ -152,7 +157,7 @@ def cost_table(results):
         for name, runs in arms.items():
             def mean(key, runs=runs):
                 return np.mean([r[key] for r in runs.values()])
-            rows.append([amount(budget, next(iter(runs.values()))["unit"]), setting(unique, static), name,
+            rows.append([amount(budget, next(iter(runs.values()))["unit"]), setting(unique, static), row_of(name),
                          f"{mean('tokens'):,.0f}", f"{mean('tokens') / tokens:.2f}", f"{mean('charged_seconds'):,.1f}",
                          f"{mean('tokens_per_second'):,.0f}", f"{mean('teacher_share'):.0%}",
                          *([f"{mean('speed'):.2f}"] if results[0].get("speed") else [])])

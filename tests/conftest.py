@@ -75,7 +75,7 @@ def narrow_teacher(make_teacher):
 def tiny(corpus, teacher, narrow_teacher, tmp_path):
     """Makes train.Config's for a tiny run; keyword arguments override."""
     def make(**other):
-        needs_equal_width = other.get("strategy") == "distilbert" or other.get("init") == "teacher"
+        needs_equal_width = other.get("strategy") in ("distilbert", "mobilebert") or other.get("init") == "teacher"
         return train.Config(**(TINY | dict(
             data=str(corpus), teacher=str(narrow_teacher if needs_equal_width else teacher), budget_steps=20,
             out=str(tmp_path / "run")) | other))

@@ -87,6 +87,40 @@ def test_all_arms_differ_in_their_strategy_alone(small):
     assert len({run.out for run in plan.runs}) == len(plan.runs) == 16
 
 
+def test_arms_are_strategies_phases_and_starts_and_stand_in_the_results_as_they_were_typed(
+        small, tmp_path, narrow_teacher, capsys):
+    arms = "no_kd,no_kd+init,tinybert:0.5/no_kd,minilmv2+released,mobilebert"
+    config = small(arms=arms, teacher=str(narrow_teacher), budget_steps="4")
+    compare.main(config)
+    kept, table = json.loads((tmp_path / "out/results.json").read_text()), (tmp_path / "out/table.md").read_text()
+    assert [r["strategy"] for r in kept["results"]] == arms.split(",")
+    assert {p.name for p in (tmp_path / "out/runs").iterdir()} == {f"{name}-4steps-seed0" for name in (
+        "no_kd", "no_kd+init", "tinybert-0.5-then-no_kd", "minilmv2+released", "mobilebert")}
+    runs = {run.arm: run for run in compare.Plan(config).runs}
+    assert runs["no_kd+init"].init == "teacher" and runs["minilmv2+released"].as_released
+    assert [phase.name for phase in runs["tinybert:0.5/no_kd"].phases] == ["tinybert", "no_kd"]
+    assert "| no_kd+init |" in table and "| tinybert:0.5/no_kd |" in table and "Δ to no_kd" in table
+    assert "| mobilebert (MobileBERT's transfer on a plain BERT) |" in table
+    summary = json.loads((tmp_path / "out/runs/no_kd+init-4steps-seed0/summary.json").read_text())
+    assert summary["init"] == "teacher" and compare.Plan(small()).names == compare.Config.strategies.split(",")
+    capsys.readouterr()
+
+
+def test_the_plan_prices_every_phase(small, teacher):
+    """Of steps at equal FLOP/s, half of them with a teacher: between the two strategies alone."""
+    def seconds(unit, **budget):
+        plan = compare.Plan(small(arms="tinybert,no_kd,tinybert:0.5/no_kd", budget_steps=None, **budget))
+        directory = TokenDirectory(plan.config.data)
+        return list(compare.estimate(plan, directory, compare.teacher_shape(plan, directory)).values())
+
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(compare, "step_seconds", lambda config, directory, teacher: 1e-9 * 8 * sum(compare.flops_per_block(
+            config, compare.student_shape(config, directory), teacher, len(config.phases) - 1)))
+        tinybert, no_kd, both = seconds("tokens", budget_tokens="1e6")
+        assert both == pytest.approx((tinybert + no_kd) / 2) and tinybert != pytest.approx(no_kd, rel=0.01)
+        assert seconds("flops", budget_flops="1e9") == pytest.approx([1.0, 1.0, 1.0])
+
+
 def test_a_chosen_peak_lr_is_the_one_with_the_lowest_own_validation_loss(small, tmp_path):
     config = small(peak_lrs="1e-6,1e-2", strategies="no_kd,tinybert", budget_steps="20")
     compare.main(config)
@@ -289,6 +323,14 @@ def test_the_task_holds_validation_documents_alone_and_splits_them(tmp_path, mon
     (dict(batch_size=12), "--batch-size 12"),
     (dict(heads=4, strategies="no_kd,minilm"), "--heads 2"),
     (dict(budget_steps=None, budget_hours="1", jobs=64), "--jobs 64 under --budget-hours: runs that share a device"),
+    (dict(arms="no_kd+warm"), "--arms no_kd+warm: after the strategy may come +init"),
+    (dict(arms="no_kd+init+init"), "each once"),
+    (dict(arms="no_kd,magic"), "--strategy magic: must be one of no_kd"),
+    (dict(arms="no_kd,no_kd"), "--arms no_kd,no_kd: no_kd is given twice"),
+    (dict(arms="tinybert:0.3"), "phase tinybert:0.3: "),
+    (dict(arms="no_kd+released"), "no other code was released for no_kd"),
+    (dict(arms="no_kd,no_kd+init"), "no_kd --init teacher needs a student as wide as its teacher"),
+    (dict(arms="no_kd", strategies="no_kd"), "not both"),
 ])
 def test_wrong_arguments_are_refused_before_anything_runs(small, tmp_path, changes, message):
     with pytest.raises(UserError) as refused:

@@ -460,7 +460,7 @@ def test_a_term_may_look_at_every_position(tiny, monkeypatch):
                    ("all_logits",), "everywhere")
     monkeypatch.setitem(kd.STRATEGIES, "everywhere", kd.Strategy({"soft": soft, "mlm": kd.MLM}))
     config = tiny(strategy="everywhere")
-    assert kd.Strategy({"soft": soft}).trains_lm_head and config.kind.needs_teachers_head
+    assert kd.Strategy({"soft": soft}).trains_lm_head and config.phases[0].strategy.needs_teachers_head
     arm = make_arm(config, TokenDirectory(config.data))
     ids, masked, labels = arm.dummy()
     total, terms = arm.forward(ids, masked, labels)
