@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import Batch, hashed
+from diagnose import d_order, validation
 from kd_losses import STRATEGIES, Context, loss_terms, projections, relation_head_count
 from model import BertConfig, BertForMaskedLM
 from plumbing import checkpoint
@@ -240,6 +241,18 @@ class Arm:
         if self.teacher:
             self.teacher.train(teacher_was)
         return means
+
+    def d_order(self, blocks, special, plain=None, signals=()):
+        """diagnose.d_order of the student, over the blocks of `validate`."""
+        def forward(ids, masked):
+            if signals:
+                raise Stopped
+            with autocast(self.device, self.bf16):
+                return self.student(ids.to(self.device), masked.to(self.device), want=("logits",))["logits"]
+        self.student.eval()
+        found = d_order(forward, validation(blocks, self.config.val_blocks), special, plain)
+        self.student.train(self.strategy.dropout)
+        return found
 
 
 def ready_process(device):

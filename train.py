@@ -66,7 +66,8 @@ class Config(Checked):
     clip: NotNegative = 0.0             # gradient norm above which gradients are scaled down; 0: off, as the paper
     tau: Positive | None = None         # temperature of the soft targets; default: 1, distilbert: 2
     val_blocks: Count = 512             # validation blocks
-    val_times: Count = 4                # validations over the budget, the last at its end
+    val_times: Count = 20               # validations over the budget, the last at its end
+    baselines: bool = False             # say where validation stands among what counting reaches (some seconds)
     log_every: Count = 10               # steps per line of log.jsonl
     checkpoint_minutes: Positive = 10.0  # between checkpoints; a fraction is allowed
     fractions: Annotated[str, float, "(0, 1)"] = ""     # parts of the budget, as 0.25,0.5, at which to save models too
@@ -139,7 +140,7 @@ def train(config, now=time.monotonic, say=print, status=None):
     """Runs one strategy to the end of its budget; returns the summary that is also written to the run directory.
 
     The same call goes on where a stopped run's checkpoint is; a finished run is not run again.  `status` gets the
-    record of the last step every two seconds, in place of a printed line."""
+    record of the last step every two seconds, in place of the status line."""
     began = now()
     config.check()
     out, directory = Path(config.out or f"runs/{config.strategy}"), TokenDirectory(config.data)

@@ -27,10 +27,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 from plumbing.checkpoint import find_model, load_mlm, read_tokenizer
 from plumbing.cli import UserError, run
+from plumbing.screen import RECENT, amount, changes, spent
 
 UNITS = {"hours": "charged hours", "flops": "FLOPs", "tokens": "tokens", "steps": "steps"}
-NOT_A_TERM = ("step progress seconds lr epoch loss gradient_norm tokens_per_second val flops tokens memory mfu").split()
-RECENT, POINTS, LINES = 30, 500, 10_000     # seconds of a rate; records of a curve; lines of --nearest
+NOT_A_TERM = ("step progress seconds lr epoch loss gradient_norm val d_order flops tokens tokens_per_second memory "
+              "mfu").split()
+POINTS, LINES = 500, 10_000      # records of a curve; lines of --nearest
 WARNING = "Losses of different strategies are different quantities: between runs, only the same term can be compared."
 
 
@@ -102,7 +104,7 @@ class Run:
                         for k in ("hours", "tokens"))
         self.curves = {name: [r.get(key) for r in kept] for name, key in (
             ("loss", "loss"), *zip(terms, terms, strict=True), ("learning rate", "lr"),
-            ("tokens/s", "tokens_per_second"), ("gradient norm", "gradient_norm"))}
+            ("tokens/s", "tokens_per_second"), ("gradient norm", "gradient_norm"), ("D_order", "d_order"))}
         self.curves["tokens/s"] = [logged or (n / t / 3600 if t > 0 else None) for logged, n, t in
                                    zip(self.curves["tokens/s"], tokens, took, strict=True)]
         for term in dict.fromkeys(term for r in kept for term in r.get("val") or ()):
@@ -135,8 +137,7 @@ class Run:
         found, before = [], {}
         for r in self.records:
             if val := r.get("val"):
-                found.append((r, ", ".join(f"{term} {v:.5g}" + (f" ({v - before[term]:+.2g})" if term in before else "")
-                                           for term, v in val.items())))
+                found.append((r, changes(val, before)))
                 before = val
         return found
 
@@ -163,12 +164,6 @@ def find(paths):
 
 # ----------------------------------------------------------------------------------------------------- terminal
 
-def amount(value, unit):
-    if unit == "hours":
-        return f"{value * 3600:.0f} s" if value < 1 / 6 else f"{int(value)}:{int(value * 60) % 60:02} h"
-    return f"{value:.3g} FLOPs" if unit == "flops" else f"{value:,.0f} {unit}"
-
-
 def sparkline(points, end, width=24):
     """The means of y over `width` equal parts of 0..end, as far as the points reach."""
     parts, line, level = {}, "", " "
@@ -188,15 +183,12 @@ def facts(run, unit, end):
         return {"run": run.name, "state": "starting: no line in its log yet"}
     now, last, val = run.latest, run.records[-1], run.validations()
     rate = run.summary.get("tokens_per_second") or now.get("tokens_per_second") or run.rate("tokens")
-    spent, speed = run.at(last, run.unit), run.rate(run.unit)
-    so_far, total = amount(spent, run.unit), amount(run.total, run.unit)
-    if so_far.split()[1] == total.split()[1]:
-        so_far = so_far.split()[0]
+    used, speed = run.at(last, run.unit), run.rate(run.unit)
     age = (time.time() - (run.path / "log.jsonl").stat().st_mtime) / 3600
     return {"run": run.name, "state": "finished" if run.summary else f"last line {amount(age, 'hours')} ago",
-            "spent": f"{so_far} of {total}, {spent / run.total:.1%}",
+            "spent": spent(used, run.total, run.unit),
             **({UNITS[unit]: amount(run.at(last, unit), unit)} if unit != run.unit else {}),
-            "left": "" if run.summary or speed <= 0 else amount(max(0, run.total - spent) / speed / 3600, "hours"),
+            "left": "" if run.summary or speed <= 0 else amount(max(0, run.total - used) / speed / 3600, "hours"),
             "loss": f"{now['loss']:.5g}" if "loss" in now else "",
             "terms": ", ".join(f"{term} {value:.5g}" for term, value in run.terms.items()),
             "tokens/s": f"{rate:,.0f}",
