@@ -31,7 +31,9 @@ from data import Blocks, TokenDirectory, prefetch
 from kd_losses import AS_RELEASED, STRATEGIES
 from plumbing.budget import Budget, Stages, Stopped, one_budget, stop_signals
 from plumbing.cli import Checked, Count, Length, NotNegative, Positive, Seed, Share, UserError, run, writable
+from plumbing.rehearsal import rehearse
 from plumbing.rundir import Run, contents, finished
+from plumbing.screen import what_next
 from step import Ranks, make_arm, memory_told
 
 FEW_BLOCKS = 32             # under so many validation blocks, a warning
@@ -70,6 +72,8 @@ class Config(Checked):
     baselines: bool = False             # say where validation stands among what counting reaches (some seconds)
     log_every: Count = 10               # steps per line of log.jsonl
     checkpoint_minutes: Positive = 10.0  # between checkpoints; a fraction is allowed
+    tensorboard: bool = False           # also writes the log as event files, where tensorboard is installed
+    dry_run: bool = False               # only a few steps: memory, speed and what the budget will buy; writes nothing
     fractions: Annotated[str, float, "(0, 1)"] = ""     # parts of the budget, as 0.25,0.5, at which to save models too
     device: str | None = None           # cpu, cuda or cuda:N; default: cuda where there is one, else cpu
     compile: bool | None = None         # torch.compile; default: on CUDA only
@@ -158,6 +162,8 @@ def train(config, now=time.monotonic, say=print, status=None):
     budget, stages = Budget(total, unit, prices.get(unit, 1), now), Stages(arm.device)
     run = Run(config, out, arm, budget, stages, directory, validation_blocks(directory, config.seq_len, say), say,
               status, writes=ranks.rank == 0)
+    if config.dry_run:
+        return rehearse(run, gradients, stream(blocks, 0, config.batch_size, arm.device), blocks)
     run.resume_or_start(record)
     for cause, seconds in (("compile", arm.warm_up_seconds), ("start-up", now() - began - arm.warm_up_seconds)):
         budget.uncharged[cause] = budget.uncharged.get(cause, 0.0) + seconds
@@ -201,7 +207,9 @@ def train(config, now=time.monotonic, say=print, status=None):
 
 
 def main(config, **options):
-    train(config, **options)
+    summary = train(config, **options)
+    if summary and Ranks().rank == 0:
+        print(what_next(config.out or f"runs/{config.strategy}", config.kind.trains_lm_head))
     if Ranks().size > 1:
         # gloo's threads sometimes abort the process while Python shuts down, after all is written (torch 2.13)
         sys.stdout.flush()

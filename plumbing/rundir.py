@@ -44,6 +44,15 @@ def finished(record, out):
     return read_json(out / "summary.json") if (out / "summary.json").exists() else None
 
 
+def event_writer():
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard needs tensorboard: pip install tensorboard, or leave the flag out: "
+                        "python watch.py shows the same curves") from None
+    return SummaryWriter
+
+
 class Run:
     """The run directory: what is written beside the steps, none of it on the clock, and only by rank 0."""
 
@@ -53,6 +62,7 @@ class Run:
         self.validations, self.seconds, self.teacher_mlm, self.d_order = 0, 0.0, None, None
         self.baselines, self.val, self.say = {}, {}, self.screen.say
         self.saved, self.writes = time.monotonic(), writes
+        self.event_writer = event_writer() if config.tensorboard else None
 
     def resume_or_start(self, record):
         state = checkpoint.load_run(self.out, self.say)
@@ -70,6 +80,7 @@ class Run:
             write_json(self.out / "config.json", record)
             checkpoint.cut_log(self.out / "log.jsonl", budget.steps)
             self.log = (self.out / "log.jsonl").open("a", buffering=1)
+            self.events = self.event_writer and self.event_writer(self.out, purge_step=budget.steps + 1)
 
     def describe(self):
         if not self.writes:
@@ -107,7 +118,7 @@ class Run:
             if time.monotonic() - self.saved >= 60 * self.config.checkpoint_minutes:
                 self.checkpoint()
 
-    def validate(self, signals):
+    def validate(self, signals=()):
         """{term: mean over the validation blocks}; and the line that says it, with D_order of what has an LM head."""
         if not self.writes:
             return None
@@ -127,6 +138,10 @@ class Run:
 
     def write(self, record):
         self.log.write(json.dumps(record) + "\n")
+        if self.events:
+            for name, value in (record | {f"val_{k}": v for k, v in record.get("val", {}).items()}).items():
+                if name not in ("step", "val") and ("val" not in record or name.startswith(("val_", "d_order"))):
+                    self.events.add_scalar(name, value, record["step"])
 
     def checkpoint(self):
         if not self.writes:
@@ -177,6 +192,8 @@ class Run:
             self.checkpoint()
             self.write(dict(step=steps, progress=1.0, seconds=charged, **self.measured(val)))
             self.log.close()
+            if self.events:
+                self.events.close()
             self.save_model("model", model_card(config, summary))
             write_json(self.out / "summary.json", summary)
             self.tell(summary)

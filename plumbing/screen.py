@@ -84,6 +84,14 @@ class Screen:
             self.bar = None
 
 
+def what_next(out, has_head):
+    """The last lines of a run."""
+    question = '"the [MASK] sat"' if has_head else '"the cat sat" --nearest FILE.txt'
+    return (f"look at the run:   python watch.py {out}\n"
+            f"ask the model:     python watch.py --model {out}/model --sentence {question}\n"
+            f"fine-tune it:      python finetune_glue.py --model {out}/model --glue-dir glue")
+
+
 def amount(value, unit):
     if unit == "hours":
         return f"{value * 3600:.0f} s" if value < 1 / 6 else f"{int(value)}:{int(value * 60) % 60:02} h"

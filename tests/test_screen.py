@@ -1,18 +1,24 @@
 """What a run says: on a terminal, in a pipe, in its log; the recent rate; where a validation stands."""
+import datetime
 import io
 import json
 import re
+import shlex
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import diagnose
+import finetune_glue
 import train
+import watch
 from data import TokenDirectory
-from plumbing import screen
+from plumbing import rehearsal, screen
 from plumbing.budget import Budget
+from plumbing.cli import UserError, parse
 from plumbing.screen import Screen
 
 
@@ -111,3 +117,70 @@ def test_what_trains_no_lm_head_has_no_order_to_measure(tiny, tmp_path):
 def test_what_is_only_said_may_differ_when_a_run_goes_on(tiny):
     first = train.train(tiny(budget_steps=1), say=lambda line: None)
     assert train.train(tiny(budget_steps=1, baselines=True), say=lambda line: None) == first
+
+
+@pytest.mark.parametrize("strategy", ["no_kd", "minilm"])
+def test_a_dry_run_says_what_the_budget_buys_and_writes_nothing(tiny, tmp_path, monkeypatch, strategy):
+    monkeypatch.setattr(rehearsal, "SECONDS", 0)
+    before, said = sorted(tmp_path.rglob("*")), []
+    config = tiny(strategy=strategy, budget_steps=None, budget_flops=3e8, val_times=3)
+    assert train.train(replace(config, dry_run=True), say=said.append) is None
+    assert sorted(tmp_path.rglob("*")) == before
+    summary = train.train(config, say=lambda line: None)
+    memory, speed, buys = said[-3:]
+    assert re.fullmatch(r"memory: \d+\.\d of \d+\.\d GB on cpu: it fits", memory)
+    assert re.fullmatch(r"speed: [\d,]+ tokens/s, \S+ s a step, measured over 1", speed) and "2L32" in said[0]
+    assert f"buys {summary['steps']:,} steps, {summary['tokens']:,} tokens, {summary['epochs']:.3g} epochs" in buys
+    assert "to 3 validations" in buys and str(datetime.date.today().year) in buys
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 39e9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=40e9))
+    assert rehearsal.memory(torch.device("cuda")) == "39.0 of 40.0 GB on cuda: hardly anything is left: give a " \
+                                                     "smaller --micro-batch"
+
+
+def test_a_time_budget_buys_what_the_measured_speed_makes_of_it(tiny, monkeypatch):
+    monkeypatch.setattr(rehearsal, "SECONDS", 0.05)
+    said = []
+    train.train(tiny(budget_steps=None, budget_hours=2, dry_run=True), say=said.append)
+    seconds, steps = float(re.search(r"(\S+) s a step", said[-2])[1]), said[-1].split(" buys ")[1].split(" steps")[0]
+    assert int(steps.replace(",", "")) == pytest.approx(7200 / seconds, rel=0.01) and " in 2:00 h, " in said[-1]
+
+
+def test_tensorboard_gets_every_number_of_the_log_or_is_named(tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UserError, match="pip install tensorboard"):
+        train.train(tiny(tensorboard=True), say=lambda line: None)
+    assert not (tmp_path / "run").exists()
+    got = []
+
+    class Writer:
+        def __init__(self, directory, purge_step):
+            got.append((directory, purge_step))
+
+        def add_scalar(self, name, value, step):
+            got.append((name, value, step))
+
+        def close(self):
+            got.append("closed")
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    train.train(tiny(tensorboard=True, budget_steps=4, val_times=2), say=lambda line: None)
+    first, *got, last = got
+    assert first == (tmp_path / "run", 1) and last == "closed"
+    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    expected = [(k, v, r["step"]) for r in log if "val" not in r for k, v in r.items() if k != "step"]
+    expected += [(k, v, r["step"]) for r in log if "val" in r
+                 for k, v in (("val_mlm", r["val"]["mlm"]), ("d_order", r["d_order"]))]
+    assert sorted(got) == sorted(expected)
+
+
+@pytest.mark.parametrize("strategy", ["no_kd", "minilm"])
+def test_the_last_lines_are_commands_that_work(tiny, tmp_path, capsys, strategy):
+    train.main(tiny(strategy=strategy, budget_steps=1))
+    *_, look, ask, tune = (line.split("python ")[-1] for line in capsys.readouterr().out.splitlines())
+    (tmp_path / "FILE.txt").write_text("a b\n")
+    for line, config, main in ((look, watch.Config, watch.watch), (ask.replace("FILE", str(tmp_path / "FILE")),
+                                                                   watch.ModelConfig, watch.ask)):
+        said = []
+        main(parse(config, "", shlex.split(line)[1:]), say=said.append)
+        assert said
+    assert parse(finetune_glue.Config, "", shlex.split(tune)[1:]).model == f"{tmp_path}/run/model"
