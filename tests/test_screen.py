@@ -3,9 +3,11 @@ import datetime
 import io
 import json
 import re
+import runpy
 import shlex
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +22,8 @@ from plumbing import rehearsal, screen
 from plumbing.budget import Budget
 from plumbing.cli import UserError, parse
 from plumbing.screen import Screen
+
+ROOT = Path(train.__file__).parent
 
 
 class Terminal(io.StringIO):
@@ -184,3 +188,11 @@ def test_the_last_lines_are_commands_that_work(tiny, tmp_path, capsys, strategy)
         main(parse(config, "", shlex.split(line)[1:]), say=said.append)
         assert said
     assert parse(finetune_glue.Config, "", shlex.split(tune)[1:]).model == f"{tmp_path}/run/model"
+
+
+@pytest.mark.parametrize("file", [f"{folder}/{f.name}" for folder in (".", "plumbing")
+                                  for f in sorted((ROOT / folder).glob("*.py"))])
+def test_nothing_that_other_systems_lack_is_imported_at_the_top(file, monkeypatch):
+    for name in ("fcntl", "resource", "termios", "tty", "pty", "pwd", "grp", "syslog", "tensorboard", "matplotlib"):
+        monkeypatch.setitem(sys.modules, name, None)
+    runpy.run_path(str(ROOT / file), run_name="read_again")
