@@ -182,10 +182,9 @@ def test_the_last_lines_are_commands_that_work(tiny, tmp_path, capsys, strategy)
     train.main(tiny(strategy=strategy, budget_steps=1))
     *_, look, ask, tune = (line.split("python ")[-1] for line in capsys.readouterr().out.splitlines())
     (tmp_path / "FILE.txt").write_text("a b\n")
-    for line, config, main in ((look, watch.Config, watch.watch), (ask.replace("FILE", str(tmp_path / "FILE")),
-                                                                   watch.ModelConfig, watch.ask)):
+    for line in (look, ask.replace("FILE", str(tmp_path / "FILE"))):
         said = []
-        main(parse(config, "", shlex.split(line)[1:]), say=said.append)
+        watch.main(parse(watch.Config, "", shlex.split(line)[1:]), say=said.append)
         assert said
     assert parse(finetune_glue.Config, "", shlex.split(tune)[1:]).model == f"{tmp_path}/run/model"
 
