@@ -19,7 +19,6 @@ import dataclasses
 import itertools
 import json
 import os
-import re
 import sys
 import tempfile
 import time
@@ -39,12 +38,10 @@ from kd_losses import AS_RELEASED, PHASED, STRATEGIES
 from model import BertConfig, BertForMaskedLM
 from plumbing.cli import Checked, Count, Length, NotNegative, Share, UserError, run
 from plumbing.report import markdown
+from plumbing.screen import peak_flops
 from step import Arm, autocast, check_teacher, choose_device, flops_per_block, keep_freed_memory, multiplies_in_bf16
 
 PAPERS_RATIO = 1.8
-# Dense bf16 TFLOP/s in the vendors' data sheets, by words of the device's name; the first entry that fits counts
-PEAKS = {"H100 PCIe": 756, "H100 NVL": 835, "H200 NVL": 835, "H100": 989, "H200": 989, "GH200": 989, "B200": 2250,
-         "A100": 312, "A30": 165, "A10": 125, "L40S": 362, "L4": 121}
 
 
 @dataclass
@@ -282,12 +279,6 @@ def row(entry, base, config, peak):
         found |= {"peak GB": f"{entry.peak / 1e9:.2f}"}
         found |= {name: f"{s / whole:.0%}" for name, s in entry.stages.seconds.items()}
     return found
-
-
-def peak_flops(device_name):
-    """Dense bf16 FLOP/s of a device that PEAKS knows, else None."""
-    words = set(re.findall(r"\w+", device_name))
-    return next((peak * 1e12 for key, peak in PEAKS.items() if words.issuperset(key.split())), None)
 
 
 def table(rows):

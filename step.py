@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import Batch, hashed
+from diagnose import d_order, validation
 from kd_losses import STRATEGIES, Context, loss_terms, projections, relation_head_count
 from model import BertConfig, BertForMaskedLM
 from plumbing import checkpoint
@@ -281,6 +282,18 @@ class Arm:
             self.teacher.train(teacher_was)
         return means
 
+    def d_order(self, blocks, special, plain=None, signals=()):
+        """diagnose.d_order of the student, over the blocks of `validate`."""
+        def forward(ids, masked):
+            if signals:
+                raise Stopped
+            with autocast(self.device, self.bf16):
+                return self.student(ids.to(self.device), masked.to(self.device), want=("logits",))["logits"]
+        self.student.eval()
+        found = d_order(forward, validation(blocks, self.config.val_blocks), special, plain)
+        self.student.train(self.strategy.dropout)
+        return found
+
 
 def ready_process(device):
     """What holds for the whole process, not for one arm."""
@@ -414,7 +427,7 @@ def start_from(student, teacher, layers=(), head=True, whole=True):
     """Copies embeddings, LM head and these layers of the teacher, or every so-many-th: 0, 2, 4, ... for half its depth;
     the embeddings alone if not `whole`.  Says what was copied.  `head`: whether the teacher has an LM head."""
     depth, weights, prefix = student.config.num_hidden_layers, teacher.state_dict(), "bert.encoder.layer."
-    layers = layers or [int(i * (teacher.config.num_hidden_layers / depth)) for i in range(depth)]
+    layers = layers or [i * teacher.config.num_hidden_layers // depth for i in range(depth)]
     for name, p in student.state_dict().items():
         if not (name.startswith("bert.embeddings.") or whole and (head or name.startswith(prefix))):
             continue

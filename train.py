@@ -33,7 +33,9 @@ from data import Blocks, TokenDirectory, prefetch
 from kd_losses import AS_RELEASED, phases_of
 from plumbing.budget import Budget, Stages, Stopped, one_budget, stop_signals
 from plumbing.cli import Checked, Count, Length, NotNegative, Positive, Seed, Share, UserError, run, writable
+from plumbing.rehearsal import rehearse
 from plumbing.rundir import Run, contents, finished
+from plumbing.screen import what_next
 from step import Ranks, make_arm, memory_told
 
 FEW_BLOCKS = 32             # under so many validation blocks, a warning
@@ -71,9 +73,12 @@ class Config(Checked):
     weights: str = ""                   # of terms, such as mlm=1,soft_ce=2; default: the strategy's
     kd_every: Count = 1                 # the terms that need the teacher in every so-many-th step only
     val_blocks: Count = 512             # validation blocks
-    val_times: Count = 4                # validations over the budget, the last at its end
+    val_times: Count = 20               # validations over the budget, the last at its end
+    baselines: bool = False             # say where validation stands among what counting reaches (some seconds)
     log_every: Count = 10               # steps per line of log.jsonl
     checkpoint_minutes: Positive = 10.0  # between checkpoints; a fraction is allowed
+    tensorboard: bool = False           # also writes the log as event files, where tensorboard is installed
+    dry_run: bool = False               # only a few steps: memory, speed and what the budget will buy; writes nothing
     fractions: Annotated[str, float, "(0, 1)"] = ""     # parts of the budget, as 0.25,0.5, at which to save models too
     device: str | None = None           # cpu, cuda or cuda:N; default: cuda where there is one, else cpu
     compile: bool | None = None         # torch.compile; default: on CUDA only
@@ -191,7 +196,7 @@ def train(config, now=time.monotonic, say=print, status=None):
     """Runs one strategy to the end of its budget; returns the summary that is also written to the run directory.
 
     The same call goes on where a stopped run's checkpoint is; a finished run is not run again.  `status` gets the
-    record of the last step every two seconds, in place of a printed line."""
+    record of the last step every two seconds, in place of the status line."""
     began = now()
     config.check()
     out, directory = Path(config.out or f"runs/{file_name(config.strategy)}"), TokenDirectory(config.data)
@@ -208,6 +213,8 @@ def train(config, now=time.monotonic, say=print, status=None):
     budget, stages = Budget(total, unit, now=now), Stages(arm.device)
     run = Run(config, out, arm, budget, stages, directory, validation_blocks(directory, config.seq_len, say), say,
               status, writes=ranks.rank == 0)
+    if config.dry_run:
+        return rehearse(run, gradients, stream(blocks, 0, config.batch_size, arm.device), blocks)
     run.resume_or_start(record)
     budget.price = arm.price(unit)
     for cause, seconds in (("compile", arm.warm_up_seconds), ("start-up", now() - began - arm.warm_up_seconds)):
@@ -255,7 +262,9 @@ def train(config, now=time.monotonic, say=print, status=None):
 
 
 def main(config, **options):
-    train(config, **options)
+    summary = train(config, **options)
+    if summary and Ranks().rank == 0:
+        print(what_next(config.out or f"runs/{config.strategy}", config.kind.trains_lm_head))
     if Ranks().size > 1:
         # gloo's threads sometimes abort the process while Python shuts down, after all is written (torch 2.13)
         sys.stdout.flush()

@@ -17,7 +17,7 @@ import math
 import shutil
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
@@ -27,25 +27,24 @@ from torch.nn.utils.rnn import pad_sequence
 
 from plumbing.checkpoint import find_model, load_mlm, read_tokenizer
 from plumbing.cli import UserError, run
+from plumbing.screen import RECENT, amount, changes, spent
 
 UNITS = {"hours": "charged hours", "flops": "FLOPs", "tokens": "tokens", "steps": "steps"}
-NOT_A_TERM = ("step progress seconds lr epoch loss gradient_norm tokens_per_second val flops tokens memory mfu").split()
-RECENT, POINTS, LINES = 30, 500, 10_000     # seconds of a rate; records of a curve; lines of --nearest
+NOT_A_TERM = ("step progress seconds lr epoch loss gradient_norm val d_order flops tokens tokens_per_second memory "
+              "mfu").split()
+PAGE = Path(__file__).parent / "plumbing/page.html"
+POINTS, LINES = 500, 10_000      # records of a curve; lines of --nearest
 WARNING = "Losses of different strategies are different quantities: between runs, only the same term can be compared."
 
 
 @dataclass
 class Config:
-    runs: list[str]             # run directories, or comparisons' directories
+    runs: list[str] = field(default_factory=list)   # run directories, or comparisons' directories
     x: str = "hours"            # the horizontal axis: hours (charged), flops, tokens or steps
     follow: bool = False        # redraw every few seconds, the file of --out too; Ctrl-C ends it
     out: str | None = None      # FILE.html, a page to pass on, or FILE.png, a figure
-
-
-@dataclass
-class ModelConfig:
-    model: str                  # model directory or Hub id
-    sentence: str               # each [MASK] in it is filled
+    model: str | None = None    # instead of runs: a model directory or Hub id, to be asked
+    sentence: str | None = None     # what it is asked: each [MASK] in it is filled
     nearest: str | None = None  # text file: which of its lines are nearest to the sentence?
 
 
@@ -102,7 +101,7 @@ class Run:
                         for k in ("hours", "tokens"))
         self.curves = {name: [r.get(key) for r in kept] for name, key in (
             ("loss", "loss"), *zip(terms, terms, strict=True), ("learning rate", "lr"),
-            ("tokens/s", "tokens_per_second"), ("gradient norm", "gradient_norm"))}
+            ("tokens/s", "tokens_per_second"), ("gradient norm", "gradient_norm"), ("D_order", "d_order"))}
         self.curves["tokens/s"] = [logged or (n / t / 3600 if t > 0 else None) for logged, n, t in
                                    zip(self.curves["tokens/s"], tokens, took, strict=True)]
         for term in dict.fromkeys(term for r in kept for term in r.get("val") or ()):
@@ -135,8 +134,7 @@ class Run:
         found, before = [], {}
         for r in self.records:
             if val := r.get("val"):
-                found.append((r, ", ".join(f"{term} {v:.5g}" + (f" ({v - before[term]:+.2g})" if term in before else "")
-                                           for term, v in val.items())))
+                found.append((r, changes(val, before)))
                 before = val
         return found
 
@@ -163,12 +161,6 @@ def find(paths):
 
 # ----------------------------------------------------------------------------------------------------- terminal
 
-def amount(value, unit):
-    if unit == "hours":
-        return f"{value * 3600:.0f} s" if value < 1 / 6 else f"{int(value)}:{int(value * 60) % 60:02} h"
-    return f"{value:.3g} FLOPs" if unit == "flops" else f"{value:,.0f} {unit}"
-
-
 def sparkline(points, end, width=24):
     """The means of y over `width` equal parts of 0..end, as far as the points reach."""
     parts, line, level = {}, "", " "
@@ -188,15 +180,12 @@ def facts(run, unit, end):
         return {"run": run.name, "state": "starting: no line in its log yet"}
     now, last, val = run.latest, run.records[-1], run.validations()
     rate = run.summary.get("tokens_per_second") or now.get("tokens_per_second") or run.rate("tokens")
-    spent, speed = run.at(last, run.unit), run.rate(run.unit)
-    so_far, total = amount(spent, run.unit), amount(run.total, run.unit)
-    if so_far.split()[1] == total.split()[1]:
-        so_far = so_far.split()[0]
+    used, speed = run.at(last, run.unit), run.rate(run.unit)
     age = (time.time() - (run.path / "log.jsonl").stat().st_mtime) / 3600
     return {"run": run.name, "state": "finished" if run.summary else f"last line {amount(age, 'hours')} ago",
-            "spent": f"{so_far} of {total}, {spent / run.total:.1%}",
+            "spent": spent(used, run.total, run.unit),
             **({UNITS[unit]: amount(run.at(last, unit), unit)} if unit != run.unit else {}),
-            "left": "" if run.summary or speed <= 0 else amount(max(0, run.total - spent) / speed / 3600, "hours"),
+            "left": "" if run.summary or speed <= 0 else amount(max(0, run.total - used) / speed / 3600, "hours"),
             "loss": f"{now['loss']:.5g}" if "loss" in now else "",
             "terms": ", ".join(f"{term} {value:.5g}" for term, value in run.terms.items()),
             "tokens/s": f"{rate:,.0f}",
@@ -307,8 +296,8 @@ def page(runs, comparisons, names, unit):
     data = [dict(name=each.name, axes=each.axes, curves=each.curves, **look)
             for each, look in zip(runs, styles(runs), strict=True)]
     data = json.dumps(dict(runs=data, markers=MARKERS)).replace("<", "\\u003c")     # no name ends the script element
-    return "\n".join((
-        HEAD, *(part for path in comparisons for part in comparison(path)),
+    body = "\n".join((
+        *(part for path in comparisons for part in comparison(path)),
         "<h2>Runs</h2>", as_html(*table(runs, unit)),
         f"<p>Written {time.strftime('%Y-%m-%d %H:%M')}. {WARNING}</p><p><label>against <select>",
         *(f'<option value="{u}"{" selected" * (u == unit)}>{UNITS[u]}</option>' for u in known), "</select></label>",
@@ -316,87 +305,17 @@ def page(runs, comparisons, names, unit):
           f"</label>" for each in runs), '</p><div class="grid">',
         *(f'<figure data-curve="{escape(name)}"><figcaption>{escape(name)}</figcaption><svg viewBox="0 0 440 250">'
           f"</svg><output></output></figure>" for name in names),
-        f'</div><script type="application/json" id="data">{data}</script>', SCRIPT))
-
-
-# No request leaves the page (the policy), and an error in its script is shown on it
-HEAD = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>nanoKD: runs</title>
-<meta http-equiv="Content-Security-Policy"
-      content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:">
-<style>
-body { font: 15px/1.45 system-ui, sans-serif; max-width: 1380px; margin: 1.5rem auto; padding: 0 1rem; color: #222 }
-div { overflow-x: auto } table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums }
-td, th { border-bottom: 1px solid #ddd; padding: .25rem .6rem; text-align: left; vertical-align: top }
-label { margin-right: 1.2rem; white-space: nowrap } img { max-width: 100% } p, li { max-width: 75em }
-.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(380px, 1fr)); gap: 1rem } figure { margin: 0 }
-svg text { font: 11px sans-serif; fill: #444 } .key { vertical-align: middle } figcaption { font-weight: 600 }
-output { display: block; min-height: 1.5em; font-size: 13px } [role=alert] { color: #b00; font-weight: 600 }
-</style><body><h1>nanoKD</h1><script>
-addEventListener("error", e => {
-  const line = document.body.appendChild(document.createElement("p"))
-  line.setAttribute("role", "alert")
-  line.textContent = `script error: ${e.message}`
-})
-</script>"""
-SCRIPT = """<script>
-const {runs, markers} = JSON.parse(document.getElementById("data").textContent)
-const [W, H, L, R, T, B] = [440, 250, 58, 12, 8, 38]    // the drawing: width, height, margins
-const axis = document.querySelector("select"), boxes = [...document.querySelectorAll("input")]
-const odd = v => v && (Math.abs(v) < 1e-3 || Math.abs(v) >= 1e6)
-const say = v => odd(v) ? (+v.toPrecision(5)).toExponential().replace("e+", "e") : `${+v.toPrecision(6)}`
-const range = values => values.reduce(([low, high], v) => [Math.min(low, v), Math.max(high, v)], [Infinity, -Infinity])
-function add(parent, name, attributes, text = "") {
-  const e = parent.appendChild(document.createElementNS("http://www.w3.org/2000/svg", name))
-  for (const key in attributes) e.setAttribute(key, attributes[key])
-  e.textContent = text
-}
-function ticks([low, high]) {                           // three to six round numbers
-  const rough = (high - low) / 4, power = 10 ** Math.floor(Math.log10(rough)), found = []
-  const step = power * ([1, 2, 5].find(m => m * power >= rough) || 10)
-  for (let k = Math.ceil(low / step); k * step <= high; k++) found.push(+(k * step).toPrecision(12))
-  return found
-}
-function line(svg, run, i, points) {                    // with some markers, not where the other runs have theirs
-  const pen = {stroke: run.colour, "stroke-width": 1.4}, every = Math.ceil(points.length / 6)
-  add(svg, "polyline", {...pen, points: points.join(" "), fill: "none", "stroke-dasharray": run.dash.join(" ")})
-  for (let k = i * 2 % every; k < points.length; k += every)
-    add(svg, "path", {...pen, d: markers[run.marker], transform: `translate(${points[k]})`, fill: "white"})
-}
-function draw(figure) {
-  const svg = figure.querySelector("svg"), lines = runs.map((run, i) => (run.curves[figure.dataset.curve] || [])
-    .map((y, k) => [run.axes[axis.value][k], y]).filter(([, y]) => boxes[i].checked && y !== null))
-  const xs = range([0, ...lines.flat().map(p => p[0])]), ys = range(lines.flat().map(p => p[1]))
-  const margin = (ys[1] - ys[0]) * 0.04 || Math.abs(ys[1]) / 10 || 1, low = ys[0] - margin, high = ys[1] + margin
-  const X = x => +(L + x / (xs[1] || 1) * (W - L - R)).toFixed(1)
-  const Y = y => +(H - B - (y - low) / (high - low) * (H - T - B)).toFixed(1)
-  svg.replaceChildren()
-  if (!lines.flat().length) return
-  for (const y of ticks([low, high])) {
-    add(svg, "path", {d: `M${L},${Y(y)}H${W - R}`, stroke: "#e4e4e4"})
-    add(svg, "text", {x: L - 6, y: Y(y) + 4, "text-anchor": "end"}, say(y))
-  }
-  for (const x of ticks(xs)) {
-    add(svg, "path", {d: `M${X(x)},${T}V${H - B}`, stroke: "#e4e4e4"})
-    add(svg, "text", {x: X(x), y: H - B + 15, "text-anchor": "middle"}, say(x))
-  }
-  add(svg, "text", {x: (L + W) / 2, y: H - 5, "text-anchor": "middle"}, axis.selectedOptions[0].text)
-  lines.forEach((points, i) => points.length && line(svg, runs[i], i, points.map(([x, y]) => [X(x), Y(y)])))
-  svg.onpointermove = e => {                            // the nearest point's numbers, under the curves
-    const at = new DOMPoint(e.clientX, e.clientY).matrixTransform(svg.getScreenCTM().inverse())
-    const far = ([x, y]) => Math.hypot(X(x) - at.x, Y(y) - at.y)
-    const all = lines.flatMap((points, i) => points.map(p => [far(p), `${runs[i].name}: ${say(p[1])} at ${say(p[0])}`]))
-    figure.querySelector("output").textContent = all.reduce((a, b) => b[0] < a[0] ? b : a)[1]
-  }
-}
-const redraw = () => document.querySelectorAll("figure").forEach(draw)
-document.querySelectorAll(".key").forEach((svg, i) => line(svg, runs[i], 0, [[4, 6], [20, 6], [36, 6]]))
-document.addEventListener("change", redraw)
-redraw()
-</script>"""
+        f'</div><script type="application/json" id="data">{data}</script>'))
+    return PAGE.read_text(encoding="utf-8").replace("<!--body-->", body)
 
 
 # -------------------------------------------------------------------------------------------------------- main
+
+def main(config, say=print):
+    if bool(config.runs) == bool(config.model) or bool(config.model) != bool(config.sentence):
+        raise UserError("give run directories, as  python watch.py runs/*,  or --model MODEL and --sentence TEXT")
+    (ask if config.model else watch)(config, say)
+
 
 def watch(config, say=print):
     file = Path(config.out) if config.out else None
@@ -498,7 +417,4 @@ def ask(config, say=print):
 
 
 if __name__ == "__main__":
-    if any(argument.startswith("--model") for argument in sys.argv):
-        run(ask, ModelConfig, __doc__)
-    else:
-        run(watch, Config, __doc__)
+    run(main, Config, __doc__)

@@ -2,7 +2,8 @@
 
 A script holds one dataclass, one field per line with its default and a trailing comment; `parse` turns each
 field into a long flag whose help is that comment (`peak_lr: float = 1e-3  # ...` -> `--peak-lr`), a field of
-type `list` into positional arguments.  Abbreviated and unknown flags are errors.
+type `list` into positional arguments (at least one, unless it has a default).  Abbreviated and unknown
+flags are errors.
 
 What a field allows stands in its annotation, and a dataclass that inherits from `Checked` cannot be made with anything
 else, whether by a command line or in code:
@@ -163,7 +164,8 @@ def parse(cls, doc, argv=None):
         if field.default not in (None, dataclasses.MISSING):
             text += f" [{field.default}]"
         if typing.get_origin(kind) is list:
-            parser.add_argument(field.name, nargs="+", metavar=field.name.upper(), help=text)
+            empty = field.default_factory is not dataclasses.MISSING
+            parser.add_argument(field.name, nargs="*" if empty else "+", metavar=field.name.upper(), help=text)
         elif kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help=text)
             others |= {flag, f"--no-{flag[2:]}"}

@@ -6,16 +6,17 @@ end, summary.json.
 import contextlib
 import dataclasses
 import json
-import math
 import signal
 import time
 
 import torch
 
+from diagnose import counting, validation, where_it_stands
 from plumbing import checkpoint
 from plumbing.budget import Stopped
 from plumbing.cli import UserError, numbers
 from plumbing.files import read_json, sha256, write_json
+from plumbing.screen import Screen, changes
 
 
 def contents(directory, teacher=None):
@@ -28,16 +29,28 @@ def contents(directory, teacher=None):
     return found
 
 
+NOT_THE_RUN = ("out", "checkpoint_minutes", "baselines", "tensorboard", "dry_run")   # may differ when it goes on
+
+
 def finished(record, out):
     """The summary if the run of this very record has finished in `out`, None if it has not; another one is refused."""
     if not (out / "summary.json").exists() and not list(out.glob("checkpoint*.pt")):
         return None
     before = read_json(out / "config.json")
     differ = [k if k.startswith("contents") else f"{k} ({before.get(k)} there, {v} here)" for k, v in record.items()
-              if before.get(k, v if k.startswith("contents") else None) != v and k not in ("out", "checkpoint_minutes")]
+              if before.get(k, v if k.startswith("contents") else None) != v and k not in NOT_THE_RUN]
     if differ:
         raise UserError(f"{out} holds a run of another configuration: {', '.join(differ)}: give another --out")
     return read_json(out / "summary.json") if (out / "summary.json").exists() else None
+
+
+def event_writer():
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard needs tensorboard: pip install tensorboard, or leave the flag out: "
+                        "python watch.py shows the same curves") from None
+    return SummaryWriter
 
 
 class Run:
@@ -45,10 +58,11 @@ class Run:
 
     def __init__(self, config, out, arm, budget, stages, directory, val_blocks, say, status=None, writes=True):
         self.config, self.out, self.arm, self.budget, self.stages = config, out, arm, budget, stages
-        self.directory, self.val_blocks, self.say, self.status = directory, val_blocks, say, status
-        self.validations, self.seconds, self.teacher_mlm, self.vals = 0, 0.0, None, []  # vals: at the phases' ends
-        self.said, self.saved = -math.inf, time.monotonic()
-        self.writes = writes
+        self.directory, self.val_blocks, self.screen = directory, val_blocks, Screen(arm, budget, say, status)
+        self.validations, self.seconds, self.teacher_mlm, self.d_order = 0, 0.0, None, None
+        self.baselines, self.val, self.vals, self.say = {}, {}, [], self.screen.say     # vals: at the phases' ends
+        self.saved, self.writes = time.monotonic(), writes
+        self.event_writer = event_writer() if config.tensorboard else None
 
     def resume_or_start(self, record):
         state = checkpoint.load_run(self.out, self.say)
@@ -70,6 +84,7 @@ class Run:
             write_json(self.out / "config.json", record)
             checkpoint.cut_log(self.out / "log.jsonl", budget.steps)
             self.log = (self.out / "log.jsonl").open("a", buffering=1)
+            self.events = self.event_writer and self.event_writer(self.out, purge_step=budget.steps + 1)
 
     def next_phase(self, signals):
         """Ends the phase and enters the next one that has a share left; nothing of it is on the clock."""
@@ -92,24 +107,29 @@ class Run:
         with self.budget.pause("validation"):
             if self.arm.teacher and self.arm.teacher_has_head and self.teacher_mlm is None:
                 self.teacher_mlm = self.arm.validate(self.val_blocks, model=self.arm.teacher)["mlm"]
-            describe(self.arm, self.arm.validate(self.val_blocks), self.budget.steps, self.teacher_mlm, self.say)
+            self.val = self.arm.validate(self.val_blocks)
+            describe(self.arm, self.val, self.budget.steps, self.teacher_mlm, self.say)
+            if self.config.baselines:
+                losses, _ = counting(self.directory, validation(self.val_blocks, self.config.val_blocks))
+                self.baselines = {name: float(loss.mean()) for name, loss in losses.items()}
+                self.say("counting reaches: " + ", ".join(f"{name} {v:.3f}" for name, v in self.baselines.items()))
+        self.screen.mark()
 
     def after_step(self, record, signals):
         """Log, status line, validation, fractions, checkpoint: each where it is due."""
         with self.budget.pause("checkpoints"):
             if not self.writes:
                 return
+            self.screen.mark()
             if record["step"] % self.config.log_every == 0:
-                self.write(record)
-            if time.monotonic() - self.said > 2:
-                self.said = time.monotonic()
-                (self.status or self.say_status)(record)
+                self.write(record | self.screen.speed())
+            self.screen.show(record)
         due = self.config.val_times * self.budget.progress              # the last one is the summary's
         if self.validations + 1 <= min(due, self.config.val_times - 1):
             val = self.validate(signals)
             self.validations += 1
             with self.budget.pause("checkpoints"):
-                self.write(dict(record, val=val))
+                self.write(record | self.measured(val))
         with self.budget.pause("checkpoints"):
             for fraction in numbers(self.config.fractions):
                 if self.budget.progress >= fraction and not (self.out / f"model-{fraction:g}").exists():
@@ -117,14 +137,32 @@ class Run:
             if time.monotonic() - self.saved >= 60 * self.config.checkpoint_minutes:
                 self.checkpoint()
 
-    def validate(self, signals):
+    def validate(self, signals=()):
+        """{term: mean over the validation blocks}; and the line that says it, with D_order of what has an LM head."""
+        if not self.writes:
+            return None
         with self.budget.pause("validation"):
-            return self.arm.validate(self.val_blocks, signals) if self.writes else None
+            before, self.val = self.val, self.arm.validate(self.val_blocks, signals)
+            if self.arm.strategy.trains_lm_head:
+                self.d_order = self.arm.d_order(self.val_blocks, self.directory.special, self.val.get("mlm"), signals)
+            stands = self.baselines and "mlm" in self.val and where_it_stands(self.val["mlm"], self.baselines)
+            self.say(f"at {self.budget.progress:.1%}, step {self.budget.steps:,}: {changes(self.val, before)}"
+                     + (f", {stands}" if stands else "")
+                     + (f", D_order {self.d_order:z.2f}" if self.d_order is not None else ""))
+        return self.val
+
+    def measured(self, val):
+        """What the log and the summary hold of a validation."""
+        return dict(val=val, d_order=self.d_order) if self.d_order is not None else dict(val=val)
 
     def write(self, record):
         if len(self.arm.phases) > 1:
             record = dict(record, phase=self.arm.number + 1)
         self.log.write(json.dumps(record) + "\n")
+        if self.events:
+            for name, value in (record | {f"val_{k}": v for k, v in record.get("val", {}).items()}).items():
+                if name not in ("step", "val") and ("val" not in record or name.startswith(("val_", "d_order"))):
+                    self.events.add_scalar(name, value, record["step"])
 
     def checkpoint(self):
         if not self.writes:
@@ -141,9 +179,6 @@ class Run:
         checkpoint.save_model(self.out / name, self.arm.student, self.directory.read_tokenizer(),
                               self.arm.strategy.trains_lm_head, card)
 
-    def say_status(self, record):
-        self.say(status(record, self.arm.strategy.terms, self.config, self.stages))
-
     @contextlib.contextmanager
     def stopped_by(self, signals):
         """Stopped inside becomes a checkpoint of the last finished step, and the exit status of the signal."""
@@ -155,6 +190,8 @@ class Run:
             self.say(f"stopped by signal {number:d} after step {self.budget.steps}: the same command goes on from "
                      f"there")
             raise SystemExit(128 + number) from None
+        finally:
+            self.screen.close()
 
     def finish(self, blocks, charged, val, processes):
         """Writes and returns the summary: what was trained, what it cost, what came out."""
@@ -170,12 +207,15 @@ class Run:
             unique_tokens=min(blocks.count, steps * config.batch_size) * config.seq_len,
             budget={budget.unit: budget.total}, overshoot=spent / budget.total - 1, charged_seconds=charged,
             tokens_per_second=tokens / charged, charged=self.stages.seconds, uncharged=budget.uncharged,
-            teacher_share=self.stages.seconds.get("teacher", 0.0) / charged, val=val, teacher_mlm=self.teacher_mlm,
-            device=str(arm.device), ranks=processes, bf16=arm.bf16, torch=torch.__version__, phases=phases)
+            teacher_share=self.stages.seconds.get("teacher", 0.0) / charged, **self.measured(val),
+            teacher_mlm=self.teacher_mlm, baselines=self.baselines, device=str(arm.device), ranks=processes,
+            bf16=arm.bf16, torch=torch.__version__, phases=phases)
         if self.writes:
             self.checkpoint()
-            self.write(dict(step=steps, progress=1.0, seconds=charged, val=val))
+            self.write(dict(step=steps, progress=1.0, seconds=charged, **self.measured(val)))
             self.log.close()
+            if self.events:
+                self.events.close()
             self.save_model("model", model_card(config, summary))
             write_json(self.out / "summary.json", summary)
             self.tell(summary)
@@ -243,16 +283,3 @@ def describe(arm, val, step, teacher_mlm, say):
             + (f"; ignored: {', '.join(arm.teacher_ignored)}" if arm.teacher_ignored else ""))
     for name, term in strategy.terms.items():
         say(f"  {term.weight:g} x {name:8} {val[name]:9.4f} at step {step}   {term.about}")
-
-
-def status(record, terms, config, stages):
-    rate = record["step"] * config.batch_size * config.seq_len / max(record["seconds"], 1e-9)
-    left = f"{record['seconds'] * (1 / record['progress'] - 1):.0f} s left" if record["progress"] > 1e-3 else "started"
-    whole = max(sum(stages.seconds.values()), 1e-9)
-    shares = " ".join(f"{stage} {stages.seconds[stage] / whole:.0%}"
-                      for stage in ("data", "teacher", "student") if stage in stages.seconds)
-    return (f"step {record['step']:6} {record['progress']:6.1%} lr {record['lr']:.2e} "
-            + " ".join(f"{name} {record[name]:.4f}" for name in terms if name in record)
-            + f" {rate:,.0f} tok/s ({shares}) {left}")
-
-

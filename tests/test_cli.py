@@ -19,6 +19,7 @@ import data
 import finetune_glue
 import prepare
 import train
+import watch
 from plumbing import cli
 
 ROOT = Path(train.__file__).parent
@@ -65,7 +66,7 @@ def test_what_a_field_does_not_allow_is_refused_in_code_and_on_the_command_line(
         assert str(refused.value) == message
 
 
-@pytest.mark.parametrize("script", [prepare, data, train, finetune_glue, compare, bench_throughput])
+@pytest.mark.parametrize("script", [prepare, data, train, finetune_glue, compare, bench_throughput, watch])
 def test_every_flag_has_help(script, capsys):
     with pytest.raises(SystemExit) as e:
         cli.parse(script.Config, script.__doc__, ["--help"])

@@ -140,13 +140,13 @@ def test_bad_input_is_one_clear_line(made, change, message):
     assert "\n" not in str(e.value)
 
 
-def test_the_two_command_lines(capsys):
+def test_the_two_command_lines():
     assert cli.parse(watch.Config, "", ["a", "b", "--x", "tokens"]) == watch.Config(["a", "b"], "tokens")
-    assert cli.parse(watch.ModelConfig, "", ["--model", "m", "--sentence", "s"]) == watch.ModelConfig("m", "s")
-    for config in (watch.Config, watch.ModelConfig):
-        with pytest.raises(SystemExit):
-            cli.parse(config, watch.__doc__, ["--help"])
-    assert "page to pass on" in capsys.readouterr().out
+    asked = cli.parse(watch.Config, "", ["--model", "m", "--sentence", "s"])
+    assert asked == watch.Config(model="m", sentence="s") and asked.runs == []
+    for wrong in ({}, dict(runs=["a"], model="m", sentence="s"), dict(model="m"), dict(runs=["a"], sentence="s")):
+        with pytest.raises(UserError, match="^give run directories"):
+            watch.main(watch.Config(**wrong))
 
 
 def test_the_figure_is_written_and_its_absence_explained(made, tmp_path, monkeypatch):
@@ -251,7 +251,8 @@ def test_another_axis_a_hidden_run_and_the_numbers_under_the_pointer(comparison,
 
 
 def test_a_browser_would_show_an_error_of_the_script(comparison, browse, tmp_path, monkeypatch):
-    monkeypatch.setattr(watch, "SCRIPT", watch.SCRIPT.replace("redraw()\n</script>", "nonsense()\n</script>"))
+    (tmp_path / "page.html").write_text(watch.PAGE.read_text().replace("redraw()\n</script>", "nonsense()\n</script>"))
+    monkeypatch.setattr(watch, "PAGE", tmp_path / "page.html")
     shown(comparison, out=str(tmp_path / "x.html"))
     dom, console = browse(tmp_path / "x.html")
     assert 'role="alert"' in dom and "nonsense is not defined" in dom and console
@@ -261,7 +262,7 @@ def test_a_browser_would_show_an_error_of_the_script(comparison, browse, tmp_pat
 
 def asked(**config):
     lines = []
-    watch.ask(watch.ModelConfig(**{"nearest": None} | config), say=lines.append)
+    watch.main(watch.Config(**config), say=lines.append)
     return lines
 
 

@@ -1,0 +1,197 @@
+"""What a run says: on a terminal, in a pipe, in its log; the recent rate; where a validation stands."""
+import datetime
+import io
+import json
+import re
+import runpy
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import diagnose
+import finetune_glue
+import train
+import watch
+from data import TokenDirectory
+from plumbing import rehearsal, screen
+from plumbing.budget import Budget
+from plumbing.cli import UserError, parse
+from plumbing.screen import Screen
+
+ROOT = Path(train.__file__).parent
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def screen_at(monkeypatch):
+    """(a Screen of a run of 100 blocks of 10 tokens a step over 10 hours, goes(charged seconds, steps), its lines)."""
+    at, said = [0.0], []
+    monkeypatch.setattr(screen.time, "monotonic", lambda: at[0])
+    budget = Budget(10, "hours")
+    arm = SimpleNamespace(config=SimpleNamespace(batch_size=100, seq_len=10), device=torch.device("cpu"), bf16=False)
+    shown = Screen(arm, budget, said.append)
+    shown.mark()
+
+    def goes(seconds, steps=1):
+        at[0], budget.seconds, budget.steps = at[0] + seconds, budget.seconds + seconds, budget.steps + steps
+        shown.mark()
+        shown.show(dict(step=budget.steps, loss=2.0, gradient_norm=1.5))
+    return shown, goes, said
+
+
+def test_the_rate_is_that_of_the_last_half_minute_so_a_stall_shows(screen_at):
+    shown, goes, _ = screen_at
+    for _ in range(1000):
+        goes(1)
+        assert shown.speed() == {"tokens_per_second": 1000.0} and len(shown.recent) <= screen.RECENT + 1
+    goes(21)
+    assert shown.speed()["tokens_per_second"] == pytest.approx(1000 / 3, abs=0.1)      # 10 steps in 30 s
+    for _ in range(40):
+        goes(1)
+    assert shown.speed()["tokens_per_second"] == 1000
+
+
+def test_a_pipe_gets_one_line_a_minute_with_progress_time_left_loss_and_rate(screen_at):
+    _, goes, said = screen_at
+    for _ in range(3600):
+        goes(1)
+    assert len(said) == 60
+    assert said[-1] == "step 3,541, 0:59 of 10:00 h, 9.8%, 9:00 h left, loss 2.0000, 1,000 tokens/s, gradient 1.5"
+
+
+def test_on_cuda_memory_and_mfu(screen_at, monkeypatch):
+    shown, goes, said = screen_at
+    shown.cuda, shown.peak, shown.arm.flops = True, 1e12, (1.5e9, 0.5e9)
+    shown.arm.ranks = SimpleNamespace(size=2)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5_000_000_000)
+    goes(1)
+    assert shown.speed() == {"tokens_per_second": 1000, "memory": 5_000_000_000, "mfu": 0.1}    # 100 x 2e9 in a second
+    assert "1,000 tokens/s, 5.0 GB, MFU 10%" in said[0]
+
+
+def test_a_terminal_keeps_validations_and_rewrites_one_line(tiny, monkeypatch):
+    out = Terminal()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(screen.time, "monotonic", iter(range(0, 10 ** 6, 2)).__next__)
+    train.train(tiny(budget_steps=6, val_times=3))
+    kept = [line.rsplit("\r", 1)[-1] for line in out.getvalue().split("\n")]
+    assert [line[:9] for line in kept if line.startswith("at ")] == ["at 33.3%,", "at 66.7%,", "at 100.0%"]
+    assert any(line.startswith("finished") for line in kept) and not any("left" in line for line in kept)
+    shown = [text for text in out.getvalue().split("\r") if "left" in text]
+    assert len(shown) >= 6 and "of 6 steps" in shown[0] and "6 of 6 steps, 100.0%" in shown[-1]
+
+
+def test_a_pipe_sees_no_carriage_return_and_where_a_validation_stands(tiny, corpus, tmp_path, capsys):
+    summary = train.train(tiny(budget_steps=40, val_times=2, baselines=True))
+    said, err = capsys.readouterr()
+    assert not err and "\r" not in said and said.count(" left, ") == 1
+    first, last = (line for line in said.splitlines() if line.startswith("at "))
+    assert re.fullmatch(r"at 50.0%, step 20: mlm \d.\d+ \(-\d.*\), (better|worse|between) .*, D_order -?0.\d\d", first)
+    config = SimpleNamespace(model=str(tmp_path / "run/model"), seq_len=32)
+    directory = TokenDirectory(corpus)
+    forward = diagnose.masked_lm(config, directory)
+    batch = diagnose.validation(train.validation_blocks(directory, 32), 8)
+    counted = {name: losses.mean() for name, losses in diagnose.counting(directory, batch)[0].items()}
+    order = diagnose.d_order(forward, batch, directory.special)
+    assert summary["d_order"] == pytest.approx(order, abs=1e-4) and summary["baselines"] == pytest.approx(counted)
+    assert f", {diagnose.where_it_stands(summary['val']['mlm'], counted)}, D_order {order:z.2f}" in last
+    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    validations = [record for record in log if "val" in record]
+    assert [r["step"] for r in validations] == [20, 40] and validations[1]["d_order"] == summary["d_order"]
+    change = validations[1]["val"]["mlm"] - validations[0]["val"]["mlm"]
+    assert f"mlm {summary['val']['mlm']:.5g} ({change:+.2g})" in last
+    assert all(record["tokens_per_second"] > 0 for record in log if "val" not in record)
+
+
+def test_what_trains_no_lm_head_has_no_order_to_measure(tiny, tmp_path):
+    said = []
+    summary = train.train(tiny(strategy="minilm", budget_steps=2, baselines=True), say=said.append)
+    assert "d_order" not in summary and not any("D_order" in line or "between" in line for line in said)
+
+
+def test_what_is_only_said_may_differ_when_a_run_goes_on(tiny):
+    first = train.train(tiny(budget_steps=1), say=lambda line: None)
+    assert train.train(tiny(budget_steps=1, baselines=True), say=lambda line: None) == first
+
+
+@pytest.mark.parametrize("strategy", ["no_kd", "minilm"])
+def test_a_dry_run_says_what_the_budget_buys_and_writes_nothing(tiny, tmp_path, monkeypatch, strategy):
+    monkeypatch.setattr(rehearsal, "SECONDS", 0)
+    before, said = sorted(tmp_path.rglob("*")), []
+    config = tiny(strategy=strategy, budget_steps=None, budget_flops=3e8, val_times=3)
+    assert train.train(replace(config, dry_run=True), say=said.append) is None
+    assert sorted(tmp_path.rglob("*")) == before
+    summary = train.train(config, say=lambda line: None)
+    memory, speed, buys = said[-3:]
+    assert re.fullmatch(r"memory: \d+\.\d of \d+\.\d GB on cpu: it fits", memory)
+    assert re.fullmatch(r"speed: [\d,]+ tokens/s, \S+ s a step, measured over 1", speed) and "2L32" in said[0]
+    assert f"buys {summary['steps']:,} steps, {summary['tokens']:,} tokens, {summary['epochs']:.3g} epochs" in buys
+    assert "to 3 validations" in buys and str(datetime.date.today().year) in buys
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 39e9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=40e9))
+    assert rehearsal.memory(torch.device("cuda")) == "39.0 of 40.0 GB on cuda: hardly anything is left: give a " \
+                                                     "smaller --micro-batch"
+
+
+def test_a_time_budget_buys_what_the_measured_speed_makes_of_it(tiny, monkeypatch):
+    monkeypatch.setattr(rehearsal, "SECONDS", 0.05)
+    said = []
+    train.train(tiny(budget_steps=None, budget_hours=2, dry_run=True), say=said.append)
+    seconds, steps = float(re.search(r"(\S+) s a step", said[-2])[1]), said[-1].split(" buys ")[1].split(" steps")[0]
+    assert int(steps.replace(",", "")) == pytest.approx(7200 / seconds, rel=0.01) and " in 2:00 h, " in said[-1]
+
+
+def test_tensorboard_gets_every_number_of_the_log_or_is_named(tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UserError, match="pip install tensorboard"):
+        train.train(tiny(tensorboard=True), say=lambda line: None)
+    assert not (tmp_path / "run").exists()
+    got = []
+
+    class Writer:
+        def __init__(self, directory, purge_step):
+            got.append((directory, purge_step))
+
+        def add_scalar(self, name, value, step):
+            got.append((name, value, step))
+
+        def close(self):
+            got.append("closed")
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    train.train(tiny(tensorboard=True, budget_steps=4, val_times=2), say=lambda line: None)
+    first, *got, last = got
+    assert first == (tmp_path / "run", 1) and last == "closed"
+    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    expected = [(k, v, r["step"]) for r in log if "val" not in r for k, v in r.items() if k != "step"]
+    expected += [(k, v, r["step"]) for r in log if "val" in r
+                 for k, v in (("val_mlm", r["val"]["mlm"]), ("d_order", r["d_order"]))]
+    assert sorted(got) == sorted(expected)
+
+
+@pytest.mark.parametrize("strategy", ["no_kd", "minilm"])
+def test_the_last_lines_are_commands_that_work(tiny, tmp_path, capsys, strategy):
+    train.main(tiny(strategy=strategy, budget_steps=1))
+    *_, look, ask, tune = (line.split("python ")[-1] for line in capsys.readouterr().out.splitlines())
+    (tmp_path / "FILE.txt").write_text("a b\n")
+    for line in (look, ask.replace("FILE", str(tmp_path / "FILE"))):
+        said = []
+        watch.main(parse(watch.Config, "", shlex.split(line)[1:]), say=said.append)
+        assert said
+    assert parse(finetune_glue.Config, "", shlex.split(tune)[1:]).model == f"{tmp_path}/run/model"
+
+
+@pytest.mark.parametrize("file", [f"{folder}/{f.name}" for folder in (".", "plumbing")
+                                  for f in sorted((ROOT / folder).glob("*.py"))])
+def test_nothing_that_other_systems_lack_is_imported_at_the_top(file, monkeypatch):
+    for name in ("fcntl", "resource", "termios", "tty", "pty", "pwd", "grp", "syslog", "tensorboard", "matplotlib"):
+        monkeypatch.setitem(sys.modules, name, None)
+    runpy.run_path(str(ROOT / file), run_name="read_again")
