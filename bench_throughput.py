@@ -76,7 +76,7 @@ class Config(Checked):
         config = dataclasses.replace(
             self, device=str(device), batch_size=batch, micro_batch=self.micro_batch or min(batch, 256),
             compile=device.type == "cuda" if self.compile is None else self.compile,
-            bf16=multiplies_in_bf16(device) if self.bf16 is None else self.bf16, strategies=",".join(["no_kd", *names]))
+            bf16=multiplies_in_bf16(device, self.bf16), strategies=",".join(["no_kd", *names]))
         for name in config.strategies.split(","):
             config.of_arm(name).check()
         for package in (self.baseline, self.figure and "matplotlib"):

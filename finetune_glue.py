@@ -36,7 +36,7 @@ from plumbing import checkpoint
 from plumbing.cli import Checked, Count, Counts, Positives, Seed, Share, UserError, run, writable
 from plumbing.files import sha256, share, write_json, write_whole
 from plumbing.glue import PAPER, TASKS, Task, evaluate, parse_tasks, read_task
-from step import choose_device, multiplies_in_bf16
+from step import autocast, choose_device, multiplies_in_bf16
 from train import learning_rate
 
 
@@ -56,6 +56,8 @@ class Config(Checked):
     out: str | None = None                  # directory of trials and glue.json; default: runs/glue/MODEL
     save: bool = False                      # keep each trial's classifier too, a model directory beside its scores
     device: str | None = None               # cpu, cuda or cuda:N; default: cuda where there is one, else cpu
+    compile: bool = False                   # torch.compile of the training step, once for all lengths
+    bf16: bool | None = None                # bf16 autocast; default: where the hardware multiplies in bf16
 
 
 QUICK = (32, 5e-5)         # --quick: batch and learning rate
@@ -109,7 +111,7 @@ def batches(lengths, batch_size, epochs, seed):
         yield from (epoch[at] for at in rng.permutation(len(epoch)))
 
 
-def finetune(model, examples, labels, batch_size, epochs, peak_lr, seed, pad_id, name=""):
+def finetune(model, examples, labels, batch_size, epochs, peak_lr, seed, pad_id, name="", bf16=False, compiled=False):
     """Trains in place: cross-entropy for classes, mean squared error for scores.  Returns the loss of each step."""
     device = next(model.parameters()).device
     decay = [p for p in model.parameters() if p.ndim > 1]
@@ -119,10 +121,11 @@ def finetune(model, examples, labels, batch_size, epochs, peak_lr, seed, pad_id,
     total, losses = epochs * -(-len(examples) // batch_size), []
     order = batches(np.array([e.shape[1] for e in examples]), batch_size, epochs, seed)
     model.train()
+    run = torch.compile(model, fullgraph=True, dynamic=True) if compiled else model
     for step, picked in enumerate(tqdm(order, desc=name, total=total, leave=False, disable=None)):
         torch.manual_seed(int(hashed(seed, step) >> np.uint64(1)))                          # dropout
-        with torch.autocast(device.type, torch.bfloat16, enabled=multiplies_in_bf16(device)):
-            logits = forward(model, [examples[i] for i in picked], pad_id).float()          # (B, num_labels)
+        with autocast(device, bf16):
+            logits = forward(run, [examples[i] for i in picked], pad_id).float()            # (B, num_labels)
         y = torch.from_numpy(labels[picked]).to(device)
         loss = F.mse_loss(logits[:, 0], y) if y.is_floating_point() else F.cross_entropy(logits, y)
         loss.backward()
@@ -184,7 +187,8 @@ def fit(setup, file, batch, lr, seed):
     began, pad_id = time.monotonic(), setup.tokenizer.token_to_id("[PAD]")
     num_labels = 1 if task.labels == () else len(task.labels or ()) or int(y.max()) + 1
     model = checkpoint.load_classifier(setup.path, num_labels, seed, config.dropout).to(device)
-    losses = finetune(model, x, y, batch, config.epochs, lr, seed, pad_id, file.stem)
+    losses = finetune(model, x, y, batch, config.epochs, lr, seed, pad_id, file.stem,
+                      multiplies_in_bf16(device, config.bf16), config.compile)
     logits, scores, collapsed = [], {}, False
     for (x, y), where in zip(dev, ("", " mismatched"), strict=False):       # two dev sets: MNLI
         logits.append(predict(model, x, pad_id))
@@ -207,7 +211,7 @@ def run_trials(setup, out, points):
     # the examples as the model sees them: another TSV, tokenizer or max_len makes another trial
     examples = hashlib.sha256(b"".join(a.tobytes() for x, y in setup.parts.values() for a in (*x, y)))
     settings = dict(model=setup.digests, examples=examples.hexdigest()[:16],
-                    epochs=config.epochs, dropout=config.dropout, bf16=multiplies_in_bf16(setup.device))
+                    epochs=config.epochs, dropout=config.dropout, bf16=multiplies_in_bf16(setup.device, config.bf16))
     files = [out / f"{setup.name}-b{batch}-lr{lr:g}-seed{seed}.json" for batch, lr, seed in points]
     again = sum(file.exists() and not finished(file, settings, config.save) for file in files)
     if again:

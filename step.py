@@ -81,7 +81,7 @@ class Arm:
         self.teacher_has_head, self.teacher_ignored = teacher is not None and has_head, ignored
         self.device, self.ranks = next(student.parameters()).device, Ranks()
         self.accumulate = config.batch_size // (config.micro_batch * self.ranks.size)       # micro-batches a step
-        self.bf16 = multiplies_in_bf16(self.device) if config.bf16 is None else config.bf16
+        self.bf16 = multiplies_in_bf16(self.device, config.bf16)
         self.peak_lr = config.peak_lr if config.peak_lr is not None else self.strategy.peak_lr
         student_c, teacher_c = student.config, teacher.config if teacher else student.config
         self.strategy = self.strategy.between(student_c.num_hidden_layers, teacher_c.num_hidden_layers,
@@ -383,7 +383,10 @@ def flops_per_block(config, student, teacher=None):
     return of_step.get_total_flops() - teacher_flops, teacher_flops
 
 
-def multiplies_in_bf16(device):
+def multiplies_in_bf16(device, asked=None):
+    """What --bf16 asks for; else whether the hardware multiplies in bf16."""
+    if asked is not None:
+        return asked
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -348,6 +349,22 @@ def test_every_example_is_used_once_an_epoch_beside_others_of_its_length():
     assert not np.array_equal(np.concatenate(first), np.concatenate(second))
     padded = sum(len(b) * lengths[b].max() for b in first)
     assert padded < 1.1 * lengths.sum()
+
+
+def test_a_compiled_step_is_one_graph_for_all_lengths_and_the_same_training(teacher, monkeypatch):
+    from torch._dynamo.utils import counters
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    counters.clear()
+    rng = np.random.default_rng(0)
+    examples, y = examples_of(rng.integers(4, 32, 46)), rng.integers(0, 2, 46)
+    losses = []
+    for compiled in (False, True, True):                                # the second trial finds the first one's graph
+        model = checkpoint.load_classifier(teacher, 2, seed=0, dropout=0.0)
+        losses.append(ft.finetune(model, examples, y, 8, 3, 1e-3, 0, 0, compiled=compiled))
+        ft.predict(model, examples, 0)                                  # as it is: in fp32, eager
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    assert losses[1] == losses[2] == pytest.approx(losses[0], rel=1e-5)
 
 
 @pytest.mark.parametrize("num_labels", [3, 1])
