@@ -184,18 +184,22 @@ class TransformersArm(Arm):
         if self.compiled:                                               # graph breaks and all
             self.run_student, self.run_teacher = torch.compile(student), teacher and torch.compile(teacher)
 
-    def forward(self, ids, masked, labels, stages=None):
-        everything = dict(output_hidden_states=True, output_attentions=True)
+    EVERYTHING = dict(output_hidden_states=True, output_attentions=True)
+
+    def teacher_forward(self, batch):
         if not self.teacher:
-            labels = torch.full_like(ids, -100).scatter(1, masked, labels.view_as(masked))
-            with autocast(self.device, self.bf16):
-                return self.run_student(ids, labels=labels).loss, {}
+            return {}
         with torch.no_grad():
-            t = self.run_teacher(ids, **everything)
-        if stages:
-            stages.mark("teacher")
+            return self.run_teacher(batch.ids, **self.EVERYTHING)
+
+    def student_forward(self, batch):
+        labels = torch.full_like(batch.ids, -100).scatter(1, batch.masked, batch.labels.view_as(batch.masked))
         with autocast(self.device, self.bf16):
-            s = self.run_student(ids, **everything)
+            return self.run_student(batch.ids, **self.EVERYTHING if self.teacher else dict(labels=labels))
+
+    def loss(self, s, t, labels):
+        if not self.teacher:
+            return s.loss, {}
         pairs = [(s.attentions[-1], t.attentions[-1]), *((s.hidden_states[i], t.hidden_states[i]) for i in (0, -1))]
         return sum(mse_loss(a.float(), b.float()) for a, b in pairs), {}
 

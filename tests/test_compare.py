@@ -241,8 +241,8 @@ def test_the_task_holds_validation_documents_alone_and_splits_them(tmp_path, mon
 @pytest.mark.parametrize("changes, message", [
     (dict(data=None, tasks=None, budget_steps=None), "without --data"),
     (dict(teacher=None), "--data needs --teacher"),
-    (dict(budget_steps=None), "exactly one of"),
-    (dict(budget_hours="4"), "exactly one of"),
+    (dict(budget_steps=None), "exactly one budget"),
+    (dict(budget_hours="4"), "exactly one budget"),
     (dict(unique_tokens="all,few"), "--unique-tokens few"),
     (dict(unique_tokens="600,600"), "--unique-tokens 600,600: one is given twice"),
     (dict(unique_tokens="all,1e12"), "--unique-tokens 1000000000000"),

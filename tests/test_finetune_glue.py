@@ -556,15 +556,16 @@ WRONG = [
      "dev.tsv (MNLI: dev_matched.tsv, dev_mismatched.tsv)"),
     (None, dict(tasks="rte", glue_dir="none"), "--glue-dir none: no such directory"),
     (None, dict(tasks="rte", glue_dir="t/dev.tsv"), "--glue-dir t/dev.tsv: no such directory"),
-    (None, dict(out="t/dev.tsv"), "--out t/dev.tsv: no directory can be made there (Not a directory)"),
-    (None, dict(out="t/dev.tsv/out"), "--out t/dev.tsv/out: no directory can be made there (Not a directory)"),
+    (None, dict(out="t/dev.tsv"), "--out t/dev.tsv: no directory to write in: t/dev.tsv: Not a directory"),
+    (None, dict(out="t/dev.tsv/out"), "--out t/dev.tsv/out: no directory to write in: {here}/t/dev.tsv: Not a "
+     "directory"),
     (None, dict(model="m/config.json"), "m/config.json cannot be read as a model directory: m/config.json: Not a "
      "directory"),
     (None, dict(model="none/of/them"), "none/of/them is neither a model directory nor a Hub id (no such directory)"),
     (None, dict(model="t"), "t is not a model directory (no config.json)"),
     (lambda m, t: (m / "tokenizer.json").write_text('{"version": "1.0", "trunc'), {}, "m/tokenizer.json is not the "
-     "vocabulary of a BERT, or is damaged (neither a vocabulary on this disk nor one on the Hub (EOF while parsing a "
-     "string at line 1 column 25))"),
+     "vocabulary of a BERT, or is damaged (cannot be read (EOF while parsing a string at line 1 column 25): "
+     "give a vocab.txt or a tokenizer.json that can)"),
     (lambda m, t: (m / "config.json").write_text("[1, 2]"), {}, "m/config.json is not a JSON object (cannot "
      "convert dictionary update sequence element #0 to a sequence)"),
     (lambda m, t: spoiled_config(m, hidden_size="wide"), {},
@@ -590,6 +591,7 @@ def test_wrong_inputs_are_refused_in_one_line_before_anything_runs(spoil, change
         spoil(Path("m"), Path("t"))
     with pytest.raises(UserError) as e:
         ft.score(config_of("m", Path("t"), **(dict(tasks="own=t", out="out") | change)))
+    line = line.replace("{here}", str(task.parent))
     assert str(e.value) == line if " " in line else line in str(e.value)
     assert "\n" not in str(e.value) and not Path("out").exists()
 

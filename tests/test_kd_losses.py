@@ -364,8 +364,6 @@ def test_the_terms_and_weights_of_each_strategy(name, expected):
 def test_a_strategy_computes_its_formula_from_the_outputs():
     """The terms pick the right tensors: each strategy's total against the losses called by hand, of the layers that
     its text or its released code names (in a real run: test_promises.py)."""
-    assert {name: strategy.layers for name, strategy in EVERY} == dict.fromkeys(dict(EVERY), (-1,)) | {
-        "tinybert as released": (-1, 0)}
     torch.manual_seed(1)
     every = ["embedding", "logits", *((kind, i) for kind in ("qkv", "hidden") for i in range(4))]
     s, t, labels = side(12, every), side(12, every), torch.randint(0, V, (M,))

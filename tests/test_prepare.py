@@ -467,7 +467,7 @@ def test_a_second_prepare_with_the_same_out_is_refused(raw, vocab, tmp_path, mon
     capsys.readouterr()
     assert make(tmp_path / "out", raw, vocab=vocab) == first
     said = [line for line in capsys.readouterr().err.splitlines() if "locked" in line]
-    assert said == [f"{tmp_path / 'out'} cannot be locked here: start no second prepare.py with the same --out"]
+    assert said == [f"{tmp_path / 'out'} cannot be locked here: let no second process work on it"]
 
 
 @pytest.mark.parametrize("changes, expected", [
