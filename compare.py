@@ -54,8 +54,10 @@ from step import (
     Arm,
     check_teacher,
     choose_device,
+    fitting_micro_batch,
     flops_per_block,
     initial_student,
+    memory_told,
     multiplies_in_bf16,
     ready_process,
     student_shape,
@@ -85,7 +87,7 @@ class Config(Checked):
     heads: Count | None = None          # attention heads; default: width / 64
     seq_len: Length = 128               # positions in a block
     batch_size: Count = 1024            # blocks per optimizer step
-    micro_batch: Count = 256            # blocks per forward pass
+    micro_batch: Count | None = None    # blocks per forward pass, of every arm; default: as train.py's
     dropout: Share = 0.1                # of every arm
     val_blocks: Count = 512             # validation blocks
     val_times: Count = 4                # validations over the budget
@@ -97,6 +99,15 @@ class Config(Checked):
     device: str | None = None           # cpu, cuda or cuda:N; default: cuda where there is one, else cpu
     compile: bool | None = None         # torch.compile; default: pretraining on CUDA only
     bf16: bool | None = None            # bf16 autocast; default: where the hardware multiplies in bf16
+
+    def for_machine(self):
+        """The same with one micro-batch for all runs: that of the runs which are there, else train.py's default."""
+        if self.micro_batch:
+            return self
+        file = Path(self.out, "inputs.json")
+        before = read_json(file).get("--micro-batch") if file.exists() else None
+        micro = before or fitting_micro_batch(choose_device(self.device), self.batch_size)
+        return dataclasses.replace(self, micro_batch=micro)
 
 
 # What every run of a comparison takes from its command line as it stands there
@@ -178,6 +189,7 @@ def finetuning(config, model, out, seed=0):
 
 # -------------------------------------------------------------------------------------------- time and progress
 
+@memory_told
 def step_seconds(config, directory, teacher):
     """Seconds of one optimizer step of this run on this machine, by trying: with random weights, on a CPU with a
     smaller micro-batch.  `teacher`: its BertConfig."""
@@ -474,6 +486,7 @@ def main(config):
         config = prepare_built_in(config)
     elif config.tasks is None and config.glue_dir:
         config = dataclasses.replace(config, tasks=finetune_glue.Config.tasks)
+    config = config.for_machine()
     plan = Plan(config)
     if config.tasks is None:
         config = plan.config = prepare_built_in(config)

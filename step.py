@@ -60,9 +60,11 @@ class WithProjections(torch.nn.Module):
 
 
 def memory_told(main):
-    """Decorator of a main(config, ...): a device without memory left is one line that says what to do."""
+    """Decorator of a main(config, ...), which gets config.for_machine(), where --micro-batch is chosen if it is not
+    given: a device without memory left is one line that names it."""
     @functools.wraps(main)
     def told(config, *args, **named):
+        config = config.for_machine()
         try:
             return main(config, *args, **named)
         except torch.OutOfMemoryError as e:
@@ -70,6 +72,14 @@ def memory_told(main):
             raise UserError(f"--micro-batch {config.micro_batch} does not fit into the device's memory: give a smaller "
                             f"one ({first})") from None
     return told
+
+
+def fitting_micro_batch(device, batch_size):
+    """--micro-batch where none is given, the same for every arm: what the device's memory holds (docs/gpu.md), and a
+    divisor of what each process does of a batch."""
+    large = device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory >= 80e9
+    share = max(1, batch_size // Ranks().size)
+    return next(m for m in range(min(1024 if large else 256, share), 0, -1) if share % m == 0)
 
 
 class Arm:

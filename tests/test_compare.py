@@ -261,6 +261,15 @@ def test_wrong_arguments_are_refused_before_anything_runs(small, tmp_path, chang
     assert not (tmp_path / "out").exists()
 
 
+def test_one_micro_batch_for_all_runs_and_the_same_when_they_go_on(small, tmp_path, monkeypatch):
+    for chosen, taken in ((4, 4), (2, 4)):
+        monkeypatch.setattr(compare, "fitting_micro_batch", lambda device, batch, chosen=chosen: chosen)
+        compare.main(small(strategies="no_kd,tinybert", micro_batch=None))
+        files = [tmp_path / "out/inputs.json", *(tmp_path / "out/runs").glob("*/config.json")]
+        recorded = [json.loads(file.read_text()) for file in files]
+        assert [r.get("--micro-batch", r.get("micro_batch")) for r in recorded] == [taken] * 3
+
+
 def test_device_compilation_and_precision_reach_the_runs_the_estimates_and_fine_tuning(small, tmp_path, monkeypatch):
     """Compiled runs are estimated compiled; fine-tuning is compiled where it is asked for; inputs.json has it all."""
     made, scored = [], []

@@ -2,7 +2,10 @@
 import contextlib
 import json
 import math
+import os
 import shutil
+import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -152,8 +155,31 @@ def test_a_device_without_memory_is_one_line_that_names_the_micro_batch(tiny, mo
     def spoilt(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation")
     monkeypatch.setattr(Arm, method, spoilt)
-    with pytest.raises(UserError, match=r"--micro-batch 4 .*smaller one \(CUDA out of memory.*GiB\.\)$"):
-        train.train(tiny(micro_batch=4), **QUIET)
+    for given, named in ((4, 4), (None, 8)):
+        with pytest.raises(UserError, match=rf"--micro-batch {named} .*smaller one \(CUDA out of memory.*GiB\.\)$"):
+            train.train(tiny(micro_batch=given), **QUIET)
+
+
+@pytest.mark.parametrize("memory, batch, ranks, micro", [
+    (None, 1024, 1, 256), (None, 10, 1, 10), (None, 1000, 1, 250), (15.8e9, 1024, 1, 256), (85.0e9, 1024, 1, 1024),
+    (85.0e9, 2048, 1, 1024), (85.0e9, 64, 1, 64), (85.0e9, 1024, 8, 128), (15.8e9, 1024, 2, 256), (15.8e9, 3, 8, 1)])
+def test_the_micro_batch_is_what_the_device_takes_and_divides_the_batch(memory, batch, ranks, micro, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=memory))
+    device = torch.device("cuda", 0) if memory else torch.device("cpu")
+    assert step_module.fitting_micro_batch(device, batch) == micro
+
+
+def test_a_run_keeps_its_micro_batch_on_another_device(tiny, tmp_path, monkeypatch):
+    """It seeds dropout: chosen anew, what follows would be another run's."""
+    config, kill = tiny(micro_batch=None, budget_steps=2), lambda record: os.kill(os.getpid(), signal.SIGTERM)
+    for chosen, status in ((4, kill), (2, None), (1, None)):            # stopped, finished, found finished
+        monkeypatch.setattr(train, "fitting_micro_batch", lambda device, batch, chosen=chosen: chosen)
+        with pytest.raises(SystemExit) if status else contextlib.nullcontext():
+            summary = train.train(config, status=status, **QUIET)
+    assert summary["steps"] == 2
+    assert json.loads((tmp_path / "run/config.json").read_text())["micro_batch"] == 4
+    assert "--micro-batch 4" in (tmp_path / "run/model/README.md").read_text()
 
 
 @pytest.mark.parametrize("strategy", [name for name, s in STRATEGIES.items() if s.needs("teacher")])
