@@ -10,7 +10,9 @@ import dataclasses
 import functools
 import os
 import re
+import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,6 +26,7 @@ from model import BertConfig, BertForMaskedLM
 from plumbing import checkpoint
 from plumbing.budget import Stopped
 from plumbing.cli import UserError
+from plumbing.files import lock
 
 
 class Ranks:
@@ -289,6 +292,23 @@ def choose_device(name=None):
                         + (f"one below cuda:{gpus}, or fewer processes" if gpus else "--device cpu"))
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
+
+
+def gpu_uuid(device):
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
+
+
+@contextlib.contextmanager
+def alone(device, unit):
+    """Under an hour budget: of two runs of one user on one GPU each would get a part of its hours, so the second is
+    refused.  Not on a CPU, whose cores can be shared out."""
+    uuid = gpu_uuid(device) if unit == "hours" else None
+    file = Path(tempfile.gettempdir(), f"nanokd-{getattr(os, 'getuid', int)()}-{uuid}.lock")
+    with lock(file) if uuid else contextlib.nullcontext(True) as ours:
+        if not ours:
+            raise UserError(f"--budget-hours: another run under an hour budget is on {device} ({uuid}), and each would "
+                            f"get a part of its hours: wait for it, or give another --device, or --budget-flops")
+        yield
 
 
 def student_shape(config, directory):

@@ -32,7 +32,7 @@ from kd_losses import AS_RELEASED, STRATEGIES
 from plumbing.budget import Budget, Stages, Stopped, one_budget, stop_signals
 from plumbing.cli import Checked, Count, Length, NotNegative, Positive, Seed, Share, UserError, run, writable
 from plumbing.rundir import Run, begun, contents, finished
-from step import Ranks, choose_device, fitting_micro_batch, make_arm, memory_told
+from step import Ranks, alone, choose_device, fitting_micro_batch, make_arm, memory_told
 
 FEW_BLOCKS = 32             # under so many validation blocks, a warning
 
@@ -159,7 +159,8 @@ def train(config, now=time.monotonic, say=print, status=None):
     if summary := finished(record, out):
         say(f"{out} is finished: nothing to do")
         return summary
-    writable(out)
+    with alone(choose_device(config.device), config.budget[0]):         # refused now, not after minutes of compilation
+        writable(out)
     arm, ranks = make_arm(config, directory), Ranks()
     directory.verify()
     say = say if ranks.rank == 0 else lambda line: None
@@ -177,7 +178,7 @@ def train(config, now=time.monotonic, say=print, status=None):
     batches = stream(blocks, budget.steps, config.batch_size, arm.device)
     budget.start()
     stages.mark(None)
-    with stop_signals() as signals, run.stopped_by(signals):
+    with alone(arm.device, unit), stop_signals() as signals, run.stopped_by(signals):
         while budget.progress < 1 or not budget.steps:
             batch = next(batches)
             names, values = gradients(arm, batch, budget.steps, stages)

@@ -182,6 +182,22 @@ def test_a_run_keeps_its_micro_batch_on_another_device(tiny, tmp_path, monkeypat
     assert "--micro-batch 4" in (tmp_path / "run/model/README.md").read_text()
 
 
+def test_two_runs_under_an_hour_budget_do_not_share_a_gpu(tiny, tmp_path, monkeypatch):
+    """Told by its uuid; the second is refused before it writes anything.  Other budgets may share."""
+    monkeypatch.setattr(step_module, "gpu_uuid", lambda device: "GPU-of-a-test")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    hours, refused = dict(budget_steps=None, budget_hours=1e-5, out=str(tmp_path / "hours")), []
+
+    def second(record):
+        with pytest.raises(UserError, match=r"on cpu \(GPU-of-a-test\).*another --device, or --budget-flops$") as e:
+            train.train(tiny(**hours | dict(out=str(tmp_path / "second"))), **QUIET)
+        refused.append(str(e.value))
+        train.train(tiny(budget_steps=1, out=str(tmp_path / "steps")), **QUIET)
+    train.train(tiny(**hours), status=second, **QUIET)
+    assert len(refused) == 1 and "\n" not in refused[0] and not (tmp_path / "second").exists()
+    train.train(tiny(**hours | dict(out=str(tmp_path / "second"))), **QUIET)
+
+
 @pytest.mark.parametrize("strategy", [name for name, s in STRATEGIES.items() if s.needs("teacher")])
 def test_the_teacher_gets_no_gradient_and_has_no_dropout(tiny, corpus, strategy):
     arm = make_arm(tiny(strategy=strategy, dropout=0.1), TokenDirectory(corpus))
@@ -365,7 +381,7 @@ def test_a_stage_has_nothing_to_do_for_copied_layers(tiny, narrow_teacher, corpu
 
 @pytest.mark.parametrize("teacher_layers, given, expected", [(12, None, -1), (24, None, 20), (24, -1, -1), (12, 3, 3)])
 def test_minilmv2_takes_the_21st_of_24_layers(teacher_layers, given, expected):
-    config = train.Config(strategy="minilmv2", budget_steps=1, teacher_layer=given)
+    config = train.Config(strategy="minilmv2", budget_steps=1, micro_batch=1, teacher_layer=given)
     with torch.device("meta"):
         arm = Arm(config, BertForMaskedLM(BertConfig.of_size("2L64")),
                         BertForMaskedLM(BertConfig.of_size(f"{teacher_layers}L128")))
