@@ -20,6 +20,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ from plumbing import checkpoint
 from plumbing.cli import Checked, Count, Counts, Positives, Seed, Share, UserError, run, writable
 from plumbing.files import sha256, share, write_json, write_whole
 from plumbing.glue import PAPER, TASKS, Task, evaluate, parse_tasks, read_task
-from step import autocast, choose_device, multiplies_in_bf16
+from step import autocast, choose_device, moved, multiplies_in_bf16
 from train import learning_rate
 
 
@@ -84,10 +85,12 @@ def cut(tokenizer, sentences, examples, max_len):
     return sum(e.shape[1] > max_len for e in encode(tokenizer, full, max_len + 1))
 
 
-def pad(examples, pad_id):
-    """(ids, real, token_types), each (B, S) with S the longest of these examples; token_types None if all are 0."""
+def pad(examples, pad_id, multiple=1, limit=math.inf):
+    """(ids, real, token_types), each (B, S) with S the longest of these examples, or the next multiple up to the limit;
+    token_types None if all are 0."""
     lengths = np.array([e.shape[1] for e in examples])
-    ids, types = np.full((len(examples), lengths.max()), pad_id), np.zeros((len(examples), lengths.max()), np.int64)
+    shape = len(examples), min(-(-lengths.max() // multiple) * multiple, limit)
+    ids, types = np.full(shape, pad_id), np.zeros(shape, np.int64)
     for row, type_row, example in zip(ids, types, examples, strict=True):
         row[:example.shape[1]], type_row[:example.shape[1]] = example
     real = np.arange(ids.shape[1]) < lengths[:, None]
@@ -96,7 +99,9 @@ def pad(examples, pad_id):
 
 def forward(model, examples, pad_id):
     device = next(model.parameters()).device
-    return model(*(x if x is None else x.to(device) for x in pad(examples, pad_id)))
+    multiple = 8 if device.type == "cuda" else 1        # attention masks aligned, fewer shapes
+    padded = pad(examples, pad_id, multiple, model.config.max_position_embeddings)
+    return model(*(x if x is None else moved(x, device) for x in padded))
 
 
 def batches(lengths, batch_size, epochs, seed):
@@ -126,7 +131,7 @@ def finetune(model, examples, labels, batch_size, epochs, peak_lr, seed, pad_id,
         torch.manual_seed(int(hashed(seed, step) >> np.uint64(1)))                          # dropout
         with autocast(device, bf16):
             logits = forward(run, [examples[i] for i in picked], pad_id).float()            # (B, num_labels)
-        y = torch.from_numpy(labels[picked]).to(device)
+        y = moved(torch.from_numpy(labels[picked]), device)
         loss = F.mse_loss(logits[:, 0], y) if y.is_floating_point() else F.cross_entropy(logits, y)
         loss.backward()
         for group in optimizer.param_groups:
@@ -142,13 +147,9 @@ def predict(model, examples, pad_id, batch_size=64):
     """(n, num_labels) logits, in the examples' order; in fp32, where they do not depend on the batch size."""
     model.eval()
     order = np.argsort([e.shape[1] for e in examples], kind="stable")
-    logits = [None] * len(examples)
-    for at in range(0, len(order), batch_size):
-        picked = order[at:at + batch_size]
-        rows = forward(model, [examples[i] for i in picked], pad_id).float().cpu().numpy()
-        for i, row in zip(picked, rows, strict=True):
-            logits[i] = row
-    return np.nan_to_num(np.stack(logits))     # a run that diverged predicts one class, and is flagged
+    rows = torch.cat([forward(model, [examples[i] for i in order[at:at + batch_size]], pad_id)
+                      for at in range(0, len(order), batch_size)]).float().cpu().numpy()
+    return np.nan_to_num(rows[np.argsort(order)])       # a run that diverged predicts one class, and is flagged
 
 
 # --------------------------------------------------------------------------------------------------------- trials

@@ -175,10 +175,8 @@ class Arm:
         self.optimizer.zero_grad(set_to_none=True)
 
     def to_device(self, batch):
-        def tensor(a):
-            t = torch.from_numpy(a)
-            return t.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else t
-        return Batch(tensor(batch.ids), tensor(batch.masked), tensor(batch.labels).flatten())
+        ids, masked, labels = (moved(torch.from_numpy(a), self.device) for a in batch)
+        return Batch(ids, masked, labels.flatten())
 
     def teacher_forward(self, batch):
         """What the strategy compares of the teacher; {} where it has no need of one."""
@@ -268,6 +266,11 @@ def keep_freed_memory():
         mallopt, trim_threshold, mmap_max = ctypes.CDLL("libc.so.6").mallopt, -1, -4        # malloc.h
         mallopt(trim_threshold, -1)
         mallopt(mmap_max, 0)
+
+
+def moved(t, device):
+    """The tensor on the device; nobody waits for a copy to a GPU."""
+    return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)
 
 
 def autocast(device, bf16):
