@@ -39,7 +39,17 @@ from model import BertConfig, BertForMaskedLM
 from plumbing.cli import Checked, Count, Length, NotNegative, Share, UserError, run
 from plumbing.report import markdown
 from plumbing.screen import peak_flops
-from step import Arm, autocast, check_teacher, choose_device, flops_per_block, keep_freed_memory, multiplies_in_bf16
+from step import (
+    Arm,
+    autocast,
+    check_teacher,
+    choose_device,
+    fitting_micro_batch,
+    flops_per_block,
+    keep_freed_memory,
+    memory_told,
+    multiplies_in_bf16,
+)
 
 PAPERS_RATIO = 1.8
 
@@ -57,7 +67,7 @@ class Config(Checked):
     loader: bool = False                # instead: the data loader alone, batches of 1024 blocks on one core
     seq_len: Length = 128               # S, positions in a block
     batch_size: Count | None = None     # blocks per optimizer step; default: 1024 on CUDA, else 16
-    micro_batch: Count | None = None    # blocks per forward pass; default: 256, or the batch if it is smaller
+    micro_batch: Count | None = None    # blocks per forward pass; default: as train.py's
     dropout: Share = 0.1                # as train.py's
     seconds: NotNegative = 120.0        # of measuring; 3 rounds at least
     device: str | None = None           # cpu, cuda or cuda:N; default: cuda where there is one, else cpu
@@ -72,9 +82,10 @@ class Config(Checked):
         batch = self.batch_size or (1024 if device.type == "cuda" else 16)
         names = [name for name in self.strategies.split(",") if name != "no_kd"]
         config = dataclasses.replace(
-            self, device=str(device), batch_size=batch, micro_batch=self.micro_batch or min(batch, 256),
+            self, device=str(device), batch_size=batch,
+            micro_batch=self.micro_batch or fitting_micro_batch(device, batch),
             compile=device.type == "cuda" if self.compile is None else self.compile,
-            bf16=multiplies_in_bf16(device) if self.bf16 is None else self.bf16, strategies=",".join(["no_kd", *names]))
+            bf16=multiplies_in_bf16(device, self.bf16), strategies=",".join(["no_kd", *names]))
         for name in config.strategies.split(","):
             config.of_arm(name).check()
         for package in (self.baseline, self.figure and "matplotlib"):
@@ -300,8 +311,8 @@ def figure(rows, path):
     fig.savefig(path, dpi=150)
 
 
+@memory_told
 def main(config):
-    config = config.for_machine()
     blocks = Blocks(RandomTokens(config.vocab_size), "train", config.seq_len, seed=0)
     if config.loader:
         print(f"loader_tokens_per_second: {loader_rate(blocks):,.0f} (one thread, batches of 1024 x "

@@ -53,7 +53,18 @@ from plumbing.cli import (
 from plumbing.demonstration import built_in_task, demonstrated, look
 from plumbing.files import read_json, share, write_json, write_whole
 from plumbing.rundir import contents
-from step import Arm, check_teacher, choose_device, flops_per_block, initial_student, student_shape
+from step import (
+    Arm,
+    check_teacher,
+    choose_device,
+    fitting_micro_batch,
+    flops_per_block,
+    initial_student,
+    memory_told,
+    multiplies_in_bf16,
+    ready_process,
+    student_shape,
+)
 
 
 @dataclass
@@ -80,7 +91,7 @@ class Config(Checked):
     heads: Count | None = None          # attention heads; default: width / 64
     seq_len: Length = 128               # positions in a block
     batch_size: Count = 1024            # blocks per optimizer step
-    micro_batch: Count = 256            # blocks per forward pass
+    micro_batch: Count | None = None    # blocks per forward pass, of every arm; default: as train.py's
     dropout: Share = 0.1                # of every arm
     val_blocks: Count = 512             # validation blocks
     val_times: Count = 4                # validations over the budget
@@ -90,10 +101,23 @@ class Config(Checked):
     finetune_lrs: Positives = "1e-5,3e-5,5e-5,8e-5"  # ... times peak learning rates
     finetune_epochs: Count = 5          # passes over the training examples
     max_len: Annotated[int, "[8, inf)"] = 128       # ids an example is cut to
+    device: str | None = None           # cpu, cuda or cuda:N; default: cuda where there is one, else cpu
+    compile: bool | None = None         # torch.compile; default: pretraining on CUDA only
+    bf16: bool | None = None            # bf16 autocast; default: where the hardware multiplies in bf16
+
+    def for_machine(self):
+        """The same with one micro-batch for all runs: that of the runs which are there, else train.py's default."""
+        if self.micro_batch:
+            return self
+        file = Path(self.out, "inputs.json")
+        before = read_json(file).get("--micro-batch") if file.exists() else None
+        micro = before or fitting_micro_batch(choose_device(self.device), self.batch_size)
+        return dataclasses.replace(self, micro_batch=micro)
 
 
 # What every run of a comparison takes from its command line as it stands there
-SHARED = ("data", "size", "heads", "seq_len", "batch_size", "micro_batch", "dropout", "val_blocks", "val_times")
+SHARED = ("data", "size", "heads", "seq_len", "batch_size", "micro_batch", "dropout", "val_blocks", "val_times",
+          "device", "compile", "bf16")
 
 
 # ----------------------------------------------------------------------------------------------------------- plan
@@ -176,17 +200,20 @@ def finetuning(config, model, out, seed=0):
     return finetune_glue.Config(
         model=str(model), glue_dir=config.glue_dir, tasks=config.tasks, batch_sizes=config.finetune_batch_sizes,
         peak_lrs=config.finetune_lrs, seeds=config.finetune_seeds, first_seed=1 + seed * config.finetune_seeds,
-        epochs=config.finetune_epochs, max_len=config.max_len, out=str(out))
+        epochs=config.finetune_epochs, max_len=config.max_len, out=str(out), device=config.device,
+        compile=bool(config.compile), bf16=config.bf16)
 
 
 # -------------------------------------------------------------------------------------------- time and progress
 
+@memory_told
 def step_seconds(config, directory, teacher, tries=1):
-    """Seconds of one optimizer step of this run on this machine, the median of so many tries: eager, with random
-    weights, on a CPU with a smaller micro-batch.  `teacher`: its BertConfig."""
-    device = choose_device()
+    """Seconds of one optimizer step of this run on this machine, the median of so many tries: with random weights,
+    on a CPU with a smaller micro-batch.  `teacher`: its BertConfig."""
+    device = choose_device(config.device)
+    ready_process(device)
     micro = config.micro_batch if device.type == "cuda" else min(config.micro_batch, 16)
-    arm = Arm(dataclasses.replace(config, micro_batch=micro, compile=False),
+    arm = Arm(dataclasses.replace(config, batch_size=micro, micro_batch=micro),
               BertForMaskedLM(student_shape(config, directory)).to(device),
               BertForMaskedLM(teacher).to(device) if config.needs_teacher else None, phase=len(config.phases) - 1)
     arm.make_optimizer()
@@ -236,17 +263,18 @@ def duration(seconds):
 def finetuning_seconds(plan, directory, texts):
     """Seconds of fine-tuning one student on every task with every trial, by trying a few batches of each task with
     random weights."""
-    config, tokenizer, device = plan.config, directory.read_tokenizer(), choose_device()
+    config, tokenizer, device = plan.config, directory.read_tokenizer(), choose_device(plan.config.device)
     points = finetune_glue.grid(finetuning(config, "", ""))
     batch, trials = points[0][0], config.finetune_seeds + (len(points) if len(points) > 1 else 0)
     model, seconds = BertForSequenceClassification(student_shape(plan.runs[0], directory), 2).to(device), 0.0
     for parts in texts.values():
         (sentences, _), *dev = parts.values()
         examples = finetune_glue.encode(tokenizer, sentences[:4 * batch], config.max_len)
-        args, pad_id = (examples, np.zeros(len(examples), np.int64), batch, 1, 1e-5, 0), directory.special["[PAD]"]
-        finetune_glue.finetune(model, *args, pad_id)                    # the first time warms up
+        pad_id, bf16 = directory.special["[PAD]"], multiplies_in_bf16(device, config.bf16)
+        args = (examples, np.zeros(len(examples), np.int64), batch, 1, 1e-5, 0, pad_id, "", bf16, bool(config.compile))
+        finetune_glue.finetune(model, *args)                            # the first time warms up
         began = time.perf_counter()
-        finetune_glue.finetune(model, *args, pad_id)                    # reads its losses, so waits for the device
+        finetune_glue.finetune(model, *args)                            # reads its losses, so waits for the device
         trained = time.perf_counter()
         finetune_glue.predict(model, examples, pad_id)
         scored = time.perf_counter() - trained
@@ -533,6 +561,7 @@ def main(config):
         raise UserError("--data needs --teacher with it: a model directory, a Hub id, or train")
     elif config.tasks is None and config.glue_dir:
         config = dataclasses.replace(config, tasks=finetune_glue.Config.tasks)
+    config = config.for_machine()
     plan = Plan(config)
     if config.tasks is None:
         config = plan.config = dataclasses.replace(config, tasks=built_in_task(out))

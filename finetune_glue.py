@@ -20,6 +20,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ from plumbing import checkpoint
 from plumbing.cli import Checked, Count, Counts, Positives, Seed, Share, UserError, run, writable
 from plumbing.files import sha256, share, write_json, write_whole
 from plumbing.glue import PAPER, TASKS, Task, evaluate, parse_tasks, read_task
-from step import choose_device, decay_groups, multiplies_in_bf16
+from step import autocast, choose_device, decay_groups, moved, multiplies_in_bf16
 from train import learning_rate
 
 
@@ -56,6 +57,8 @@ class Config(Checked):
     out: str | None = None                  # directory of trials and glue.json; default: runs/glue/MODEL
     save: bool = False                      # keep each trial's classifier too, a model directory beside its scores
     device: str | None = None               # cpu, cuda or cuda:N; default: cuda where there is one, else cpu
+    compile: bool = False                   # torch.compile of the training step, once for all lengths
+    bf16: bool | None = None                # bf16 autocast; default: where the hardware multiplies in bf16
 
 
 QUICK = (32, 5e-5)         # --quick: batch and learning rate
@@ -82,10 +85,12 @@ def cut(tokenizer, sentences, examples, max_len):
     return sum(e.shape[1] > max_len for e in encode(tokenizer, full, max_len + 1))
 
 
-def pad(examples, pad_id):
-    """(ids, real, token_types), each (B, S) with S the longest of these examples; token_types None if all are 0."""
+def pad(examples, pad_id, multiple=1, limit=math.inf):
+    """(ids, real, token_types), each (B, S) with S the longest of these examples, or the next multiple up to the limit;
+    token_types None if all are 0."""
     lengths = np.array([e.shape[1] for e in examples])
-    ids, types = np.full((len(examples), lengths.max()), pad_id), np.zeros((len(examples), lengths.max()), np.int64)
+    shape = len(examples), min(-(-lengths.max() // multiple) * multiple, limit)
+    ids, types = np.full(shape, pad_id), np.zeros(shape, np.int64)
     for row, type_row, example in zip(ids, types, examples, strict=True):
         row[:example.shape[1]], type_row[:example.shape[1]] = example
     real = np.arange(ids.shape[1]) < lengths[:, None]
@@ -94,7 +99,9 @@ def pad(examples, pad_id):
 
 def forward(model, examples, pad_id):
     device = next(model.parameters()).device
-    return model(*(x if x is None else x.to(device) for x in pad(examples, pad_id)))
+    multiple = 8 if device.type == "cuda" else 1        # attention masks aligned, fewer shapes
+    padded = pad(examples, pad_id, multiple, model.config.max_position_embeddings)
+    return model(*(x if x is None else moved(x, device) for x in padded))
 
 
 def batches(lengths, batch_size, epochs, seed):
@@ -109,18 +116,19 @@ def batches(lengths, batch_size, epochs, seed):
         yield from (epoch[at] for at in rng.permutation(len(epoch)))
 
 
-def finetune(model, examples, labels, batch_size, epochs, peak_lr, seed, pad_id, name=""):
+def finetune(model, examples, labels, batch_size, epochs, peak_lr, seed, pad_id, name="", bf16=False, compiled=False):
     """Trains in place: cross-entropy for classes, mean squared error for scores.  Returns the loss of each step."""
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(decay_groups(model.parameters(), 0.01), lr=peak_lr, fused=True)
     total, losses = epochs * -(-len(examples) // batch_size), []
     order = batches(np.array([e.shape[1] for e in examples]), batch_size, epochs, seed)
     model.train()
+    run = torch.compile(model, fullgraph=True, dynamic=True) if compiled else model
     for step, picked in enumerate(tqdm(order, desc=name, total=total, leave=False, disable=None)):
         torch.manual_seed(int(hashed(seed, step) >> np.uint64(1)))                          # dropout
-        with torch.autocast(device.type, torch.bfloat16, enabled=multiplies_in_bf16(device)):
-            logits = forward(model, [examples[i] for i in picked], pad_id).float()          # (B, num_labels)
-        y = torch.from_numpy(labels[picked]).to(device)
+        with autocast(device, bf16):
+            logits = forward(run, [examples[i] for i in picked], pad_id).float()            # (B, num_labels)
+        y = moved(torch.from_numpy(labels[picked]), device)
         loss = F.mse_loss(logits[:, 0], y) if y.is_floating_point() else F.cross_entropy(logits, y)
         loss.backward()
         for group in optimizer.param_groups:
@@ -136,13 +144,9 @@ def predict(model, examples, pad_id, batch_size=64):
     """(n, num_labels) logits, in the examples' order; in fp32, where they do not depend on the batch size."""
     model.eval()
     order = np.argsort([e.shape[1] for e in examples], kind="stable")
-    logits = [None] * len(examples)
-    for at in range(0, len(order), batch_size):
-        picked = order[at:at + batch_size]
-        rows = forward(model, [examples[i] for i in picked], pad_id).float().cpu().numpy()
-        for i, row in zip(picked, rows, strict=True):
-            logits[i] = row
-    return np.nan_to_num(np.stack(logits))     # a run that diverged predicts one class, and is flagged
+    rows = torch.cat([forward(model, [examples[i] for i in order[at:at + batch_size]], pad_id)
+                      for at in range(0, len(order), batch_size)]).float().cpu().numpy()
+    return np.nan_to_num(rows[np.argsort(order)])       # a run that diverged predicts one class, and is flagged
 
 
 # --------------------------------------------------------------------------------------------------------- trials
@@ -181,7 +185,8 @@ def fit(setup, file, batch, lr, seed):
     began, pad_id = time.monotonic(), setup.tokenizer.token_to_id("[PAD]")
     num_labels = 1 if task.labels == () else len(task.labels or ()) or int(y.max()) + 1
     model = checkpoint.load_classifier(setup.path, num_labels, seed, config.dropout).to(device)
-    losses = finetune(model, x, y, batch, config.epochs, lr, seed, pad_id, file.stem)
+    losses = finetune(model, x, y, batch, config.epochs, lr, seed, pad_id, file.stem,
+                      multiplies_in_bf16(device, config.bf16), config.compile)
     logits, scores, collapsed = [], {}, False
     for (x, y), where in zip(dev, ("", " mismatched"), strict=False):       # two dev sets: MNLI
         logits.append(predict(model, x, pad_id))
@@ -204,7 +209,7 @@ def run_trials(setup, out, points):
     # the examples as the model sees them: another TSV, tokenizer or max_len makes another trial
     examples = hashlib.sha256(b"".join(a.tobytes() for x, y in setup.parts.values() for a in (*x, y)))
     settings = dict(model=setup.digests, examples=examples.hexdigest()[:16],
-                    epochs=config.epochs, dropout=config.dropout, bf16=multiplies_in_bf16(setup.device))
+                    epochs=config.epochs, dropout=config.dropout, bf16=multiplies_in_bf16(setup.device, config.bf16))
     files = [out / f"{setup.name}-b{batch}-lr{lr:g}-seed{seed}.json" for batch, lr, seed in points]
     again = sum(file.exists() and not finished(file, settings, config.save) for file in files)
     if again:

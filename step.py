@@ -11,7 +11,9 @@ import functools
 import gc
 import os
 import re
+import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,6 +28,7 @@ from model import BertConfig, BertForMaskedLM
 from plumbing import checkpoint
 from plumbing.budget import Stopped
 from plumbing.cli import UserError, numbers
+from plumbing.files import lock
 
 
 class Ranks:
@@ -62,9 +65,11 @@ class WithProjections(torch.nn.Module):
 
 
 def memory_told(main):
-    """Decorator of a main(config, ...): a device without memory left is one line that says what to do."""
+    """Decorator of a main(config, ...), which gets config.for_machine(), where --micro-batch is chosen if it is not
+    given: a device without memory left is one line that names it."""
     @functools.wraps(main)
     def told(config, *args, **named):
+        config = config.for_machine()
         try:
             return main(config, *args, **named)
         except torch.OutOfMemoryError as e:
@@ -72,6 +77,14 @@ def memory_told(main):
             raise UserError(f"--micro-batch {config.micro_batch} does not fit into the device's memory: give a smaller "
                             f"one ({first})") from None
     return told
+
+
+def fitting_micro_batch(device, batch_size):
+    """--micro-batch where none is given, the same for every arm: what the device's memory holds (docs/gpu.md), and a
+    divisor of what each process does of a batch."""
+    large = device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory >= 80e9
+    share = max(1, batch_size // Ranks().size)
+    return next(m for m in range(min(1024 if large else 256, share), 0, -1) if share % m == 0)
 
 
 class Arm:
@@ -86,7 +99,7 @@ class Arm:
         self.teacher_has_head, self.teacher_ignored = teacher is not None and has_head, ignored
         self.device, self.ranks = next(student.parameters()).device, Ranks()
         self.accumulate = config.batch_size // (config.micro_batch * self.ranks.size)       # micro-batches a step
-        self.bf16 = multiplies_in_bf16(self.device) if config.bf16 is None else config.bf16
+        self.bf16 = multiplies_in_bf16(self.device, config.bf16)
         if teacher:
             # bf16 weights, not autocast: the teacher is never updated, so there is no need to cast at each step
             teacher.to(torch.bfloat16 if self.bf16 else None).requires_grad_(False)
@@ -201,10 +214,8 @@ class Arm:
         self.optimizer.zero_grad(set_to_none=True)
 
     def to_device(self, batch):
-        def tensor(a):
-            t = torch.from_numpy(a)
-            return t.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else t
-        return Batch(tensor(batch.ids), tensor(batch.masked), tensor(batch.labels).flatten())
+        ids, masked, labels = (moved(torch.from_numpy(a), self.device) for a in batch)
+        return Batch(ids, masked, labels.flatten())
 
     def teacher_forward(self, batch, strategy):
         """What the strategy compares of the teacher; {} where it has no need of one."""
@@ -317,6 +328,11 @@ def decay_groups(parameters, weight_decay):
             {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]
 
 
+def moved(t, device):
+    """The tensor on the device; nobody waits for a copy to a GPU."""
+    return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)
+
+
 def autocast(device, bf16):
     return torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
 
@@ -339,6 +355,23 @@ def choose_device(name=None):
                         + (f"one below cuda:{gpus}, or fewer processes" if gpus else "--device cpu"))
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
+
+
+def gpu_uuid(device):
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
+
+
+@contextlib.contextmanager
+def alone(device, unit):
+    """Under an hour budget: of two runs of one user on one GPU each would get a part of its hours, so the second is
+    refused.  Not on a CPU, whose cores can be shared out."""
+    uuid = gpu_uuid(device) if unit == "hours" else None
+    file = Path(tempfile.gettempdir(), f"nanokd-{getattr(os, 'getuid', int)()}-{uuid}.lock")
+    with lock(file) if uuid else contextlib.nullcontext(True) as ours:
+        if not ours:
+            raise UserError(f"--budget-hours: another run under an hour budget is on {device} ({uuid}), and each would "
+                            f"get a part of its hours: wait for it, or give another --device, or --budget-flops")
+        yield
 
 
 def student_shape(config, directory):
@@ -468,7 +501,10 @@ def flops_per_block(config, student, teacher=None, phase=0):
     return (student_kd + (r - 1) * student_between) / r, teacher_kd / r
 
 
-def multiplies_in_bf16(device):
+def multiplies_in_bf16(device, asked=None):
+    """What --bf16 asks for; else whether the hardware multiplies in bf16."""
+    if asked is not None:
+        return asked
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)

@@ -34,9 +34,9 @@ from kd_losses import AS_RELEASED, phases_of
 from plumbing.budget import Budget, Stages, Stopped, one_budget, stop_signals
 from plumbing.cli import Checked, Count, Length, NotNegative, Positive, Seed, Share, UserError, run, writable
 from plumbing.rehearsal import rehearse
-from plumbing.rundir import Run, contents, finished
+from plumbing.rundir import Run, begun, contents, finished
 from plumbing.screen import what_next
-from step import Ranks, make_arm, memory_told
+from step import Ranks, alone, choose_device, fitting_micro_batch, make_arm, memory_told
 
 FEW_BLOCKS = 32             # under so many validation blocks, a warning
 
@@ -63,7 +63,7 @@ class Config(Checked):
     unique_tokens: Count | None = None  # train on the first so many ids of the data alone, again and again
     static_masks: bool = False          # the same masks in every epoch
     batch_size: Count = 1024            # blocks per optimizer step
-    micro_batch: Count = 256            # blocks per forward pass
+    micro_batch: Count | None = None    # blocks per forward pass; default: 256, with 80 GB of GPU memory 1024
     peak_lr: Positive | None = None     # default: the paper's, 1e-3 for no_kd and 5e-4 for KD
     warmup: Share = 0.06                # part of the budget over which the learning rate rises
     weight_decay: NotNegative = 0.01    # not on biases and LayerNorm
@@ -98,9 +98,21 @@ class Config(Checked):
             raise UserError(f"--init-layers {self.init_layers} belongs to --init teacher")
         self.budget  # noqa: B018
         ranks = int(os.environ.get("WORLD_SIZE", 1))
-        if self.batch_size % (self.micro_batch * ranks):
+        if self.micro_batch and self.batch_size % (self.micro_batch * ranks):
             raise UserError(f"--batch-size {self.batch_size} is not a multiple of --micro-batch {self.micro_batch}"
                             + (f" x {ranks} processes" if ranks > 1 else ""))
+
+    def for_machine(self):
+        """The same with a micro-batch: that of the run which is there, else as many blocks as the device takes."""
+        if self.micro_batch:
+            return self
+        micro = begun(self.path).get("micro_batch") or fitting_micro_batch(choose_device(self.device), self.batch_size)
+        return dataclasses.replace(self, micro_batch=micro)
+
+    @property
+    def path(self):
+        """The run directory."""
+        return Path(self.out or f"runs/{file_name(self.strategy)}")
 
     @property
     def phases(self):
@@ -199,12 +211,13 @@ def train(config, now=time.monotonic, say=print, status=None):
     record of the last step every two seconds, in place of the status line."""
     began = now()
     config.check()
-    out, directory = Path(config.out or f"runs/{file_name(config.strategy)}"), TokenDirectory(config.data)
+    out, directory = config.path, TokenDirectory(config.data)
     record = dataclasses.asdict(config) | contents(directory, config.teacher if config.reads_teacher else None)
     if summary := finished(record, out):
         say(f"{out} is finished: nothing to do")
         return summary
-    writable(out)
+    with alone(choose_device(config.device), config.budget[0]):         # refused now, not after minutes of compilation
+        writable(out)
     arm, ranks = make_arm(config, directory), Ranks()
     directory.verify()
     say = say if ranks.rank == 0 else lambda line: None
@@ -224,7 +237,7 @@ def train(config, now=time.monotonic, say=print, status=None):
     batches = stream(blocks, budget.steps, config.batch_size, arm.device)
     budget.start()
     stages.mark(None)
-    with stop_signals() as signals, run.stopped_by(signals):
+    with alone(arm.device, unit), stop_signals() as signals, run.stopped_by(signals):
         while budget.progress < 1 or not budget.steps:
             if arm.phase.end <= budget.progress < 1:
                 run.next_phase(signals)

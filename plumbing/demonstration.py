@@ -74,7 +74,7 @@ def built_in_task(out, data=None):
 
 def demonstrated(config):
     """The configuration of the demonstration, its text and task on disk.  Its sizes are its own."""
-    free = ("out", "strategies", "arms", "seeds", "dry_run", "jobs")
+    free = ("out", "strategies", "arms", "seeds", "dry_run", "jobs", "device", "compile", "bf16")
     given = [f.name for f in dataclasses.fields(config) if f.name not in free and getattr(config, f.name) != f.default]
     if given:
         raise UserError(f"--{given[0].replace('_', '-')} without --data: the demonstration, which runs without --data, "

@@ -32,11 +32,16 @@ def contents(directory, teacher=None):
 NOT_THE_RUN = ("out", "checkpoint_minutes", "baselines", "tensorboard", "dry_run")   # may differ when it goes on
 
 
+def begun(out):
+    """The config.json of the run that has begun in `out`; {} if none has."""
+    there = (out / "summary.json").exists() or list(out.glob("checkpoint*.pt"))
+    return read_json(out / "config.json") if there else {}
+
+
 def finished(record, out):
     """The summary if the run of this very record has finished in `out`, None if it has not; another one is refused."""
-    if not (out / "summary.json").exists() and not list(out.glob("checkpoint*.pt")):
+    if not (before := begun(out)):
         return None
-    before = read_json(out / "config.json")
     differ = [k if k.startswith("contents") else f"{k} ({before.get(k)} there, {v} here)" for k, v in record.items()
               if before.get(k, v if k.startswith("contents") else None) != v and k not in NOT_THE_RUN]
     if differ:

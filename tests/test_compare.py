@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import compare
 import finetune_glue
@@ -337,3 +338,33 @@ def test_wrong_arguments_are_refused_before_anything_runs(small, tmp_path, chang
         compare.main(small(**changes))
     assert message in str(refused.value) and "\n" not in str(refused.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_one_micro_batch_for_all_runs_and_the_same_when_they_go_on(small, tmp_path, monkeypatch):
+    for chosen, taken in ((4, 4), (2, 4)):
+        monkeypatch.setattr(compare, "fitting_micro_batch", lambda device, batch, chosen=chosen: chosen)
+        compare.main(small(strategies="no_kd,tinybert", micro_batch=None))
+        files = [tmp_path / "out/inputs.json", *(tmp_path / "out/runs").glob("*/config.json")]
+        recorded = [json.loads(file.read_text()) for file in files]
+        assert [r.get("--micro-batch", r.get("micro_batch")) for r in recorded] == [taken] * 3
+
+
+def test_device_compilation_and_precision_reach_the_runs_the_estimates_and_fine_tuning(small, tmp_path, monkeypatch):
+    """Compiled runs are estimated compiled; fine-tuning is compiled where it is asked for; inputs.json has it all."""
+    made, scored = [], []
+
+    class Seen(compare.Arm):
+        def __init__(self, config, *models):
+            made.append((config.batch_size, config.micro_batch, config.compile, config.bf16))
+            super().__init__(config, *models)
+    monkeypatch.setattr(compare, "Arm", Seen)
+    monkeypatch.setattr(torch, "compile", lambda f, **_: f)
+    monkeypatch.setattr(finetune_glue, "finetune", lambda *args: scored.append(args[-2:]) or [0.0])
+    compare.main(small(strategies="no_kd", batch_size=64, micro_batch=32, val_blocks=8, compile=True, bf16=True))
+    assert made == [(16, 16, True, True)] and len(scored) > 3 and set(scored) == {(True, True)}
+    recorded = json.loads((tmp_path / "out/inputs.json").read_text())
+    assert [recorded[f"--{name}"] for name in ("device", "compile", "bf16")] == ["cpu", True, True]
+    run = json.loads(next((tmp_path / "out/runs").glob("*/config.json")).read_text())
+    assert (run["device"], run["compile"], run["bf16"]) == ("cpu", True, True)
+    plain = compare.finetuning(small(compile=None, bf16=False), "model", "out")
+    assert (plain.device, plain.compile, plain.bf16) == ("cpu", False, False)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -332,6 +333,41 @@ def test_the_padding_is_masked_and_holds_no_second_sentence():
     assert (ids[1, 4:] == 0).all() and ft.pad(examples_of([6, 4], pairs=False), 0)[2] is None
 
 
+def test_padded_to_a_multiple_as_on_a_gpu_the_logits_are_the_same(teacher):
+    model = checkpoint.load_classifier(teacher, 3, seed=0).eval()
+    examples = examples_of([20, 4, 17])
+    shapes = [ft.pad(examples, 0, multiple, limit)[0].shape for multiple, limit in ((1, 64), (8, 64), (8, 22))]
+    assert shapes == [(3, 20), (3, 24), (3, 22)] and ft.pad(examples, 0, 5)[0].shape == (3, 20)
+    for training in (False, True):
+        logits = []
+        for multiple in (1, 8):
+            with torch.set_grad_enabled(training):                      # two attentions
+                logits.append(model(*ft.pad(examples, 0, multiple)))
+        assert (logits[0] - logits[1]).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("labels", [np.zeros(20, np.int64), np.zeros(20, np.float32)])
+def test_nothing_in_a_step_waits_for_the_device(labels, teacher, monkeypatch):
+    """On the meta device there is no value to wait for: reading one, or a copy to the host, is an error.  The losses
+    and the logits are read once, at the end."""
+    model, stacked = checkpoint.load_classifier(teacher, 2, seed=0, dropout=0.1).to("meta"), []
+
+    class Read(Exception):
+        pass
+
+    def end(tensors):
+        stacked.append(len(tensors))
+        raise Read
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *args, fused, adamw=torch.optim.AdamW, **named: adamw(
+        *args, fused=None, **named))                                    # there is no fused one for meta
+    for read, run in (("stack", lambda: ft.finetune(model, examples_of([9] * 20), labels, 8, 2, 1e-3, 0, 0)),
+                      ("cat", lambda: ft.predict(model, examples_of([9] * 20), 0, batch_size=8))):
+        with monkeypatch.context() as m, pytest.raises(Read):
+            m.setattr(torch, read, end)
+            run()
+    assert stacked == [6, 3]
+
+
 def test_a_score_does_not_depend_on_the_evaluation_batch(teacher):
     model = checkpoint.load_classifier(teacher, 3, seed=0)
     examples = examples_of(np.random.default_rng(0).integers(3, 32, 50))
@@ -348,6 +384,22 @@ def test_every_example_is_used_once_an_epoch_beside_others_of_its_length():
     assert not np.array_equal(np.concatenate(first), np.concatenate(second))
     padded = sum(len(b) * lengths[b].max() for b in first)
     assert padded < 1.1 * lengths.sum()
+
+
+def test_a_compiled_step_is_one_graph_for_all_lengths_and_the_same_training(teacher, monkeypatch):
+    from torch._dynamo.utils import counters
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    counters.clear()
+    rng = np.random.default_rng(0)
+    examples, y = examples_of(rng.integers(4, 32, 46)), rng.integers(0, 2, 46)
+    losses = []
+    for compiled in (False, True, True):                                # the second trial finds the first one's graph
+        model = checkpoint.load_classifier(teacher, 2, seed=0, dropout=0.0)
+        losses.append(ft.finetune(model, examples, y, 8, 3, 1e-3, 0, 0, compiled=compiled))
+        ft.predict(model, examples, 0)                                  # as it is: in fp32, eager
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    assert losses[1] == losses[2] == pytest.approx(losses[0], rel=1e-5)
 
 
 @pytest.mark.parametrize("num_labels", [3, 1])

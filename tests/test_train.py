@@ -2,7 +2,10 @@
 import contextlib
 import json
 import math
+import os
 import shutil
+import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -152,8 +155,47 @@ def test_a_device_without_memory_is_one_line_that_names_the_micro_batch(tiny, mo
     def spoilt(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation")
     monkeypatch.setattr(Arm, method, spoilt)
-    with pytest.raises(UserError, match=r"--micro-batch 4 .*smaller one \(CUDA out of memory.*GiB\.\)$"):
-        train.train(tiny(micro_batch=4), **QUIET)
+    for given, named in ((4, 4), (None, 8)):
+        with pytest.raises(UserError, match=rf"--micro-batch {named} .*smaller one \(CUDA out of memory.*GiB\.\)$"):
+            train.train(tiny(micro_batch=given), **QUIET)
+
+
+@pytest.mark.parametrize("memory, batch, ranks, micro", [
+    (None, 1024, 1, 256), (None, 10, 1, 10), (None, 1000, 1, 250), (15.8e9, 1024, 1, 256), (85.0e9, 1024, 1, 1024),
+    (85.0e9, 2048, 1, 1024), (85.0e9, 64, 1, 64), (85.0e9, 1024, 8, 128), (15.8e9, 1024, 2, 256), (15.8e9, 3, 8, 1)])
+def test_the_micro_batch_is_what_the_device_takes_and_divides_the_batch(memory, batch, ranks, micro, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=memory))
+    device = torch.device("cuda", 0) if memory else torch.device("cpu")
+    assert step_module.fitting_micro_batch(device, batch) == micro
+
+
+def test_a_run_keeps_its_micro_batch_on_another_device(tiny, tmp_path, monkeypatch):
+    """It seeds dropout: chosen anew, what follows would be another run's."""
+    config, kill = tiny(micro_batch=None, budget_steps=2), lambda record: os.kill(os.getpid(), signal.SIGTERM)
+    for chosen, status in ((4, kill), (2, None), (1, None)):            # stopped, finished, found finished
+        monkeypatch.setattr(train, "fitting_micro_batch", lambda device, batch, chosen=chosen: chosen)
+        with pytest.raises(SystemExit) if status else contextlib.nullcontext():
+            summary = train.train(config, status=status, **QUIET)
+    assert summary["steps"] == 2
+    assert json.loads((tmp_path / "run/config.json").read_text())["micro_batch"] == 4
+    assert "--micro-batch 4" in (tmp_path / "run/model/README.md").read_text()
+
+
+def test_two_runs_under_an_hour_budget_do_not_share_a_gpu(tiny, tmp_path, monkeypatch):
+    """Told by its uuid; the second is refused before it writes anything.  Other budgets may share."""
+    monkeypatch.setattr(step_module, "gpu_uuid", lambda device: "GPU-of-a-test")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    hours, refused = dict(budget_steps=None, budget_hours=1e-5, out=str(tmp_path / "hours")), []
+
+    def second(record):
+        with pytest.raises(UserError, match=r"on cpu \(GPU-of-a-test\).*another --device, or --budget-flops$") as e:
+            train.train(tiny(**hours | dict(out=str(tmp_path / "second"))), **QUIET)
+        refused.append(str(e.value))
+        train.train(tiny(budget_steps=1, out=str(tmp_path / "steps")), **QUIET)
+    train.train(tiny(**hours), status=second, **QUIET)
+    assert len(refused) == 1 and "\n" not in refused[0] and not (tmp_path / "second").exists()
+    train.train(tiny(**hours | dict(out=str(tmp_path / "second"))), **QUIET)
 
 
 @pytest.mark.parametrize("strategy", [name for name, s in STRATEGIES.items() if s.needs("teacher")])
@@ -340,7 +382,7 @@ def test_a_stage_has_nothing_to_do_for_copied_layers(tiny, narrow_teacher, corpu
 
 @pytest.mark.parametrize("teacher_layers, given, expected", [(12, None, -1), (24, None, 20), (24, -1, -1), (12, 3, 3)])
 def test_minilmv2_takes_the_21st_of_24_layers(teacher_layers, given, expected):
-    config = train.Config(strategy="minilmv2", budget_steps=1, teacher_layer=given)
+    config = train.Config(strategy="minilmv2", budget_steps=1, micro_batch=1, teacher_layer=given)
     with torch.device("meta"):
         arm = Arm(config, BertForMaskedLM(BertConfig.of_size("2L64")),
                         BertForMaskedLM(BertConfig.of_size(f"{teacher_layers}L128")))
