@@ -286,10 +286,9 @@ def finetuned(config, model, out, say, seed=0):
 
 
 def scores(tasks):
-    """Means per task and over the tasks: over the paper's seven if they are all there, else over all there are."""
+    """Means per task and over the tasks that are averaged."""
     means = {name: r["mean"] for name, r in tasks.items()}
-    averaged = report.PAPER_TASKS if set(report.PAPER_TASKS) <= set(means) else means
-    return dict(scores=means, average=float(np.mean([means[name] for name in averaged])))
+    return dict(scores=means, average=float(np.mean([means[name] for name in report.averaged(means)])))
 
 
 def result_of(plan, each, summary, tasks):
@@ -342,7 +341,7 @@ def teacher_shape(plan, directory):
 
 
 def score_yardsticks(plan, directory, progress):
-    """[{name, scores: {task: [per seed]}, averages}]: the untrained student of each seed, and the teacher."""
+    """[{name, scores: {task: [per seed]}, averages, runs}]: the untrained student of each seed, and the teacher."""
     def score(i):
         name, path, seed = plan.yardsticks[i]
         model = path / "model"
@@ -354,9 +353,9 @@ def score_yardsticks(plan, directory, progress):
         progress.start(f"score {path}", f"{name} {seed}")
         tasks = finetuned(plan.config, model, path / "glue", progress.say, seed)
         progress.done()
-        return dict(name=name, **scores(tasks))
+        return dict(name=name, tasks=tasks, **scores(tasks))
     scored = share_runs([path for _, path, _ in plan.yardsticks], score)
-    return [dict(name=name, averages=[m["average"] for m in of],
+    return [dict(name=name, averages=[m["average"] for m in of], runs=of,
                  scores={task: [m["scores"][task] for m in of] for task in of[0]["scores"]})
             for name in ("random init", "teacher") for of in [[m for m in scored if m["name"] == name]]]
 
@@ -432,6 +431,9 @@ def describe(plan, seconds, finetune_seconds, texts):
           + f"; {finished} are finished, the others take about {duration(sum(seconds.values()))} in one process")
     models = len(plan.runs) + config.seeds + 1                          # the random students and the teacher
     print(f"  fine-tuning {models} models on {', '.join(texts)}: very roughly {duration(models * finetune_seconds)}")
+    record = plan.out / "results.json"
+    if record.exists() and (able := report.resolution(read_json(record)["results"], config.seeds)):
+        print(f"  by the spread in {record}, {able}")
 
 
 def papers_setting(plan):
@@ -464,6 +466,7 @@ def main(config):
     if found is None:
         return
     results, yardsticks, remarks, costs = found
+    yardsticks = [report.constant_answer(results), *yardsticks]
     said = report.verdict(results, yardsticks) + report.remarks(results) + remarks
     text = "\n\n".join([report.score_table(results, yardsticks, papers_setting(plan)), *said])
     costs = "\n\n".join([report.cost_table(results), *costs])

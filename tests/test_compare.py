@@ -50,8 +50,8 @@ def test_the_whole_way_ends_with_the_table_and_a_second_call_repeats_nothing(sma
     first, out = (tmp_path / "out/table.md").read_text(), tmp_path / "out"
     kept = json.loads((out / "results.json").read_text())
     assert [r["strategy"] for r in kept["results"]] == ["no_kd", "vanilla_kd", "tinybert", "minilm"]
-    assert [y["name"] for y in kept["yardsticks"]] == ["random init", "teacher"]
-    assert first.count("\n| ") == 7 and "is noise" in first and first in capsys.readouterr().out + "\n"
+    assert [y["name"] for y in kept["yardsticks"]] == ["constant answer", "random init", "teacher"]
+    assert first.count("\n| ") == 8 and "is noise" in first and first in capsys.readouterr().out + "\n"
     assert len((out / "results.csv").read_text().splitlines()) == 5
     stamps = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.suffix in (".bin", ".safetensors", ".jsonl", ".npy")}
     compare.main(config)
