@@ -85,6 +85,7 @@ class Config(Checked):
     finetune_lrs: Positives = "1e-5,3e-5,5e-5,8e-5"  # ... times peak learning rates
     finetune_epochs: Count = 5          # passes over the training examples
     max_len: Annotated[int, "[8, inf)"] = 128       # ids an example is cut to
+    probe: bool = False                 # what each frozen encoder knows as well, in a table of its own
 
 
 # What every run of a comparison takes from its command line as it stands there
@@ -285,6 +286,12 @@ def finetuned(config, model, out, say, seed=0):
     return finetune_glue.score(finetuning(config, model, out, seed), say)["tasks"]
 
 
+def probed(config, model, out, say):
+    """With --probe what finetune_glue.probes finds, else nothing."""
+    return finetune_glue.probes(dataclasses.replace(
+        finetuning(config, model, out), data=config.data, probe=True), say) if config.probe else {}
+
+
 def scores(tasks):
     """Means per task and over the tasks that are averaged."""
     means = {name: r["mean"] for name, r in tasks.items()}
@@ -352,8 +359,9 @@ def score_yardsticks(plan, directory, progress):
             checkpoint.save_model(model, student, directory.read_tokenizer(), head=True)
         progress.start(f"score {path}", f"{name} {seed}")
         tasks = finetuned(plan.config, model, path / "glue", progress.say, seed)
+        probes = probed(plan.config, model, path / "glue", progress.say)
         progress.done()
-        return dict(name=name, tasks=tasks, **scores(tasks))
+        return dict(name=name, tasks=tasks, probes=probes, **scores(tasks))
     scored = share_runs([path for _, path, _ in plan.yardsticks], score)
     return [dict(name=name, averages=[m["average"] for m in of], runs=of,
                  scores={task: [m["scores"][task] for m in of] for task in of[0]["scores"]})
@@ -395,10 +403,11 @@ def compare(config, plan):
         each = plan.runs[i]
         summary = pretrain(each, Path(each.out).name)
         tasks = finetuned(config, f"{each.out}/model", f"{each.out}/glue", progress.say, each.seed)
+        probes = probed(config, f"{each.out}/model", f"{each.out}/glue", progress.say)
         for file in Path(each.out).glob("checkpoint*.pt"):              # the model and the log stay
             file.unlink()
         progress.done()
-        return result_of(plan, each, summary, tasks)
+        return result_of(plan, each, summary, tasks) | dict(probes=probes)
 
     if plan.teacher:
         taught, = share_runs([plan.teacher.out], teach)
@@ -469,6 +478,8 @@ def main(config):
     yardsticks = [report.constant_answer(results), *yardsticks]
     said = report.verdict(results, yardsticks) + report.remarks(results) + remarks
     text = "\n\n".join([report.score_table(results, yardsticks, papers_setting(plan)), *said])
+    if config.probe:
+        text += "\n\n" + report.probe_table(results, yardsticks)
     costs = "\n\n".join([report.cost_table(results), *costs])
     everything = dict(config=dataclasses.asdict(config), results=results, yardsticks=yardsticks, verdict=said)
 

@@ -3,6 +3,7 @@
     python finetune_glue.py --model runs/tinybert/model --glue-dir glue                 # the paper's grid, 3 seeds
     python finetune_glue.py --model runs/tinybert/model --glue-dir glue --tasks rte,cola --quick    # one grid point
     python finetune_glue.py --model runs/tinybert/model --tasks reviews=data/reviews/   # train.tsv and dev.tsv
+    python finetune_glue.py --model runs/tinybert/model --glue-dir glue --probe         # no fine-tuning: seconds
 
 `--glue-dir` holds the official TSVs (CoLA/train.tsv, ...); a task absent there comes from the Hub (nyu-mll/glue).
 Your own TSV has a header line: one or two columns of text, then the label, a whole number from 0, or a score where
@@ -31,8 +32,8 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from data import hashed
-from plumbing import checkpoint
+from data import TokenDirectory, hashed
+from plumbing import checkpoint, probe
 from plumbing.cli import Checked, Count, Counts, Positives, Seed, Share, UserError, run, writable
 from plumbing.files import sha256, share, write_json, write_whole
 from plumbing.glue import PAPER, TASKS, Task, evaluate, parse_tasks, read_task
@@ -54,6 +55,8 @@ class Config(Checked):
     max_len: Annotated[int, "[8, inf)"] = 128       # ids an example is cut to, [CLS] and [SEP] included
     dropout: Share = 0.1                    # in the encoder and before the classifier
     out: str | None = None                  # directory of trials and glue.json; default: runs/glue/MODEL
+    probe: bool = False                     # no fine-tuning: what the frozen encoder knows (plumbing/probe.py)
+    data: str | None = None                 # a token directory, for --probe: masked LM on its validation blocks too
     save: bool = False                      # keep each trial's classifier too, a model directory beside its scores
     device: str | None = None               # cpu, cuda or cuda:N; default: cuda where there is one, else cpu
 
@@ -271,9 +274,18 @@ def grid(config):
     return [QUICK] if config.quick else points
 
 
-def score(config, say=print):
-    """Fine-tunes and scores on every task; returns what glue.json holds, scores in percent."""
-    grid(config)
+class Opened(NamedTuple):
+    """The model and the tasks of a Config, read and checked."""
+    path: Path              # the model directory
+    digests: list           # of its config.json and weights
+    tokenizer: Tokenizer
+    tasks: dict             # {name: Task}
+    texts: dict             # {name: {file: (sentences, labels)}}
+    device: torch.device
+    out: Path
+
+
+def opened(config, say):
     path, tasks = checkpoint.find_model(config.model), parse_tasks(config.tasks)
     model, tokenizer = checkpoint.read_config(path), checkpoint.read_tokenizer(path)
     digests = [sha256(f)[:16] for f in (path / "config.json", *checkpoint.weight_files(path))]
@@ -283,9 +295,15 @@ def score(config, say=print):
         raise UserError(f"{path}: config.json has vocab_size {model.vocab_size}, its tokenizer "
                         f"{tokenizer.get_vocab_size()} tokens")
     texts = {name: read_task(name, task, config.glue_dir, say) for name, task in tasks.items()}     # all before any
-    device = choose_device(config.device)
     out = Path(config.out or Path("runs/glue", config.model.strip("/.").replace("/", "_")))
-    (writable(out) / "trials").mkdir(parents=True, exist_ok=True)
+    return Opened(path, digests, tokenizer, tasks, texts, choose_device(config.device), writable(out))
+
+
+def score(config, say=print):
+    """Fine-tunes and scores on every task; returns what glue.json holds, scores in percent."""
+    grid(config)
+    path, digests, tokenizer, tasks, texts, device, out = opened(config, say)
+    (out / "trials").mkdir(parents=True, exist_ok=True)
 
     results = {}
     for name, task in tasks.items():
@@ -307,7 +325,45 @@ def score(config, say=print):
     return result
 
 
+def probes(config, say=print):
+    """What probes.json holds: {tasks: {name: {linear, similarity}}, masked_lm: {mlm, repeated, others, d_order}}."""
+    path, digests, tokenizer, tasks, texts, device, out = opened(config, say)
+    loaded, directory = checkpoint.load_mlm(path), None
+    if config.data:
+        directory = TokenDirectory(config.data)
+        checkpoint.same_vocabulary(directory.read_tokenizer(), path)
+    seq_len = min(128, loaded.model.config.max_position_embeddings)
+    examples = hashlib.sha256(repr([(name, x, y.tolist()) for name, parts in texts.items()
+                                    for x, y in parts.values()]).encode())
+    settings = dict(model=digests, examples=examples.hexdigest()[:16], max_len=config.max_len, seq_len=seq_len,
+                    data=directory and directory.manifest["sha256"])
+    out.mkdir(parents=True, exist_ok=True)
+    result = finished(out / "probes.json", settings)
+    if result:
+        return result
+    encoder, pad_id = probe.MeanPooled(loaded.model.bert).to(device), tokenizer.token_to_id("[PAD]")
+
+    def embed(sentences):
+        return predict(encoder, encode(tokenizer, [(s,) for s in sentences], config.max_len), pad_id)
+    result = dict(tasks={}, masked_lm={}, settings=settings)
+    for name, task in tasks.items():
+        result["tasks"][name] = found = probe.probe_task(task, texts.pop(name), embed)
+        say(f"{name}: " + probe.in_words(found))
+    if directory and loaded.missing:
+        say("no LM head, so no masked-LM probe")
+    elif directory:
+        result["masked_lm"] = probe.probe_masked_lm(loaded.model.to(device), directory, seq_len)
+        say("masked LM: " + probe.in_words(result["masked_lm"]))
+    write_json(out / "probes.json", result)
+    return result
+
+
 def main(config):
+    if config.data and not config.probe:
+        raise UserError("--data is for --probe: the masked-LM probe runs on its validation blocks")
+    if config.probe:
+        print("probes of the frozen encoder, which no average holds:")
+        return probes(config)
     result = score(config)
     print()
     for name, r in result["tasks"].items():

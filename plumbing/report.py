@@ -74,12 +74,13 @@ def seeds_for(differences, points=1.0):
     return n
 
 
-def spread(values):
-    return f"{np.mean(values):.1f}" + (f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
+def spread(values, digits=1):
+    return f"{np.mean(values):.{digits}f}" + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "")
 
 
-def signed(mean, half):
-    return f"{mean:+.1f}" + (f" [{mean - half:+.1f}, {mean + half:+.1f}]" if math.isfinite(half) else "")
+def signed(mean, half, digits=1):
+    within = f" [{mean - half:+.{digits}f}, {mean + half:+.{digits}f}]" if math.isfinite(half) else ""
+    return f"{mean:+.{digits}f}" + within
 
 
 # ------------------------------------------------------------------------------------------------------ grouping
@@ -242,6 +243,55 @@ def second_average(results, yardsticks):
     return [names] if 0 < len(names) < len(averaged(results[0]["scores"])) else []
 
 
+def probes_of(r):
+    """{name of a probe: value} of one pretrained model."""
+    tasks = {f"{task} {kind}": found[kind] for task, found in r["probes"]["tasks"].items()
+             for kind in ("linear", "similarity") if kind in found}
+    names = dict(mlm="MLM", repeated="MLM, repeated", others="MLM, others", d_order="D_order")
+    return tasks | {names[k]: v for k, v in r["probes"]["masked_lm"].items()}
+
+
+def probe_table(results, yardsticks):
+    """What the frozen encoders know: mean ± standard deviation over pretraining seeds; then each probe's best arm."""
+    found = groups(results)
+    columns = list(dict.fromkeys(name for r in results for name in probes_of(r)))
+    rows, lines = [], []
+
+    def cells(runs):
+        values = [[p[name] for p in map(probes_of, runs) if name in p] for name in columns]
+        return [spread(v, digits_of(name)) if v else ""
+                for name, v in zip(columns, values, strict=True)]
+    for (unique, static, budget), arms in found.items():
+        where = f"{amount(budget, results[0]['unit'])} on {setting(unique, static)}"
+        rows += [[where, name, *cells(runs.values())] for name, runs in arms.items()]
+        for column in columns:
+            lines += best_probe(arms, column, where)
+    rows += [["", y["name"], *cells(y["runs"])] for y in yardsticks if "runs" in y]
+    return "\n\n".join([
+        "Probes of the frozen encoders, no part of any average above. linear: a regression on the mean-pooled last "
+        "hidden state, scored as the task is; similarity: Spearman of the cosine with the score, untrained; MLM: "
+        "validation loss in nats, at masked tokens that also occur unmasked in their block (repeated) and at the "
+        "others; D_order: what the order of the context is worth, in nats.",
+        markdown(["budget", "arm", *columns], rows), *lines])
+
+
+def digits_of(column):
+    return 2 if column.startswith(("MLM", "D_order")) else 1            # nats, or percent
+
+
+def best_probe(arms, column, where):
+    """["Probe COLUMN at WHERE: the best arm and its lead over the base arm"], where there are two arms to compare."""
+    def value(r):
+        return probes_of(r)[column] * (-1 if column.startswith("MLM") else 1)       # a loss: the lowest is the best
+    of = {name: runs for name, runs in arms.items() if all(column in probes_of(r) for r in runs.values())}
+    if len(of) < 2:
+        return []
+    best, *_ = ranked = sorted(of, key=lambda name: -np.mean([value(r) for r in of[name].values()]))
+    rival = base_of(of) if base_of(of) != best else ranked[1]
+    lead = lead_in_words(differences(of[best], of[rival], value), rival, len(of) - 1, digits_of(column))
+    return [f"Probe {column} at {where}: {best}; {lead}."]
+
+
 def cost_table(results):
     """What the budget bought: means over seeds.  Seconds and rates are this machine's."""
     rows = []
@@ -322,10 +372,10 @@ def resolution(results, seeds):
     return f"{able}; a difference of 1 point needs {min(need)} to {max(need)}"
 
 
-def lead_in_words(lead, rival, comparisons):
+def lead_in_words(lead, rival, comparisons, digits=1):
     """'against no_kd +1.2 [+0.3, +2.1], outside the noise': the interval is the plain one, the judgement corrected."""
     mean, half = interval(lead)
-    text = f"against {rival} {signed(mean, half)}, "
+    text = f"against {rival} {signed(mean, half, digits)}, "
     if not math.isfinite(half):
         return text + "of one seed"
     if abs(mean) > interval(lead, comparisons)[1]:

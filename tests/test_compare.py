@@ -45,15 +45,22 @@ def small(corpus, teacher, task, tmp_path):
 
 
 def test_the_whole_way_ends_with_the_table_and_a_second_call_repeats_nothing(small, tmp_path, capsys):
-    config = small(finetune_seeds=2)
+    config = small(finetune_seeds=2, probe=True)
     compare.main(config)
     first, out = (tmp_path / "out/table.md").read_text(), tmp_path / "out"
     kept = json.loads((out / "results.json").read_text())
     assert [r["strategy"] for r in kept["results"]] == ["no_kd", "vanilla_kd", "tinybert", "minilm"]
     assert [y["name"] for y in kept["yardsticks"]] == ["constant answer", "random init", "teacher"]
-    assert first.count("\n| ") == 8 and "is noise" in first and first in capsys.readouterr().out + "\n"
+    assert first.count("\n| ") == 8 + 8 and "is noise" in first and first in capsys.readouterr().out + "\n"
     assert len((out / "results.csv").read_text().splitlines()) == 5
-    stamps = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.suffix in (".bin", ".safetensors", ".jsonl", ".npy")}
+    probed = first.partition("Probes of the frozen encoders")[2]
+    assert "| budget | arm | mine linear | MLM | MLM, repeated | MLM, others | D_order |" in probed
+    assert [row.split(" | ")[1] for row in probed.splitlines() if row.startswith("| ")][2:] == [
+        "no_kd", "vanilla_kd", "tinybert", "minilm", "random init", "teacher"]
+    assert "Probe D_order at 3 steps on all of the data: " in probed and "of one seed" in probed
+    assert all(" |  |  |  |  |" in row for row in probed.splitlines() if "| tinybert |" in row)     # no LM head
+    stamps = {p: p.stat().st_mtime_ns for p in out.rglob("*")
+              if p.name == "probes.json" or p.suffix in (".bin", ".safetensors", ".jsonl", ".npy")}
     compare.main(config)
     assert (out / "table.md").read_text() == first
     assert stamps and all(p.stat().st_mtime_ns == stamp for p, stamp in stamps.items())
