@@ -60,7 +60,8 @@ class Config(Checked):
     teacher_size: str | None = None     # of --teacher train; default: twice the student's layers
     teacher_budget: Positive | None = None  # of --teacher train, in the budget's unit; default: 4 x the largest budget
     glue_dir: str | None = None         # folder of GLUE's official TSVs
-    tasks: str | None = None            # cola,name=DIR,...; default: all of GLUE with --glue-dir, else the built-in one
+    tasks: str | None = None            # cola,name=PATH,...; default: all of GLUE with --glue-dir
+    columns: str | None = None          # of your own tasks: text,label or text,text,label; default: guessed
     budget_hours: Positives | None = None   # budgets of each arm on train.py's clock, such as 1,2,4: a run each
     budget_flops: Positives | None = None   # or in matmul FLOPs of student and teacher
     budget_tokens: Counts | None = None  # or in tokens
@@ -83,6 +84,7 @@ class Config(Checked):
     finetune_seeds: Count = 3           # fine-tuning runs per pretrained model
     finetune_batch_sizes: Counts = "16,32"          # the grid of fine-tuning: examples per step ...
     finetune_lrs: Positives = "1e-5,3e-5,5e-5,8e-5"  # ... times peak learning rates
+    quick: bool = False                 # one point of that grid in its place: batch 32, lr 5e-5
     finetune_epochs: Count = 5          # passes over the training examples
     max_len: Annotated[int, "[8, inf)"] = 128       # ids an example is cut to
     probe: bool = False                 # what each frozen encoder knows as well, in a table of its own
@@ -158,8 +160,9 @@ class Plan:
 def finetuning(config, model, out, seed=0):
     """The finetune_glue.Config for one model: fresh fine-tuning seeds for each pretraining seed."""
     return finetune_glue.Config(
-        model=str(model), glue_dir=config.glue_dir, tasks=config.tasks, batch_sizes=config.finetune_batch_sizes,
-        peak_lrs=config.finetune_lrs, seeds=config.finetune_seeds, first_seed=1 + seed * config.finetune_seeds,
+        model=str(model), glue_dir=config.glue_dir, tasks=config.tasks, columns=config.columns,
+        batch_sizes=config.finetune_batch_sizes, peak_lrs=config.finetune_lrs, quick=config.quick,
+        seeds=config.finetune_seeds, first_seed=1 + seed * config.finetune_seeds,
         epochs=config.finetune_epochs, max_len=config.max_len, out=str(out))
 
 
@@ -372,7 +375,7 @@ def compare(config, plan):
     """Trains and scores every run and the yardsticks: (results, yardsticks, remarks, costs); None for a dry run."""
     directory = TokenDirectory(config.data)
     texts = {name: glue.read_task(name, task, config.glue_dir)
-             for name, task in glue.parse_tasks(config.tasks).items()}     # before hours of training
+             for name, task in glue.parse_tasks(config.tasks, config.columns).items()}     # before hours of training
     plan.teacher_shape = teacher = teacher_shape(plan, directory)
     longest = min(c.max_position_embeddings for c in (teacher, student_shape(plan.runs[0], directory)))
     if config.max_len > longest:
@@ -454,6 +457,17 @@ def papers_setting(plan):
     return config.size if same else None
 
 
+def recipe(config):
+    """[a line on fine-tuning], where it is not the paper's grid or a part of it."""
+    ours = finetune_glue.Config
+    inside = (set(finetune_glue.grid(finetuning(config, "", ""))) <= set(finetune_glue.grid(ours(""))) and
+              (config.finetune_epochs, config.max_len) == (ours.epochs, ours.max_len))
+    return [] if inside else [
+        f"Fine-tuning is outside the paper's grid (batch {ours.batch_sizes}, lr {ours.peak_lrs}, {ours.epochs} epochs, "
+        f"{ours.max_len} ids): here batch {config.finetune_batch_sizes}, lr {config.finetune_lrs}, "
+        f"{config.finetune_epochs} epochs, {config.max_len} ids."]
+
+
 def main(config):
     began, out = time.monotonic(), writable(config.out)
     if config.data is None:
@@ -464,20 +478,21 @@ def main(config):
                             f"--data, has its own sizes; give --data, --teacher and a budget")
     elif config.teacher is None:
         raise UserError("--data needs --teacher with it: a model directory, a Hub id, or train")
+    elif config.tasks is None and config.glue_dir is None:
+        raise UserError("--data needs tasks to score on: --glue-dir (GLUE's TSVs), or --tasks (name=PATH: your own "
+                        "labelled text; GLUE's names: from the Hub)")
     if config.data is None:
         config = prepare_built_in(config)
     elif config.tasks is None and config.glue_dir:
         config = dataclasses.replace(config, tasks=finetune_glue.Config.tasks)
     plan = Plan(config)
-    if config.tasks is None:
-        config = plan.config = prepare_built_in(config)
     found = compare(config, plan)
     if found is None:
         return
     results, yardsticks, remarks, costs = found
     yardsticks = [report.constant_answer(results), *yardsticks]
     said = report.verdict(results, yardsticks) + report.remarks(results) + remarks
-    text = "\n\n".join([report.score_table(results, yardsticks, papers_setting(plan)), *said])
+    text = "\n\n".join([*recipe(config), report.score_table(results, yardsticks, papers_setting(plan)), *said])
     if config.probe:
         text += "\n\n" + report.probe_table(results, yardsticks)
     costs = "\n\n".join([report.cost_table(results), *costs])

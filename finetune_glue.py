@@ -2,12 +2,15 @@
 
     python finetune_glue.py --model runs/tinybert/model --glue-dir glue                 # the paper's grid, 3 seeds
     python finetune_glue.py --model runs/tinybert/model --glue-dir glue --tasks rte,cola --quick    # one grid point
-    python finetune_glue.py --model runs/tinybert/model --tasks reviews=data/reviews/   # train.tsv and dev.tsv
+    python finetune_glue.py --model runs/tinybert/model --tasks reviews=reviews.csv --save      # your own
+    python finetune_glue.py --model runs/glue/.../trials/reviews-... --predict new.csv  # what it then says of others
     python finetune_glue.py --model runs/tinybert/model --glue-dir glue --probe         # no fine-tuning: seconds
 
 `--glue-dir` holds the official TSVs (CoLA/train.tsv, ...); a task absent there comes from the Hub (nyu-mll/glue).
-Your own TSV has a header line: one or two columns of text, then the label, a whole number from 0, or a score where
-the header calls that column `score`.  A column that numbers the rows (id, index, ...) is left out.
+Your own labelled text is a file, or a directory with train and dev: TSV (no quotes), CSV, JSONL or parquet.  Its
+columns have names: one or two of text, and the label, a word or a whole number, or a score where that column is called
+`score`.  Which is which is guessed and printed, or said with --columns text,label; a column that numbers the rows (id,
+index, ...) is left out.  Of a single file a tenth is set apart as dev, by the hash of its text.
 
 The recipe is the paper's (arXiv 2404.19319): AdamW, batch {16, 32} x lr {1e-5, 3e-5, 5e-5, 8e-5}, 5 epochs,
 linear decay, 128 ids, dropout 0.1.  Ours: 6% warm-up, of which the paper says nothing; the grid runs on seed 0 and
@@ -21,6 +24,7 @@ import hashlib
 import io
 import itertools
 import json
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +40,7 @@ from data import TokenDirectory, hashed
 from plumbing import checkpoint, probe
 from plumbing.cli import Checked, Count, Counts, Positives, Seed, Share, UserError, run, writable
 from plumbing.files import sha256, share, write_json, write_whole
-from plumbing.glue import PAPER, TASKS, Task, evaluate, parse_tasks, read_task
+from plumbing.glue import BINARY, PAPER, TASKS, Task, evaluate, parse_tasks, read_task, rows_of_text
 from step import choose_device, multiplies_in_bf16
 from train import learning_rate
 
@@ -45,7 +49,9 @@ from train import learning_rate
 class Config(Checked):
     model: str                              # model directory or Hub id
     glue_dir: str | None = None             # folder of the official TSVs; a task absent there comes from the Hub
-    tasks: str = "cola,sst2,mrpc,stsb,qqp,mnli,qnli,rte"    # GLUE's names (wnli too); name=DIR: your own TSVs
+    tasks: str = "cola,sst2,mrpc,stsb,qqp,mnli,qnli,rte"    # GLUE's names (wnli too); name=PATH: your own
+    columns: str | None = None              # of your own: text,label or text,text,label; default: guessed
+    predict: str | None = None              # a file of text: --model, a classifier, labels it, one JSON line per row
     batch_sizes: Counts = "16,32"           # the grid: examples per step ...
     peak_lrs: Positives = "1e-5,3e-5,5e-5,8e-5"     # ... times learning rates, each reached after 6% of the steps
     quick: bool = False                     # one grid point, batch 32 and lr 5e-5, in the grid's place
@@ -198,7 +204,10 @@ def fit(setup, file, batch, lr, seed):
     seconds = time.monotonic() - began
     setup.say(f"{name} batch {batch} lr {lr:g} seed {seed}: {text} ({seconds:.0f} s, {len(losses)} steps)")
     if config.save:
-        checkpoint.save_model(file.with_suffix(""), model, setup.tokenizer, max_len=config.max_len, card=(
+        names = None if task.labels in (None, (), BINARY) else task.labels
+        columns = task.columns or task.text
+        checkpoint.save_model(file.with_suffix(""), model, setup.tokenizer, True, max_len=config.max_len, names=names,
+                              columns=columns, card=(
             f"---\nlibrary_name: transformers\ntags: [bert, nanokd]\n---\n\n`{config.model}` fine-tuned by nanoKD "
             f"on {name} (batch {batch}, lr {lr:g}, seed {seed}): {text} on {len(dev[0][1]):,} dev examples.\n"))
     return dict(scores=scores, collapsed=collapsed, seconds=seconds), np.concatenate(logits)
@@ -211,6 +220,8 @@ def run_trials(setup, out, points):
     examples = hashlib.sha256(b"".join(a.tobytes() for x, y in setup.parts.values() for a in (*x, y)))
     settings = dict(model=setup.digests, examples=examples.hexdigest()[:16],
                     epochs=config.epochs, dropout=config.dropout, bf16=multiplies_in_bf16(setup.device))
+    if setup.task.labels and not setup.task.columns:
+        settings["labels"] = list(setup.task.labels)
     files = [out / f"{setup.name}-b{batch}-lr{lr:g}-seed{seed}.json" for batch, lr, seed in points]
     again = sum(file.exists() and not finished(file, settings, config.save) for file in files)
     if again:
@@ -286,7 +297,7 @@ class Opened(NamedTuple):
 
 
 def opened(config, say):
-    path, tasks = checkpoint.find_model(config.model), parse_tasks(config.tasks)
+    path, tasks = checkpoint.find_model(config.model), parse_tasks(config.tasks, config.columns, say)
     model, tokenizer = checkpoint.read_config(path), checkpoint.read_tokenizer(path)
     digests = [sha256(f)[:16] for f in (path / "config.json", *checkpoint.weight_files(path))]
     if not 8 <= config.max_len <= model.max_position_embeddings:
@@ -358,7 +369,33 @@ def probes(config, say=print):
     return result
 
 
+def label_rows(config, out):
+    """Writes one JSON line per row of --predict to `out`: label and probabilities, or score; or what is wrong."""
+    path = checkpoint.find_model(config.model)
+    classifier, tokenizer = checkpoint.read_classifier(path), checkpoint.read_tokenizer(path)
+    rows = rows_of_text(Path(config.predict), config.columns, classifier.columns)
+    print(f"text from {next(rows)} ({config.predict})", file=sys.stderr)
+    model, pad_id = classifier.model.to(choose_device(config.device)), tokenizer.token_to_id("[PAD]")
+    while some := list(itertools.islice(rows, 1000)):
+        good = [text for _, text, fault in some if not fault]
+        found = iter(predict(model, encode(tokenizer, good, classifier.max_len), pad_id) if good else ())
+        for place, _, fault in some:
+            out.write(json.dumps(dict(error=f"{place} {fault}") if fault else said(classifier, next(found))) + "\n")
+        out.flush()
+
+
+def said(classifier, logits):
+    """What a classifier makes of one row's logits."""
+    if classifier.score:
+        return dict(score=round(float(logits[0]), 6))
+    p = np.exp(logits.astype(np.float64) - logits.max())
+    return dict(label=classifier.names[p.argmax()], probabilities={
+        name: round(float(v), 6) for name, v in zip(classifier.names, p / p.sum(), strict=True)})
+
+
 def main(config):
+    if config.predict:
+        return label_rows(config, sys.stdout)
     if config.data and not config.probe:
         raise UserError("--data is for --probe: the masked-LM probe runs on its validation blocks")
     if config.probe:
