@@ -50,7 +50,7 @@ from plumbing.cli import (
     run,
     writable,
 )
-from plumbing.demonstration import built_in_task, demonstrated, look
+from plumbing.demonstration import demonstrated, look
 from plumbing.files import read_json, share, write_json, write_whole
 from plumbing.rundir import contents
 from step import (
@@ -74,7 +74,8 @@ class Config(Checked):
     teacher_size: str | None = None     # of --teacher train; default: twice the student's layers
     teacher_budget: Positive | None = None  # of --teacher train, in the budget's unit; default: 4 x the largest budget
     glue_dir: str | None = None         # folder of GLUE's official TSVs
-    tasks: str | None = None            # cola,name=DIR,...; default: all of GLUE with --glue-dir, else the built-in one
+    tasks: str | None = None            # cola,name=PATH,...; default: all of GLUE with --glue-dir
+    columns: str | None = None          # of your own tasks: text,label or text,text,label; default: guessed
     budget_hours: Positives | None = None   # budgets of each arm on train.py's clock, such as 1,2,4: a run each
     budget_flops: Positives | None = None   # or in matmul FLOPs of student and teacher
     budget_tokens: Counts | None = None  # or in tokens
@@ -99,8 +100,10 @@ class Config(Checked):
     finetune_seeds: Count = 3           # fine-tuning runs per pretrained model
     finetune_batch_sizes: Counts = "16,32"          # the grid of fine-tuning: examples per step ...
     finetune_lrs: Positives = "1e-5,3e-5,5e-5,8e-5"  # ... times peak learning rates
+    quick: bool = False                 # one point of that grid in its place: batch 32, lr 5e-5
     finetune_epochs: Count = 5          # passes over the training examples
     max_len: Annotated[int, "[8, inf)"] = 128       # ids an example is cut to
+    probe: bool = False                 # what each frozen encoder knows as well, in a table of its own
     device: str | None = None           # cpu, cuda or cuda:N; default: cuda where there is one, else cpu
     compile: bool | None = None         # torch.compile; default: pretraining on CUDA only
     bf16: bool | None = None            # bf16 autocast; default: where the hardware multiplies in bf16
@@ -198,8 +201,9 @@ class Plan:
 def finetuning(config, model, out, seed=0):
     """The finetune_glue.Config for one model: fresh fine-tuning seeds for each pretraining seed."""
     return finetune_glue.Config(
-        model=str(model), glue_dir=config.glue_dir, tasks=config.tasks, batch_sizes=config.finetune_batch_sizes,
-        peak_lrs=config.finetune_lrs, seeds=config.finetune_seeds, first_seed=1 + seed * config.finetune_seeds,
+        model=str(model), glue_dir=config.glue_dir, tasks=config.tasks, columns=config.columns,
+        batch_sizes=config.finetune_batch_sizes, peak_lrs=config.finetune_lrs, quick=config.quick,
+        seeds=config.finetune_seeds, first_seed=1 + seed * config.finetune_seeds,
         epochs=config.finetune_epochs, max_len=config.max_len, out=str(out), device=config.device,
         compile=bool(config.compile), bf16=config.bf16)
 
@@ -334,11 +338,16 @@ def finetuned(config, model, out, say, seed=0):
     return finetune_glue.score(finetuning(config, model, out, seed), say)["tasks"]
 
 
+def probed(config, model, out, say):
+    """With --probe what finetune_glue.probes finds, else nothing."""
+    return finetune_glue.probes(dataclasses.replace(
+        finetuning(config, model, out), data=config.data, probe=True), say) if config.probe else {}
+
+
 def scores(tasks):
-    """Means per task and over the tasks: over the paper's seven if they are all there, else over all there are."""
+    """Means per task and over the tasks that are averaged."""
     means = {name: r["mean"] for name, r in tasks.items()}
-    averaged = report.PAPER_TASKS if set(report.PAPER_TASKS) <= set(means) else means
-    return dict(scores=means, average=float(np.mean([means[name] for name in averaged])))
+    return dict(scores=means, average=float(np.mean([means[name] for name in report.averaged(means)])))
 
 
 def result_of(plan, each, summary, tasks):
@@ -401,15 +410,16 @@ def score_yardstick(plan, directory, progress, name, path, seed):
         checkpoint.save_model(model, student, directory.read_tokenizer(), head=True)
     progress.start(f"score {path}", f"{name} {seed}")
     tasks = finetuned(plan.config, model, path / "glue", progress.say, seed)
+    probes = probed(plan.config, model, path / "glue", progress.say)
     progress.done()
-    return dict(name=name, **scores(tasks))
+    return dict(name=name, tasks=tasks, probes=probes, **scores(tasks))
 
 
 def check_inputs(plan):
     """(token directory, {task: its examples}): everything that can be refused before hours of training is."""
     config, directory = plan.config, TokenDirectory(plan.config.data)
     texts = {name: glue.read_task(name, task, config.glue_dir)
-             for name, task in glue.parse_tasks(config.tasks).items()}
+             for name, task in glue.parse_tasks(config.tasks, config.columns).items()}
     plan.teacher_shape = teacher = teacher_shape(plan, directory)
     longest = min(c.max_position_embeddings for c in (teacher, student_shape(plan.runs[0], directory)))
     if config.max_len > longest:
@@ -435,10 +445,11 @@ def execute(plan, directory, progress):
         progress.start(each.out, Path(each.out).name)
         summary, speed = timed(plan, directory, each, progress)
         tasks = finetuned(config, f"{each.out}/model", f"{each.out}/glue", progress.say, each.seed)
+        probes = probed(config, f"{each.out}/model", f"{each.out}/glue", progress.say)
         for file in Path(each.out).glob("checkpoint*.pt"):              # the model and the log stay
             file.unlink()
         progress.done()
-        return dict(result_of(plan, each, summary, tasks), speed=speed)
+        return dict(result_of(plan, each, summary, tasks), speed=speed, probes=probes)
 
     if plan.teacher:
         taught, = share_runs([plan.teacher.out], teach)
@@ -458,7 +469,7 @@ def execute(plan, directory, progress):
                       lambda i: todo[i]())
     results, scored = done[:len(plan.runs)], done[len(plan.runs):]
     costs.append(f"The compared runs were charged {duration(sum(r['charged_seconds'] for r in results))} in all.")
-    yardsticks = [dict(name=name, averages=[m["average"] for m in of],
+    yardsticks = [dict(name=name, averages=[m["average"] for m in of], runs=of,
                        scores={task: [m["scores"][task] for m in of] for task in of[0]["scores"]})
                   for name in ("random init", "teacher") for of in [[m for m in scored if m["name"] == name]]]
     return results, yardsticks, remarks, costs
@@ -541,6 +552,9 @@ def describe(plan, seconds, finetune_seconds, texts):
           + f"; {finished} are finished, the others take about {duration(sum(seconds.values()))} in one process")
     models = len(plan.runs) + config.seeds + 1                          # the random students and the teacher
     print(f"  fine-tuning {models} models on {', '.join(texts)}: very roughly {duration(models * finetune_seconds)}")
+    record = plan.out / "results.json"
+    if record.exists() and (able := report.resolution(read_json(record)["results"], config.seeds)):
+        print(f"  by the spread in {record}, {able}")
 
 
 def papers_setting(plan):
@@ -552,6 +566,17 @@ def papers_setting(plan):
     return config.size if same else None
 
 
+def recipe(config):
+    """[a line on fine-tuning], where it is not the paper's grid or a part of it."""
+    ours = finetune_glue.Config
+    inside = (set(finetune_glue.grid(finetuning(config, "", ""))) <= set(finetune_glue.grid(ours(""))) and
+              (config.finetune_epochs, config.max_len) == (ours.epochs, ours.max_len))
+    return [] if inside else [
+        f"Fine-tuning is outside the paper's grid (batch {ours.batch_sizes}, lr {ours.peak_lrs}, {ours.epochs} epochs, "
+        f"{ours.max_len} ids): here batch {config.finetune_batch_sizes}, lr {config.finetune_lrs}, "
+        f"{config.finetune_epochs} epochs, {config.max_len} ids."]
+
+
 def main(config):
     began, out = time.monotonic(), writable(config.out)
     demonstration = config.data is None
@@ -559,18 +584,22 @@ def main(config):
         config = demonstrated(config)
     elif config.teacher is None:
         raise UserError("--data needs --teacher with it: a model directory, a Hub id, or train")
+    elif config.tasks is None and config.glue_dir is None:
+        raise UserError("--data needs tasks to score on: --glue-dir (GLUE's TSVs), or --tasks (name=PATH: your own "
+                        "labelled text; GLUE's names: from the Hub)")
     elif config.tasks is None and config.glue_dir:
         config = dataclasses.replace(config, tasks=finetune_glue.Config.tasks)
     config = config.for_machine()
     plan = Plan(config)
-    if config.tasks is None:
-        config = plan.config = dataclasses.replace(config, tasks=built_in_task(out))
     found = compare(config, plan)
     if found is None:
         return
     results, yardsticks, remarks, costs = found
+    yardsticks = [report.constant_answer(results), *yardsticks]
     said = report.verdict(results, yardsticks) + report.drift(results) + report.remarks(results) + remarks
-    text = "\n\n".join([report.score_table(results, yardsticks, papers_setting(plan)), *said])
+    text = "\n\n".join([*recipe(config), report.score_table(results, yardsticks, papers_setting(plan)), *said])
+    if config.probe:
+        text += "\n\n" + report.probe_table(results, yardsticks)
     costs = "\n\n".join([report.cost_table(results), *costs])
     everything = dict(config=dataclasses.asdict(config), results=results, yardsticks=yardsticks, verdict=said)
 

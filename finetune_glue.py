@@ -2,11 +2,15 @@
 
     python finetune_glue.py --model runs/tinybert/model --glue-dir glue                 # the paper's grid, 3 seeds
     python finetune_glue.py --model runs/tinybert/model --glue-dir glue --tasks rte,cola --quick    # one grid point
-    python finetune_glue.py --model runs/tinybert/model --tasks reviews=data/reviews/   # train.tsv and dev.tsv
+    python finetune_glue.py --model runs/tinybert/model --tasks reviews=reviews.csv --save      # your own
+    python finetune_glue.py --model runs/glue/.../trials/reviews-... --predict new.csv  # what it then says of others
+    python finetune_glue.py --model runs/tinybert/model --glue-dir glue --probe         # no fine-tuning: seconds
 
 `--glue-dir` holds the official TSVs (CoLA/train.tsv, ...); a task absent there comes from the Hub (nyu-mll/glue).
-Your own TSV has a header line: one or two columns of text, then the label, a whole number from 0, or a score where
-the header calls that column `score`.  A column that numbers the rows (id, index, ...) is left out.
+Your own labelled text is a file, or a directory with train and dev: TSV (no quotes), CSV, JSONL or parquet.  Its
+columns have names: one or two of text, and the label, a word or a whole number, or a score where that column is called
+`score`.  Which is which is guessed and printed, or said with --columns text,label; a column that numbers the rows (id,
+index, ...) is left out.  Of a single file a tenth is set apart as dev, by the hash of its text.
 
 The recipe is the paper's (arXiv 2404.19319): AdamW, batch {16, 32} x lr {1e-5, 3e-5, 5e-5, 8e-5}, 5 epochs,
 linear decay, 128 ids, dropout 0.1.  Ours: 6% warm-up, of which the paper says nothing; the grid runs on seed 0 and
@@ -21,6 +25,7 @@ import io
 import itertools
 import json
 import math
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,11 +37,11 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from data import hashed
-from plumbing import checkpoint
+from data import TokenDirectory, hashed
+from plumbing import checkpoint, probe
 from plumbing.cli import Checked, Count, Counts, Positives, Seed, Share, UserError, run, writable
 from plumbing.files import sha256, share, write_json, write_whole
-from plumbing.glue import PAPER, TASKS, Task, evaluate, parse_tasks, read_task
+from plumbing.glue import BINARY, PAPER, TASKS, Task, evaluate, parse_tasks, read_task, rows_of_text
 from step import autocast, choose_device, decay_groups, moved, multiplies_in_bf16
 from train import learning_rate
 
@@ -45,7 +50,9 @@ from train import learning_rate
 class Config(Checked):
     model: str                              # model directory or Hub id
     glue_dir: str | None = None             # folder of the official TSVs; a task absent there comes from the Hub
-    tasks: str = "cola,sst2,mrpc,stsb,qqp,mnli,qnli,rte"    # GLUE's names (wnli too); name=DIR: your own TSVs
+    tasks: str = "cola,sst2,mrpc,stsb,qqp,mnli,qnli,rte"    # GLUE's names (wnli too); name=PATH: your own
+    columns: str | None = None              # of your own: text,label or text,text,label; default: guessed
+    predict: str | None = None              # a file of text: --model, a classifier, labels it, one JSON line per row
     batch_sizes: Counts = "16,32"           # the grid: examples per step ...
     peak_lrs: Positives = "1e-5,3e-5,5e-5,8e-5"     # ... times learning rates, each reached after 6% of the steps
     quick: bool = False                     # one grid point, batch 32 and lr 5e-5, in the grid's place
@@ -55,6 +62,8 @@ class Config(Checked):
     max_len: Annotated[int, "[8, inf)"] = 128       # ids an example is cut to, [CLS] and [SEP] included
     dropout: Share = 0.1                    # in the encoder and before the classifier
     out: str | None = None                  # directory of trials and glue.json; default: runs/glue/MODEL
+    probe: bool = False                     # no fine-tuning: what the frozen encoder knows (plumbing/probe.py)
+    data: str | None = None                 # a token directory, for --probe: masked LM on its validation blocks too
     save: bool = False                      # keep each trial's classifier too, a model directory beside its scores
     device: str | None = None               # cpu, cuda or cuda:N; default: cuda where there is one, else cpu
     compile: bool = False                   # torch.compile of the training step, once for all lengths
@@ -197,7 +206,10 @@ def fit(setup, file, batch, lr, seed):
     seconds = time.monotonic() - began
     setup.say(f"{name} batch {batch} lr {lr:g} seed {seed}: {text} ({seconds:.0f} s, {len(losses)} steps)")
     if config.save:
-        checkpoint.save_model(file.with_suffix(""), model, setup.tokenizer, max_len=config.max_len, card=(
+        names = None if task.labels in (None, (), BINARY) else task.labels
+        columns = task.columns or task.text
+        checkpoint.save_model(file.with_suffix(""), model, setup.tokenizer, True, max_len=config.max_len, names=names,
+                              columns=columns, card=(
             f"---\nlibrary_name: transformers\ntags: [bert, nanokd]\n---\n\n`{config.model}` fine-tuned by nanoKD "
             f"on {name} (batch {batch}, lr {lr:g}, seed {seed}): {text} on {len(dev[0][1]):,} dev examples.\n"))
     return dict(scores=scores, collapsed=collapsed, seconds=seconds), np.concatenate(logits)
@@ -210,6 +222,8 @@ def run_trials(setup, out, points):
     examples = hashlib.sha256(b"".join(a.tobytes() for x, y in setup.parts.values() for a in (*x, y)))
     settings = dict(model=setup.digests, examples=examples.hexdigest()[:16],
                     epochs=config.epochs, dropout=config.dropout, bf16=multiplies_in_bf16(setup.device, config.bf16))
+    if setup.task.labels and not setup.task.columns:
+        settings["labels"] = list(setup.task.labels)
     files = [out / f"{setup.name}-b{batch}-lr{lr:g}-seed{seed}.json" for batch, lr, seed in points]
     again = sum(file.exists() and not finished(file, settings, config.save) for file in files)
     if again:
@@ -273,10 +287,19 @@ def grid(config):
     return [QUICK] if config.quick else points
 
 
-def score(config, say=print):
-    """Fine-tunes and scores on every task; returns what glue.json holds, scores in percent."""
-    grid(config)
-    path, tasks = checkpoint.find_model(config.model), parse_tasks(config.tasks)
+class Opened(NamedTuple):
+    """The model and the tasks of a Config, read and checked."""
+    path: Path              # the model directory
+    digests: list           # of its config.json and weights
+    tokenizer: Tokenizer
+    tasks: dict             # {name: Task}
+    texts: dict             # {name: {file: (sentences, labels)}}
+    device: torch.device
+    out: Path
+
+
+def opened(config, say):
+    path, tasks = checkpoint.find_model(config.model), parse_tasks(config.tasks, config.columns, say)
     model, tokenizer = checkpoint.read_config(path), checkpoint.read_tokenizer(path)
     digests = [sha256(f)[:16] for f in (path / "config.json", *checkpoint.weight_files(path))]
     if not 8 <= config.max_len <= model.max_position_embeddings:
@@ -285,9 +308,15 @@ def score(config, say=print):
         raise UserError(f"{path}: config.json has vocab_size {model.vocab_size}, its tokenizer "
                         f"{tokenizer.get_vocab_size()} tokens")
     texts = {name: read_task(name, task, config.glue_dir, say) for name, task in tasks.items()}     # all before any
-    device = choose_device(config.device)
     out = Path(config.out or Path("runs/glue", config.model.strip("/.").replace("/", "_")))
-    (writable(out) / "trials").mkdir(parents=True, exist_ok=True)
+    return Opened(path, digests, tokenizer, tasks, texts, choose_device(config.device), writable(out))
+
+
+def score(config, say=print):
+    """Fine-tunes and scores on every task; returns what glue.json holds, scores in percent."""
+    grid(config)
+    path, digests, tokenizer, tasks, texts, device, out = opened(config, say)
+    (out / "trials").mkdir(parents=True, exist_ok=True)
 
     results = {}
     for name, task in tasks.items():
@@ -309,7 +338,71 @@ def score(config, say=print):
     return result
 
 
+def probes(config, say=print):
+    """What probes.json holds: {tasks: {name: {linear, similarity}}, masked_lm: {mlm, repeated, others, d_order}}."""
+    path, digests, tokenizer, tasks, texts, device, out = opened(config, say)
+    loaded, directory = checkpoint.load_mlm(path), None
+    if config.data:
+        directory = TokenDirectory(config.data)
+        checkpoint.same_vocabulary(directory.read_tokenizer(), path)
+    seq_len = min(128, loaded.model.config.max_position_embeddings)
+    examples = hashlib.sha256(repr([(name, x, y.tolist()) for name, parts in texts.items()
+                                    for x, y in parts.values()]).encode())
+    settings = dict(model=digests, examples=examples.hexdigest()[:16], max_len=config.max_len, seq_len=seq_len,
+                    data=directory and directory.manifest["sha256"])
+    out.mkdir(parents=True, exist_ok=True)
+    result = finished(out / "probes.json", settings)
+    if result:
+        return result
+    encoder, pad_id = probe.MeanPooled(loaded.model.bert).to(device), tokenizer.token_to_id("[PAD]")
+
+    def embed(sentences):
+        return predict(encoder, encode(tokenizer, [(s,) for s in sentences], config.max_len), pad_id)
+    result = dict(tasks={}, masked_lm={}, settings=settings)
+    for name, task in tasks.items():
+        result["tasks"][name] = found = probe.probe_task(task, texts.pop(name), embed)
+        say(f"{name}: " + probe.in_words(found))
+    if directory and loaded.missing:
+        say("no LM head, so no masked-LM probe")
+    elif directory:
+        result["masked_lm"] = probe.probe_masked_lm(loaded.model.to(device), directory, seq_len)
+        say("masked LM: " + probe.in_words(result["masked_lm"]))
+    write_json(out / "probes.json", result)
+    return result
+
+
+def label_rows(config, out):
+    """Writes one JSON line per row of --predict to `out`: label and probabilities, or score; or what is wrong."""
+    path = checkpoint.find_model(config.model)
+    classifier, tokenizer = checkpoint.read_classifier(path), checkpoint.read_tokenizer(path)
+    rows = rows_of_text(Path(config.predict), config.columns, classifier.columns)
+    print(f"text from {next(rows)} ({config.predict})", file=sys.stderr)
+    model, pad_id = classifier.model.to(choose_device(config.device)), tokenizer.token_to_id("[PAD]")
+    while some := list(itertools.islice(rows, 1000)):
+        good = [text for _, text, fault in some if not fault]
+        found = iter(predict(model, encode(tokenizer, good, classifier.max_len), pad_id) if good else ())
+        for place, _, fault in some:
+            out.write(json.dumps(dict(error=f"{place} {fault}") if fault else said(classifier, next(found))) + "\n")
+        out.flush()
+
+
+def said(classifier, logits):
+    """What a classifier makes of one row's logits."""
+    if classifier.score:
+        return dict(score=round(float(logits[0]), 6))
+    p = np.exp(logits.astype(np.float64) - logits.max())
+    return dict(label=classifier.names[p.argmax()], probabilities={
+        name: round(float(v), 6) for name, v in zip(classifier.names, p / p.sum(), strict=True)})
+
+
 def main(config):
+    if config.predict:
+        return label_rows(config, sys.stdout)
+    if config.data and not config.probe:
+        raise UserError("--data is for --probe: the masked-LM probe runs on its validation blocks")
+    if config.probe:
+        print("probes of the frozen encoder, which no average holds:")
+        return probes(config)
     result = score(config)
     print()
     for name, r in result["tasks"].items():

@@ -203,6 +203,36 @@ def load_classifier(path, num_labels, seed, dropout=None):
     return model
 
 
+class Classifier(NamedTuple):
+    model: torch.nn.Module
+    names: list             # of the classes, in the order of their numbers
+    score: bool             # one output, which is a score
+    columns: list           # of text, as they were called where it was fine-tuned; [] where that is not known
+    max_len: int            # ids an example is cut to
+
+
+def read_classifier(path):
+    """What --save, or transformers, has written as a BertForSequenceClassification."""
+    config, raw = read_config(path), json.loads((path / "config.json").read_text())
+    if raw.get("architectures") != ["BertForSequenceClassification"]:
+        raise UserError(f"{path} is no classifier (its config.json says {raw.get('architectures')}): fine-tune one "
+                        f"with --save, and give the directory beside its trial's scores")
+    if raw.get("problem_type") == "multi_label_classification":
+        raise UserError(f"{path} gives an example any number of labels: only one label of several, or a score, works "
+                        f"here")
+    try:        # transformers leaves two classes without names of their own out
+        names = [name for _, name in sorted((int(i), str(name)) for i, name in raw.get(
+            "id2label", {"0": "LABEL_0", "1": "LABEL_1"}).items())]
+        file = path / "tokenizer_config.json"
+        cut = int(json.loads(file.read_text()).get("model_max_length", 1e9)) if file.exists() else 10 ** 9
+        model = BertForSequenceClassification(config, len(names))
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        raise UserError(f"{path}: the id2label in config.json, or tokenizer_config.json, is damaged") from None
+    score = raw.get("problem_type") == "regression" or len(names) == 1
+    return Classifier(fill(model, path).model.eval(), names, score, raw.get("text_columns", []),
+                      min(cut, config.max_position_embeddings))
+
+
 def read_tokenizer(path):
     """The tokenizer of a model directory."""
     for name in ("tokenizer.json", "vocab.txt"):
@@ -286,10 +316,11 @@ def cut_log(file, step):
 
 # ------------------------------------------------------------------------------------------------------- writing
 
-def save_model(directory, model, tokenizer, head=True, card="", max_len=None):
+def save_model(directory, model, tokenizer, head=True, card="", max_len=None, names=None, columns=()):
     """Writes a model directory: a BertForMaskedLM with its LM head if `head`, else as an encoder; or a classifier.
 
     `card` is the text of its README.md; `max_len`: how many ids it was fine-tuned on, where its tokenizer is to cut.
+    `names`: of a classifier's labels; `columns`: those that its text stood in.
     Written beside its place and moved there, so that a directory of that name is always whole."""
     directory, part = Path(directory), Path(f"{directory}.part")
     shutil.rmtree(part, ignore_errors=True)
@@ -302,10 +333,10 @@ def save_model(directory, model, tokenizer, head=True, card="", max_len=None):
     if kind == "BertModel":
         weights |= untrained_pooler(c)                  # what transformers' BertModel expects to find
     if kind == "BertForSequenceClassification":
-        labels = model.classifier.out_features
-        extra = dict(id2label={i: f"LABEL_{i}" for i in range(labels)},
-                     label2id={f"LABEL_{i}": i for i in range(labels)},     # a pipeline's sigmoid is not for scores:
-                     problem_type="regression" if labels == 1 else "single_label_classification")
+        names = names or [f"LABEL_{i}" for i in range(model.classifier.out_features)]
+        extra = dict(id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)},
+                     text_columns=list(columns),                            # a pipeline's sigmoid is not for scores:
+                     problem_type="regression" if len(names) == 1 else "single_label_classification")
     try:
         from safetensors.torch import save_file
         file = part / "model.safetensors"

@@ -53,23 +53,21 @@ def package_task(task, documents):
         write_whole(task / f"{name}.tsv", ("sentence\tlabel\n" + "".join(part)).encode())
 
 
-def built_in_task(out, data=None):
-    """Writes the built-in task to OUT/package and, if asked, the corpus to the token directory `data`; what is there
-    stays.  --tasks for it."""
-    task = Path(out) / "package"
+def written(out):
+    """(token directory, --tasks) of the demonstration, under OUT; what is there stays."""
+    task, data = Path(out) / "package", Path(out) / "data"
 
     def make(_):
-        if (task / "dev.tsv").exists() and (data is None or (data / "manifest.json").exists()):
+        if (task / "dev.tsv").exists() and (data / "manifest.json").exists():
             return
         print("reading the documentation on this disk")
         documents = list(tqdm(sources.docstrings(), unit=" docstrings", mininterval=2))
         package_task(task, documents)
-        if data:
-            prepare.prepare(prepare.Config(["docstrings"], str(data), str(TEACHER), val_fraction=VAL_FRACTION),
-                            [text for _, text in documents])
+        prepare.prepare(prepare.Config(["docstrings"], str(data), str(TEACHER), val_fraction=VAL_FRACTION),
+                        [text for _, text in documents])
     Path(out).mkdir(parents=True, exist_ok=True)
     share([out], make)
-    return f"package={task}"
+    return str(data), f"package={task}"
 
 
 def demonstrated(config):
@@ -81,9 +79,8 @@ def demonstrated(config):
                         f"has its own sizes; give --data, --teacher and a budget")
     if config.arms is None and config.strategies == type(config).strategies:
         config = dataclasses.replace(config, arms=ARMS)
-    data = Path(config.out) / "data"
-    return dataclasses.replace(config, **SETTING, jobs=config.jobs or os.cpu_count() or 1, data=str(data),
-                               tasks=built_in_task(config.out, data))
+    data, tasks = written(config.out)
+    return dataclasses.replace(config, **SETTING, jobs=config.jobs or os.cpu_count() or 1, data=data, tasks=tasks)
 
 
 def look(results, config):

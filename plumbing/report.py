@@ -2,12 +2,16 @@
 
 Read it with compare.py.  A result is a dict, one per pretrained model: what it was (`strategy`, `budget`, `unit`,
 `unique_tokens`, `static_masks`, `seed`), what it cost (`tokens`, `epochs`, `charged_seconds`, `teacher_share`, ...) and
-what it scored (`scores`: {task: percent}, `average` over them).
+what it scored (`scores`: {task: percent}, `average` over them; `tasks`: {task: {scores of each fine-tuning run, metric,
+n, majority: the constant answer's score, ...}}).
 
 The arms share their seeds (initial weights, data order, masks), so an arm's difference to the base arm is taken seed by
 seed, and its 95% interval is Student's t over those differences (n - 1 degrees of freedom).  It speaks of other seeds,
 on these dev sets.  The verdict looks at the best of several arms, so it asks more: an interval at 1 - 0.05 / k for k
 comparisons (Bonferroni).
+
+An average is worth what its tasks measure: one on which neither the teacher nor any arm is above the constant answer
+and the untrained student outside the noise only adds noise, so it is named, and a second average leaves it out.
 """
 import csv
 import functools
@@ -61,12 +65,22 @@ def interval(differences, comparisons=1):
     return float(np.mean(differences)), float(t * np.std(differences, ddof=1) / math.sqrt(n))
 
 
-def spread(values):
-    return f"{np.mean(values):.1f}" + (f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
+def seeds_for(differences, points=1.0):
+    """The number of seeds from which on a mean difference of so many points is outside its 95% interval."""
+    std = np.std(differences, ddof=1)
+    n = max(2, math.ceil((1.96 * std / points) ** 2))
+    while t_quantile(0.975, n - 1) * std / math.sqrt(n) >= points:
+        n += 1
+    return n
 
 
-def signed(mean, half):
-    return f"{mean:+.1f}" + (f" [{mean - half:+.1f}, {mean + half:+.1f}]" if math.isfinite(half) else "")
+def spread(values, digits=1):
+    return f"{np.mean(values):.{digits}f}" + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "")
+
+
+def signed(mean, half, digits=1):
+    within = f" [{mean - half:+.{digits}f}, {mean + half:+.{digits}f}]" if math.isfinite(half) else ""
+    return f"{mean:+.{digits}f}" + within
 
 
 # ------------------------------------------------------------------------------------------------------ grouping
@@ -85,6 +99,23 @@ def base_of(arms):
     return "no_kd" if "no_kd" in arms else next(iter(arms))
 
 
+def averaged(tasks):
+    """The tasks that the average is over: the paper's seven if they are all there, else all there are."""
+    return [t for t in PAPER_TASKS if t in tasks] if set(PAPER_TASKS) <= set(tasks) else list(tasks)
+
+
+def over(tasks):
+    """The mean of a result's scores on these tasks, as a function of the result."""
+    return lambda r: float(np.mean([r["scores"][task] for task in tasks]))
+
+
+def values_of(runs, tasks):
+    """[mean over the tasks] per pretraining seed; of a single one, per fine-tuning run."""
+    if len(runs) > 1:
+        return [over(tasks)(r) for r in runs]
+    return list(np.mean([runs[0]["tasks"][task]["scores"] for task in tasks], 0))
+
+
 def differences(arm, other, value=lambda r: r["average"]):
     """arm - other, seed by seed, over the seeds that both have."""
     return [value(arm[seed]) - value(other[seed]) for seed in arm if seed in other]
@@ -93,6 +124,55 @@ def differences(arm, other, value=lambda r: r["average"]):
 def row_of(arm):
     """The arm's name as a row has it."""
     return arm + " (MobileBERT's transfer on a plain BERT)" * ("mobilebert" in arm)
+
+
+# -------------------------------------------------------------------------------------------------------- floors
+
+def constant_answer(results):
+    """The yardstick of no model at all: the class that is most frequent in dev, or one score for all."""
+    scores = {task: [t["majority"]] for task, t in results[0]["tasks"].items()}
+    return dict(name="constant answer", scores=scores,
+                averages=[float(np.mean([scores[task] for task in averaged(scores)]))])
+
+
+def above(leads, error):
+    """The names whose mean lead is above 0 outside the noise, of {name: leads}; None where no spread is known.
+
+    The spread is pooled over the names (few seeds know their own badly), corrected for as many comparisons; to it
+    comes `error`, the standard error from the size of the dev set."""
+    df = sum(len(values) - 1 for values in leads.values())
+    if not df:
+        return None
+    std = math.sqrt(sum(len(values) * np.var(values) for values in leads.values()) / df)
+    t = t_quantile(1 - 0.025 / len(leads), df)
+    return {name for name, values in leads.items()
+            if np.mean(values) > math.hypot(t * std / math.sqrt(len(values)), 2 * error)}
+
+
+def measuring(results, yardsticks):
+    """(tasks that measure, tasks that do not): on these neither the teacher nor any arm is above the constant answer
+    and the untrained student outside the noise.  None where one run of each cannot tell."""
+    runs_of = {y["name"]: y["runs"] for y in yardsticks if "runs" in y}
+    if len(runs_of) < 2:
+        return None
+    candidates = {(key, name): [runs[seed] for seed in sorted(runs)] for key, arms in groups(results).items()
+                  for name, runs in arms.items()} | dict(teacher=runs_of["teacher"])
+    measures, nothing = [], []
+    for task, t in results[0]["tasks"].items():
+        over_constant, over_untrained = {}, {}
+        for name, runs in candidates.items():
+            values = values_of(runs, [task])
+            untrained = values_of(runs_of["random init"][:len(runs)], [task])   # of the same seeds
+            over_constant[name] = [v - t["majority"] for v in values]
+            over_untrained[name] = [v - u for v, u in zip(values, untrained, strict=False)]
+        floor = max(t["majority"], np.mean(values_of(runs_of["random init"], [task]))) / 100
+        share = t["metric"] in ("accuracy", "f1")           # the others are correlations, whose error at 0 is this:
+        error = 100 * math.sqrt((floor * (1 - floor) if share else 1) / t["n"])
+        both = above(over_constant, error), above(over_untrained, error)
+        if None in both:
+            return None
+        (measures if both[0] & both[1] else nothing).append(task)
+    return measures, nothing
 
 
 def setting(unique_tokens, static_masks):
@@ -113,40 +193,108 @@ def markdown(head, rows):
 
 
 def score_table(results, yardsticks=(), size=None):
-    """Scores, mean ± standard deviation over pretraining seeds, and the difference to the base arm.  It holds nothing
-    that depends on the machine's speed.  `yardsticks`: {name, scores: {task: [percent]}, averages}."""
+    """Scores, mean ± standard deviation over pretraining seeds (of a single one over its fine-tuning runs), and the
+    difference to the base arm, with the seeds that 1 point would need.  It holds nothing that depends on the machine's
+    speed.  `yardsticks`: {name, scores: {task: [percent]}, averages, runs: [as results, per seed]}."""
     tasks = list(results[0]["scores"])
-    many = len(tasks) > 1
+    many, all_of = len(tasks) > 1, averaged(tasks)
+    sets = [all_of, *second_average(results, yardsticks)]
+    seeds = len({r["seed"] for r in results})
     rows = []
     for (unique, static, budget), arms in groups(results).items():
         base = base_of(arms)
         for name, runs in arms.items():
-            first = next(iter(runs.values()))
-            val = [r["val"]["mlm"] for r in runs.values() if "mlm" in r["val"]]
-            delta = "" if name == base else signed(*interval(differences(runs, arms[base])))
+            first, of = next(iter(runs.values())), list(runs.values())
+            val = [r["val"]["mlm"] for r in of if "mlm" in r["val"]]
             rows.append([amount(budget, first["unit"]), setting(unique, static), row_of(name), f"{first['peak_lr']:g}",
-                         f"{np.mean([r['tokens'] for r in runs.values()]):,.0f}",
-                         f"{np.mean([r['epochs'] for r in runs.values()]):.2g}", f"{np.mean(val):.2f}" if val else "",
-                         *[spread([r["scores"][task] for r in runs.values()]) for task in tasks],
-                         *([spread([r["average"] for r in runs.values()])] if many else []), delta])
+                         f"{np.mean([r['tokens'] for r in of]):,.0f}",
+                         f"{np.mean([r['epochs'] for r in of]):.2g}", f"{np.mean(val):.2f}" if val else "",
+                         *[spread(values_of(of, [task])) for task in tasks]])
+            for names in sets:
+                lead = differences(runs, arms[base], over(names))
+                rows[-1] += [spread(values_of(of, names))] * many + (
+                    ["", ""] if name == base else [signed(*interval(lead)), seeds_for(lead) if len(lead) > 1 else ""])
     for limited in dict.fromkeys(unique is not None for unique, _, _ in groups(results)):
         paper = PAPER.get((size, limited), {}) if set(tasks) & set(PAPER_TASKS) else {}
         for name, (tokens, *values, average) in paper.items():
             of = dict(zip(PAPER_TASKS, values, strict=True))
             rows.append([f"the paper's: {PAPERS_HOURS[size, limited]} h, one A100, one seed",
                          "limited" if limited else "all", name, "", f"{tokens:.2g}", "", "",
-                         *[of.get(task, "") for task in tasks], *([f"{average} (7 tasks)"] if many else []), ""])
+                         *[of.get(task, "") for task in tasks], *([f"{average} (7 tasks)"] if many else []), "", "",
+                         *["", "", ""] * (len(sets) - 1)])
     for y in yardsticks:
-        rows.append(["", "", y["name"], "", "", "", "", *[spread(y["scores"][task]) for task in tasks],
-                     *([spread(y["averages"])] if many else []), ""])
-    head = ["budget", "data", "arm", "peak LR", "tokens", "epochs", "val MLM", *tasks,
-            *(["average" + " of the paper's 7" * (set(PAPER_TASKS) <= set(tasks))] if many else []),
-            f"Δ to {base_of(next(iter(groups(results).values())))} [95%]"]
+        runs = y.get("runs", []) if seeds == 1 else []      # as the arms: fine-tuning runs of one pretrained model
+        rows.append(["", "", y["name"], "", "", "", "",
+                     *[spread(values_of(runs, [task]) if runs else y["scores"][task]) for task in tasks]])
+        for names in sets:
+            rows[-1] += [spread(values_of(runs, names) if runs else np.mean([y["scores"][task] for task in names], 0))
+                         ] * many + ["", ""]
+    base = base_of(next(iter(groups(results).values())))
+    head = ["budget", "data", "arm", "peak LR", "tokens", "epochs", "val MLM", *tasks]
+    for i, names in enumerate(sets):
+        title = "average" + (" of " + "+".join(names) if i else " of the paper's 7" * (set(PAPER_TASKS) <= set(tasks)))
+        head += [title] * many + [f"Δ to {base} [95%]", "n for 1 point"]
     if all(r["unique_tokens"] is None for r in results):                # one setting needs no column
         head.pop(1)
         for row in rows:
             row.pop(1)
     return markdown(head, rows)
+
+
+def second_average(results, yardsticks):
+    """[the averaged tasks that measure], where that is some of them but not all; else []."""
+    found = measuring(results, yardsticks)
+    names = [task for task in averaged(results[0]["scores"]) if found and task in found[0]]
+    return [names] if 0 < len(names) < len(averaged(results[0]["scores"])) else []
+
+
+def probes_of(r):
+    """{name of a probe: value} of one pretrained model."""
+    tasks = {f"{task} {kind}": found[kind] for task, found in r["probes"]["tasks"].items()
+             for kind in ("linear", "similarity") if kind in found}
+    names = dict(mlm="MLM", repeated="MLM, repeated", others="MLM, others", d_order="D_order")
+    return tasks | {names[k]: v for k, v in r["probes"]["masked_lm"].items()}
+
+
+def probe_table(results, yardsticks):
+    """What the frozen encoders know: mean ± standard deviation over pretraining seeds; then each probe's best arm."""
+    found = groups(results)
+    columns = list(dict.fromkeys(name for r in results for name in probes_of(r)))
+    rows, lines = [], []
+
+    def cells(runs):
+        values = [[p[name] for p in map(probes_of, runs) if name in p] for name in columns]
+        return [spread(v, digits_of(name)) if v else ""
+                for name, v in zip(columns, values, strict=True)]
+    for (unique, static, budget), arms in found.items():
+        where = f"{amount(budget, results[0]['unit'])} on {setting(unique, static)}"
+        rows += [[where, name, *cells(runs.values())] for name, runs in arms.items()]
+        for column in columns:
+            lines += best_probe(arms, column, where)
+    rows += [["", y["name"], *cells(y["runs"])] for y in yardsticks if "runs" in y]
+    return "\n\n".join([
+        "Probes of the frozen encoders, no part of any average above. linear: a regression on the mean-pooled last "
+        "hidden state, scored as the task is; similarity: Spearman of the cosine with the score, untrained; MLM: "
+        "validation loss in nats, at masked tokens that also occur unmasked in their block (repeated) and at the "
+        "others; D_order: what the order of the context is worth, in nats.",
+        markdown(["budget", "arm", *columns], rows), *lines])
+
+
+def digits_of(column):
+    return 2 if column.startswith(("MLM", "D_order")) else 1            # nats, or percent
+
+
+def best_probe(arms, column, where):
+    """["Probe COLUMN at WHERE: the best arm and its lead over the base arm"], where there are two arms to compare."""
+    def value(r):
+        return probes_of(r)[column] * (-1 if column.startswith("MLM") else 1)       # a loss: the lowest is the best
+    of = {name: runs for name, runs in arms.items() if all(column in probes_of(r) for r in runs.values())}
+    if len(of) < 2:
+        return []
+    best, *_ = ranked = sorted(of, key=lambda name: -np.mean([value(r) for r in of[name].values()]))
+    rival = base_of(of) if base_of(of) != best else ranked[1]
+    lead = lead_in_words(differences(of[best], of[rival], value), rival, len(of) - 1, digits_of(column))
+    return [f"Probe {column} at {where}: {best}; {lead}."]
 
 
 def cost_table(results):
@@ -180,28 +328,61 @@ def comma_separated(results):
 # ------------------------------------------------------------------------------------------------------- verdict
 
 def verdict(results, yardsticks=()):
-    """The table in plain words: the best arm of each group and whether its lead is noise, also over the untrained
-    student; then where curves cross; then what repeated data and static masks did."""
-    lines, found = [], groups(results)
-    untrained = {seed: dict(average=v) for y in yardsticks if y["name"] == "random init"
-                 for seed, v in enumerate(y["averages"])}
-    for (unique, static, budget), arms in found.items():
-        ranked = sorted(arms, key=lambda name: -np.mean([r["average"] for r in arms[name].values()]))
-        best, base = ranked[0], base_of(arms)
-        rivals = {name: arms[name] for name in (base, *ranked[1:2]) if name != best}      # and the runner-up
-        rivals |= {"random init": untrained} if untrained else {}
-        leads = [lead_in_words(differences(arms[best], runs), name, len(rivals | arms) - 1)
-                 for name, runs in rivals.items()]
-        mean = spread([r["average"] for r in arms[best].values()])
-        lines.append(f"At {amount(budget, results[0]['unit'])} on {setting(unique, static)}, {best} scores highest: "
-                     f"{'; '.join([mean, *leads])}.")
+    """The table in plain words: the tasks that measure nothing; the best arm of each group and whether its lead is
+    noise, also over the untrained student, and the same over the tasks that measure; then where curves cross; then what
+    repeated data and static masks did."""
+    found, lines = groups(results), []
+    told = measuring(results, yardsticks)
+    if told and told[1]:
+        lines.append(f"Measures nothing here: {', '.join(told[1])}: neither the teacher nor any arm is above the "
+                     f"constant answer and the random init outside the noise." + (
+                         "" if told[0] else " That is every task: the averages below rank noise."))
+    where = "At"
+    for names in (averaged(results[0]["scores"]), *second_average(results, yardsticks)):
+        lines += best_arms(found, yardsticks, names, where)
+        where = f"Over {'+'.join(told[0])}, which measure, at" if told else ""
     return lines + crossings(found, results[0]["unit"]) + repetition(found)
 
 
-def lead_in_words(lead, rival, comparisons):
+def best_arms(found, yardsticks, tasks, where):
+    """One line per group: its best arm by the mean over these tasks, and its leads."""
+    untrained = {seed: dict(scores={task: y["scores"][task][seed] for task in tasks}) for y in yardsticks
+                 if y["name"] == "random init" for seed in range(len(y["averages"]))}
+    value, lines = over(tasks), []
+    for (unique, static, budget), arms in found.items():
+        ranked = sorted(arms, key=lambda name: -np.mean([value(r) for r in arms[name].values()]))
+        best, base = ranked[0], base_of(arms)
+        rivals = {name: arms[name] for name in (base, *ranked[1:2]) if name != best}      # and the runner-up
+        rivals |= {"random init": untrained} if untrained else {}
+        leads = [lead_in_words(differences(arms[best], runs, value), name, len(rivals | arms) - 1)
+                 for name, runs in rivals.items()]
+        runs = list(arms[best].values())
+        lines.append(f"{where} {amount(budget, runs[0]['unit'])} on {setting(unique, static)}, {best} scores highest: "
+                     f"{'; '.join([spread(values_of(runs, tasks)), *leads])}.")
+    return lines
+
+
+def resolution(results, seeds):
+    """What so many seeds can tell apart at the spread of these results, in words; "" where it is not known."""
+    leads = [differences(runs, arms[base_of(arms)]) for arms in groups(results).values()
+             for name, runs in arms.items() if name != base_of(arms)]
+    stds = sorted(np.std(lead, ddof=1) for lead in leads if len(lead) > 1)
+    if not stds:
+        return ""
+    need = [seeds_for(lead) for lead in leads if len(lead) > 1]
+    if seeds == 1:
+        able = "1 seed tells no difference from noise"
+    else:
+        low, mid, high = (t_quantile(0.975, seeds - 1) * std / math.sqrt(seeds)
+                          for std in (stds[0], stds[len(stds) // 2], stds[-1]))
+        able = f"{seeds} seeds tell differences from {low:.1f} to {high:.1f} points from noise (median {mid:.1f})"
+    return f"{able}; a difference of 1 point needs {min(need)} to {max(need)}"
+
+
+def lead_in_words(lead, rival, comparisons, digits=1):
     """'against no_kd +1.2 [+0.3, +2.1], outside the noise': the interval is the plain one, the judgement corrected."""
     mean, half = interval(lead)
-    text = f"against {rival} {signed(mean, half)}, "
+    text = f"against {rival} {signed(mean, half, digits)}, "
     if not math.isfinite(half):
         return text + "of one seed"
     if abs(mean) > interval(lead, comparisons)[1]:
@@ -264,16 +445,22 @@ def remarks(results):
     if seeds > 1:
         lines = [f"± is the standard deviation over {seeds} pretraining seeds, each fine-tuned with its own; Δ is "
                  f"the mean of the differences seed by seed, in brackets its 95% interval (Student's t, {seeds - 1} "
-                 f"degree{'s' * (seeds > 2)} of freedom). Both speak of other seeds, on the same teacher and dev sets."]
+                 f"degree{'s' * (seeds > 2)} of freedom). Both speak of other seeds, on the same teacher and dev sets. "
+                 f"\"n for 1 point\": with so many pretraining seeds a difference of 1 point would be outside that "
+                 f"interval at this spread, of which {seeds} seeds give a rough idea."]
     elif len(results[0]["tasks"]) == 1 and first["metric"] == "accuracy" and len(first["scores"]) > 1:
         runs, p = len(first["scores"]), np.mean([r["average"] for r in results]) / 100
         dev = 100 * math.sqrt(p * (1 - p) / first["n"])
         tuning = math.sqrt(np.mean([t["std"] ** 2 for r in results for t in r["tasks"].values()]) / runs)
-        lines = [f"One pretraining seed per arm. A score's standard error is {tuning:.1f} points from its {runs} "
-                 f"fine-tuning seeds and {dev:.1f} from the {first['n']:,} dev examples: a difference under "
-                 f"{2 * math.sqrt(2 * (tuning ** 2 + dev ** 2)):.1f} points is noise, a larger one is a hint at most."]
+        lines = [f"One pretraining seed per arm: ± is the standard deviation over {runs} fine-tuning seeds of one "
+                 f"pretrained model, so pretraining's own spread is not in it. A score's standard error is "
+                 f"{tuning:.1f} points from its {runs} fine-tuning seeds and {dev:.1f} from the {first['n']:,} dev "
+                 f"examples: a difference under {2 * math.sqrt(2 * (tuning ** 2 + dev ** 2)):.1f} points is noise, a "
+                 f"larger one is a hint at most."]
     else:
-        lines = ["One pretraining seed per arm: no difference here can be told from noise; give --seeds 3 or more."]
+        lines = ["One pretraining seed per arm" + (": ± is the standard deviation over fine-tuning seeds of one "
+                 "pretrained model" if len(first["scores"]) > 1 else "") + ": no difference here can be told from "
+                 "noise; give --seeds 3 or more."]
     collapsed = Counter(task for r in results for task, t in r["tasks"].items() for _ in range(t["collapsed"]))
     if collapsed:
         lines.append(f"Fine-tuning runs that predicted a single class, of {len(results) * len(first['scores'])} per "
@@ -338,7 +525,7 @@ def figure(results, yardsticks, path):
     left.set_xticks(range(len(keys)), [
         f"{amount(budget, unit)}\n" + ("all data" if unique is None else f"{unique / 1e6:g}M ids") + "\nstatic" * static
         for unique, static, budget in keys], fontsize=8)
-    for y, line in zip(yardsticks, (":", "--"), strict=False):
+    for y, line in zip(yardsticks, ("-.", ":", "--"), strict=False):
         left.axhline(np.mean(y["averages"]), color="0.6", linestyle=line, linewidth=1)
         left.annotate(y["name"], (0.01, np.mean(y["averages"])), xycoords=("axes fraction", "data"), fontsize=8,
                       va="bottom", color="0.3")

@@ -47,15 +47,22 @@ def small(corpus, teacher, task, tmp_path):
 
 
 def test_the_whole_way_ends_with_the_table_and_a_second_call_repeats_nothing(small, tmp_path, capsys):
-    config = small(finetune_seeds=2)
+    config = small(finetune_seeds=2, probe=True)
     compare.main(config)
     first, out = (tmp_path / "out/table.md").read_text(), tmp_path / "out"
     kept = json.loads((out / "results.json").read_text())
     assert [r["strategy"] for r in kept["results"]] == ["no_kd", "vanilla_kd", "tinybert", "minilm"]
-    assert [y["name"] for y in kept["yardsticks"]] == ["random init", "teacher"]
-    assert first.count("\n| ") == 7 and "is noise" in first and first in capsys.readouterr().out + "\n"
+    assert [y["name"] for y in kept["yardsticks"]] == ["constant answer", "random init", "teacher"]
+    assert first.count("\n| ") == 9 + 8 and "is noise" in first and first in capsys.readouterr().out + "\n"
     assert len((out / "results.csv").read_text().splitlines()) == 5
-    stamps = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.suffix in (".bin", ".safetensors", ".jsonl", ".npy")}
+    probed = first.partition("Probes of the frozen encoders")[2]
+    assert "| budget | arm | mine linear | MLM | MLM, repeated | MLM, others | D_order |" in probed
+    assert [row.split(" | ")[1] for row in probed.splitlines() if row.startswith("| ")][2:] == [
+        "no_kd", "vanilla_kd", "tinybert", "minilm", "random init", "teacher"]
+    assert "Probe D_order at 3 steps on all of the data: " in probed and "of one seed" in probed
+    assert all(" |  |  |  |  |" in row for row in probed.splitlines() if "| tinybert |" in row)     # no LM head
+    stamps = {p: p.stat().st_mtime_ns for p in out.rglob("*")
+              if p.name == "probes.json" or p.suffix in (".bin", ".safetensors", ".jsonl", ".npy")}
     compare.main(config)
     assert (out / "table.md").read_text() == first
     assert stamps and all(p.stat().st_mtime_ns == stamp for p, stamp in stamps.items())
@@ -128,6 +135,29 @@ def test_a_chosen_peak_lr_is_the_one_with_the_lowest_own_validation_loss(small, 
     kept = json.loads((tmp_path / "out/results.json").read_text())
     assert [r["peak_lr"] for r in kept["results"]] == [1e-2, 1e-2]
     assert len(list((tmp_path / "out/runs").iterdir())) == 4           # the chosen runs are the tuning's own
+
+
+def test_a_recipe_outside_the_papers_grid_is_printed_and_the_default_is_the_grid(small):
+    recipe = {f.name: f.default for f in dataclasses.fields(compare.Config) if "finetune_" in f.name}
+    own = finetune_glue.Config("m")
+    assert finetune_glue.grid(compare.finetuning(small(**recipe), "", "")) == finetune_glue.grid(own)
+    assert recipe["finetune_epochs"] == own.epochs and len(finetune_glue.grid(own)) == 8
+    assert compare.recipe(small(**recipe)) == compare.recipe(small(**recipe, quick=True)) == []
+    assert finetune_glue.grid(compare.finetuning(small(**recipe, quick=True), "", "")) == [(32, 5e-5)]
+    for change in (dict(finetune_epochs=2), dict(finetune_lrs="5e-4"), dict(finetune_batch_sizes="64"),
+                   dict(max_len=64)):
+        line, = compare.recipe(small(**recipe | change))
+        assert line.startswith("Fine-tuning is outside the paper's grid (batch 16,32, lr ") and "here batch" in line
+
+
+def test_the_dry_run_says_what_the_seeds_tell_at_an_earlier_record_s_spread(small, tmp_path, capsys):
+    config = small(seeds=2, strategies="no_kd,minilm", budget_steps="2")
+    compare.main(config)
+    assert "by the spread" not in capsys.readouterr().out
+    compare.main(dataclasses.replace(config, dry_run=True, seeds=4))
+    said = capsys.readouterr().out
+    assert f"by the spread in {tmp_path}/out/results.json, 4 seeds tell differences from " in said
+    assert "a difference of 1 point needs " in said
 
 
 def test_the_dry_run_prints_the_plan_and_writes_nothing(small, tmp_path, capsys):

@@ -79,7 +79,7 @@ def test_every_tasks_columns_and_labels(name, tmp_path):
     """The sentences come from the official columns, and a label's number is its place in the official order."""
     task = glue.TASKS[name]
     tsv(tmp_path / "t.tsv", name, 6)
-    sentences, labels, bad = glue.read_tsv(tmp_path / "t.tsv", task)
+    sentences, labels, bad = glue.read_rows(tmp_path / "t.tsv", task)
     strip = {tuple(s.strip() for s in pair) for pair in sentences}
     assert strip == {("A sentence", "Another")[:len(task.text)]} and len(sentences) == 6 and bad == 0
     assert labels == [i % len(ORDER[name]) for i in range(6)] if ORDER[name] else labels == [0, 4.75] * 3
@@ -120,12 +120,12 @@ def test_bad_rows_are_left_out_and_listed_up_to_a_thousandth(name, damage, liste
     lines = tsv(path, name, 2000)
     lines[4] = damage(lines[4])
     path.write_text("\n".join(lines), encoding="utf-8")
-    sentences, labels, bad = glue.read_tsv(path, glue.TASKS[name], said.append)
+    sentences, labels, bad = glue.read_rows(path, glue.TASKS[name], said.append)
     assert len(sentences) == len(labels) == 1999 and bad == 1 and listed in said[0]
     lines[6], lines[8] = damage(lines[6]), damage(lines[8])
     path.write_text("\n".join(lines), encoding="utf-8")
     with pytest.raises(UserError, match=f"3 of 2,000 rows cannot be read: {listed}.*line 7 .*line 9 "):
-        glue.read_tsv(path, glue.TASKS[name])
+        glue.read_rows(path, glue.TASKS[name])
 
 
 @pytest.mark.parametrize("name", ["qqp", "mnli", "qnli", "wnli"])
@@ -135,7 +135,7 @@ def test_quotes_bom_crlf_and_line_separators_are_text(name, tmp_path):
     for i, text in enumerate(('an "unbalanced quote', '"', "line\u2028separator", "next\x85line")):
         lines[i + 1] = lines[i + 1].replace("A sentence", text)
     path.write_bytes(("\ufeff" + "\r\n".join(lines) + "\r\n").encode())
-    sentences, labels, _ = glue.read_tsv(path, glue.TASKS[name], pytest.fail)
+    sentences, labels, _ = glue.read_rows(path, glue.TASKS[name], pytest.fail)
     assert [s[0] for s in sentences] == ['an "unbalanced quote', '"', "line\u2028separator", "next\x85line"]
     assert labels == [i % len(glue.TASKS[name].labels) for i in range(4)]
 
@@ -190,19 +190,25 @@ def test_ones_own_task_has_one_or_two_sentences_and_a_class_or_a_score(tmp_path)
     (["a\t0", "b\t2"], ["a\t0"], "sentence\tlabel", "without a gap"),
     (["a\t0", "b\t0"], ["a\t0"], "sentence\tlabel", "without a gap"),
     (["a\t0", "b\t99999999999"], ["a\t0"], "sentence\tlabel", "without a gap"),
-    (["a\t0", "b\t1"], ["a\t2"], "sentence\tlabel", "dev.tsv has others"),
+    (["a\t0", "b\t1"], ["a\t2"], "sentence\tlabel", "or dev has others"),
     (["a\t0", "b\t1"], [], "sentence\tlabel", "dev.tsv: no examples"),
     (["a\t0"], ["a\t0"], "just one column", "one column: tabs separate"),
     (["a\tinf"], ["a\t0"], "sentence\tscore", "label 'inf'"),
     (["a\t1e39"], ["a\t0"], "sentence\tscore", "label '1e39' .a label here is a number"),
     (["a\t0", "b\t" + "9" * 20], ["a\t0"], "sentence\tlabel", "without a gap"),
-    (["a\tgood", "b\tbad"], ["a\tgood"], "sentence\tlabel", "label 'good'.* .a label here is a whole number, 0 for"),
+    (["a\t0", "b\t1", "c\tgood"], ["a\t1"], "sentence\tlabel", "label 'good'.* .a label here is a whole number, 0 "
+     "for the first class, or a word"),
+    (["a\tgood", "b\tbad"], ["a\tugly"], "sentence\tlabel", "label 'ugly' .a label here is one of bad, good"),
+    (["a\tgood", "b\tgood"], ["a\tgood"], "sentence\tlabel", "2 rows have 1 different labels, such as 'good'"),
+    ([f"a\tb{i}" for i in range(30)], ["a\tb1"], "sentence\tlabel", "30 rows have 30 different labels, .* is that the "
+     "column of labels"),
     (["a,0", "b,1"], ["a,0"], "sentence,label", "line 1: one column: tabs separate the columns of a TSV, not commas"),
     (["b\t1"], ["a\t0"], "a\t0", r"line 1 looks like an example \(it holds 0\): a header"),
     (["b\tc\t3.75"], ["a\tc\t0"], "a\tb\t-1.5", r"line 1 looks like an example \(it holds -1.5\): a header"),
     (["1\tb"], ["0\ta"], "0\ta", r"line 1 looks like an example \(it holds 0\): a header"),
-    (["0\tb"], ["1\ta"], "label\tsentence", "the columns are 'label', 'sentence': .* and then the label"),
-    (["a\tb\tc\t0"], ["a\tb\tc\t0"], "a\tb\tc\tlabel", "'a', 'b', 'c', 'label': a header of one or two columns"),
+    (["a\tb\tc\t0"], ["a\tb\tc\t0"], "a\tb\tc\tlabel", "'a', 'b', 'c', 'label': which are one or two columns of "
+     "text and which is the label. Say it with --columns text,label"),
+    (["a\t0\t1"], ["a\t0\t1"], "a\tlabel\tscore", "which is the label"),
     (["a\tb\t0"], ["a\tb\t0"], "text\tText\tlabel", "two columns have one name: 'text', 'text', 'label'"),
     (["7\ta\t0", "8\tb\t1"], ["7\ta\t0"], "nr\ttext\tlabel", "the column 'nr' holds no letter: is it text")])
 def test_what_is_wrong_with_ones_own_task_is_named(train, dev, header, message, tmp_path):
@@ -217,13 +223,14 @@ def test_columns_are_matched_by_their_names(tmp_path):
     assert parts["train"][0] == [("x", "y"), ("y", "z")] and parts["dev"][0] == [("a", "b")]
     assert parts["train"][1].tolist() == [0, 1] and parts["dev"][1].tolist() == [1]
     assert said == [f"{path}/train.tsv: left out: the column 'id'", f"{path}/dev.tsv: left out: the column 'guid'"]
-    for header in ("first\tlabel", "first\tthird\tlabel", "first\tsecond\tgold", "first\tsecond\tlabel\tsource"):
+    for header in ("first\tlabel", "first\tthird\tlabel", "first\tsecond\tgold"):
         row = "\t".join(["a"] * header.count("\t") + ["0"])
         (path / "dev.tsv").write_text(f"{header}\n{row}\n", encoding="utf-8")
         with pytest.raises(UserError) as e:
             read_own(path)
         assert str(e.value) == (f"{path}/dev.tsv, line 1: the columns are {glue.quoted(header.split(chr(9)))}, but "
-                                f"those of train.tsv are 'first', 'second', 'label': give both files the same")
+                                f"those of the training examples are 'first', 'second', 'label': give both files the "
+                                f"same")
 
 
 @pytest.mark.parametrize("name", ["id", "IDX", "index", "guid", "uuid", "#1 ID", "sentence_id", "Unnamed: 0", ""])
@@ -243,7 +250,7 @@ def test_what_numbers_the_rows_is_no_sentence(name, tmp_path):
 def test_an_official_task_names_the_labels_that_it_wants(name, line, message, tmp_path):
     (tmp_path / "t.tsv").write_text(f"{ROWS[name][0]}\n{line}\n", encoding="utf-8")
     with pytest.raises(UserError) as e:
-        glue.read_tsv(tmp_path / "t.tsv", glue.TASKS[name])
+        glue.read_rows(tmp_path / "t.tsv", glue.TASKS[name])
     assert str(e.value) == f"{tmp_path}/t.tsv: 1 of 1 rows cannot be read: line 2 has {message}"
 
 
@@ -254,12 +261,12 @@ def test_a_file_of_another_kind_is_refused_by_its_first_line(name, tmp_path):
                           (";", "one column: tabs separate the columns of a TSV, not semicolons")):
         (tmp_path / "t.tsv").write_text("\n".join(line.replace("\t", mark) for line in lines), encoding="utf-8")
         with pytest.raises(UserError, match=f"line 1: {message}"):
-            glue.read_tsv(tmp_path / "t.tsv", glue.TASKS[name])
+            glue.read_rows(tmp_path / "t.tsv", glue.TASKS[name])
     task = glue.TASKS[name]
     few = max(*task.text, task.label) + (task.label < 0)        # one column less than are needed
     (tmp_path / "t.tsv").write_text("\n".join("\t".join(line.split("\t")[:few]) for line in lines), encoding="utf-8")
     with pytest.raises(UserError, match="one column" if few == 1 else f"{few} columns: GLUE's {task.folder} has more"):
-        glue.read_tsv(tmp_path / "t.tsv", task)
+        glue.read_rows(tmp_path / "t.tsv", task)
 
 
 def test_a_missing_or_binary_file_is_named(tmp_path):
@@ -489,7 +496,7 @@ def test_the_grid_runs_on_one_seed_and_one_point_on_fresh_ones(teacher, task, ca
     assert line.startswith("own: accuracy ") and "6 trials" in line and "n = 100" in line and "majority class" in line
 
     ft.score(config, said.append)
-    assert said == []                                                   # nothing ran again
+    assert [line for line in said if "labels from" not in line] == []  # nothing ran again
     ft.main(dataclasses.replace(config, quick=True, seeds=1))
     assert "± 0.0 over 1 seeds (batch 32, lr 5e-05; 1 trials)" in capsys.readouterr().out
     for change, value in (("epochs", 2), ("dropout", 0.2), ("examples", None)):
@@ -513,11 +520,11 @@ def test_save_after_a_finished_run_saves(teacher, task):
         shutil.rmtree(directory)
     del said[:]
     again = ft.score(dataclasses.replace(config, save=True), said.append)
-    assert again == first and len(said) == 4
-    assert said[0] == said[2] == "own: 1 finished trials kept no classifier: they run again (--save)"
+    assert again == first and len(said) == 5                            # the columns; twice the reason and a trial
+    assert said[1] == said[3] == "own: 1 finished trials kept no classifier: they run again (--save)"
     assert {f.name for f in trials.iterdir() if f.is_dir()} == {name.removesuffix(".json") for name in stamps}
     del said[:]
-    assert ft.score(dataclasses.replace(config, save=True), said.append) == first and said == []
+    assert ft.score(dataclasses.replace(config, save=True), said.append) == first and len(said) == 1
     with pytest.raises(UserError, match="was run with another epochs"):         # before anything is overwritten
         ft.score(dataclasses.replace(config, save=True, epochs=2), said.append)
 
@@ -565,7 +572,7 @@ def test_a_killed_grid_goes_on_and_two_processes_share_it(teacher, task):
         assert process.returncode == (143 if how == signal.SIGTERM else -how)
     stamps = {f: f.stat().st_mtime_ns for f in trials.glob("*.json")}
     out = [p.communicate(timeout=60)[0].split("\n\n") for p in [start(config), start(config)]]
-    ran = [line.partition(":")[0] for text, _ in out for line in text.splitlines()]
+    ran = [line.partition(":")[0] for text, _ in out for line in text.splitlines() if "labels from" not in line]
     assert len(ran) == len(set(ran)) == 6 - len(stamps)
     assert all(f.stat().st_mtime_ns == stamp for f, stamp in stamps.items())
     assert sorted(f.suffix for f in trials.iterdir() if f.suffix != ".part") == [".json"] * 6 + [".npy"] * 6
@@ -581,12 +588,19 @@ def spoiled_config(model, **changes):
 # (what is done to a copy of the model `m` and of the task `t`, what is asked for, the line that it is answered with)
 WRONG = [
     (None, dict(tasks="cola,magic"), "--tasks 'magic': unknown or given twice; of cola, sst2, mrpc, stsb, qqp, mnli, "
-     "qnli, rte, wnli, or name=DIR for a directory of your own with train.tsv and dev.tsv"),
+     "qnli, rte, wnli, or name=PATH for your own labelled text: a file, or a directory with train.tsv and dev.tsv"),
     (None, dict(tasks="rte,rte"), "--tasks 'rte': unknown or given twice; of cola, sst2, mrpc, stsb, qqp, mnli, qnli, "
-     "rte, wnli, or name=DIR for a directory of your own with train.tsv and dev.tsv"),
-    (None, dict(tasks="own=t/train.tsv"), "--tasks own=t/train.tsv: not a directory (it takes one with train.tsv and "
-     "dev.tsv)"),
-    (None, dict(tasks="own=none"), "--tasks own=none: not a directory (it takes one with train.tsv and dev.tsv)"),
+     "rte, wnli, or name=PATH for your own labelled text: a file, or a directory with train.tsv and dev.tsv"),
+    (None, dict(tasks="own=m/vocab.txt"), "m/vocab.txt: one of .tsv, .csv, .jsonl, .ndjson, .json, .parquet can be "
+     "read, by the end of its name"),
+    (None, dict(tasks="own=none"), "--tasks own=none: no such file or directory (a file of labelled text belongs "
+     "there, or a directory with train.tsv and dev.tsv)"),
+    (None, dict(columns="sentence,gold"), "--columns sentence,gold: t/train.tsv has no column 'gold', but 'sentence', "
+     "'label'"),
+    (None, dict(columns="label"), "--columns label: one or two columns of text and then the label belong there"),
+    (None, dict(columns="sentence,label,label"), "--columns sentence,label,label: one is given twice"),
+    (None, dict(tasks="wnli", columns="sentence,label"), "--columns names the columns of labelled text of your own "
+     "(--tasks name=PATH)"),
     (None, dict(tasks="own=m"), "m/train.tsv: no such file or directory: a task's directory holds train.tsv and "
      "dev.tsv (MNLI: dev_matched.tsv, dev_mismatched.tsv)"),
     (None, dict(tasks="rte", glue_dir="none"), "--glue-dir none: no such directory"),

@@ -11,7 +11,8 @@ def result(strategy, seed, average, budget=1e12, unique=None, static=False, **ot
         average=average, scores={"sst2": average + 10, "rte": average - 10}, peak_lr=1e-3, steps=10,
         tokens=1000, epochs=2.0, charged_seconds=5.0, tokens_per_second=200.0, teacher_share=0.25, val={"mlm": 6.0},
         device="cpu", curve=[(1.0, 7.0), (5.0, 6.0)],
-        tasks={"sst2": dict(metric="accuracy", n=872, scores=[1], std=0.0, collapsed=0)}), **other)
+        tasks={task: dict(metric="accuracy", n=872, scores=[average + lead], std=0.0, collapsed=0, majority=50.0)
+               for task, lead in (("sst2", 10), ("rte", -10))}), **other)
 
 
 def made_up(averages, **other):
@@ -64,11 +65,12 @@ def test_the_table_says_what_was_put_in():
     results = made_up({"no_kd": [60, 61, 62], "minilm": [61, 63, 65]})
     yardsticks = [dict(name="random init", scores=dict(sst2=[50.0], rte=[40.0]), averages=[45.0])]
     head, _, *rows = report.score_table(results, yardsticks).splitlines()
-    assert head == "| budget | arm | peak LR | tokens | epochs | val MLM | sst2 | rte | average | Δ to no_kd [95%] |"
-    assert rows[0] == "| 1e12 FLOPs | no_kd | 0.001 | 1,000 | 2 | 6.00 | 71.0 ± 1.0 | 51.0 ± 1.0 | 61.0 ± 1.0 |  |"
+    assert head == ("| budget | arm | peak LR | tokens | epochs | val MLM | sst2 | rte | average | Δ to no_kd [95%] | "
+                    "n for 1 point |")
+    assert rows[0] == "| 1e12 FLOPs | no_kd | 0.001 | 1,000 | 2 | 6.00 | 71.0 ± 1.0 | 51.0 ± 1.0 | 61.0 ± 1.0 |  |  |"
     # differences 1, 2, 3: mean 2, standard error 1/sqrt(3), t(0.975, 2) = 4.303
-    assert rows[1].endswith("| 73.0 ± 2.0 | 53.0 ± 2.0 | 63.0 ± 2.0 | +2.0 [-0.5, +4.5] |")
-    assert rows[2] == "|  | random init |  |  |  |  | 50.0 | 40.0 | 45.0 |  |"
+    assert rows[1].endswith("| 73.0 ± 2.0 | 53.0 ± 2.0 | 63.0 ± 2.0 | +2.0 [-0.5, +4.5] | 7 |")
+    assert rows[2] == "|  | random init |  |  |  |  | 50.0 | 40.0 | 45.0 |  |  |"
     assert "| 1e12 FLOPs | all of the data | minilm | 1,000 | 1.00 | 5.0 | 200 | 25% |" in report.cost_table(results)
     lines = report.comma_separated(results).splitlines()
     assert len(lines) == 7 and lines[0].endswith(",val_mlm,sst2,rte,average")
@@ -97,12 +99,109 @@ def test_the_verdict_names_the_best_its_lead_and_the_crossing():
         "(inside the noise).")
     assert crossing == ("On all of the data, the mean of minilm overtakes no_kd's at about 2e12 FLOPs, between 1e12 "
                         "FLOPs and 4e12 FLOPs.")
-    untrained = [dict(name="random init", scores={}, averages=[60.2, 60.0, 60.1]), dict(name="teacher", averages=[0])]
+    untrained = [dict(name="random init", averages=[60.2, 60.0, 60.1], scores=dict(sst2=[70.2, 70.0, 70.1],
+                                                                                   rte=[50.2, 50.0, 50.1])),
+                 dict(name="teacher", averages=[0])]
     assert "; against random init +0.0 [-0.4, +0.4], inside the noise." in report.verdict(small, untrained)[0]
-    untrained[0]["averages"] = [70.1, 70.3, 70.2]
+    untrained[0]["scores"]["rte"] = [70.0, 70.6, 70.3]
     assert "against random init -10.1 [-10.3, -9.9], behind it, outside the noise." in report.verdict(
         small, untrained)[0]
     assert "against no_kd +8.0, of one seed" in report.verdict(made_up({"no_kd": [1.0], "minilm": [9.0]}))[0]
+
+
+def test_a_point_is_outside_the_noise_from_so_many_seeds_on():
+    for std in (0.1, 0.5, 1.0, 3.0, 10.0):
+        lead = [-std / 2 ** 0.5, std / 2 ** 0.5]                        # of this standard deviation
+        n = report.seeds_for(lead)
+        wide = [report.t_quantile(0.975, k - 1) * std / k ** 0.5 for k in (n, max(2, n - 1))]
+        assert wide[0] < 1 and (n == 2 or wide[1] >= 1)
+    assert report.seeds_for([1, 2, 3]) == 7
+
+
+def test_an_earlier_record_says_what_the_planned_seeds_can_tell():
+    results = made_up({"no_kd": [60, 61, 62], "minilm": [61, 63, 65], "tinybert": [60, 61.1, 62.2]})
+    assert report.resolution(results, 1) == ("1 seed tells no difference from noise; a difference of 1 point needs 2 "
+                                             "to 7")
+    # standard deviations 1 and 0.1 of the differences; t(0.975, 3) = 3.182
+    assert report.resolution(results, 4) == ("4 seeds tell differences from 0.2 to 1.6 points from noise (median 1.6); "
+                                             "a difference of 1 point needs 2 to 7")
+    assert report.resolution(made_up({"no_kd": [60], "minilm": [61]}), 3) == ""
+
+
+def judged(rng, leads, seeds=3, finetuned=3, n=872, floor=60.0, metric="accuracy"):
+    """(results, yardsticks) of four arms, on task i leads[i] points above a floor, with noise of 1 point and the
+    dev set's own; the teacher is as far above."""
+    error = [100 * (floor / 100 * (1 - floor / 100) / n) ** 0.5 * rng.normal() for _ in leads]     # shared by all
+    def run(ahead, spread):
+        tasks = {f"t{i}": dict(metric=metric, n=n, majority=floor, std=1.0, collapsed=0, scores=list(
+            floor + ahead * (lead + e) + spread + rng.normal(0, 1, finetuned)))
+            for i, (lead, e) in enumerate(zip(leads, error, strict=True))}
+        scores = {task: float(np.mean(t["scores"])) for task, t in tasks.items()}
+        return dict(tasks=tasks, scores=scores, average=float(np.mean(list(scores.values()))))
+    results = [result(name, seed, 0.0) | run(1, rng.normal())
+               for name in ("no_kd", "vanilla_kd", "tinybert", "minilm") for seed in range(seeds)]
+    yardsticks = [report.constant_answer(results)]
+    for name, of in (("random init", [run(0, 0.0) for _ in range(seeds)]), ("teacher", [run(1, 0.0)])):
+        yardsticks.append(dict(name=name, runs=of, averages=[r["average"] for r in of],
+                               scores={task: [r["scores"][task] for r in of] for task in of[0]["scores"]}))
+    return results, yardsticks
+
+
+@pytest.mark.parametrize("seeds, finetuned", [(3, 1), (3, 3), (1, 3)])
+def test_a_task_at_its_floor_measures_nothing_and_one_above_it_does(seeds, finetuned):
+    rng, called = np.random.default_rng(seeds + finetuned), np.zeros(2)
+    for _ in range(300):
+        measures, nothing = report.measuring(*judged(rng, [0.0, 12.0], seeds, finetuned))
+        assert sorted(measures + nothing) == ["t0", "t1"]
+        called += ["t0" in measures, "t1" in measures]
+    assert called[0] / 300 <= 0.05 and called[1] / 300 >= 0.95
+
+
+def test_what_is_above_the_constant_answer_but_not_the_untrained_student_measures_nothing():
+    results, yardsticks = judged(np.random.default_rng(0), [12.0])
+    assert report.measuring(results, yardsticks) == (["t0"], [])
+    for run in yardsticks[1]["runs"]:
+        run["scores"]["t0"] += 12
+        run["tasks"]["t0"]["scores"] = [s + 12 for s in run["tasks"]["t0"]["scores"]]
+    assert report.measuring(results, yardsticks) == ([], ["t0"])
+    assert "That is every task: the averages below rank noise." in report.verdict(results, yardsticks)[0]
+
+
+def test_a_correlation_s_floor_is_as_wide_as_its_dev_set_is_small():
+    for n, found in ((30, ([], ["t0"])), (3000, (["t0"], []))):
+        assert report.measuring(*judged(np.random.default_rng(0), [15.0], n=n, floor=0.0, metric="matthews")) == found
+
+
+def test_one_run_of_each_cannot_tell_what_measures():
+    results, yardsticks = judged(np.random.default_rng(0), [12.0, 0.0], seeds=1, finetuned=1)
+    assert report.measuring(results, yardsticks) is None
+    assert "Measures nothing" not in " ".join(report.verdict(results, yardsticks))
+
+
+def test_table_and_verdict_speak_of_both_averages():
+    results, yardsticks = judged(np.random.default_rng(1), [0.0, 12.0, 30.0])
+    head, _, *rows = report.score_table(results, yardsticks).splitlines()
+    assert head.endswith("| t0 | t1 | t2 | average | Δ to no_kd [95%] | n for 1 point | average of t1+t2 | "
+                         "Δ to no_kd [95%] | n for 1 point |")
+    assert all(row.count("|") == head.count("|") for row in rows)
+    assert [row for row in rows if "constant answer" in row] == [
+        "|  | constant answer |  |  |  |  | 60.0 | 60.0 | 60.0 | 60.0 |  |  | 60.0 |  |  |"]
+    floors, full, measured = report.verdict(results, yardsticks)
+    assert floors.startswith("Measures nothing here: t0: neither the teacher nor any arm is above the constant answer")
+    assert full.startswith("At 1e12 FLOPs on all of the data, ")
+    assert measured.startswith("Over t1+t2, which measure, at 1e12 FLOPs on all of the data, ")
+    best = measured.partition("data, ")[2].partition(" scores")[0]
+    mean = np.mean([(r["scores"]["t1"] + r["scores"]["t2"]) / 2 for r in results if r["strategy"] == best])
+    assert f"{best} scores highest: {mean:.1f} ± " in measured
+
+
+def test_with_one_pretraining_seed_the_spread_is_that_of_fine_tuning_and_is_called_so():
+    results, yardsticks = judged(np.random.default_rng(1), [12.0], seeds=1)
+    row = report.score_table(results, yardsticks).splitlines()[2]
+    scores = results[0]["tasks"]["t0"]["scores"]
+    assert f"| {np.mean(scores):.1f} ± {np.std(scores, ddof=1):.1f} |" in row
+    assert report.remarks(results)[0].startswith("One pretraining seed per arm: ± is the standard deviation over 3 "
+                                                 "fine-tuning seeds of one pretrained model")
 
 
 def test_repetition_is_a_difference_of_differences():

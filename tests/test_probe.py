@@ -1,0 +1,160 @@
+"""Probes: the regressions against scikit-learn, what is deterministic, what is seen and what is not."""
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import diagnose
+import finetune_glue as ft
+from data import TokenDirectory, hashed
+from plumbing import checkpoint, glue, probe
+from plumbing.cli import UserError
+
+
+def made_up(n, classes, width=12, seed=0):
+    """(features, labels) that overlap, of widths as unlike as hidden units are."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(n, width)) * np.geomspace(0.1, 10, width)
+    z = (x / x.std(0)) @ rng.normal(size=(width, classes)) + rng.gumbel(size=(n, classes)) * 2
+    return x.astype(np.float32), z.argmax(1)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize("C", [1e-4, 1e-2, 1.0])
+def test_the_logistic_regression_is_scikit_learns(classes, C):
+    sk = pytest.importorskip("sklearn.linear_model")
+    x, y = made_up(600, classes)
+    theirs = sk.LogisticRegression(C=C, tol=1e-10, max_iter=10_000).fit(x.astype(np.float64), y)
+    w = probe.logistic(x, y, C)
+    assert w.shape == (1 if classes == 2 else 3, 13)
+    assert w[:, :-1] == pytest.approx(theirs.coef_, rel=1e-3, abs=1e-3)
+    assert np.mean(probe.predicted(x, w, False) == theirs.predict(x)) == 1
+
+
+def test_the_ridge_is_scikit_learns():
+    sk = pytest.importorskip("sklearn.linear_model")
+    x, y = made_up(300, 2)
+    y = x @ np.ones(12) + y
+    for alpha, w in probe.ridge(x, y, [1.0, 1e3]).items():
+        theirs = sk.Ridge(alpha).fit(x.astype(np.float64), y)
+        assert w[0] == pytest.approx([*theirs.coef_, theirs.intercept_], rel=1e-6)
+
+
+def scikit_learns(train, y, dev, score):
+    """(predictions, strength): scikit-learn's own cross-validation on our folds and features."""
+    sk, select = pytest.importorskip("sklearn.linear_model"), pytest.importorskip("sklearn.model_selection")
+    scaler = pytest.importorskip("sklearn.preprocessing").StandardScaler().fit(train)
+    fold = np.argsort(np.argsort(hashed(1, np.arange(len(y))), kind="stable")) % probe.FOLDS
+    if score:
+        model = sk.RidgeCV([1 / C for C in probe.STRENGTHS], cv=select.PredefinedSplit(fold),
+                           scoring="neg_mean_squared_error")
+    else:
+        model = select.GridSearchCV(sk.LogisticRegression(tol=1e-7, max_iter=10_000), dict(C=probe.STRENGTHS),
+                                    cv=select.PredefinedSplit(fold))
+    model.fit(scaler.transform(train), y)
+    return model.predict(scaler.transform(dev)), 1 / model.alpha_ if score else model.best_params_["C"]
+
+
+@pytest.mark.parametrize("classes", [2, 3, 0])
+def test_the_linear_probe_is_scikit_learns_cross_validation(classes):
+    x, y = made_up(500, classes or 2, width=40, seed=1)
+    if not classes:
+        y = x @ np.ones(40) + 50 * y
+    (ours, C), (theirs, their_C) = (f(x[:300], y[:300], x[300:], not classes) for f in (probe.linear, scikit_learns))
+    assert C == pytest.approx(their_C)
+    if classes:
+        assert abs(np.mean(ours == y[300:]) - np.mean(theirs == y[300:])) < 1e-3 and np.mean(ours == y[300:]) > 0.6
+    else:
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-4)
+
+
+@pytest.mark.parametrize("name, n", [("sst2", 2000), ("rte", 1000), ("stsb", 1000)])
+def test_on_real_tasks_too(name, n, real_data, teacher):
+    """On the mean-pooled states of a small encoder: accuracy within 1e-3, Pearson of scores within 1e-3."""
+    task, tokenizer = glue.TASKS[name], checkpoint.read_tokenizer(teacher)
+    parts, encoder = glue.read_task(name, task, real_data / "glue"), probe.MeanPooled(checkpoint.load_mlm(
+        teacher).model.bert)
+
+    def states(file):
+        x, y = parts[file]
+        u = [ft.predict(encoder, ft.encode(tokenizer, [(s[i],) for s in x[:n]], 64), 0) for i in range(len(x[0]))]
+        return probe.features(*u), y[:n]
+    (train, y), (dev, labels) = states("train"), states("dev")
+    ours, theirs = (f(train, y, dev, task.labels == ())[0] for f in (probe.linear, scikit_learns))
+    metric = glue.pearson if task.labels == () else glue.accuracy
+    print(name, metric(ours, labels), metric(theirs, labels))
+    assert abs(metric(ours, labels) - metric(theirs, labels)) < 1e-3
+
+
+def test_no_examples_more_than_that_are_taken_and_none_twice():
+    some = probe.taken(50_000, 10_000)
+    assert len(set(some)) == 10_000 and (np.diff(some) > 0).all() and 0.4 < np.mean(some < 25_000) < 0.6
+    assert probe.taken(7).tolist() == list(range(7))
+
+
+@pytest.fixture
+def scored(teacher, tmp_path):
+    """A task of pairs whose score is the share of words that both have."""
+    words = [t for t in checkpoint.read_tokenizer(teacher).get_vocab() if t.isalpha() and len(t) > 2][:60]
+    rng, task = np.random.default_rng(0), tmp_path / "pairs"
+    task.mkdir()
+    for name, n in (("train", 150), ("dev", 100)):
+        rows = ["first\tsecond\tscore"]
+        for _ in range(n):
+            same, a, b = rng.integers(0, 9), rng.permutation(words)[:8], rng.permutation(words)[:8]
+            rows.append(f"{' '.join(a)}\t{' '.join([*a[:same], *b[same:]])}\t{same / 8}")
+        (task / f"{name}.tsv").write_text("\n".join(rows) + "\n")
+    return task
+
+
+def test_a_model_s_probes_are_written_once_and_are_the_same_every_time(teacher, corpus, scored, tmp_path, capsys):
+    config = ft.Config(str(teacher), tasks=f"own={scored}", probe=True, data=str(corpus), out=str(tmp_path / "a"),
+                       max_len=32, device="cpu")
+    result = ft.main(config)
+    own, lm = result["tasks"]["own"], result["masked_lm"]
+    assert own["similarity"] > 30 and set(own) == {"linear", "similarity", "strength", "n_train"}
+    said = capsys.readouterr().out
+    assert f"similarity {own['similarity']:.2f}" in said and f"d_order {lm['d_order']:.2f}" in said
+    kept = (tmp_path / "a/probes.json").read_bytes()
+    assert json.loads(kept) == result == ft.probes(config, say=pytest.fail)
+    config.out = str(tmp_path / "b")
+    ft.probes(config, say=lambda line: None)
+    assert (tmp_path / "b/probes.json").read_bytes() == kept
+    assert not (tmp_path / "a/trials").exists() and not (tmp_path / "a/glue.json").exists()
+
+
+def test_the_masked_lm_probe_is_diagnose_s(teacher, corpus, capsys):
+    found = probe.probe_masked_lm(checkpoint.load_mlm(teacher).model, TokenDirectory(corpus), 64, 32)
+    diagnose.main(diagnose.Config([str(corpus)], str(teacher), 64, 32))
+    said = capsys.readouterr().out
+    row = next(line for line in said.splitlines() if line.startswith("model"))
+    assert [f"{found[k]:.3f}" for k in ("mlm", "repeated", "others")] == row.split()[1:4]
+    assert f"D_order {found['d_order']:.2f}" in said
+
+
+def test_states_are_sentence_transformers_mean(teacher):
+    """The mean over real positions alone, whatever stands beside a sentence in its batch."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer, encoder = checkpoint.read_tokenizer(teacher), probe.MeanPooled(checkpoint.load_mlm(teacher).model.bert)
+    words = [t for t in tokenizer.get_vocab() if t.isalpha()]
+    sentences = [" ".join(words[i:i + 1 + 3 * i]) for i in range(6)]
+    ours = ft.predict(encoder, ft.encode(tokenizer, [(s,) for s in sentences], 64), 0)
+    theirs = transformers.AutoModel.from_pretrained(teacher).eval()
+    for state, s in zip(ours, sentences, strict=True):
+        ids = torch.tensor([checkpoint.framed(tokenizer).encode(s).ids])
+        with torch.no_grad():
+            assert state == pytest.approx(theirs(ids).last_hidden_state[0].mean(0).numpy(), abs=1e-4)
+
+
+def test_what_cannot_be_probed_is_said(teacher, corpus, scored, tmp_path, capsys):
+    config = ft.Config(str(teacher), tasks=f"own={scored}", data=str(corpus), out=str(tmp_path / "a"), max_len=32)
+    with pytest.raises(UserError, match="--data is for --probe"):
+        ft.main(config)
+    loaded = checkpoint.load_mlm(teacher)
+    checkpoint.save_model(tmp_path / "m", loaded.model, checkpoint.read_tokenizer(teacher), head=False)
+    config.model, config.probe = str(tmp_path / "m"), True
+    assert ft.main(config)["masked_lm"] == {} and "no LM head" in capsys.readouterr().out
+    config.data = str(tmp_path / "none")
+    with pytest.raises(UserError, match="is not a token directory"):
+        ft.main(config)
