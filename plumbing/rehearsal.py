@@ -15,7 +15,10 @@ SECONDS = 20                # of steps are measured; where one takes longer, it 
 def rehearse(run, gradients, batches, blocks):
     """`run`: a Run that was never started; `gradients`: train.py's, on the batches in their order."""
     arm, budget, config, took = run.arm, run.budget, run.config, []
+    budget.price = arm.price(budget.unit)
     run.describe()
+    if len(arm.phases) > 1:
+        run.say(f"what follows is as if all of it were the first phase, {arm.phase.name}")
     began = time.monotonic()
     run.validate()
     validations = config.val_times * (time.monotonic() - began)
