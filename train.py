@@ -196,7 +196,7 @@ def train(config, now=time.monotonic, say=print, status=None):
     config.check()
     out, directory = Path(config.out or f"runs/{file_name(config.strategy)}"), TokenDirectory(config.data)
     record = dataclasses.asdict(config) | contents(directory, config.teacher if config.reads_teacher else None)
-    if summary := finished(record, out):
+    if summary := finished(record, out, {f.name: f.default for f in dataclasses.fields(config)}):
         say(f"{out} is finished: nothing to do")
         return summary
     writable(out)

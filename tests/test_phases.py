@@ -125,6 +125,20 @@ def test_a_run_that_died_on_either_side_of_a_boundary_ends_bitwise_like_one_that
     assert died["phases"] == whole["phases"] and died["val"] == whole["val"]
 
 
+def test_a_run_of_a_version_without_phases_goes_on(tiny, tmp_path, monkeypatch):
+    config = tiny(**OFTEN)
+    interrupted(monkeypatch, config, 9)
+    file, new = tmp_path / "run/config.json", ("weights", "kd_every", "init_layers")
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k not in new}))
+    state = checkpoint.load_run(tmp_path / "run", print)
+    checkpoint.save_run(tmp_path / "run", {k: v for k, v in state.items() if k not in ("ended", "vals")})
+    train.train(config, **QUIET)
+    train.train(tiny(out=str(tmp_path / "whole")), **QUIET)
+    assert final(tmp_path / "run") == final(tmp_path / "whole")
+    with pytest.raises(UserError, match="kd_every"):
+        train.train(tiny(kd_every=2), **QUIET)
+
+
 @pytest.mark.slow
 def test_kill_9_on_either_side_of_a_boundary(tiny, tmp_path):
     common = dict(strategy="tinybert:0.3/no_kd", budget_steps=60, dropout=0.1)
@@ -320,7 +334,7 @@ def test_a_phases_graphs_are_compiled_at_its_start_uncharged(tiny, tmp_path, mon
     start = Budget.start
     monkeypatch.setattr(Budget, "start", lambda self: (
         compiled.append(torch._dynamo.utils.counters["stats"]["unique_graphs"]), paused.clear(), start(self)))
-    common = dict(strategy="tinybert:0.5/vanilla_kd", budget_steps=8)
+    common = dict(strategy="vanilla_kd:0.5/minilmv2_mlm", budget_steps=8, kd_every=2)
     eager = train.train(tiny(**common, out=str(tmp_path / "eager")), **QUIET)
     summary = train.train(tiny(**common, compile=True, out=str(tmp_path / "compiled")), **QUIET)
     after = torch._dynamo.utils.counters["stats"]["unique_graphs"]
