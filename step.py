@@ -8,7 +8,6 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
-import gc
 import os
 import re
 import tempfile
@@ -123,9 +122,6 @@ class Arm:
         if self.strategy.as_released:
             self.relation_heads = student_c.num_attention_heads
         self.proj = self.projections(self.strategy).to(self.device)
-        if phase and self.ranks.size > 1:
-            self.run_student = self.wrapper = None
-            gc.collect()                                # the last phase's DDP hooks go with it
 
         student.train(self.strategy.dropout).requires_grad_(not self.strategy.train_layers)
         for layer in self.strategy.train_layers:

@@ -213,7 +213,7 @@ def train(config, now=time.monotonic, say=print, status=None):
     config.check()
     out, directory = config.path, TokenDirectory(config.data)
     record = dataclasses.asdict(config) | contents(directory, config.teacher if config.reads_teacher else None)
-    if summary := finished(record, out):
+    if summary := finished(record, out, {f.name: f.default for f in dataclasses.fields(config)}):
         say(f"{out} is finished: nothing to do")
         return summary
     with alone(choose_device(config.device), config.budget[0]):         # refused now, not after minutes of compilation

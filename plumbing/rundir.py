@@ -38,10 +38,12 @@ def begun(out):
     return read_json(out / "config.json") if there else {}
 
 
-def finished(record, out):
-    """The summary if the run of this very record has finished in `out`, None if it has not; another one is refused."""
+def finished(record, out, defaults):
+    """The summary if the run of this very record has finished in `out`, None if it has not; another one is refused.
+    `defaults`: of what a configuration of an older version does not name."""
     if not (before := begun(out)):
         return None
+    before = defaults | before
     differ = [k if k.startswith("contents") else f"{k} ({before.get(k)} there, {v} here)" for k, v in record.items()
               if before.get(k, v if k.startswith("contents") else None) != v and k not in NOT_THE_RUN]
     if differ:
@@ -73,7 +75,7 @@ class Run:
         state = checkpoint.load_run(self.out, self.say)
         arm, budget = self.arm, self.budget
         if state:
-            budget.ended, self.vals = state["ended"], state["vals"]
+            budget.ended, self.vals = state.get("ended", []), state.get("vals", [])    # older ones have no phases
             if budget.ended:
                 arm.enter(len(budget.ended))
                 arm.make_optimizer()

@@ -49,7 +49,8 @@ class Screen:
         if self.cuda:
             found["memory"] = torch.cuda.max_memory_allocated(arm.device)
             if self.peak:
-                found["mfu"] = round(steps * config.batch_size * sum(arm.flops(arm.number)) / arm.ranks.size / self.peak, 4)
+                flops = steps * config.batch_size * sum(arm.flops(arm.number)) / arm.ranks.size
+                found["mfu"] = round(flops / self.peak, 4)
         return found
 
     def show(self, record):

@@ -125,6 +125,20 @@ def test_a_run_that_died_on_either_side_of_a_boundary_ends_bitwise_like_one_that
     assert died["phases"] == whole["phases"] and died["val"] == whole["val"]
 
 
+def test_a_run_of_a_version_without_phases_goes_on(tiny, tmp_path, monkeypatch):
+    config = tiny(**OFTEN)
+    interrupted(monkeypatch, config, 9)
+    file, new = tmp_path / "run/config.json", ("weights", "kd_every", "init_layers")
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k not in new}))
+    state = checkpoint.load_run(tmp_path / "run", print)
+    checkpoint.save_run(tmp_path / "run", {k: v for k, v in state.items() if k not in ("ended", "vals")})
+    train.train(config, **QUIET)
+    train.train(tiny(out=str(tmp_path / "whole")), **QUIET)
+    assert final(tmp_path / "run") == final(tmp_path / "whole")
+    with pytest.raises(UserError, match="kd_every"):
+        train.train(tiny(kd_every=2), **QUIET)
+
+
 @pytest.mark.slow
 def test_kill_9_on_either_side_of_a_boundary(tiny, tmp_path):
     common = dict(strategy="tinybert:0.3/no_kd", budget_steps=60, dropout=0.1)
@@ -141,11 +155,12 @@ def test_kill_9_on_either_side_of_a_boundary(tiny, tmp_path):
     assert final(tmp_path / "died") == final(tmp_path / "whole")
 
 
-def test_two_ranks_cross_a_boundary_as_one_does(tiny, watched, watched_ranks, tmp_path):
-    config = dict(strategy="tinybert:0.5/no_kd", batch_size=16, budget_steps=4)
+@pytest.mark.parametrize("strategy, steps", [("tinybert:0.5/no_kd", 4), ("mobilebert", 10)])
+def test_two_ranks_cross_a_boundary_as_one_does(tiny, watched, watched_ranks, tmp_path, strategy, steps):
+    config = dict(strategy=strategy, batch_size=16, budget_steps=steps)
     (_, ours), (_, theirs) = watched_ranks(tiny(**config, out=str(tmp_path / "two")))
     alone = watched(tiny(**config, out=str(tmp_path / "one")))
-    assert len(alone.updates) == len(ours) == 4
+    assert len(alone.updates) == len(ours) == steps
     for update, a, b in zip(alone.updates, ours, theirs, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
         assert all(torch.allclose(x, y, atol=1e-5) for x, y in zip(update.grads.values(), a, strict=True))
@@ -302,3 +317,26 @@ def test_a_student_with_a_head_starts_from_a_teacher_without_one(tiny, narrow_te
         train.train(config, say=said.append)
         assert any("; the LM head starts random: the teacher has none" in line for line in said)
         assert not checkpoint.load_mlm(tmp_path / strategy / "model").missing
+
+
+@pytest.mark.slow
+def test_a_phases_graphs_are_compiled_at_its_start_uncharged(tiny, tmp_path, monkeypatch):
+    """No frame is compiled while the clock runs, in the steps between KD steps either; and the run is the eager one."""
+    compiled, paused, pause = [], [], Budget.pause
+
+    @contextlib.contextmanager
+    def spy(self, cause):
+        before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        with pause(self, cause):
+            yield
+        paused.append(torch._dynamo.utils.counters["stats"]["unique_graphs"] - before)
+    monkeypatch.setattr(Budget, "pause", spy)
+    start = Budget.start
+    monkeypatch.setattr(Budget, "start", lambda self: (
+        compiled.append(torch._dynamo.utils.counters["stats"]["unique_graphs"]), paused.clear(), start(self)))
+    common = dict(strategy="vanilla_kd:0.5/minilmv2_mlm", budget_steps=8, kd_every=2)
+    eager = train.train(tiny(**common, out=str(tmp_path / "eager")), **QUIET)
+    summary = train.train(tiny(**common, compile=True, out=str(tmp_path / "compiled")), **QUIET)
+    after = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert sum(paused) == after - compiled[-1] > 0
+    assert summary["val"] == pytest.approx(eager["val"], rel=1e-3)
