@@ -70,7 +70,7 @@ class Screen:
             return self.print(f"step {record['step']:,}, {text}")
         if self.bar is None:
             self.bar = tqdm(total=1.0, file=sys.stdout, leave=False, dynamic_ncols=True,
-                            bar_format="{percentage:3.0f}%|{bar:10}| {desc}")
+                            bar_format="|{bar:12}| {desc}")
         self.bar.n = budget.progress
         self.bar.set_description_str(text)
 
