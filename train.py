@@ -277,7 +277,7 @@ def train(config, now=time.monotonic, say=print, status=None):
 def main(config, **options):
     summary = train(config, **options)
     if summary and Ranks().rank == 0:
-        print(what_next(config.out or f"runs/{config.strategy}", config.kind.trains_lm_head))
+        print(what_next(config.out or f"runs/{config.strategy}", "d_order" in summary))
     if Ranks().size > 1:
         # gloo's threads sometimes abort the process while Python shuts down, after all is written (torch 2.13)
         sys.stdout.flush()

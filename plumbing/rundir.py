@@ -131,10 +131,10 @@ class Run:
             if record["step"] % self.config.log_every == 0:
                 self.write(record | self.screen.speed())
             self.screen.show(record)
-        due = self.config.val_times * self.budget.progress              # the last one is the summary's
-        if self.validations + 1 <= min(due, self.config.val_times - 1):
+        due = min(int(self.config.val_times * self.budget.progress), self.config.val_times - 1)  # and the summary's
+        if self.validations < due:
             val = self.validate(signals)
-            self.validations += 1
+            self.validations = due                                      # one, also where a stall skipped some
             with self.budget.pause("checkpoints"):
                 self.write(record | self.measured(val))
         with self.budget.pause("checkpoints"):

@@ -70,8 +70,8 @@ class Screen:
         if not self.terminal:
             return self.print(f"step {record['step']:,}, {text}")
         if self.bar is None:
-            self.bar = tqdm(total=1.0, file=sys.stdout, leave=False, dynamic_ncols=True,
-                            bar_format="{percentage:3.0f}%|{bar:10}| {desc}")
+            self.bar = tqdm(desc=text, total=1.0, file=sys.stdout, leave=False, dynamic_ncols=True,
+                            bar_format="|{bar:12}| {desc}")
         self.bar.n = budget.progress
         self.bar.set_description_str(text)
 

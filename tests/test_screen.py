@@ -112,6 +112,19 @@ def test_a_pipe_sees_no_carriage_return_and_where_a_validation_stands(tiny, corp
     assert all(record["tokens_per_second"] > 0 for record in log if "val" not in record)
 
 
+def test_after_a_stall_one_validation_stands_for_those_that_were_missed(tiny, tmp_path, monkeypatch):
+    at, gradients = [0.0], train.gradients
+
+    def slowly(arm, batch, step, stages):
+        at[0] += 355 if step == 20 else 10
+        return gradients(arm, batch, step, stages)
+    monkeypatch.setattr(train, "gradients", slowly)
+    train.train(tiny(budget_steps=None, budget_hours=999 / 3600, val_times=10), say=lambda line: None,
+                now=lambda: at[0])
+    log = map(json.loads, (tmp_path / "run/log.jsonl").read_text().splitlines())
+    assert [record["step"] for record in log if "val" in record] == [10, 20, 21, 26, 36, 46, 56, 66]
+
+
 def test_what_trains_no_lm_head_has_no_order_to_measure(tiny, tmp_path):
     said = []
     summary = train.train(tiny(strategy="minilm", budget_steps=2, baselines=True), say=said.append)
