@@ -203,6 +203,9 @@ def run(main, cls, doc):
         main(parse(cls, doc))
     except UserError as e:
         fail(e)
+    except BrokenPipeError:     # | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except OSError as e:        # a file or folder that may not be read or written, a full disk
         if e.filename is None and e.errno != errno.ENOSPC:
             raise

@@ -19,7 +19,7 @@ import diagnose
 from data import Blocks, hashed
 from plumbing import glue
 
-EXAMPLES = 10_000                               # of a task's training examples, at most: seconds per model
+EXAMPLES = 10_000                               # of a task's training examples, at most: seconds per task
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)       # C of the logistic regression; its inverse is the ridge's alpha
 FOLDS = 5
 
