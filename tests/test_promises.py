@@ -547,6 +547,7 @@ def test_a_flop_budget_charges_the_teacher(fair, watched, deep_teacher, name):
     price = 8 * (3 * flops(student, 5) + (flops(teacher, 5) if name != "no_kd" else 0))
     seen = watched(fair(name, budget_steps=None, budget_flops=5.5 * price))
     assert seen.summary["steps"] == 6 and seen.summary["overshoot"] == pytest.approx(6 / 5.5 - 1, abs=0.15)
+    assert seen.summary["student_flops"] + seen.summary["teacher_flops"] == pytest.approx(6 * price, rel=0.1)
     peak = 1e-3 if name == "no_kd" else 5e-4
     assert [u.groups[0]["lr"] for u in seen.updates] == pytest.approx(
         [schedule(i / 5.5, peak, 0.25) for i in range(6)], rel=0.15)
