@@ -305,6 +305,7 @@ def test_a_constant_scores_zero_and_is_flagged():
     for p in (np.full(30, 0.1, np.float32), np.full(30, 2.7)):          # 0.1 less its mean is not 0 in float32
         assert glue.evaluate(glue.TASKS["stsb"], p, y) == (dict(pearson=0, spearman=0), True)
     assert not glue.evaluate(glue.TASKS["stsb"], y + 1, y)[1]
+    assert [glue.evaluate(glue.TASKS["stsb"], share * y, y)[1] for share in (0.009, 0.011)] == [True, False]
     y = np.array([1] * 279 + [0] * 129)                                 # MRPC's dev labels
     scores, collapsed = glue.evaluate(glue.TASKS["mrpc"], np.ones(408, int), y)
     assert collapsed and round(scores["accuracy"], 1) == 68.4 and round(scores["f1"], 1) == 81.2

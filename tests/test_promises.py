@@ -526,6 +526,7 @@ def test_the_clock_counts_student_and_teacher_and_nothing_beside_them(fair, watc
         [schedule(min(1, s / 60), 5e-4, 0.06) for s in charged])
     assert seen.updates[-1].groups[1]["lr"] == 0
     assert seen.summary["charged_seconds"] == pytest.approx(charged[-1] + 0.25)
+    assert seen.summary["overshoot"] == pytest.approx((charged[-1] + 0.25) / 60 - 1)
     assert seen.summary["charged"] == dict(data=0, teacher=19 * 1.0, student=19 * 2.0, optimizer=19 * 0.25)
     assert sum(seen.summary["charged"].values()) == seen.summary["charged_seconds"]
     assert sorted(grouped(seen.validations)) == [0, 7, 13, 19]
@@ -547,7 +548,8 @@ def test_a_flop_budget_charges_the_teacher(fair, watched, deep_teacher, name):
     student = BertConfig.of_size("2L32", 2, vocab_size=teacher.vocab_size)
     price = 8 * (3 * flops(student, 5) + (flops(teacher, 5) if name != "no_kd" else 0))
     seen = watched(fair(name, budget_steps=None, budget_flops=5.5 * price))
-    assert seen.summary["steps"] == 6 and seen.summary["charged_seconds"] > 0
+    assert seen.summary["steps"] == 6 and seen.summary["overshoot"] == pytest.approx(6 / 5.5 - 1, abs=0.15)
+    assert seen.summary["student_flops"] + seen.summary["teacher_flops"] == pytest.approx(6 * price, rel=0.1)
     peak = 1e-3 if name == "no_kd" else 5e-4
     assert [u.groups[0]["lr"] for u in seen.updates] == pytest.approx(
         [schedule(i / 5.5, peak, 0.25) for i in range(6)], rel=0.15)

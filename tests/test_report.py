@@ -204,6 +204,22 @@ def test_with_one_pretraining_seed_the_spread_is_that_of_fine_tuning_and_is_call
                                                  "fine-tuning seeds of one pretrained model")
 
 
+def test_a_crossing_lies_on_the_straight_line_over_log_budget():
+    """A lead of -1 that becomes +3 over a factor of 16 is zero after a quarter of it in logarithms: a factor of 2."""
+    low = made_up({"no_kd": [60, 60.1], "minilm": [59, 59.1]}, budget=1e12)
+    high = made_up({"no_kd": [60, 60.1], "minilm": [63, 63.1]}, budget=16e12)
+    crossing = report.verdict(low + high)[-1]
+    assert "overtakes no_kd's at about 2e12 FLOPs, between 1e12 FLOPs and 1.6e13 FLOPs." in crossing
+    assert report.amount(0.0125, "hours") == "45 s" and report.amount(4.0, "hours") == "4 h"
+
+
+@pytest.mark.parametrize("seeds, freedom", [(2, "1 degree of freedom"), (3, "2 degrees of freedom")])
+def test_the_remarks_name_the_seeds_and_the_degrees_of_freedom(seeds, freedom):
+    """± is over the pretraining seeds, and Student's t has one degree of freedom fewer than there are."""
+    line, = report.remarks(made_up({"no_kd": [60] * seeds, "minilm": [61] * seeds}))
+    assert f"over {seeds} pretraining seeds" in line and f"(Student's t, {freedom})" in line
+
+
 def test_repetition_is_a_difference_of_differences():
     results = (made_up({"no_kd": [60, 61, 62], "minilm": [61, 62, 63]})
                + made_up({"no_kd": [58, 59, 60], "minilm": [62, 63, 64]}, unique=500, epochs=8.0)
