@@ -28,7 +28,7 @@ class MeanPooled(torch.nn.Module):
     """The encoder as sentence-transformers reads it: the mean over real positions, [CLS] and [SEP] included."""
     def __init__(self, bert):
         super().__init__()
-        self.bert = bert
+        self.bert, self.config = bert, bert.config
 
     def forward(self, ids, real, token_types):
         h, real = self.bert(ids, real, token_types)["hidden"], real[..., None]              # (B, S, D), (B, S, 1)

@@ -201,8 +201,8 @@ def test_what_the_system_refuses_is_one_line_too(tmp_path, monkeypatch, capsys):
     assert e.value.code == 2 and capsys.readouterr().err == f"error: {tmp_path}/manifest.json: Permission denied\n"
 
     def bug(config):
-        raise BrokenPipeError(32, "Broken pipe")
-    with pytest.raises(BrokenPipeError):
+        raise ConnectionResetError(104, "Connection reset by peer")
+    with pytest.raises(ConnectionResetError):
         cli.run(bug, Example, "")
 
 

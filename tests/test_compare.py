@@ -384,9 +384,9 @@ def test_device_compilation_and_precision_reach_the_runs_the_estimates_and_fine_
     made, scored = [], []
 
     class Seen(compare.Arm):
-        def __init__(self, config, *models):
+        def __init__(self, config, *models, **named):
             made.append((config.batch_size, config.micro_batch, config.compile, config.bf16))
-            super().__init__(config, *models)
+            super().__init__(config, *models, **named)
     monkeypatch.setattr(compare, "Arm", Seen)
     monkeypatch.setattr(torch, "compile", lambda f, **_: f)
     monkeypatch.setattr(finetune_glue, "finetune", lambda *args: scored.append(args[-2:]) or [0.0])

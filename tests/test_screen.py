@@ -70,8 +70,8 @@ def test_a_pipe_gets_one_line_a_minute_with_progress_time_left_loss_and_rate(scr
 
 def test_on_cuda_memory_and_mfu(screen_at, monkeypatch):
     shown, goes, said = screen_at
-    shown.cuda, shown.peak, shown.arm.flops = True, 1e12, (1.5e9, 0.5e9)
-    shown.arm.ranks = SimpleNamespace(size=2)
+    shown.cuda, shown.peak, shown.arm.flops = True, 1e12, lambda phase: (1.5e9, 0.5e9)
+    shown.arm.ranks, shown.arm.number = SimpleNamespace(size=2), 0
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5_000_000_000)
     goes(1)
     assert shown.speed() == {"tokens_per_second": 1000, "memory": 5_000_000_000, "mfu": 0.1}    # 100 x 2e9 in a second
