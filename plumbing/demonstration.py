@@ -93,8 +93,8 @@ def look(results, config):
         if each["seed"] == 0 and each["budget"] == results[0]["budget"]:
             said = []
             if "mlm" in each["val"]:                                    # it has trained an LM head
-                watch.ask(watch.ModelConfig(model=each["model"], sentence=MASKED), said.append)
-            watch.ask(watch.ModelConfig(model=each["model"], sentence=QUERY, nearest=str(lines)), said.append)
+                watch.ask(watch.Config(model=each["model"], sentence=MASKED), said.append)
+            watch.ask(watch.Config(model=each["model"], sentence=QUERY, nearest=str(lines)), said.append)
             masked = said[0].removeprefix("[MASK] 1: ") if "mlm" in each["val"] else "(no LM head)"
             nearest = next(line for line in said if line.startswith("  ")).strip()
             print(f"{each['strategy']:12} {masked}\n{'':12} {nearest[:100]}")
