@@ -40,6 +40,15 @@ class Batch(NamedTuple):
     labels: np.ndarray      # (B, k) int64, the ids that stood there
 
 
+class CachedBatch(NamedTuple):
+    """A Batch with what a teacher's cache holds for it (plumbing/artefact.py)."""
+    ids: np.ndarray
+    masked: np.ndarray
+    labels: np.ndarray
+    drawn: np.ndarray       # (B, k, n) int64, ids that were drawn from the teacher's distribution
+    shares: np.ndarray      # (B, k, n) float32, of the draws that fell on each; 0 beyond the last
+
+
 def mix(x):
     """64-bit finaliser of splitmix64 (Steele 2014, doi 10.1145/2714064.2660195): an avalanche hash, vectorised."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -128,11 +137,15 @@ class Blocks:
     """Batches of masked blocks of one split.  batch(i, B) depends on (seed, i, B) and on nothing else.
 
     unique_tokens: the split's first so many ids alone, again and again (the limited-data setting; the same ids for
-    every seed).  static_masks: the masks of the first epoch in each."""
+    every seed).  static_masks: the masks of the first epoch in each.  mask_seed: what the masks depend on
+    in place of the seed; mask_variants: so many masks of a block in turn, epoch by epoch.  keep: the only blocks
+    to train on, whose masks stay what they are without it."""
 
-    def __init__(self, directory, split, seq_len, seed, unique_tokens=None, static_masks=False):
+    def __init__(self, directory, split, seq_len, seed, unique_tokens=None, static_masks=False,
+                 mask_seed=None, mask_variants=None, keep=None):
         self.tokens, self.seq_len, self.seed = directory.split(split), seq_len, seed
-        self.static_masks = static_masks
+        self.mask_seed = seed if mask_seed is None else mask_seed
+        self.mask_variants, self.keep, self.targets = 1 if static_masks else mask_variants, keep, None
         if unique_tokens is not None:
             if not seq_len <= unique_tokens <= len(self.tokens):
                 raise UserError(f"--unique-tokens {unique_tokens}: {directory.path}/{split}.bin has "
@@ -140,12 +153,14 @@ class Blocks:
             self.tokens = self.tokens[:unique_tokens]
         self.special, self.vocab_size = directory.special, len(directory.vocab)
         self.body = seq_len - 2                                         # ids between [CLS] and [SEP]
-        self.count = len(self.tokens) // self.body
+        self.there = self.count = len(self.tokens) // self.body
         self.k = round(0.15 * seq_len)                                  # masked positions in every block
         if self.count < 1:
             todo = "a larger --val-fraction" if split == "val" else "more text"
             raise UserError(f"{directory.path}/{split}.bin: {len(self.tokens)} ids do not make one block of length "
                             f"{seq_len}: run prepare.py again with {todo}, or give a smaller --seq-len")
+        if keep is not None:
+            self.count = len(keep)
         self.order = functools.lru_cache(2)(                            # a batch can span two epochs
             lambda epoch: np.random.default_rng([seed, epoch]).permutation(self.count))
 
@@ -154,7 +169,13 @@ class Blocks:
         block = np.empty_like(at)
         for e in np.unique(epoch):
             block[epoch == e] = self.order(int(e))[at[epoch == e]]
-        return self.mask(self.read(block), hashed(self.seed, 0 if self.static_masks else epoch, block))
+        return self.masked(block if self.keep is None else self.keep[block],
+                           epoch if self.mask_variants is None else epoch % self.mask_variants)
+
+    def masked(self, block, variant):
+        """The Batch of blocks (B,) in variants of their masks; with a teacher's cache its targets too."""
+        batch = self.mask(self.read(block), hashed(self.mask_seed, variant, block))
+        return self.targets(batch, block, variant) if self.targets else batch
 
     def epochs(self, steps, batch_size):
         """How often the blocks have been seen after so many steps: 1.5 is once and a half."""
