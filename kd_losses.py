@@ -85,6 +85,16 @@ def soft_cross_entropy_over_v(z_s, z_t, tau=1.0, vocab_size=None):
     return -tau ** 2 * ((z_t / tau).softmax(-1) * (z_s / tau).log_softmax(-1)).mean() * surplus
 
 
+@at_least_fp32
+def sampled_cross_entropy(z_s, drawn, shares, tau=1.0):
+    """soft_cross_entropy with N draws from the teacher's distribution (arXiv 2503.16870): unbiased.
+
+        tau^2 * mean over M of  sum over the drawn ids of  -share * log_softmax(z_s / tau)[id]
+
+    z_s (M, V); drawn, shares (M, n): n different ids and the share of the N draws that fell on each."""
+    return -tau ** 2 * (shares * (z_s / tau).log_softmax(-1).gather(-1, drawn)).sum(-1).mean()
+
+
 # ------------------------------------------------------------------------------ losses on states: (B, S, D) each
 
 @at_least_fp32
@@ -306,6 +316,9 @@ MLM = Term(lambda s, t, c: masked_lm_loss(s["logits"], c.labels), ("logits",), (
            "cross-entropy with the true ids; mean over masked positions")
 SOFT_CE = Term(lambda s, t, c: soft_cross_entropy(s["logits"], t["logits"], c.tau), ("logits",), ("logits",),
                "cross-entropy with the teacher's distribution; sum over V, mean over masked positions")
+SAMPLED_CE = Term(lambda s, t, c: sampled_cross_entropy(s["logits"], *t["samples"], c.tau), ("logits",),
+                  ("samples",), "cross-entropy with draws from the teacher's distribution; mean over masked "
+                  "positions")
 SOFT_KL = Term(lambda s, t, c: soft_kl(s["logits"], t["logits"], c.tau), ("logits",), ("logits",),
                "divergence from the teacher's distribution; sum over V, mean over masked positions", weight=5.0)
 COSINE = Term(lambda s, t, c: cosine_loss(s["hidden"], t["hidden"]), ("hidden",), ("hidden",),
@@ -335,6 +348,13 @@ STRATEGIES = {
             about="hidden states, sum over layers; mean over positions and D", layers=uniform)}, same_heads=True),
     "minilmv2_mlm": Strategy({"mlm": MLM, **RELATIONS}),
 }
+
+
+def from_cache(strategy):
+    """The strategy with a teacher's cache in the place of its teacher, where that will do: for soft_ce."""
+    return strategy._replace(terms={
+        name: SAMPLED_CE._replace(weight=term.weight) if term.of is SOFT_CE.of else term
+        for name, term in strategy.terms.items()})
 
 
 def mobilebert_stage(layer):

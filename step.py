@@ -20,11 +20,12 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
-from data import Batch, hashed
+from data import Batch, CachedBatch, hashed
 from diagnose import d_order, validation
 from kd_losses import STRATEGIES, Context, loss_terms, projections, relation_head_count
 from model import BertConfig, BertForMaskedLM
 from plumbing import checkpoint
+from plumbing.artefact import width
 from plumbing.budget import Stopped
 from plumbing.cli import UserError, numbers
 from plumbing.files import lock
@@ -210,11 +211,13 @@ class Arm:
         self.optimizer.zero_grad(set_to_none=True)
 
     def to_device(self, batch):
-        ids, masked, labels = (moved(torch.from_numpy(a), self.device) for a in batch)
-        return Batch(ids, masked, labels.flatten())
+        ids, masked, *of_positions = (moved(torch.from_numpy(a), self.device) for a in batch)
+        return type(batch)(ids, masked, *(a.flatten(0, 1) for a in of_positions))
 
     def teacher_forward(self, batch, strategy):
         """What the strategy compares of the teacher; {} where it has no need of one."""
+        if isinstance(batch, CachedBatch):
+            return {"samples": (batch.drawn, batch.shares)}
         if not (self.teacher and strategy.needs("teacher")):
             return {}
         with torch.no_grad():
@@ -230,9 +233,10 @@ class Arm:
         context = Context(labels, strategy.tau, self.relation_heads, self.proj, self.student.config.vocab_size)
         return self.loss_terms(strategy, s, t, context)
 
-    def forward(self, ids, masked, labels, strategy=None):
+    def forward(self, ids, masked, labels, *samples, strategy=None):
         """(total, {term: value}) of one micro-batch: what the strategy asks of both sides, and no more."""
-        batch, strategy = Batch(ids, masked, labels), strategy or self.strategy
+        batch = (CachedBatch if samples else Batch)(ids, masked, labels, *samples)
+        strategy = strategy or self.strategy
         t = self.teacher_forward(batch, strategy)
         return self.loss(self.student_forward(batch, strategy), t, labels, strategy)
 
@@ -240,9 +244,13 @@ class Arm:
         """(ids, masked, labels) of a micro-batch's shape, or of so many blocks."""
         B, S = blocks or self.config.micro_batch, self.config.seq_len
         k = round(0.15 * S)
-        return Batch(torch.zeros(B, S, dtype=torch.long, device=self.device),
-                     torch.arange(k, device=self.device).expand(B, k).contiguous(),
-                     torch.zeros(B * k, dtype=torch.long, device=self.device))
+        batch = Batch(torch.zeros(B, S, dtype=torch.long, device=self.device),
+                      torch.arange(k, device=self.device).expand(B, k).contiguous(),
+                      torch.zeros(B * k, dtype=torch.long, device=self.device))
+        if not self.config.teacher_cache:
+            return batch
+        drawn = torch.zeros(B * k, width(self.config.teacher_cache), dtype=torch.long, device=self.device)
+        return CachedBatch(*batch, drawn, drawn.float())
 
     def freeze_unreached(self):
         """A forward and backward pass on dummy data: freezes what the loss does not reach (MiniLM leaves the last
@@ -256,7 +264,7 @@ class Arm:
         self.proj.zero_grad()
         if self.compiled:
             for strategy in self.strategies:
-                self.forward(*self.dummy(), strategy)[0].backward()
+                self.forward(*self.dummy(), strategy=strategy)[0].backward()
             for p in (*self.student.parameters(), *self.proj.parameters()):
                 p.grad = None
 
@@ -267,6 +275,8 @@ class Arm:
         count = min(self.config.val_blocks, blocks.count)
         size = min(self.config.micro_batch, count)
         means, teacher_was = {}, self.teacher and self.teacher.training
+        if self.config.teacher_cache:                                   # which holds no validation blocks
+            strategy = (strategy or self.strategy).without_teacher
         self.student.eval()
         if self.teacher:
             self.teacher.eval()
@@ -278,7 +288,7 @@ class Arm:
             # eager: compiled, evaluation would be a variant of its own, and the last rows one more
             with torch.compiler.set_stance("force_eager"), self.tf32():
                 if model is None:
-                    _, terms = self.forward(ids, masked, labels, strategy)
+                    _, terms = self.forward(ids, masked, labels, strategy=strategy)
                 else:
                     logits = model(ids, masked, want=("logits",))["logits"]
                     terms = {"mlm": torch.nn.functional.cross_entropy(logits.float(), labels)}
@@ -487,7 +497,7 @@ def flops_per_block(config, student, teacher=None, phase=0):
             with of_teacher:
                 arm.teacher_forward(batch, strategy)
             with of_step:
-                arm.forward(*batch, strategy)[0].backward()
+                arm.forward(*batch, strategy=strategy)[0].backward()
             teacher_flops = of_teacher.get_total_flops()
             of_steps.append((of_step.get_total_flops() - teacher_flops, teacher_flops))
     if len(of_steps) == 1:

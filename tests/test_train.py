@@ -142,9 +142,9 @@ def test_the_eager_pass_at_the_start_is_over_a_few_blocks(tiny, corpus, monkeypa
     monkeypatch.setattr(torch, "compile", lambda f, **_: f)
     sizes, whole = [], Arm.forward
 
-    def spy(arm, ids, *rest):
+    def spy(arm, ids, *rest, **named):
         sizes.append(len(ids))
-        return whole(arm, ids, *rest)
+        return whole(arm, ids, *rest, **named)
     monkeypatch.setattr(Arm, "forward", spy)
     make_arm(tiny(compile=compiled, batch_size=16, micro_batch=16), TokenDirectory(corpus))
     assert sizes == passes
