@@ -30,7 +30,8 @@ from typing import Annotated, Literal
 import torch
 
 from data import Blocks, TokenDirectory, prefetch
-from kd_losses import AS_RELEASED, phases_of
+from kd_losses import AS_RELEASED, from_cache, phases_of
+from plumbing.artefact import Offline
 from plumbing.budget import Budget, Stages, Stopped, one_budget, stop_signals
 from plumbing.cli import Checked, Count, Length, NotNegative, Positive, Seed, Share, UserError, run, writable
 from plumbing.rehearsal import rehearse
@@ -55,6 +56,9 @@ class Config(Checked):
     as_released: bool = False           # FOR SCIENCE ONLY: what the paper's released code computes for this strategy
     size: str = "6L768"                 # student: layers L width
     heads: Count | None = None          # attention heads; default: width / 64
+    teacher_cache: str | None = None    # of offline.py cache: targets from there in place of a teacher
+    keep: str | None = None             # of offline.py score: train on the blocks in this file alone
+    ledger: Literal["full", "amortised"] = "full"   # what the budget pays of these two: all, or a share
     out: str | None = None              # run directory; default: runs/STRATEGY
     init: Literal["random", "teacher"] | None = None    # teacher: its weights; default: the strategy's
     init_layers: Annotated[str, int, "[0, inf)"] | None = None  # of the teacher, from 0; default: every so-many-th
@@ -62,6 +66,8 @@ class Config(Checked):
     seq_len: Length = 128               # S, positions in a block
     unique_tokens: Count | None = None  # train on the first so many ids of the data alone, again and again
     static_masks: bool = False          # the same masks in every epoch
+    mask_seed: Seed | None = None       # of the masks alone, which seeds can share; default: the seed
+    mask_variants: Count | None = None  # masks of a block, in turn, epoch by epoch; default: fresh ones
     batch_size: Count = 1024            # blocks per optimizer step
     micro_batch: Count | None = None    # blocks per forward pass; default: 256, with 80 GB of GPU memory 1024
     peak_lr: Positive | None = None     # default: the paper's, 1e-3 for no_kd and 5e-4 for KD
@@ -94,6 +100,16 @@ class Config(Checked):
             if self.kd_every > 1 and phase.strategy.needs("teacher") and not phase.strategy.without_teacher.terms:
                 raise UserError(f"--kd-every {self.kd_every}: {phase.name} has no term that needs no teacher, so "
                                 f"nothing is left for the steps between")
+            if self.teacher_cache and (more := set(phase.strategy.needs("teacher")) - {"samples"}):
+                raise UserError(f"--teacher-cache holds soft targets only; {phase.name} needs the teacher's "
+                                f"{', '.join(sorted(more))}: leave it out, or take --strategy vanilla_kd")
+        if self.teacher_cache and not any(phase.strategy.needs("teacher") for phase in phases):
+            raise UserError(f"--teacher-cache: {self.strategy} needs no teacher: leave it out")
+        if self.ledger != "full" and not (self.teacher_cache or self.keep):
+            raise UserError(f"--ledger {self.ledger} belongs to --teacher-cache or --keep")
+        if self.static_masks and self.mask_variants:
+            raise UserError(f"--static-masks is --mask-variants 1: leave out one of it and --mask-variants "
+                            f"{self.mask_variants}")
         if self.init_layers is not None and self.start != "teacher":
             raise UserError(f"--init-layers {self.init_layers} belongs to --init teacher")
         self.budget  # noqa: B018
@@ -121,8 +137,9 @@ class Config(Checked):
         weights = term_weights(self.weights, {name for phase in phases for name in phase.strategy.terms})
 
         def own(strategy):
-            return strategy._replace(tau=self.tau or strategy.tau, terms={
+            strategy = strategy._replace(tau=self.tau or strategy.tau, terms={
                 name: term._replace(weight=weights.get(name, term.weight)) for name, term in strategy.terms.items()})
+            return from_cache(strategy) if self.teacher_cache else strategy
         return [phase._replace(strategy=own(phase.strategy)) for phase in phases]
 
     @property
@@ -137,7 +154,7 @@ class Config(Checked):
 
     @property
     def needs_teacher(self):
-        return any(phase.strategy.needs("teacher") for phase in self.phases)
+        return not self.teacher_cache and any(phase.strategy.needs("teacher") for phase in self.phases)
 
     @property
     def reads_teacher(self):
@@ -146,7 +163,10 @@ class Config(Checked):
     @property
     def arm(self):
         """What compare.py calls it."""
-        return self.strategy + "+init" * (self.init == "teacher") + "+released" * self.as_released
+        kept = Path(self.keep or "").stem
+        name = "miniplm" + f"+{kept}" * (kept != "difference") if self.keep else self.strategy
+        return (name + "+init" * (self.init == "teacher") + "+released" * self.as_released
+                + "+cached" * bool(self.teacher_cache) + "+amortised" * (self.ledger == "amortised"))
 
     @property
     def label(self):
@@ -204,15 +224,17 @@ def gradients(arm, batch, step, stages):
 
 
 @memory_told
-def train(config, now=time.monotonic, say=print, status=None):
+def train(config, now=time.monotonic, say=print, status=None, keep=None):
     """Runs one strategy to the end of its budget; returns the summary that is also written to the run directory.
 
     The same call goes on where a stopped run's checkpoint is; a finished run is not run again.  `status` gets the
-    record of the last step every two seconds, in place of the status line."""
+    record of the last step every two seconds, in place of the status line.  `keep`: block ids, not from --keep."""
     began = now()
     config.check()
     out, directory = config.path, TokenDirectory(config.data)
+    offline = Offline(config, directory, keep)                          # what was computed once for many runs
     record = dataclasses.asdict(config) | contents(directory, config.teacher if config.reads_teacher else None)
+    record |= offline.record(begun(out), choose_device(config.device))
     if summary := finished(record, out, {f.name: f.default for f in dataclasses.fields(config)}):
         say(f"{out} is finished: nothing to do")
         return summary
@@ -220,12 +242,12 @@ def train(config, now=time.monotonic, say=print, status=None):
         writable(out)
     arm, ranks = make_arm(config, directory), Ranks()
     directory.verify()
+    offline.verify()
     say = say if ranks.rank == 0 else lambda line: None
-    blocks = Blocks(directory, "train", config.seq_len, config.seed, config.unique_tokens, config.static_masks)
-    unit, total = config.budget
-    budget, stages = Budget(total, unit, now=now), Stages(arm.device)
+    blocks, (unit, total) = offline.blocks, config.budget
+    budget, stages = Budget(total - record.get("charge", 0), unit, now=now), Stages(arm.device)
     run = Run(config, out, arm, budget, stages, directory, validation_blocks(directory, config.seq_len, say), say,
-              status, writes=ranks.rank == 0)
+              status, writes=ranks.rank == 0, offline=offline.told(record))
     if config.dry_run:
         return rehearse(run, gradients, stream(blocks, 0, config.batch_size, arm.device), blocks)
     run.resume_or_start(record)

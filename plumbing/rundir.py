@@ -63,7 +63,9 @@ def event_writer():
 class Run:
     """The run directory: what is written beside the steps, none of it on the clock, and only by rank 0."""
 
-    def __init__(self, config, out, arm, budget, stages, directory, val_blocks, say, status=None, writes=True):
+    def __init__(self, config, out, arm, budget, stages, directory, val_blocks, say, status=None, writes=True,
+                 offline=None):
+        self.offline = offline or {}
         self.config, self.out, self.arm, self.budget, self.stages = config, out, arm, budget, stages
         self.directory, self.val_blocks, self.screen = directory, val_blocks, Screen(arm, budget, say, status)
         self.validations, self.seconds, self.teacher_mlm, self.d_order = 0, 0.0, None, None
@@ -116,6 +118,8 @@ class Run:
                 self.teacher_mlm = self.arm.validate(self.val_blocks, model=self.arm.teacher)["mlm"]
             self.val = self.arm.validate(self.val_blocks)
             describe(self.arm, self.val, self.budget.steps, self.teacher_mlm, self.say)
+            for line in self.offline.get("lines", ()):
+                self.say(line)
             if self.config.baselines:
                 losses, _ = counting(self.directory, validation(self.val_blocks, self.config.val_blocks))
                 self.baselines = {name: float(loss.mean()) for name, loss in losses.items()}
@@ -216,7 +220,7 @@ class Run:
             tokens_per_second=tokens / charged, charged=self.stages.seconds, uncharged=budget.uncharged,
             teacher_share=self.stages.seconds.get("teacher", 0.0) / charged, **self.measured(val),
             teacher_mlm=self.teacher_mlm, baselines=self.baselines, device=str(arm.device), ranks=processes,
-            bf16=arm.bf16, torch=torch.__version__, phases=phases)
+            bf16=arm.bf16, torch=torch.__version__, phases=phases, offline=self.offline)
         if self.writes:
             self.checkpoint()
             self.write(dict(step=steps, progress=1.0, seconds=charged, **self.measured(val)))
@@ -289,4 +293,5 @@ def describe(arm, val, step, teacher_mlm, say):
             + (f"; in every {config.kd_every}. step" if len(arm.strategies) > 1 else "")
             + (f"; ignored: {', '.join(arm.teacher_ignored)}" if arm.teacher_ignored else ""))
     for name, term in strategy.terms.items():
-        say(f"  {term.weight:g} x {name:8} {val[name]:9.4f} at step {step}   {term.about}")
+        value = f"{val[name]:9.4f}" if name in val else f"{'cached':>9}"
+        say(f"  {term.weight:g} x {name:8} {value} at step {step}   {term.about}")
