@@ -30,6 +30,7 @@ import numpy as np
 import torch
 
 import finetune_glue
+import offline
 import train
 from data import Blocks, TokenDirectory
 from kd_losses import PHASED, STRATEGIES
@@ -43,6 +44,7 @@ from plumbing.cli import (
     Length,
     Positive,
     Positives,
+    Seed,
     Share,
     UserError,
     checked,
@@ -81,10 +83,15 @@ class Config(Checked):
     budget_tokens: Counts | None = None  # or in tokens
     budget_steps: Counts | None = None  # or in optimizer steps
     strategies: Annotated[str, str, (*STRATEGIES, *PHASED)] = "no_kd,vanilla_kd,tinybert,minilm"     # the arms
-    arms: str | None = None             # or STRATEGY or PHASE:END/.../PHASE, then +init (from the teacher) or +released
+    arms: str | None = None             # or STRATEGY, PHASE:END/../PHASE, miniplm; then +init, +released, +cached
+    teacher_cache: str | None = None    # of the arms +cached; default: one is made
+    reference_epochs: Count = 1         # of miniplm: passes of its reference over what is held out for it
+    score_draws: Count = 1              # of miniplm: masks of each block that are scored
     seeds: Count = 3                    # pretraining seeds 0, 1, ... of each arm; an interval needs two
     unique_tokens: str = "all"          # data settings such as all,2000000: the first so many ids, again and again
     static_masks: bool = False          # the limited settings with the same masks in every epoch as well
+    mask_seed: Seed | None = None       # of every run's masks; default: the run's seed
+    mask_variants: Count | None = None  # masks of a block, in turn, in every run; default: fresh ones
     peak_lrs: Positives | None = None   # of every arm; several: its best at the smallest budget; default: the paper's
     out: str = "runs/compare"           # directory for the runs, table.md, results.json, results.csv and figure.png
     dry_run: bool = False               # print the plan and its time only
@@ -120,7 +127,8 @@ class Config(Checked):
 
 # What every run of a comparison takes from its command line as it stands there
 SHARED = ("data", "size", "heads", "seq_len", "batch_size", "micro_batch", "dropout", "val_blocks", "val_times",
-          "device", "compile", "bf16")
+          "mask_seed", "mask_variants", "device", "compile", "bf16")
+OFFLINE = {"miniplm": ("teacher", "reference", "random", "flipped", "all")}     # its controls, charged alike
 
 
 # ----------------------------------------------------------------------------------------------------------- plan
@@ -138,6 +146,10 @@ class Plan:
         self.names = (config.arms or config.strategies).split(",")
         if twice := [name for name in self.names if self.names.count(name) > 1]:
             raise UserError(f"--arms {config.arms}: {twice[0]} is given twice")
+        if self.unit in ("flops", "hours"):                             # what was paid once: in both ledgers
+            both = [name for name in self.names if name == "miniplm" or "+cached" in name]
+            self.names = list(dict.fromkeys(
+                part for name in self.names for part in (name, f"{name}+amortised")[:1 + (name in both)]))
         uniques = [None if part == "all" else checked("--unique-tokens", part, Count)
                    for part in config.unique_tokens.split(",")]
         limited = [n for n in uniques if n]
@@ -150,7 +162,7 @@ class Plan:
         if self.unit == "hours" and (config.jobs or 1) > max(1, torch.cuda.device_count()):
             raise UserError(f"--jobs {config.jobs} under --budget-hours: runs that share a device would take each "
                             f"other's time: give --budget-flops, or one job per GPU")
-        self.lrs = numbers(config.peak_lrs) if config.peak_lrs else [None]
+        self.lrs, self.artefacts = numbers(config.peak_lrs) if config.peak_lrs else [None], {}
         try:
             shape = BertConfig.of_size(config.size, config.heads)
         except ValueError as e:
@@ -176,16 +188,48 @@ class Plan:
     def run(self, arm, budget, unique=None, static=False, seed=0, lr=None, **other):
         """The train.Config of one run; its directory's name says all that it differs in from the others."""
         strategy, *suffixes = arm.split("+")
-        if len(set(suffixes)) < len(suffixes) or not {"init", "released"}.issuperset(suffixes):
-            raise UserError(f"--arms {arm}: after the strategy may come +init (it starts from the teacher) and "
-                            f"+released (what the paper's code computes), each once")
+        controls = OFFLINE.get(strategy, ())
+        if len(set(suffixes)) < len(suffixes) or not {
+                "init", "released", "cached", "amortised", *controls}.issuperset(suffixes):
+            raise UserError(f"--arms {arm}: after the strategy may come +init (it starts from the teacher), "
+                            f"+released (what the paper's code computes) and +cached (its teacher is asked once "
+                            f"for all), each once; after miniplm one of +{', +'.join(OFFLINE['miniplm'])}")
         name = (f"{train.file_name(arm)}-{budget:g}{self.unit}" + f"-{unique}ids" * (unique is not None)
                 + "-static" * static + (f"-lr{lr:g}" if lr else "") + f"-seed{seed}")
+        if "cached" in suffixes:
+            other["teacher_cache"] = self.config.teacher_cache or self.artefact("cache", unique)
+        if strategy in OFFLINE:
+            kept = [name for name in suffixes if name in controls]
+            if len(kept) > 1:
+                raise UserError(f"--arms {arm}: one control at a time")
+            other["keep"] = f"{self.artefact('miniplm', unique)}/{(*kept, 'difference')[0]}.npy"
+            strategy = "no_kd"
+        other["ledger"] = "amortised" if "amortised" in suffixes else "full"
         return train.Config(**{k: getattr(self.config, k) for k in SHARED} | dict(
             strategy=strategy, init="teacher" if "init" in suffixes else None, as_released="released" in suffixes,
-            teacher=str(self.out / "teacher/model") if self.config.teacher == "train"
-            else self.config.teacher, unique_tokens=unique, static_masks=static, seed=seed, peak_lr=lr,
+            teacher=self.teacher_model, unique_tokens=unique, static_masks=static, seed=seed, peak_lr=lr,
             out=str(self.out / "runs" / name)) | {f"budget_{self.unit}": budget} | other)
+
+    @property
+    def teacher_model(self):
+        return str(self.out / "teacher/model") if self.config.teacher == "train" else self.config.teacher
+
+    def artefact(self, kind, unique):
+        """The directory of what several runs share, noted as something to be made before them."""
+        c, path = self.config, str(self.out / "offline" / (kind + f"-{unique}ids" * (unique is not None)))
+        if kind == "cache" and None in (c.mask_seed, c.mask_variants):
+            raise UserError("--arms: +cached needs the same masks in all runs: give --mask-seed 0 "
+                            "--mask-variants 1 with it")
+        same = dict(teacher=self.teacher_model, data=c.data, out=path, mask_seed=c.mask_seed or 0,
+                    seq_len=c.seq_len, unique_tokens=unique, device=c.device, bf16=c.bf16)
+        if kind == "cache":
+            self.artefacts[path] = partial(offline.cache, offline.Cache(**same, variants=c.mask_variants))
+        else:               # the reference has a third of the student's width, in whole heads of 64
+            width = max(64, BertConfig.of_size(c.size, c.heads).hidden_size // 3 // 64 * 64)
+            self.artefacts[path] = partial(offline.score, offline.Score(
+                **same, reference_size=f"2L{width}", reference_epochs=c.reference_epochs, draws=c.score_draws,
+                batch_size=c.batch_size))
+        return path
 
     def runs_at(self, lrs):
         """The compared runs, seeds outermost: stopped early, what is there is a whole comparison over fewer seeds."""
@@ -216,6 +260,8 @@ def step_seconds(config, directory, teacher, tries=1):
     on a CPU with a smaller micro-batch.  `teacher`: its BertConfig."""
     device = choose_device(config.device)
     ready_process(device)
+    if config.teacher_cache:                                            # it need not be there yet
+        config = dataclasses.replace(config, strategy="no_kd", teacher_cache=None, ledger="full")
     micro = config.micro_batch if device.type == "cuda" else min(config.micro_batch, 16)
     arm = Arm(dataclasses.replace(config, batch_size=micro, micro_batch=micro),
               BertForMaskedLM(student_shape(config, directory)).to(device),
@@ -352,7 +398,7 @@ def scores(tasks):
 
 def result_of(plan, each, summary, tasks):
     """One run as report.py reads it."""
-    kept = ("seed", "peak_lr", "steps", "tokens", "epochs", "charged_seconds", "tokens_per_second",
+    kept = ("offline", "seed", "peak_lr", "steps", "tokens", "epochs", "charged_seconds", "tokens_per_second",
             "teacher_share", "val", "device")
     curve = [(r["seconds"], r["val"]["mlm"]) for r in map(json.loads, (Path(each.out) / "log.jsonl").open())
              if "mlm" in r.get("val", {})]
@@ -457,12 +503,16 @@ def execute(plan, directory, progress):
                        f"its own pretraining is charged to no arm"
                        + (", and it has seen all of the data." if plan.settings != [(None, False)] else "."))
         costs.append(f"The teacher's pretraining took {duration(taught['charged_seconds'])}.")
+    for make in plan.artefacts.values():
+        make(say=progress.say_line)
+    register(plan.tuning.values(), directory)
     if plan.tuning:
         lrs, tried, cost = tuned(plan, progress)
         before, plan.runs = plan.runs, plan.runs_at(lrs)
         renamed = {a.out: b.out for a, b in zip(before, plan.runs, strict=True)}
         progress.left = {renamed.get(out, out): seconds for out, seconds in progress.left.items()}
         remarks, costs = remarks + tried, costs + [cost]
+    register(plan.runs, directory)
     todo = [partial(run_one, each) for each in plan.runs]
     todo += [partial(score_yardstick, plan, directory, progress, *yardstick) for yardstick in plan.yardsticks]
     done = share_runs([*(each.out for each in plan.runs), *(path for _, path, _ in plan.yardsticks)],
@@ -472,7 +522,15 @@ def execute(plan, directory, progress):
     yardsticks = [dict(name=name, averages=[m["average"] for m in of], runs=of,
                        scores={task: [m["scores"][task] for m in of] for task in of[0]["scores"]})
                   for name in ("random init", "teacher") for of in [[m for m in scored if m["name"] == name]]]
-    return results, yardsticks, remarks, costs
+    teacher = plan.teacher and dict(flops=taught["student_flops"], hours=taught["charged_seconds"] / 3600)
+    return results, yardsticks, remarks + report.ledgers(results, (teacher or {}).get(plan.unit)), costs
+
+
+def register(runs, directory):
+    """Notes all the runs with the artefacts that they share, before the first of them is charged its part."""
+    for each in runs:
+        if each.teacher_cache or each.keep:
+            offline.Offline(each, directory).register()
 
 
 def timed(plan, directory, each, progress):
@@ -550,6 +608,8 @@ def describe(plan, seconds, finetune_seconds, texts):
           + (f", the teacher ({plan.teacher.size}, --teacher-budget {plan.teacher_budget:g}) with "
              f"{duration(seconds[plan.teacher.out])}" if plan.teacher else "")
           + f"; {finished} are finished, the others take about {duration(sum(seconds.values()))} in one process")
+    if plan.artefacts:
+        print(f"  before them, once for all that use it, and charged to each: {', '.join(plan.artefacts)}")
     models = len(plan.runs) + config.seeds + 1                          # the random students and the teacher
     print(f"  fine-tuning {models} models on {', '.join(texts)}: very roughly {duration(models * finetune_seconds)}")
     record = plan.out / "results.json"

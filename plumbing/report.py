@@ -122,7 +122,11 @@ def differences(arm, other, value=lambda r: r["average"]):
 
 
 def row_of(arm):
-    """The arm's name as a row has it."""
+    """The arm's name as a row has it, with the ledger of what was paid before it began."""
+    if arm.endswith("+amortised"):
+        return arm.removesuffix("+amortised") + " (AMORTISED)"
+    if arm.startswith("miniplm") or arm.endswith("+cached"):
+        return arm + " (FULL)"
     return arm + " (MobileBERT's transfer on a plain BERT)" * ("mobilebert" in arm)
 
 
@@ -468,6 +472,28 @@ def remarks(results):
     devices = {f"{r['device']}" for r in results}
     if len(devices) > 1:
         lines.append(f"Beware: the runs were made on different devices ({', '.join(sorted(devices))}).")
+    return lines
+
+
+def ledgers(results, pretraining=None):
+    """What was spent of the budget before the first step on what several runs share, one line per arm.
+    `pretraining`: of the teacher, in the budget's unit, where it was trained for this."""
+    lines = []
+    for (unique, static, budget), arms in groups(results).items():
+        for name, of in arms.items():
+            runs = [r["offline"] for r in of.values() if r.get("offline")]
+            if not runs:
+                continue
+            charge, unit = np.mean([r["charge"] for r in runs]), next(iter(of.values()))["unit"]
+            shared = sorted({n for r in runs for n in r["sharing"]})
+            line = (f"{row_of(name)}: of {amount(budget, unit)} on {setting(unique, static)}, {charge / budget:.0%} "
+                    f"was spent before the first step, on {' and '.join(a['path'] for a in runs[0]['artefacts'])}")
+            if runs[0]["ledger"] == "amortised":
+                line += f", shared by the {' or '.join(map(str, shared))} run(s) registered with it"
+            elif pretraining:
+                whole = (charge + pretraining) / budget
+                line += f"; with its teacher's pretraining {whole:.0%}" + ", so no student at all" * (whole >= 1)
+            lines.append(line + "." + " This unit charges steps alone." * (unit not in ("flops", "hours")))
     return lines
 
 
