@@ -36,6 +36,7 @@ from data import Blocks, TokenDirectory
 from kd_losses import PHASED, STRATEGIES
 from model import BertConfig, BertForMaskedLM, BertForSequenceClassification
 from plumbing import checkpoint, glue, jobs, report
+from plumbing.artefact import Offline
 from plumbing.budget import one_budget
 from plumbing.cli import (
     Checked,
@@ -83,7 +84,7 @@ class Config(Checked):
     budget_tokens: Counts | None = None  # or in tokens
     budget_steps: Counts | None = None  # or in optimizer steps
     strategies: Annotated[str, str, (*STRATEGIES, *PHASED)] = "no_kd,vanilla_kd,tinybert,minilm"     # the arms
-    arms: str | None = None             # or STRATEGY, PHASE:END/../PHASE, miniplm; then +init, +released, +cached
+    arms: str | None = None             # or STRATEGY, PHASE:END/../PHASE, miniplm; +init, +released, +cached
     teacher_cache: str | None = None    # of the arms +cached; default: one is made
     reference_epochs: Count = 1         # of miniplm: passes of its reference over what is held out for it
     score_draws: Count = 1              # of miniplm: masks of each block that are scored
@@ -192,8 +193,9 @@ class Plan:
         if len(set(suffixes)) < len(suffixes) or not {
                 "init", "released", "cached", "amortised", *controls}.issuperset(suffixes):
             raise UserError(f"--arms {arm}: after the strategy may come +init (it starts from the teacher), "
-                            f"+released (what the paper's code computes) and +cached (its teacher is asked once "
-                            f"for all), each once; after miniplm one of +{', +'.join(OFFLINE['miniplm'])}")
+                            f"+released (what the paper's code computes) and +cached (its teacher is asked "
+                            f"once for all), each once; after miniplm one of "
+                            f"+{', +'.join(OFFLINE['miniplm'])}")
         name = (f"{train.file_name(arm)}-{budget:g}{self.unit}" + f"-{unique}ids" * (unique is not None)
                 + "-static" * static + (f"-lr{lr:g}" if lr else "") + f"-seed{seed}")
         if "cached" in suffixes:
@@ -530,7 +532,7 @@ def register(runs, directory):
     """Notes all the runs with the artefacts that they share, before the first of them is charged its part."""
     for each in runs:
         if each.teacher_cache or each.keep:
-            offline.Offline(each, directory).register()
+            Offline(each, directory).register()
 
 
 def timed(plan, directory, each, progress):

@@ -138,8 +138,8 @@ class Blocks:
 
     unique_tokens: the split's first so many ids alone, again and again (the limited-data setting; the same ids for
     every seed).  static_masks: the masks of the first epoch in each.  mask_seed: what the masks depend on
-    in place of the seed; mask_variants: so many masks of a block in turn, epoch by epoch.  keep: the only blocks
-    to train on, whose masks stay what they are without it."""
+    in place of the seed; mask_variants: so many masks of a block in turn, epoch by epoch.  keep: the only
+    blocks to train on, whose masks stay what they are without it."""
 
     def __init__(self, directory, split, seq_len, seed, unique_tokens=None, static_masks=False,
                  mask_seed=None, mask_variants=None, keep=None):

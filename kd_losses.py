@@ -92,7 +92,8 @@ def sampled_cross_entropy(z_s, drawn, shares, tau=1.0):
         tau^2 * mean over M of  sum over the drawn ids of  -share * log_softmax(z_s / tau)[id]
 
     z_s (M, V); drawn, shares (M, n): n different ids and the share of the N draws that fell on each."""
-    return -tau ** 2 * (shares * (z_s / tau).log_softmax(-1).gather(-1, drawn)).sum(-1).mean()
+    log_s = (z_s if tau == 1 else z_s / tau).log_softmax(-1)                                # (M, V)
+    return -tau ** 2 * (shares * log_s.gather(-1, drawn)).sum(-1).mean()
 
 
 # ------------------------------------------------------------------------------ losses on states: (B, S, D) each

@@ -239,7 +239,8 @@ def cache(config, say=print):
         positions = np.memmap(out / "positions", POSITION, "r")
         mean, loss = float(positions["number"].mean()), -float(positions["log_p"].mean(dtype=np.float64))
         size = sum(sizes.values()) / 1e6
-        say(f"{out}: {mean:.1f} different ids in {config.samples} draws, {size:,.1f} MB; the teacher's loss on these blocks is {loss:.4f}")
+        say(f"{out}: {mean:.1f} different ids in {config.samples} draws, {size:,.1f} MB; the teacher's loss "
+            f"on these blocks is {loss:.4f}")
         return dict(variants=config.variants, samples=config.samples, tau=config.tau, blocks=blocks.count,
                     masked=blocks.k, widest=int(positions["number"].max()), ids=mean, teacher_mlm=loss,
                     flops=flops * rows, seconds=seconds, files=sizes)
@@ -264,8 +265,8 @@ def gate(scores):
     if not (reliability >= RELIABLE and gap > GAP):
         raise UserError(f"no selection: of teacher minus reference on {len(r):,} units, the split-half rank "
                         f"correlation is {reliability:.2f} (at least {RELIABLE} needed: more --draws, or "
-                        f"text that differs more) and the mean {gap:+.2f} nat (more than {GAP} needed: a better "
-                        f"teacher)")
+                        f"text that differs more) and the mean {gap:+.2f} nat (more than {GAP} needed: a "
+                        f"better teacher)")
     return reliability, gap
 
 

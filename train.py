@@ -227,8 +227,9 @@ def gradients(arm, batch, step, stages):
 def train(config, now=time.monotonic, say=print, status=None, keep=None):
     """Runs one strategy to the end of its budget; returns the summary that is also written to the run directory.
 
-    The same call goes on where a stopped run's checkpoint is; a finished run is not run again.  `status` gets the
-    record of the last step every two seconds, in place of the status line.  `keep`: block ids, not from --keep."""
+    The same call goes on where a stopped run's checkpoint is; a finished run is not run again.  `status` gets
+    the record of the last step every two seconds, in place of the status line.  `keep`: ids of the blocks to
+    train on, in place of --keep's."""
     began = now()
     config.check()
     out, directory = config.path, TokenDirectory(config.data)

@@ -118,8 +118,8 @@ class TeacherCache(Artefact):
         self.refuse_other(seq_len=blocks.seq_len, masked=blocks.k, tau=tau, mask_seed=blocks.mask_seed)
         if blocks.mask_variants > m["variants"] or blocks.there > m["blocks"]:
             raise UserError(f"{self.name} holds {m['variants']} mask variant(s) of {m['blocks']:,} blocks, "
-                            f"the run asks for {blocks.mask_variants} of {blocks.there:,}: give --mask-variants "
-                            f"or --unique-tokens, or make a larger one")
+                            f"the run asks for {blocks.mask_variants} of {blocks.there:,}: give "
+                            f"--mask-variants or --unique-tokens, or make a larger one")
         self.blocks = np.memmap(self.path / "blocks", BLOCK, "r")
         self.positions = np.memmap(self.path / "positions", POSITION, "r").reshape(-1, blocks.k)
         self.pairs = np.memmap(self.path / "pairs", pair(blocks.vocab_size), "r")
@@ -189,8 +189,8 @@ class Offline:
                             f"{config.unique_tokens} there are {blocks.there}: score with it too")
         if keep is not None and blocks.count < config.batch_size:
             name = self.selection.name if self.selection else "what is held out for the reference"
-            raise UserError(f"{name}: {blocks.count} blocks, fewer than a batch of {config.batch_size}: give a "
-                            f"smaller --batch-size, or more text")
+            raise UserError(f"{name}: {blocks.count} blocks, fewer than a batch of {config.batch_size}: give "
+                            f"a smaller --batch-size, or more text")
         if m:
             tau, = {phase.strategy.tau for phase in config.phases if phase.strategy.needs("teacher")}
             self.cache.attach(blocks, tau)
@@ -212,7 +212,7 @@ class Offline:
         if charge >= total:
             raise UserError(f"--budget-{unit} {total:g}: {' and '.join(str(a.path) for a in self.all)} cost "
                             f"{charge:g} of it ({self.config.ledger.upper()}), which leaves the student "
-                            f"nothing: give a larger budget, or make less (--unique-tokens, fewer --variants)")
+                            f"nothing: give a larger budget, or --unique-tokens, or fewer --variants")
         if not self.config.dry_run:
             self.register()
         return found | dict(charge=charge, sharing=sharing)

@@ -486,13 +486,15 @@ def ledgers(results, pretraining=None):
                 continue
             charge, unit = np.mean([r["charge"] for r in runs]), next(iter(of.values()))["unit"]
             shared = sorted({n for r in runs for n in r["sharing"]})
-            line = (f"{row_of(name)}: of {amount(budget, unit)} on {setting(unique, static)}, {charge / budget:.0%} "
-                    f"was spent before the first step, on {' and '.join(a['path'] for a in runs[0]['artefacts'])}")
+            line = (f"{row_of(name)}: of {amount(budget, unit)} on {setting(unique, static)}, "
+                    f"{charge / budget:.0%} was spent before the first step, on "
+                    + " and ".join(a["path"] for a in runs[0]["artefacts"]))
             if runs[0]["ledger"] == "amortised":
                 line += f", shared by the {' or '.join(map(str, shared))} run(s) registered with it"
             elif pretraining:
                 whole = (charge + pretraining) / budget
-                line += f"; with its teacher's pretraining {whole:.0%}" + ", so no student at all" * (whole >= 1)
+                line += f"; with its teacher's pretraining {whole:.0%}"
+                line += ", so no student at all" * bool(whole >= 1)
             lines.append(line + "." + " This unit charges steps alone." * (unit not in ("flops", "hours")))
     return lines
 
