@@ -207,7 +207,7 @@ class Offline:
             return found | {k: before[k] for k in ("charge", "sharing")}
         unit, total = self.config.budget
         share = self.config.ledger == "amortised"
-        sharing = [a.register(self.config, note=False) if share else 1 for a in self.all]
+        sharing = [a.register(self.config, note=False) if share and a.shares_cost() else 1 for a in self.all]
         charge = sum(a.cost(unit, device) / n for a, n in zip(self.all, sharing, strict=True))
         if charge >= total:
             raise UserError(f"--budget-{unit} {total:g}: {' and '.join(str(a.path) for a in self.all)} cost "
