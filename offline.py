@@ -323,8 +323,9 @@ def score(config, say=print):
             say(f"{name:10} keeps {len(mine):,} of {len(pool):,} units, Jaccard with difference "
                 f"{overlap[name]:.2f}; of each tenth of the corpus "
                 + " ".join(f"{part:.0%}" for part in parts))
-        if overlap["reference"] > 0.9:
-            say("beware: difference keeps what the reference alone would: it shows nothing of the teacher")
+        for name in ("teacher", "reference"):
+            if overlap[name] > 0.9:
+                say(f"beware: difference keeps what the {name} alone would: it says nothing of the other model")
         whole = np.full((blocks.count, config.draws, 2), np.nan, np.float32)
         whole[blocks_of(pool)] = found.reshape(-1, config.draws, 2)
         arrays = {name: blocks_of(mine) for name, mine in kept.items()}

@@ -40,6 +40,12 @@ def test_the_table_holds_every_arm_against_no_kd_and_its_flops(capsys, tmp_path)
     assert "| vanilla_kd |" in capsys.readouterr().out
 
 
+def test_an_arm_from_a_cache_has_a_row_and_no_teacher(capsys):
+    bench.main(dataclasses.replace(TINY, strategies="vanilla_kd+cached", teacher_size="3L32"))
+    row = next(line for line in capsys.readouterr().out.splitlines() if "vanilla_kd+cached" in line).split(" | ")
+    assert float(row[4]) == 1.0                                         # its FLOPs are no_kd's
+
+
 def test_transformers_takes_its_turn(capsys):
     pytest.importorskip("transformers")
     bench.main(dataclasses.replace(TINY, strategies="no_kd", teacher_size="3L32", baseline="transformers"))
