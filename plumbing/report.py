@@ -476,27 +476,27 @@ def remarks(results):
 
 
 def ledgers(results, pretraining=None):
-    """What was spent of the budget before the first step on what several runs share, one line per arm.
+    """What was spent of the budget before the first step on what several runs share, a line for all arms alike.
     `pretraining`: of the teacher, in the budget's unit, where it was trained for this."""
-    lines = []
+    lines = {}
     for (unique, static, budget), arms in groups(results).items():
         for name, of in arms.items():
             runs = [r["offline"] for r in of.values() if r.get("offline")]
             if not runs:
                 continue
             charge, unit = np.mean([r["charge"] for r in runs]), next(iter(of.values()))["unit"]
-            shared = sorted({n for r in runs for n in r["sharing"]})
-            line = (f"{row_of(name)}: of {amount(budget, unit)} on {setting(unique, static)}, "
-                    f"{charge / budget:.0%} was spent before the first step, on "
-                    + " and ".join(a["path"] for a in runs[0]["artefacts"]))
+            line = (f"of {amount(budget, unit)} on {setting(unique, static)}, {charge / budget:.0%} was "
+                    f"spent before the first step, on " + " and ".join(a["path"] for a in runs[0]["artefacts"]))
             if runs[0]["ledger"] == "amortised":
+                shared = sorted({n for r in runs for n in r["sharing"]})
                 line += f", shared by the {' or '.join(map(str, shared))} run(s) registered with it"
             elif pretraining:
                 whole = (charge + pretraining) / budget
                 line += f"; with its teacher's pretraining {whole:.0%}"
                 line += ", so no student at all" * bool(whole >= 1)
-            lines.append(line + "." + " This unit charges steps alone." * (unit not in ("flops", "hours")))
-    return lines
+            line += "." + " This unit charges steps alone." * (unit not in ("flops", "hours"))
+            lines.setdefault(line, []).append(row_of(name))
+    return [f"{', '.join(names)}: {line}" for line, names in lines.items()]
 
 
 def drift(results):
