@@ -22,7 +22,6 @@ import errno
 import hashlib
 import importlib.metadata
 import itertools
-import json
 import os
 import platform
 import re
@@ -40,7 +39,7 @@ from tqdm import tqdm
 
 from data import SPECIAL
 from plumbing.cli import Checked, Count, Fraction, UserError, run
-from plumbing.files import lock
+from plumbing.files import lock, sha256, write_json
 from plumbing.sources import Piece, check_space, find_files, listed, read_documents, required_packages
 from plumbing.tokenizer import fingerprint, load_tokenizer, train_vocabulary
 
@@ -137,6 +136,18 @@ def encoded(tokenizer, batches):
             yield batch, future.result()
 
 
+def tokenized(tokenizer, documents, show):
+    """(piece, its ids with [SEP] at the end); show(batch) after each batch of lines."""
+    ids, sep = [], tokenizer.token_to_id("[SEP]")
+    for batch, encodings in encoded(tokenizer, batches(documents)):
+        for (_, piece), encoding in zip(batch, encodings, strict=True):
+            ids += encoding.ids
+            if piece:
+                yield piece, np.array([*ids, sep], "<u4")
+                ids = []
+        show(batch)
+
+
 def prepare(config, documents=None):
     """Makes the token directory and returns its manifest.  `documents`, texts, replace the config's sources."""
     if (config.vocab is None) == (config.vocab_size is None):
@@ -185,39 +196,29 @@ def make(config, documents, out, files, left_out):
     else:
         documents = (Piece(text, docstring=config.sources == ["docstrings"]) for text in documents)
     if tokenizer is None:
-        sample, size = [], 0
-        for piece in tqdm(documents, desc="reading", unit=" documents", mininterval=1):
-            sample.append(piece)
-            size += len(piece.text)
-            if size >= SAMPLE:
-                break
-        tokenizer = train_vocabulary([piece.text for piece in sample], config.vocab_size)
-        documents = itertools.chain(sample, documents)
-        del sample
-
+        tokenizer, documents = trained_on(documents, config.vocab_size)
     names = ("train.bin", "val.bin", "tokenizer.json", "manifest.json")
     part = {name: out / f"{name}.part" for name in (*names, "train.whole", "val.whole")}
     try:
         dtype = np.dtype(np.uint16 if tokenizer.get_vocab_size() <= 2 ** 16 else np.uint32)
         counts = write_ids(config, documents, tokenizer, dtype, part, met, sum(file.size for file in files))
         tokenizer.save(str(part["tokenizer.json"]))
-        sha256 = {}
         for name in names[:3]:
             with open(part[name], "rb+") as f:
                 os.fsync(f.fileno())
-                sha256[name] = hashlib.file_digest(f, "sha256").hexdigest()
         manifest = dict(
             counts, dtype=dtype.name, vocab_size=tokenizer.get_vocab_size(), fingerprint=fingerprint(tokenizer),
             sources=config.sources, files=len(files), val_fraction=config.val_fraction,
             document_per=config.document_per, left_out=dict(left_out),
             met={name: n for name, n in sorted(met.items()) if n and name[0] != "_"},
-            bytes={name: part[name].stat().st_size for name in sha256}, sha256=sha256)
+            bytes={name: part[name].stat().st_size for name in names[:3]},
+            sha256={name: sha256(part[name]) for name in names[:3]})
         if hub := {m[0] for m in (re.match(r"[^/]+/[^/]+@[0-9a-f]{40}(?=/)", file.name) for file in files) if m}:
             manifest["hub"] = sorted(hub)
         if "docstrings" in config.sources:
             manifest["versions"] = {"python": platform.python_version()} | {
                 name: importlib.metadata.version(name) for name in sorted(required_packages())}
-        part["manifest.json"].write_text(json.dumps(manifest, indent=1) + "\n")
+        write_json(part["manifest.json"], manifest)
         # From here on there is nothing left to do but to rename: the old manifest goes first, the new one comes last
         (out / "manifest.json").unlink(missing_ok=True)
         for name in names:
@@ -229,39 +230,45 @@ def make(config, documents, out, files, left_out):
     return manifest
 
 
+def trained_on(documents, vocab_size):
+    """A tokenizer from the first SAMPLE characters; and all the documents again."""
+    sample, size = [], 0
+    for piece in tqdm(documents, desc="reading", unit=" documents", mininterval=1):
+        sample.append(piece)
+        size += len(piece.text)
+        if size >= SAMPLE:
+            break
+    return train_vocabulary([piece.text for piece in sample], vocab_size), itertools.chain(sample, documents)
+
+
 def write_ids(config, documents, tokenizer, dtype, part, met, total):
     """Tokenizes the documents into train.bin.part and val.bin.part; returns the counts."""
-    sep, unk = tokenizer.token_to_id("[SEP]"), tokenizer.token_to_id("[UNK]")
+    unk = tokenizer.token_to_id("[UNK]")
     counts = dict(documents=0, duplicates=0, characters=0, train_tokens=0, val_tokens=0, unknown=0)
-    began, seen, ids, side = time.monotonic(), Seen(), [], "train"
+    began, seen, side = time.monotonic(), Seen(), "train"
     with (open(part["train.bin"], "wb") as train, open(part["val.bin"], "wb") as val,
           tqdm(total=total or None, unit="B", unit_scale=True, desc=config.out, mininterval=1) as bar):
-        files = {"train": train, "val": val}
-        for batch, encodings in encoded(tokenizer, batches(documents)):
-            for (_, piece), encoding in zip(batch, encodings, strict=True):
-                ids += encoding.ids
-                if not piece:
-                    continue
-                ids.append(sep)
-                array, ids = np.array(ids, "<u4"), []
-                key = document_key(array[:-1].tobytes())
-                if piece.begins:
-                    side_key = docstring_key(piece.text) if piece.docstring else key
-                    side = "val" if is_validation(side_key, config.val_fraction) else "train"
-                if len(array) == 1:                                     # nothing but control characters
-                    continue
-                if not seen.add(key):
-                    counts["duplicates"] += piece.begins
-                    continue
-                files[side].write(array.astype(dtype))
-                counts["documents"] += piece.begins
-                counts["characters"] += len(piece.text)
-                counts[f"{side}_tokens"] += len(array)
-                counts["unknown"] += int((array == unk).sum())
+        def show(batch):
             tokens, seconds = counts["train_tokens"] + counts["val_tokens"], time.monotonic() - began
             bar.set_postfix_str(f"{tokens / 1e6:.1f}M tokens, {tokens / seconds / 1e6:.2f}M/s, "
                                 f"{counts['characters'] / seconds / 1e6:.1f} MB/s of text", refresh=False)
             bar.update(met["_read"] - bar.n if total else sum(len(line) for line, _ in batch))
+        files = {"train": train, "val": val}
+        for piece, ids in tokenized(tokenizer, documents, show):
+            key = document_key(ids[:-1].tobytes())
+            if piece.begins:
+                side_key = docstring_key(piece.text) if piece.docstring else key
+                side = "val" if is_validation(side_key, config.val_fraction) else "train"
+            if len(ids) == 1:                                           # nothing but control characters
+                continue
+            if not seen.add(key):
+                counts["duplicates"] += piece.begins
+                continue
+            files[side].write(ids.astype(dtype))
+            counts["documents"] += piece.begins
+            counts["characters"] += len(piece.text)
+            counts[f"{side}_tokens"] += len(ids)
+            counts["unknown"] += int((ids == unk).sum())
     tokens = counts["train_tokens"] + counts["val_tokens"]
     if not tokens:
         raise UserError(f"{' '.join(config.sources)}: no text in it")

@@ -75,13 +75,13 @@ def lock(path):
 def share(paths, do):
     """[do(i) for each path], in any order: processes with the same paths take what no other one works on, and wait
     for the rest.  What another process has done, `do` finds finished."""
-    results, waiting = {}, list(enumerate(paths))
-    while waiting:
-        for job in list(waiting):
-            with lock(job[1]) as ours:
-                if ours:
-                    results[job[0]] = do(job[0])
-                    waiting.remove(job)
-        if waiting:
-            time.sleep(1)
+    results, waiting = {}, range(len(paths))
+
+    def done(i):
+        with lock(paths[i]) as ours:
+            if ours:
+                results[i] = do(i)
+        return ours
+    while waiting := [i for i in waiting if not done(i)]:
+        time.sleep(1)
     return [results[i] for i in range(len(paths))]

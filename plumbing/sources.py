@@ -220,18 +220,24 @@ def read_documents(files, met, field="text", rows_per_document=1, document_per="
             paths += [pool.submit(f.fetch) for f in files[i + 1:i + 2]]
             if file.name == "docstrings":
                 yield from (Piece(text, docstring=True) for _, text in docstrings())
-                continue
-            try:
-                with contextlib.nullcontext(sys.stdin.buffer) if file.name == "-" else open(path, "rb") as raw:
-                    on_disk = file.name != "-" and os.path.isfile(path)
-                    for name, stream, whole in unpacked(file.name, raw, path if on_disk else None, met):
-                        lines = lines_of(name, stream, whole, field, rows_per_document, met)
-                        yield from pieces(shaped(watched(lines, name, raw, before, on_disk, met), document_per), met)
-            except DAMAGED as e:
-                raise UserError(f"{file.name} cannot be read ({e.strerror}): mend that, or leave it out"
-                                if getattr(e, "errno", None) else f"{file.name} cannot be read, it is damaged or cut "
-                                f"({one_line(e)}): get it again, or leave it out") from None
+            else:
+                yield from pieces_of(file.name, path, met, field, rows_per_document, document_per)
             met["_read"] = before + file.size
+
+
+def pieces_of(name, path, met, field, rows_per_document, document_per):
+    """The Pieces of one file, or of standard input."""
+    before, on_disk = met["_read"], name != "-" and os.path.isfile(path)
+    try:
+        with contextlib.nullcontext(sys.stdin.buffer) if name == "-" else open(path, "rb") as raw:
+            for inner, stream, whole in unpacked(name, raw, path if on_disk else None, met):
+                lines = lines_of(inner, stream, whole, field, rows_per_document, met)
+                lines = watched(lines, inner, raw, before, on_disk, met)
+                yield from pieces(shaped(lines, document_per), met)
+    except DAMAGED as e:
+        raise UserError(f"{name} cannot be read ({e.strerror}): mend that, or leave it out" if getattr(e, "errno", None)
+                        else f"{name} cannot be read, it is damaged or cut ({one_line(e)}): get it again, or leave it "
+                        f"out") from None
 
 
 class Full(io.RawIOBase):
@@ -426,12 +432,10 @@ def parquet_rows(path, field, name, met):
         if field not in (names := file.schema_arrow.names):
             raise UserError(f"{name}: no column {field!r}: give --field, one of {', '.join(names)}")
         for batch in file.iter_batches(batch_size=256, columns=[field]):
-            for text in batch.column(0).to_pylist():
-                if isinstance(text, str):
-                    yield text
-                else:
-                    met["bad_rows"] += 1
+            texts = [text for text in batch.column(0).to_pylist() if isinstance(text, str)]
             met["_rows"] += len(batch)
+            met["bad_rows"] += len(batch) - len(texts)
+            yield from texts
             met["_read"] += size * len(batch) // file.metadata.num_rows
 
 
@@ -486,21 +490,25 @@ def docstrings():
         files[name] = [Path(p.locate()) for p in importlib.metadata.files(name) or () if p.suffix == ".py"]
     for package in sorted(files):
         for path in sorted(files[package]):
-            if {"test", "tests"} & set(path.parts):
-                continue
-            try:
-                tree = ast.parse(path.read_bytes())
-            except (SyntaxError, ValueError, OSError):                  # templates, and files of other Pythons
-                continue
-            if path.parent.name == "pydoc_data":                        # one dict: topic -> text
-                texts = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
-            else:
-                texts = [ast.get_docstring(n) for n in ast.walk(tree) if isinstance(
-                    n, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)]
-            for text in texts:
-                lines = [line.strip() for line in inspect.cleandoc(text or "").splitlines() if line.strip()]
-                if sum(map(len, lines)) >= 20:
-                    yield package, "\n".join(lines)
+            if not {"test", "tests"} & set(path.parts):
+                yield from ((package, text) for text in docstrings_in(path))
+
+
+def docstrings_in(path):
+    """Those of 20 characters or more in one Python file."""
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError, OSError):                          # templates, and files of other Pythons
+        return
+    if path.parent.name == "pydoc_data":                                # one dict: topic -> text
+        texts = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+    else:
+        texts = [ast.get_docstring(n) for n in ast.walk(tree) if isinstance(
+            n, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)]
+    for text in texts:
+        lines = [line.strip() for line in inspect.cleandoc(text or "").splitlines() if line.strip()]
+        if sum(map(len, lines)) >= 20:
+            yield "\n".join(lines)
 
 
 def required_packages():
