@@ -17,7 +17,6 @@ as its code does; with our attention and, on CUDA, torch.compile, which save for
 """
 import dataclasses
 import itertools
-import json
 import os
 import sys
 import tempfile
@@ -37,6 +36,7 @@ from data import SPECIAL, Blocks, loader_rate
 from kd_losses import AS_RELEASED, PHASED, STRATEGIES
 from model import BertConfig, BertForMaskedLM
 from plumbing.cli import Checked, Count, Length, NotNegative, Share, UserError, run
+from plumbing.files import write_json
 from plumbing.report import markdown
 from plumbing.screen import peak_flops
 from step import (
@@ -331,9 +331,9 @@ def main(config):
           + ("" if config.teacher_cost else f"; the paper's: {PAPERS_RATIO} for every distilled arm")
           + "; FLOPs: of matrix products only")
     if config.json:
-        Path(config.json).write_text(json.dumps(dict(
+        write_json(Path(config.json), dict(
             config=dataclasses.asdict(config), device=device, torch=torch.__version__, rows=rows,
-            seconds={e.name: e.seconds for e in entries}), indent=1) + "\n")
+            seconds={e.name: e.seconds for e in entries}))
     if config.figure:
         figure(rows, config.figure)
 

@@ -28,6 +28,7 @@ import math
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -39,7 +40,7 @@ from tqdm import tqdm
 
 from data import TokenDirectory, hashed
 from plumbing import checkpoint, probe
-from plumbing.cli import Checked, Count, Counts, Positives, Seed, Share, UserError, run, writable
+from plumbing.cli import Checked, Count, Counts, Positives, Seed, Share, UserError, numbers, run, writable
 from plumbing.files import sha256, share, write_json, write_whole
 from plumbing.glue import BINARY, PAPER, TASKS, Task, evaluate, parse_tasks, read_task, rows_of_text
 from step import autocast, choose_device, decay_groups, moved, multiplies_in_bf16
@@ -156,6 +157,12 @@ def predict(model, examples, pad_id, batch_size=64):
     rows = torch.cat([forward(model, [examples[i] for i in order[at:at + batch_size]], pad_id)
                       for at in range(0, len(order), batch_size)]).float().cpu().numpy()
     return np.nan_to_num(rows[np.argsort(order)])       # a run that diverged predicts one class, and is flagged
+
+
+def embedded(model, tokenizer, texts, max_len):
+    """(n, D): the mean-pooled last hidden states of texts."""
+    return predict(probe.MeanPooled(model.bert), encode(tokenizer, [(text,) for text in texts], max_len),
+                   tokenizer.token_to_id("[PAD]"))
 
 
 # --------------------------------------------------------------------------------------------------------- trials
@@ -276,15 +283,9 @@ def line(name, r):
 
 def grid(config):
     """[(batch size, peak lr)]"""
-    try:
-        sizes, lrs = map(int, config.batch_sizes.split(",")), map(float, config.peak_lrs.split(","))
-        points = list(itertools.product(sizes, lrs))
-    except ValueError:
-        raise UserError(f"--batch-sizes {config.batch_sizes} --peak-lrs {config.peak_lrs}: numbers separated by "
-                        f"commas belong there") from None
-    if min(min(p) for p in points) <= 0:
-        raise UserError("--batch-sizes and --peak-lrs must be above 0")
-    return [QUICK] if config.quick else points
+    if config.quick:
+        return [QUICK]
+    return list(itertools.product(numbers(config.batch_sizes, int), numbers(config.peak_lrs)))
 
 
 class Opened(NamedTuple):
@@ -302,7 +303,7 @@ def opened(config, say):
     path, tasks = checkpoint.find_model(config.model), parse_tasks(config.tasks, config.columns, say)
     model, tokenizer = checkpoint.read_config(path), checkpoint.read_tokenizer(path)
     digests = [sha256(f)[:16] for f in (path / "config.json", *checkpoint.weight_files(path))]
-    if not 8 <= config.max_len <= model.max_position_embeddings:
+    if config.max_len > model.max_position_embeddings:
         raise UserError(f"--max-len {config.max_len}: {path} takes 8 to {model.max_position_embeddings}")
     if tokenizer.get_vocab_size() > model.vocab_size:
         raise UserError(f"{path}: config.json has vocab_size {model.vocab_size}, its tokenizer "
@@ -314,7 +315,6 @@ def opened(config, say):
 
 def score(config, say=print):
     """Fine-tunes and scores on every task; returns what glue.json holds, scores in percent."""
-    grid(config)
     path, digests, tokenizer, tasks, texts, device, out = opened(config, say)
     (out / "trials").mkdir(parents=True, exist_ok=True)
 
@@ -354,10 +354,7 @@ def probes(config, say=print):
     result = finished(out / "probes.json", settings)
     if result:
         return result
-    encoder, pad_id = probe.MeanPooled(loaded.model.bert).to(device), tokenizer.token_to_id("[PAD]")
-
-    def embed(sentences):
-        return predict(encoder, encode(tokenizer, [(s,) for s in sentences], config.max_len), pad_id)
+    embed = partial(embedded, loaded.model.to(device), tokenizer, max_len=config.max_len)
     result = dict(tasks={}, masked_lm={}, settings=settings)
     for name, task in tasks.items():
         result["tasks"][name] = found = probe.probe_task(task, texts.pop(name), embed)
@@ -365,7 +362,7 @@ def probes(config, say=print):
     if directory and loaded.missing:
         say("no LM head, so no masked-LM probe")
     elif directory:
-        result["masked_lm"] = probe.probe_masked_lm(loaded.model.to(device), directory, seq_len)
+        result["masked_lm"] = probe.probe_masked_lm(loaded.model, directory, seq_len)
         say("masked LM: " + probe.in_words(result["masked_lm"]))
     write_json(out / "probes.json", result)
     return result

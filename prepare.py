@@ -22,6 +22,7 @@ import errno
 import hashlib
 import importlib.metadata
 import itertools
+import json
 import os
 import platform
 import re
@@ -39,7 +40,7 @@ from tqdm import tqdm
 
 from data import SPECIAL
 from plumbing.cli import Checked, Count, Fraction, UserError, run
-from plumbing.files import lock, sha256, write_json
+from plumbing.files import lock, sha256
 from plumbing.sources import Piece, check_space, find_files, listed, read_documents, required_packages
 from plumbing.tokenizer import fingerprint, load_tokenizer, train_vocabulary
 
@@ -203,9 +204,6 @@ def make(config, documents, out, files, left_out):
         dtype = np.dtype(np.uint16 if tokenizer.get_vocab_size() <= 2 ** 16 else np.uint32)
         counts = write_ids(config, documents, tokenizer, dtype, part, met, sum(file.size for file in files))
         tokenizer.save(str(part["tokenizer.json"]))
-        for name in names[:3]:
-            with open(part[name], "rb+") as f:
-                os.fsync(f.fileno())
         manifest = dict(
             counts, dtype=dtype.name, vocab_size=tokenizer.get_vocab_size(), fingerprint=fingerprint(tokenizer),
             sources=config.sources, files=len(files), val_fraction=config.val_fraction,
@@ -218,7 +216,10 @@ def make(config, documents, out, files, left_out):
         if "docstrings" in config.sources:
             manifest["versions"] = {"python": platform.python_version()} | {
                 name: importlib.metadata.version(name) for name in sorted(required_packages())}
-        write_json(part["manifest.json"], manifest)
+        part["manifest.json"].write_text(json.dumps(manifest, indent=1) + "\n")
+        for name in names:
+            with open(part[name], "rb+") as f:
+                os.fsync(f.fileno())
         # From here on there is nothing left to do but to rename: the old manifest goes first, the new one comes last
         (out / "manifest.json").unlink(missing_ok=True)
         for name in names:

@@ -21,12 +21,13 @@ from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch.nn.functional import normalize
-from torch.nn.utils.rnn import pad_sequence
 
-from plumbing.checkpoint import find_model, load_mlm, read_tokenizer
+from finetune_glue import embedded
+from plumbing.checkpoint import find_model, framed, load_mlm, read_tokenizer
 from plumbing.cli import UserError, run
+from plumbing.files import write_whole
 from plumbing.screen import RECENT, amount, changes, spent
 
 UNITS = {"hours": "charged hours", "flops": "FLOPs", "tokens": "tokens", "steps": "steps"}
@@ -347,7 +348,7 @@ def look(config, file, say):
                                  if any(y is not None for y in values)), key=lambda name: name.startswith("validation"))
     try:
         if file and file.suffix == ".html":
-            file.write_text(page(runs, comparisons, names, config.x), encoding="utf-8")
+            write_whole(file, page(runs, comparisons, names, config.x).encode())
         elif file and names:
             figure(runs, names, config.x, file)
     except OSError as e:
@@ -356,30 +357,18 @@ def look(config, file, say):
 
 # ----------------------------------------------------------------------------------------------------- a model
 
-def encode(tokenizer, texts, longest):
-    """Ids and the mask of what is not padding, both (B, S): [CLS] text [SEP], cut to `longest`."""
-    cls, sep = (tokenizer.token_to_id(token) for token in ("[CLS]", "[SEP]"))
-    found = tokenizer.encode_batch(texts, add_special_tokens=False)
-    ids = [torch.tensor([cls, *each.ids[:longest - 2], sep]) for each in found]
-    return (pad_sequence(ids, batch_first=True, padding_value=tokenizer.token_to_id("[PAD]")),
-            pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in ids], batch_first=True))
-
-
-def pooled(model, tokenizer, texts):
-    """(B, D): the last hidden states, averaged over what is not padding, of length 1."""
-    ids, real = encode(tokenizer, texts, model.config.max_position_embeddings)
-    return normalize((model.bert(ids, real)["hidden"] * real[..., None]).sum(1), dim=-1)
-
-
 def nearest(model, tokenizer, sentence, file, count=5):
     """([(cosine, line)], the nearest first; how many lines were looked at), read as they are needed."""
+    def pooled(texts):
+        rows = embedded(model, tokenizer, texts, model.config.max_position_embeddings)
+        return rows / np.linalg.norm(rows, axis=1, keepdims=True)                           # (B, D), of length 1
     try:
         with open(file, encoding="utf-8", errors="replace") as f:
-            seen, kept, target = {""}, [], pooled(model, tokenizer, [sentence])[0]
+            seen, kept, target = {""}, [], pooled([sentence])[0]
             lines = (line.strip() for line in iter(lambda: f.readline(2000), ""))       # a longer one is several
             new = itertools.islice((line for line in lines if not (line in seen or seen.add(line))), LINES)
-            while batch := list(itertools.islice(new, 32)):
-                cosines = (pooled(model, tokenizer, batch) @ target).tolist()
+            while batch := list(itertools.islice(new, 1000)):
+                cosines = (pooled(batch) @ target).tolist()
                 kept = sorted([*kept, *zip(cosines, batch, strict=True)], reverse=True)[:count]
     except OSError as e:
         raise UserError(f"--nearest {file} cannot be read: {e.strerror}") from None
@@ -395,7 +384,7 @@ def ask(config, say=print):
     tokenizer = read_tokenizer(path)
     model, missing, _ = load_mlm(path, tokenizer.get_vocab_size())
     model.eval()
-    ids, _ = encode(tokenizer, [config.sentence], sys.maxsize)
+    ids = torch.tensor([framed(tokenizer).encode(config.sentence).ids])
     masked = (ids == tokenizer.token_to_id("[MASK]")).nonzero()[:, 1]
     if ids.shape[1] > model.config.max_position_embeddings:
         raise UserError(f"--sentence has {ids.shape[1]:,} tokens, the model {model.config.max_position_embeddings} "

@@ -41,6 +41,9 @@ Share = Annotated[float, "[0, 1)"]
 Fraction = Annotated[float, "(0, 1)"]
 Seed = Annotated[int, "[0, 1e18]"]
 Length = Annotated[int, "[4, 65536]"]           # of a block: [CLS], [SEP] and two ids, of which one is masked
+GONE = {                                        # (script, flag): what to do in its place
+    ("compare.py", "--shard"): "processes with the same --out share the runs, and --jobs N starts several",
+    ("finetune_glue.py", "--shard"): "processes with the same --out share the trials"}
 
 
 class UserError(Exception):
@@ -187,6 +190,8 @@ def joined(argv, valued, flags, parser):
         if words and words[-1] in valued and not word.startswith("--"):
             words[-1] += "=" + word
         elif word.startswith("-") and word != "-" and flag not in flags:
+            if (parser.prog, flag) in GONE:
+                raise UserError(f"{flag} is gone: {GONE[parser.prog, flag]}")
             close = difflib.get_close_matches(flag, flags, 1)
             parser.error(f"unknown flag {flag}" + (f": is {close[0]} meant?" if close else ""))
         else:

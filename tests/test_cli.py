@@ -144,6 +144,8 @@ WRONG = [                                       # (command, its line on stderr, 
     (COMPARE + " --out {file}", "--out {file}: no directory to write in: {file}: Not a directory"),
     ("compare.py --out {file}/x", "--out {file}/x: no directory to write in: {file}: Not a directory"),
     (COMPARE + " --budgt-steps 4", "unknown flag --budgt-steps: is --budget-steps meant?"),
+    ("compare.py --shard 0/2", "--shard is gone: processes with the same --out share the runs, and --jobs N starts "),
+    ("finetune_glue.py --shard=1/2", "--shard is gone: processes with the same --out share the trials"),
     ("compare.py --data nowhere", "--data needs --teacher"),
     *((f"{BENCH} --{flag}", f"--{flag}: must be {wanted}") for flag, wanted in [
         ("strategies magic", "names out of no_kd, "), ("baseline keras", "transformers"),
