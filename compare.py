@@ -238,12 +238,12 @@ class Progress:
         self.estimated = self.took = 0.0
         self.say_line, self.said, self.what = say, -math.inf, ""
 
-    def start(self, key, what):
-        self.key, self.what, self.began = key, what, time.monotonic()
-
-    def done(self):
-        """The run is finished (in no time if it was before: then it says nothing of how right the estimate was)."""
-        seconds, estimate = time.monotonic() - self.began, self.left.pop(self.key, 0.0)
+    @contextlib.contextmanager
+    def on(self, key, what):
+        """While this run is under way (for no time if it was finished before: that says nothing of the estimate)."""
+        self.what, self.began = what, time.monotonic()
+        yield
+        seconds, estimate = time.monotonic() - self.began, self.left.pop(key, 0.0)
         if seconds > 0.1 * estimate:
             self.estimated, self.took = self.estimated + estimate, self.took + seconds
 
@@ -330,50 +330,43 @@ def same_inputs(plan, directory, texts):
     differ = [k for k, v in now.items() if before.get(k, v) != v]
     if differ:
         raise UserError(f"{plan.out} holds runs with another {', '.join(differ)}: give another --out")
-    write_whole(file, json.dumps(before | now, indent=1).encode())
+    write_json(file, before | now)
 
 
-def finetuned(config, model, out, say, seed=0):
-    """What finetune_glue.score finds, now or in an earlier run: {task: {mean, scores, collapsed, n, ...}}."""
-    return finetune_glue.score(finetuning(config, model, out, seed), say)["tasks"]
-
-
-def probed(config, model, out, say):
-    """With --probe what finetune_glue.probes finds, else nothing."""
-    return finetune_glue.probes(dataclasses.replace(
-        finetuning(config, model, out), data=config.data, probe=True), say) if config.probe else {}
-
-
-def scores(tasks):
-    """Means per task and over the tasks that are averaged."""
+def scored(config, model, out, say, seed):
+    """What finetune_glue finds of a model, now or in an earlier run: of each task and in short, and with --probe the
+    probes."""
+    tuning = finetuning(config, model, out, seed)
+    tasks = finetune_glue.score(tuning, say)["tasks"]
     means = {name: r["mean"] for name, r in tasks.items()}
-    return dict(scores=means, average=float(np.mean([means[name] for name in report.averaged(means)])))
+    probe = dataclasses.replace(tuning, data=config.data, probe=True)
+    return dict(tasks=tasks, scores=means, average=float(np.mean([means[name] for name in report.averaged(means)])),
+                probes=finetune_glue.probes(probe, say) if config.probe else {})
 
 
-def result_of(plan, each, summary, tasks):
-    """One run as report.py reads it."""
+def result_of(plan, each, summary):
+    """What a run was and cost, as report.py reads it."""
     kept = ("seed", "peak_lr", "steps", "tokens", "epochs", "charged_seconds", "tokens_per_second",
             "teacher_share", "val", "device")
     curve = [(r["seconds"], r["val"]["mlm"]) for r in map(json.loads, (Path(each.out) / "log.jsonl").open())
              if "mlm" in r.get("val", {})]
     return dict({k: summary[k] for k in kept}, strategy=each.arm, budget=getattr(each, f"budget_{plan.unit}"),
                 unit=plan.unit, unique_tokens=each.unique_tokens, static_masks=each.static_masks,
-                model=f"{each.out}/model", curve=curve, tasks=tasks, **scores(tasks))
+                model=f"{each.out}/model", curve=curve)
 
 
 def tuned(plan, progress):
     """{strategy: peak LR} with the lowest own validation loss at the smallest budget, what was tried, what it cost."""
     def do(i):
         (name, lr), each = list(plan.tuning.items())[i]
-        progress.start(each.out, f"{name}, peak LR {lr:g}")
-        try:
-            summary = train.train(each, say=progress.say, status=progress.step)
-            terms = each.phases[-1].strategy.terms
-            loss = sum(terms[k].weight * v for k, v in summary["val"].items())
-        except train.NotFinite as e:
-            progress.say(str(e))
-            summary, loss = dict(charged_seconds=0.0), math.inf
-        progress.done()
+        with progress.on(each.out, f"{name}, peak LR {lr:g}"):
+            try:
+                summary = train.train(each, say=progress.say, status=progress.step)
+                terms = each.phases[-1].strategy.terms
+                loss = sum(terms[k].weight * v for k, v in summary["val"].items())
+            except train.NotFinite as e:
+                progress.say(str(e))
+                summary, loss = dict(charged_seconds=0.0), math.inf
         return name, lr, loss if math.isfinite(loss) else math.inf, summary
     found = share_runs([each.out for each in plan.tuning.values()], do)
     best = {name: min((loss, lr) for n, lr, loss, _ in found if n == name)[1] for name in plan.names}
@@ -401,18 +394,15 @@ def teacher_shape(plan, directory):
 
 
 def score_yardstick(plan, directory, progress, name, path, seed):
-    """{name, scores, average} of the untrained student of a seed, or of the teacher."""
+    """The untrained student of a seed, or the teacher, scored as the arms are."""
     model = path / "model"
     if name == "teacher":
         model = plan.runs[0].teacher
     elif not model.exists():
         student = initial_student(dataclasses.replace(plan.runs[0], seed=seed), directory)
         checkpoint.save_model(model, student, directory.read_tokenizer(), head=True)
-    progress.start(f"score {path}", f"{name} {seed}")
-    tasks = finetuned(plan.config, model, path / "glue", progress.say, seed)
-    probes = probed(plan.config, model, path / "glue", progress.say)
-    progress.done()
-    return dict(name=name, tasks=tasks, probes=probes, **scores(tasks))
+    with progress.on(f"score {path}", f"{name} {seed}"):
+        return dict(name=name, **scored(plan.config, model, path / "glue", progress.say, seed))
 
 
 def check_inputs(plan):
@@ -436,20 +426,16 @@ def execute(plan, directory, progress):
     config, remarks, costs = plan.config, [], []
 
     def teach(_):
-        progress.start(plan.teacher.out, f"teacher {plan.teacher.size}")
-        summary = train.train(plan.teacher, say=progress.say, status=progress.step)
-        progress.done()
-        return summary
+        with progress.on(plan.teacher.out, f"teacher {plan.teacher.size}"):
+            return train.train(plan.teacher, say=progress.say, status=progress.step)
 
     def run_one(each):
-        progress.start(each.out, Path(each.out).name)
-        summary, speed = timed(plan, directory, each, progress)
-        tasks = finetuned(config, f"{each.out}/model", f"{each.out}/glue", progress.say, each.seed)
-        probes = probed(config, f"{each.out}/model", f"{each.out}/glue", progress.say)
-        for file in Path(each.out).glob("checkpoint*.pt"):              # the model and the log stay
-            file.unlink()
-        progress.done()
-        return dict(result_of(plan, each, summary, tasks), speed=speed, probes=probes)
+        with progress.on(each.out, Path(each.out).name):
+            summary, speed = timed(plan, directory, each, progress)
+            found = scored(config, f"{each.out}/model", f"{each.out}/glue", progress.say, each.seed)
+            for file in Path(each.out).glob("checkpoint*.pt"):          # the model and the log stay
+                file.unlink()
+        return dict(result_of(plan, each, summary), **found, speed=speed)
 
     if plan.teacher:
         taught, = share_runs([plan.teacher.out], teach)
@@ -467,11 +453,11 @@ def execute(plan, directory, progress):
     todo += [partial(score_yardstick, plan, directory, progress, *yardstick) for yardstick in plan.yardsticks]
     done = share_runs([*(each.out for each in plan.runs), *(path for _, path, _ in plan.yardsticks)],
                       lambda i: todo[i]())
-    results, scored = done[:len(plan.runs)], done[len(plan.runs):]
+    results, others = done[:len(plan.runs)], done[len(plan.runs):]
     costs.append(f"The compared runs were charged {duration(sum(r['charged_seconds'] for r in results))} in all.")
     yardsticks = [dict(name=name, averages=[m["average"] for m in of], runs=of,
                        scores={task: [m["scores"][task] for m in of] for task in of[0]["scores"]})
-                  for name in ("random init", "teacher") for of in [[m for m in scored if m["name"] == name]]]
+                  for name in ("random init", "teacher") for of in [[m for m in others if m["name"] == name]]]
     return results, yardsticks, remarks, costs
 
 
@@ -587,7 +573,7 @@ def main(config):
     elif config.tasks is None and config.glue_dir is None:
         raise UserError("--data needs tasks to score on: --glue-dir (GLUE's TSVs), or --tasks (name=PATH: your own "
                         "labelled text; GLUE's names: from the Hub)")
-    elif config.tasks is None and config.glue_dir:
+    elif config.tasks is None:
         config = dataclasses.replace(config, tasks=finetune_glue.Config.tasks)
     config = config.for_machine()
     plan = Plan(config)
