@@ -493,8 +493,8 @@ def compare(config, plan):
     if config.dry_run:
         return None
     share_runs([plan.out], lambda _: same_inputs(plan, directory, texts))
-    scored = {each.out for each in plan.runs}
-    progress = Progress({out: s + finetune_seconds * (out in scored) for out, s in seconds.items()}
+    compared = {each.out for each in plan.runs}
+    progress = Progress({out: s + finetune_seconds * (out in compared) for out, s in seconds.items()}
                         | {f"score {path}": finetune_seconds for _, path, _ in plan.yardsticks})
     if (config.jobs or 1) > 1:
         jobs.run(config.jobs, work, config, plan.out, partial(over_all, plan, dict(progress.left), time.monotonic()))

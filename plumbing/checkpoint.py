@@ -40,15 +40,15 @@ def find_model(name):
     """The model directory `name`: a directory on this disk, or HUB_ID[@REVISION] through huggingface_hub's cache."""
     path = Path(name)
     try:
-        if path.exists():
-            for file in sorted(path.iterdir()):
-                if file.is_file():
-                    open(file, "rb").close()            # here, where one message names whichever is locked away
-            if not (path / "config.json").exists():
-                raise UserError(f"{name} is not a model directory (no config.json)")
+        for file in sorted(path.iterdir()) if path.exists() else ():
+            if file.is_file():
+                open(file, "rb").close()                # here, where one message names whichever is locked away
+        if (path / "config.json").exists():
             return path
     except OSError as e:
         raise UserError(f"{name} cannot be read as a model directory: {e.filename}: {e.strerror}") from None
+    if path.exists():
+        raise UserError(f"{name} is not a model directory (no config.json)")
     repo, _, revision = name.partition("@")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo):
         raise UserError(f"{name} is neither a model directory nor a Hub id (no such directory)")
@@ -118,19 +118,7 @@ def read_weights(path):
             raise UserError(f"{file}: no such file, though {path} lists it")
         if file.name in expected and expected[file.name] != sha256(file):
             raise UserError(f"{file} is not the file that was written: its sha256 is not the one in {sums}")
-        try:
-            if file.suffix == ".safetensors":
-                from safetensors.torch import load_file
-                weights |= load_file(file)
-            else:
-                if zip_signature(file) and zipfile.ZipFile(file).testzip():      # torch skips the CRCs
-                    raise zipfile.BadZipFile
-                weights |= torch.load(file, map_location="cpu", weights_only=True)
-        except ImportError:
-            raise UserError(f"{file} needs safetensors: pip install safetensors") from None
-        except Exception as e:      # a cut or forged file: safetensors, zipfile and pickle each raise their own
-            raise UserError(f"{file} cannot be read as tensors ({type(e).__name__}): it is cut, damaged or not a "
-                            f"checkpoint") from None
+        weights |= tensors_in(file)
     named = {}
     for name, tensor in weights.items():
         for old, new in OLD_NAMES.items():
@@ -139,9 +127,21 @@ def read_weights(path):
     return named
 
 
-def zip_signature(file):
-    with open(file, "rb") as f:
-        return f.read(2) == b"PK"
+def tensors_in(file):
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+            return load_file(file)
+        with open(file, "rb") as f:
+            zipped = f.read(2) == b"PK"
+        if zipped and zipfile.ZipFile(file).testzip():                  # torch skips the CRCs
+            raise zipfile.BadZipFile
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except ImportError:
+        raise UserError(f"{file} needs safetensors: pip install safetensors") from None
+    except Exception as e:      # a cut or forged file: safetensors, zipfile and pickle each raise their own
+        raise UserError(f"{file} cannot be read as tensors ({type(e).__name__}): it is cut, damaged or not a "
+                        f"checkpoint") from None
 
 
 class Loaded(NamedTuple):
@@ -344,31 +344,39 @@ def save_model(directory, model, tokenizer, head=True, card="", max_len=None, na
     except ImportError:
         file = part / "pytorch_model.bin"
         torch.save(weights, file)
+    write(part / "SHA256SUMS", f"{sha256(file)}  {file.name}\n")
+    write(part / "config.json", dict(model_type="bert", architectures=[kind], **dataclasses.asdict(c), **extra))
+    save_tokenizer(part, framed(tokenizer), max_len or c.max_position_embeddings)
+    write(part / "modules.json", [
+        dict(idx=i, name=str(i), path=where, type=f"sentence_transformers.models.{what}")
+        for i, (where, what) in enumerate([("", "Transformer"), ("1_Pooling", "Pooling")])])
+    write(part / "1_Pooling/config.json", dict(
+        word_embedding_dimension=c.hidden_size, pooling_mode_mean_tokens=True))
+    write(part / "README.md", card)
+    shutil.rmtree(directory, ignore_errors=True)
+    os.replace(part, directory)
 
-    def write(name, value):
-        text = value if isinstance(value, str) else json.dumps(value, indent=1) + "\n"
-        (part / name).write_text(text, encoding="utf-8")
-    write("SHA256SUMS", f"{sha256(file)}  {file.name}\n")
-    write("config.json", dict(model_type="bert", architectures=[kind], **dataclasses.asdict(c), **extra))
-    tokenizer = framed(tokenizer)
-    tokenizer.save(str(part / "tokenizer.json"))
+
+def write(file, value):
+    text = value if isinstance(value, str) else json.dumps(value, indent=1) + "\n"
+    file.write_text(text, encoding="utf-8")
+
+
+def save_tokenizer(directory, tokenizer, max_len):
+    """tokenizer.json, vocab.txt and what transformers has to be told of them."""
+    tokenizer.save(str(directory / "tokenizer.json"))
     vocab = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    write("vocab.txt", "".join(f"{token}\n" for token, _ in vocab))
+    write(directory / "vocab.txt", "".join(f"{token}\n" for token, _ in vocab))
     normalizer = json.loads(tokenizer.to_str())["normalizer"] or {}
     # PreTrainedTokenizerFast takes tokenizer.json as it is, but gives token types only where model_input_names has
     # them.  BertTokenizer would build its own from the vocabulary and the settings of the normaliser.
-    write("tokenizer_config.json", dict(
-        tokenizer_class="PreTrainedTokenizerFast", model_input_names=["input_ids", "token_type_ids", "attention_mask"],
-        model_max_length=max_len or c.max_position_embeddings, do_lower_case=normalizer.get("lowercase", False),
+    write(directory / "tokenizer_config.json", dict(
+        tokenizer_class="PreTrainedTokenizerFast",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+        model_max_length=max_len, do_lower_case=normalizer.get("lowercase", False),
         strip_accents=normalizer.get("strip_accents"),
         tokenize_chinese_chars=normalizer.get("handle_chinese_chars", True),
         unk_token="[UNK]", sep_token="[SEP]", pad_token="[PAD]", cls_token="[CLS]", mask_token="[MASK]"))
-    write("modules.json", [dict(idx=i, name=str(i), path=where, type=f"sentence_transformers.models.{what}")
-                           for i, (where, what) in enumerate([("", "Transformer"), ("1_Pooling", "Pooling")])])
-    write("1_Pooling/config.json", dict(word_embedding_dimension=c.hidden_size, pooling_mode_mean_tokens=True))
-    write("README.md", card)
-    shutil.rmtree(directory, ignore_errors=True)
-    os.replace(part, directory)
 
 
 def untrained_pooler(config):

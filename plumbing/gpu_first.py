@@ -138,10 +138,23 @@ def no_wait(strict):
         torch.cuda.set_sync_debug_mode("default")
 
 
+def five_steps(arm, blocks):
+    """(names, their values after each step, graphs compiled after the third step); the fourth waits for nothing."""
+    from torch._dynamo.utils import counters
+    rows, stages, graphs = [], train.Stages(arm.device), []
+    for i in range(5):
+        graphs.append(counters["stats"]["unique_graphs"])
+        with no_wait(i == 3 and arm.device.type == "cuda"):
+            names, values = train.gradients(arm, blocks.batch(i, 16), i, stages)
+        rows.append(values.tolist())
+        with no_wait(i == 3 and arm.device.type == "cuda"):
+            arm.update(1e-3, rows[-1][-1])
+    return names, torch.tensor(rows, dtype=torch.float64), counters["stats"]["unique_graphs"] - graphs[3]
+
+
 def parity(config):
     """Five steps of every strategy: CPU = GPU = compiled, fp32 near bf16; a warm step waits for nothing and compiles
     nothing."""
-    from torch._dynamo.utils import counters
     cpu, wrong = torch.device("cpu"), []
     for strategy in STRATEGIES:
         found = {}
@@ -150,18 +163,9 @@ def parity(config):
                 ("compiled", config.device, True, False), ("eager bf16", config.device, False, True),
                 ("compiled bf16", config.device, True, True)):
             arm, blocks = make_arm(config, strategy, device, compiled and not config.tiny, bf16)
-            rows, stages = [], train.Stages(device)
-            for i in range(5):
-                if i == 3:
-                    graphs = counters["stats"]["unique_graphs"]
-                with no_wait(i == 3 and device.type == "cuda"):
-                    names, values = train.gradients(arm, blocks.batch(i, 16), i, stages)
-                rows.append(values.tolist())
-                with no_wait(i == 3 and device.type == "cuda"):
-                    arm.update(1e-3, rows[-1][-1])
-            if counters["stats"]["unique_graphs"] != graphs:
+            names, found[label], graphs = five_steps(arm, blocks)
+            if graphs:
                 wrong.append(f"{strategy}, {label}: compiled again after its third step")
-            found[label] = torch.tensor(rows, dtype=torch.float64)
         for a, b, allowed in (("CPU", "eager", 1e-3), ("eager", "compiled", 1e-3), ("eager", "eager bf16", 5e-2),
                               ("eager bf16", "compiled bf16", 3e-2)):
             far = ((found[a] - found[b]).abs() / found[a].abs().clamp(min=1e-3)).amax(0)
@@ -295,6 +299,21 @@ PARTS = dict(env=(env, 60), micro=(micro, 90), parity=(parity, 500), bench=(benc
              train=(train_runs, 300), resume=(resume, 200), glue=(glue, 300), tests=(tests, 200))   # (what, seconds)
 
 
+def ended(part, flags, log):
+    """The exit status of a part in a process of its own, or that its time was up."""
+    with open(log, "w") as f:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "plumbing.gpu_first", "--here", "--parts", part, *flags],
+            cwd=ROOT, stdout=f, stderr=f, start_new_session=True,
+            env=os.environ | {"PYTHONUNBUFFERED": "1", "TORCH_LOGS": "recompiles"})
+        try:
+            return process.wait(PARTS[part][1])
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)                      # and what it has started
+            process.wait()
+            return f"stopped after its {PARTS[part][1]} s"
+
+
 def main(config):
     if unknown := set(config.parts.split(",")) - set(PARTS):
         raise UserError(f"--parts {config.parts}: {', '.join(sorted(unknown))} is none of {', '.join(PARTS)}")
@@ -308,27 +327,17 @@ def main(config):
     out.mkdir(parents=True, exist_ok=True)
     given = [f"--{flag}={Path(path).resolve()}" for flag, path in (("data", config.data), ("glue-dir", config.glue_dir))
              if path] + [f"--tasks={config.tasks}"] + ["--tiny"] * config.tiny
-    with open(out / "report.md", "a", buffering=1) as report:
-        for part in config.parts.split(","):
-            if part in ("train", "resume", "glue") and not config.data:
-                print(f"{part}: left out: it needs --data")
-                continue
-            began, log = time.monotonic(), out / f"{part}.log"
-            with open(log, "w") as f:
-                process = subprocess.Popen(
-                    [sys.executable, "-m", "plumbing.gpu_first", "--here", "--parts", part, f"--out={out}", *given],
-                    cwd=ROOT, stdout=f, stderr=f, start_new_session=True,
-                    env=os.environ | {"PYTHONUNBUFFERED": "1", "TORCH_LOGS": "recompiles"})
-                try:
-                    status = process.wait(PARTS[part][1])
-                except subprocess.TimeoutExpired:
-                    os.killpg(process.pid, signal.SIGKILL)              # and what it has started
-                    process.wait()
-                    status = f"stopped after its {PARTS[part][1]} s"
-            failed += [part] * (status != 0)
-            end = log.read_text(errors="replace")[-6000:]
-            report.write(f"\n## {part}: {status or 'good'}, {time.monotonic() - began:.0f} s\n\n```\n{end}\n```\n")
-            print(f"{part}: {status or 'good'}, {time.monotonic() - began:.0f} s")
+    for part in config.parts.split(","):
+        if part in ("train", "resume", "glue") and not config.data:
+            print(f"{part}: left out: it needs --data")
+            continue
+        began, log = time.monotonic(), out / f"{part}.log"
+        status = ended(part, [f"--out={out}", *given], log)
+        failed += [part] * (status != 0)
+        said, end = f"{part}: {status or 'good'}, {time.monotonic() - began:.0f} s", log.read_text(errors="replace")
+        with open(out / "report.md", "a") as report:
+            report.write(f"\n## {said}\n\n```\n{end[-6000:]}\n```\n")
+        print(said)
     if failed:
         raise UserError(f"{', '.join(failed)} did not end well: see {out}/report.md")
 

@@ -394,26 +394,23 @@ def lead_in_words(lead, rival, comparisons, digits=1):
 
 def crossings(found, unit):
     """Where an arm's mean overtakes the base arm's between two budgets, on the straight line over log budget."""
-    lines = []
-    budgets = {}
-    for (unique, static, budget), arms in found.items():
-        budgets.setdefault((unique, static), []).append((budget, arms))
-    for (unique, static), points in budgets.items():
-        for (low, before), (high, after) in zip(points, points[1:], strict=False):
-            for name in before:
-                base = base_of(before)
-                if name == base or name not in after or base not in after:
-                    continue
-                leads = [interval(differences(arms[name], arms[base])) for arms in (before, after)]
-                d0, d1 = (mean for mean, _ in leads)
-                half = max(half for _, half in leads)
-                noise = (" (of one seed)" if math.isinf(half) else " (inside the noise)" * any(
-                    abs(mean) <= half for mean, half in leads))
-                if d0 * d1 < 0:
-                    at = float(f"{low * (high / low) ** (d0 / (d0 - d1)):.2g}")
-                    lines.append(f"On {setting(unique, static)}, the mean of {name} "
-                                 f"{'overtakes' if d1 > 0 else 'falls behind'} {base}'s at about {amount(at, unit)}, "
-                                 f"between {amount(low, unit)} and {amount(high, unit)}{noise}.")
+    lines, last = [], {}
+    for (unique, static, high), after in found.items():
+        low, before = last.get((unique, static), (high, {}))
+        last[unique, static] = high, after
+        for name in before:
+            base = base_of(before)
+            if name == base or name not in after or base not in after:
+                continue
+            leads = [interval(differences(arms[name], arms[base])) for arms in (before, after)]
+            (d0, _), (d1, _) = leads
+            noise = (" (of one seed)" if any(math.isinf(half) for _, half in leads) else
+                     " (inside the noise)" * any(abs(mean) <= half for mean, half in leads))
+            if d0 * d1 < 0:
+                at = float(f"{low * (high / low) ** (d0 / (d0 - d1)):.2g}")
+                lines.append(f"On {setting(unique, static)}, the mean of {name} "
+                             f"{'overtakes' if d1 > 0 else 'falls behind'} {base}'s at about {amount(at, unit)}, "
+                             f"between {amount(low, unit)} and {amount(high, unit)}{noise}.")
     return lines
 
 
@@ -428,12 +425,11 @@ def repetition(found):
                 continue            # the limited data against all of it, its static masks against its fresh ones
             epochs = np.mean([r["epochs"] for r in arms[base].values()])
             parts = [f"{base} changes by {signed(*interval(differences(arms[base], before[base])))}"]
-            for name in arms:
-                if name != base and name in before:
-                    seeds = [s for s in arms[name] if all(s in a for a in (arms[base], before[name], before[base]))]
-                    change = [arms[name][s]["average"] - arms[base][s]["average"]
-                              - before[name][s]["average"] + before[base][s]["average"] for s in seeds]
-                    parts.append(f"the lead of {name} over it by {signed(*interval(change))}")
+            for name in (name for name in arms if name != base and name in before):
+                seeds = [s for s in arms[name] if all(s in a for a in (arms[base], before[name], before[base]))]
+                change = [arms[name][s]["average"] - arms[base][s]["average"]
+                          - before[name][s]["average"] + before[base][s]["average"] for s in seeds]
+                parts.append(f"the lead of {name} over it by {signed(*interval(change))}")
             lines.append(f"At {amount(budget, next(iter(arms[base].values()))['unit'])}, {setting(unique, static)} "
                          f"({epochs:.1f} epochs of {base}) against {setting(*other[:2])}: {', '.join(parts)}.")
     return lines
@@ -509,19 +505,16 @@ def figure(results, yardsticks, path):
     fig, (left, middle, right) = plt.subplots(1, 3, figsize=(12 + 0.5 * len(found), 4), layout="constrained",
                                               width_ratios=(max(1.0, 0.45 * len(found)), 1, 1))
     keys, unit = list(found), results[0]["unit"]
+    first, *others = dict.fromkeys(key[:2] for key in keys)             # a curve per data setting
     for i, name in enumerate(names):
-        for kind in dict.fromkeys(key[:2] for key in keys):             # a curve per data setting
+        for kind in (first, *others):
             at = [key for key in keys if key[:2] == kind and name in found[key]]
-            values = [[r["average"] for r in found[key][name].values()] for key in at]
-            mean, std = np.array([(np.mean(v), np.std(v, ddof=1) if len(v) > 1 else 0.0) for v in values]).T
+            runs = [list(found[key][name].values()) for key in at]
+            values = [[r["average"] for r in of] for of in runs]
             x = np.array([keys.index(key) for key in at]) + 0.1 * (i - (len(names) - 1) / 2)
-            tokens = [np.mean([r["tokens"] for r in found[key][name].values()]) / 1e6 for key in at]
-            for axis, across in ((left, x), (middle, tokens))[:1 if kind != keys[0][:2] else 2]:
-                axis.plot(across, mean, label=name if kind == keys[0][:2] else None, **style[name])
-                if len(at) > 1:
-                    axis.fill_between(across, mean - std, mean + std, color="0.5", alpha=0.12, linewidth=0)
-                else:
-                    axis.errorbar(across, mean, yerr=std, capsize=3, color=style[name]["color"])
+            curve(left, x, values, style[name], name if kind == first else None)
+            if kind == first:
+                curve(middle, [np.mean([r["tokens"] for r in of]) / 1e6 for of in runs], values, style[name], name)
     left.set_xticks(range(len(keys)), [
         f"{amount(budget, unit)}\n" + ("all data" if unique is None else f"{unique / 1e6:g}M ids") + "\nstatic" * static
         for unique, static, budget in keys], fontsize=8)
@@ -534,7 +527,7 @@ def figure(results, yardsticks, path):
     middle.set(xlabel="million tokens", ylabel="score, %")
     budget = max(budget for _, _, budget in keys)
     for r in results:
-        if (r["unique_tokens"], r["static_masks"], r["budget"]) == (*keys[0][:2], budget) and r["curve"]:
+        if (r["unique_tokens"], r["static_masks"], r["budget"]) == (*first, budget) and r["curve"]:
             seconds, loss = zip(*r["curve"], strict=True)
             right.plot(seconds, loss, linewidth=1, label=r["strategy"] if r["seed"] == results[0]["seed"] else None,
                        **style[r["strategy"]] | dict(markersize=3))
@@ -543,3 +536,13 @@ def figure(results, yardsticks, path):
         right.legend(fontsize=8)
     fig.savefig(path, dpi=150)
     plt.close(fig)
+
+
+def curve(axis, x, values, style, label):
+    """The means of the values at each x, ± their standard deviation: a band, or a bar where there is one x."""
+    mean, std = np.array([(np.mean(v), np.std(v, ddof=1) if len(v) > 1 else 0.0) for v in values]).T
+    axis.plot(x, mean, label=label, **style)
+    if len(x) > 1:
+        axis.fill_between(x, mean - std, mean + std, color="0.5", alpha=0.12, linewidth=0)
+    else:
+        axis.errorbar(x, mean, yerr=std, capsize=3, color=style["color"])

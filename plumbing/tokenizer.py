@@ -67,14 +67,7 @@ def load_tokenizer(name):
             path, config = hub_tokenizer(name)
         if config and config.exists():
             settings = json.loads(config.read_text(encoding="utf-8"))
-        if path.suffix == ".json":
-            tokenizer = Tokenizer.from_file(str(path))
-        else:
-            with open(path, encoding="utf-8") as f:     # not splitlines(): U+2028 may be a token
-                tokens = [line.rstrip("\n") for line in f]
-            cased = any(token != token.lower() for token in tokens if token not in SPECIAL)
-            check_special(name, set(tokens))
-            tokenizer = wordpiece({token: i for i, token in enumerate(tokens)}, lowercase=not cased)
+        tokenizer = Tokenizer.from_file(str(path)) if path.suffix == ".json" else from_vocab(name, path)
         if isinstance(normalizer := tokenizer.normalizer, normalizers.BertNormalizer):
             for theirs, ours in (("do_lower_case", "lowercase"), ("strip_accents", "strip_accents"),
                                  ("tokenize_chinese_chars", "handle_chinese_chars")):
@@ -94,6 +87,15 @@ def load_tokenizer(name):
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def from_vocab(name, path):
+    """The tokenizer of a vocab.txt."""
+    with open(path, encoding="utf-8") as f:             # not splitlines(): U+2028 may be a token
+        tokens = [line.rstrip("\n") for line in f]
+    check_special(name, set(tokens))
+    cased = any(token != token.lower() for token in tokens if token not in SPECIAL)
+    return wordpiece({token: i for i, token in enumerate(tokens)}, lowercase=not cased)
 
 
 def hub_tokenizer(name):
