@@ -35,7 +35,7 @@ from data import Blocks, TokenDirectory
 from kd_losses import PHASED, STRATEGIES
 from model import BertConfig, BertForMaskedLM, BertForSequenceClassification
 from plumbing import checkpoint, glue, jobs, report
-from plumbing.budget import one_budget
+from plumbing.budget import UNITS, one_budget
 from plumbing.cli import (
     Checked,
     Count,
@@ -76,6 +76,7 @@ class Config(Checked):
     glue_dir: str | None = None         # folder of GLUE's official TSVs
     tasks: str | None = None            # cola,name=PATH,...; default: all of GLUE with --glue-dir
     columns: str | None = None          # of your own tasks: text,label or text,text,label; default: guessed
+    total_hours: Positive | None = None  # in place of a budget: all of it, fine-tuning included, within so many hours
     budget_hours: Positives | None = None   # budgets of each arm on train.py's clock, such as 1,2,4: a run each
     budget_flops: Positives | None = None   # or in matmul FLOPs of student and teacher
     budget_tokens: Counts | None = None  # or in tokens
@@ -285,6 +286,37 @@ def finetuning_seconds(plan, directory, texts):
         seconds += trials / len(examples) * (len(sentences) * config.finetune_epochs * (trained - began)
                                              + sum(len(x) for x, _ in dev) * scored)
     return seconds
+
+
+def within(config):
+    """The same with the budget of each run that --total-hours leaves after fine-tuning and a tenth in reserve."""
+    if given := [unit for unit in UNITS if getattr(config, f"budget_{unit}") is not None]:
+        raise UserError(f"give --total-hours or --budget-{given[0]}, not both")
+    file, hours = Path(config.out, "total.json"), config.total_hours
+    before = read_json(file) if file.exists() else {}
+    config = dataclasses.replace(config, total_hours=None, budget_hours="1")
+    if before.get("total_hours") == hours:                              # the same command goes on
+        return dataclasses.replace(config, budget_hours=before["budget_hours"])
+    plan = Plan(config.for_machine())
+    directory, texts = check_inputs(plan)
+    student, teacher = (c.num_hidden_layers * c.hidden_size ** 2
+                        for c in (student_shape(plan.runs[0], directory), plan.teacher_shape))
+    models = len(plan.runs) + config.seeds + teacher / student          # the random students and the teacher
+    tuned = models * finetuning_seconds(plan, directory, texts) / 3600
+    fixed, machines = tuned + (config.teacher_budget or 0), config.jobs or 1
+    left = 0.9 * machines * hours - fixed
+    if left <= 0:
+        raise UserError(f"--total-hours {hours:g}: fine-tuning {len(plan.runs) + config.seeds + 1} models on "
+                        f"{len(texts)} tasks alone takes about {duration(3600 * tuned / machines)}: give more hours, "
+                        f"--quick, or fewer tasks, arms or seeds")
+    left /= sum(each.budget_hours for each in plan.all) - (config.teacher_budget or 0)
+    scale = 10 ** (math.floor(math.log10(left)) - 1)
+    each = f"{math.floor(left / scale) * scale:.3g}"                    # two digits, rounded down
+    print(f"{hours:g} hours buy {len(plan.runs)} runs of {duration(3600 * float(each))}, after about "
+          f"{duration(3600 * tuned / machines)} of fine-tuning and with a tenth in reserve")
+    if not config.dry_run:
+        write_json(file, dict(total_hours=hours, budget_hours=each))
+    return dataclasses.replace(config, budget_hours=each)
 
 
 def estimate(plan, directory, teacher):
@@ -575,6 +607,8 @@ def main(config):
                         "labelled text; GLUE's names: from the Hub)")
     elif config.tasks is None:
         config = dataclasses.replace(config, tasks=finetune_glue.Config.tasks)
+    if config.total_hours:
+        config = within(config)
     config = config.for_machine()
     plan = Plan(config)
     found = compare(config, plan)
