@@ -323,7 +323,8 @@ def estimate(plan, directory, teacher):
     """{run directory: seconds until it is finished}; `teacher`: a BertConfig."""
     seconds, rates = {}, {}
     for each in plan.all:
-        budget, kind = getattr(each, f"budget_{plan.unit}"), (each.arm, each.size)
+        budget = getattr(each, f"budget_{plan.unit}")
+        kind = each.size, plan.unit != "flops" and each.arm             # a FLOP takes every arm about as long
         if (Path(each.out) / "summary.json").exists():
             seconds[each.out] = 0.0
         elif plan.unit == "hours":
