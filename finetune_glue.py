@@ -188,10 +188,10 @@ class Setup(NamedTuple):
     digests: list           # of its config.json and weights
     tokenizer: Tokenizer
     device: torch.device
-    name: str
-    task: Task
-    parts: dict             # {file: (examples, labels)}, train first
-    say: object
+    name: str = ""
+    task: Task | None = None
+    parts: dict | None = None           # {file: (examples, labels)}, train first
+    say: object = print
 
 
 def fit(setup, file, batch, lr, seed):
@@ -288,18 +288,9 @@ def grid(config):
     return list(itertools.product(numbers(config.batch_sizes, int), numbers(config.peak_lrs)))
 
 
-class Opened(NamedTuple):
-    """The model and the tasks of a Config, read and checked."""
-    path: Path              # the model directory
-    digests: list           # of its config.json and weights
-    tokenizer: Tokenizer
-    tasks: dict             # {name: Task}
-    texts: dict             # {name: {file: (sentences, labels)}}
-    device: torch.device
-    out: Path
-
-
 def opened(config, say):
+    """The model and the tasks of a Config, read and checked: (Setup of no task, {name: Task}, {name: {file: (sentences,
+    labels)}}, --out)."""
     path, tasks = checkpoint.find_model(config.model), parse_tasks(config.tasks, config.columns, say)
     model, tokenizer = checkpoint.read_config(path), checkpoint.read_tokenizer(path)
     digests = [sha256(f)[:16] for f in (path / "config.json", *checkpoint.weight_files(path))]
@@ -310,26 +301,24 @@ def opened(config, say):
                         f"{tokenizer.get_vocab_size()} tokens")
     texts = {name: read_task(name, task, config.glue_dir, say) for name, task in tasks.items()}     # all before any
     out = Path(config.out or Path("runs/glue", config.model.strip("/.").replace("/", "_")))
-    return Opened(path, digests, tokenizer, tasks, texts, choose_device(config.device), writable(out))
+    return Setup(config, path, digests, tokenizer, choose_device(config.device), say=say), tasks, texts, writable(out)
 
 
 def score(config, say=print):
     """Fine-tunes and scores on every task; returns what glue.json holds, scores in percent."""
-    path, digests, tokenizer, tasks, texts, device, out = opened(config, say)
+    setup, tasks, texts, out = opened(config, say)
     (out / "trials").mkdir(parents=True, exist_ok=True)
-
     results = {}
     for name, task in tasks.items():
         parts, truncated = {}, {}
         for file, (x, y) in texts.pop(name).items():
-            parts[file] = encode(tokenizer, x, config.max_len), y
-            truncated[file] = cut(tokenizer, x, parts[file][0], config.max_len)
+            parts[file] = encode(setup.tokenizer, x, config.max_len), y
+            truncated[file] = cut(setup.tokenizer, x, parts[file][0], config.max_len)
         if any(truncated.values()):
             say(f"{name}: longer than --max-len {config.max_len} and cut: " + ", ".join(
                 f"{n:,} of {len(parts[file][1]):,} in {file}" for file, n in truncated.items()))
-        setup = Setup(config, path, digests, tokenizer, device, name, task, parts, say)
-        results[name] = score_task(setup, out / "trials")
-        results[name]["truncated"] = truncated
+        found = score_task(setup._replace(name=name, task=task, parts=parts), out / "trials")
+        results[name] = dict(found, truncated=truncated)
     averaged = [name for name in PAPER if name in results and tasks[name] is TASKS[name]]
     result = dict(model=config.model, tasks=results, averaged=averaged)
     for key, names in (("average", averaged), ("average_without_cola", [n for n in averaged if n != "cola"])):
@@ -340,21 +329,21 @@ def score(config, say=print):
 
 def probes(config, say=print):
     """What probes.json holds: {tasks: {name: {linear, similarity}}, masked_lm: {mlm, repeated, others, d_order}}."""
-    path, digests, tokenizer, tasks, texts, device, out = opened(config, say)
-    loaded, directory = checkpoint.load_mlm(path), None
+    setup, tasks, texts, out = opened(config, say)
+    loaded, directory = checkpoint.load_mlm(setup.path), None
     if config.data:
         directory = TokenDirectory(config.data)
-        checkpoint.same_vocabulary(directory.read_tokenizer(), path)
+        checkpoint.same_vocabulary(directory.read_tokenizer(), setup.path)
     seq_len = min(128, loaded.model.config.max_position_embeddings)
     examples = hashlib.sha256(repr([(name, x, y.tolist()) for name, parts in texts.items()
                                     for x, y in parts.values()]).encode())
-    settings = dict(model=digests, examples=examples.hexdigest()[:16], max_len=config.max_len, seq_len=seq_len,
+    settings = dict(model=setup.digests, examples=examples.hexdigest()[:16], max_len=config.max_len, seq_len=seq_len,
                     data=directory and directory.manifest["sha256"])
     out.mkdir(parents=True, exist_ok=True)
     result = finished(out / "probes.json", settings)
     if result:
         return result
-    embed = partial(embedded, loaded.model.to(device), tokenizer, max_len=config.max_len)
+    embed = partial(embedded, loaded.model.to(setup.device), setup.tokenizer, max_len=config.max_len)
     result = dict(tasks={}, masked_lm={}, settings=settings)
     for name, task in tasks.items():
         result["tasks"][name] = found = probe.probe_task(task, texts.pop(name), embed)

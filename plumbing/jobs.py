@@ -3,7 +3,6 @@
 The workers write to OUT/jobs/N.log; this process shows one line over all of them.  Ctrl-C reaches them all, each leaves
 a checkpoint, and the same command goes on.  A worker that fails stops the others.
 """
-import contextlib
 import multiprocessing
 import os
 import signal
@@ -46,12 +45,14 @@ def run(jobs, do, config, out, status, say=print):
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",") if visible else [str(i) for i in range(gpus)]
     context, processes, said = multiprocessing.get_context("spawn"), [], time.monotonic()
+    before = dict(os.environ)
     try:
+        os.environ["OMP_NUM_THREADS"] = str(threads)    # for the workers, before they import torch
         for i in range(jobs):
-            changed = {"OMP_NUM_THREADS": str(threads)} | ({"CUDA_VISIBLE_DEVICES": names[i % gpus]} if gpus else {})
-            with environment(changed):
-                processes.append(context.Process(target=worker, args=(do, config, folder / f"{i}.log", threads)))
-                processes[-1].start()
+            if gpus:
+                os.environ["CUDA_VISIBLE_DEVICES"] = names[i % gpus]
+            processes.append(context.Process(target=worker, args=(do, config, folder / f"{i}.log", threads)))
+            processes[-1].start()
         while any(p.exitcode is None for p in processes):
             bad = [i for i, p in enumerate(processes) if p.exitcode]
             if bad:
@@ -63,20 +64,10 @@ def run(jobs, do, config, out, status, say=print):
                 said = time.monotonic()
                 say(status())
     finally:
+        os.environ.clear()
+        os.environ |= before
         for p in processes:
             if p.exitcode is None:
                 p.terminate()
         for p in processes:
             p.join()
-
-
-@contextlib.contextmanager
-def environment(changed):
-    """Variables that the processes started inside see."""
-    before = {name: os.environ.get(name) for name in changed}
-    os.environ.update(changed)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
