@@ -381,7 +381,8 @@ def result_of(plan, each, summary):
     """What a run was and cost, as report.py reads it."""
     kept = ("seed", "peak_lr", "steps", "tokens", "epochs", "charged_seconds", "tokens_per_second",
             "teacher_share", "val", "device")
-    curve = [(r["seconds"], r["val"]["mlm"]) for r in map(json.loads, (Path(each.out) / "log.jsonl").open())
+    curve = [dict(seconds=r["seconds"], tokens=r["step"] * summary["tokens"] // summary["steps"], mlm=r["val"]["mlm"],
+                  d_order=r.get("d_order")) for r in map(json.loads, (Path(each.out) / "log.jsonl").open())
              if "mlm" in r.get("val", {})]
     return dict({k: summary[k] for k in kept}, strategy=each.arm, budget=getattr(each, f"budget_{plan.unit}"),
                 unit=plan.unit, unique_tokens=each.unique_tokens, static_masks=each.static_masks,

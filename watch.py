@@ -28,6 +28,7 @@ from finetune_glue import embedded
 from plumbing.checkpoint import find_model, framed, load_mlm, read_tokenizer
 from plumbing.cli import UserError, run
 from plumbing.files import write_whole
+from plumbing.report import MARKERS, curve_look
 from plumbing.screen import RECENT, amount, changes, spent
 
 UNITS = {"hours": "charged hours", "flops": "FLOPs", "tokens": "tokens", "steps": "steps"}
@@ -223,18 +224,11 @@ def in_terminal(runs, comparisons, unit, width):
 
 # ------------------------------------------------------------------------------------------- files to pass on
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000", "#56B4E9")    # Okabe and Ito, no yellow
-DASHES = ((), (6, 2), (2, 2), (8, 2, 2, 2))
-MARKERS = {"o": "M-3,0a3,3 0 1,0 6,0a3,3 0 1,0 -6,0", "s": "M-3,-3h6v6h-6z", "^": "M0,-4L4,3H-4z",
-           "D": "M0,-4L4,0L0,4L-4,0z", "v": "M0,4L4,-3H-4z"}
-
-
 def styles(runs):
     """How each run is drawn: those that differ only by seed alike, of the first 140 others no two."""
     arms = list(dict.fromkeys(each.name.split("-seed")[0] for each in runs))
     at = [arms.index(each.name.split("-seed")[0]) for each in runs]
-    return [dict(colour=COLOURS[i % len(COLOURS)], dash=DASHES[i % len(DASHES)], marker=[*MARKERS][i % len(MARKERS)])
-            for i in at]
+    return list(map(curve_look, at))
 
 
 def verdict(path):

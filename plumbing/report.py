@@ -21,6 +21,8 @@ from collections import Counter
 
 import numpy as np
 
+from diagnose import D_ORDER_TURN
+
 # arXiv 2404.19319, Table 2: GLUE dev, one seed, one A100; tokens, then QNLI, SST-2, MNLI, MRPC, QQP, RTE, CoLA, average
 PAPER_TASKS = ("qnli", "sst2", "mnli", "mrpc", "qqp", "rte", "cola")
 PAPERS_HOURS = {("6L768", False): 4, ("12L1024", False): 11.3, ("6L768", True): 24}
@@ -175,6 +177,29 @@ def measuring(results, yardsticks):
     return measures, nothing
 
 
+def turned(r):
+    """Tokens at which D_order first passed 0.3, where the model began to use the order of its context, between two
+    validations on the line through both; inf where it did not; None where it was not logged."""
+    points = [(p["tokens"], p["d_order"]) for p in r["curve"] if p.get("d_order") is not None]
+    before = (0, 0.0)
+    for tokens, d_order in points:
+        if d_order >= D_ORDER_TURN:
+            return before[0] + (tokens - before[0]) * (D_ORDER_TURN - before[1]) / (d_order - before[1])
+        before = tokens, d_order
+    return math.inf if points else None
+
+
+def turn_of(runs):
+    """The same of an arm's runs, for the table."""
+    at = [turned(r) for r in runs]
+    if None in at:
+        return ""
+    late = sum(map(math.isinf, at))
+    if late == len(at):
+        return f"> {min(r['tokens'] for r in runs) / 1e6:.2g}M"
+    return f"{np.mean([x for x in at if math.isfinite(x)]) / 1e6:.2g}M" + f" ({late} of {len(at)} later)" * (late > 0)
+
+
 def setting(unique_tokens, static_masks):
     return ("all of the data" if unique_tokens is None else f"{unique_tokens:,} unique tokens") + (
         ", static masks" if static_masks else "")
@@ -209,7 +234,7 @@ def score_table(results, yardsticks=(), size=None):
             rows.append([amount(budget, first["unit"]), setting(unique, static), row_of(name), f"{first['peak_lr']:g}",
                          f"{np.mean([r['tokens'] for r in of]):,.0f}",
                          f"{np.mean([r['epochs'] for r in of]):.2g}", f"{np.mean(val):.2f}" if val else "",
-                         *[spread(values_of(of, [task])) for task in tasks]])
+                         turn_of(of), *[spread(values_of(of, [task])) for task in tasks]])
             for names in sets:
                 lead = differences(runs, arms[base], over(names))
                 rows[-1] += [spread(values_of(of, names))] * many + (
@@ -219,25 +244,25 @@ def score_table(results, yardsticks=(), size=None):
         for name, (tokens, *values, average) in paper.items():
             of = dict(zip(PAPER_TASKS, values, strict=True))
             rows.append([f"the paper's: {PAPERS_HOURS[size, limited]} h, one A100, one seed",
-                         "limited" if limited else "all", name, "", f"{tokens:.2g}", "", "",
+                         "limited" if limited else "all", name, "", f"{tokens:.2g}", "", "", "",
                          *[of.get(task, "") for task in tasks], *([f"{average} (7 tasks)"] if many else []), "", "",
                          *["", "", ""] * (len(sets) - 1)])
     for y in yardsticks:
         runs = y.get("runs", []) if seeds == 1 else []      # as the arms: fine-tuning runs of one pretrained model
-        rows.append(["", "", y["name"], "", "", "", "",
+        rows.append(["", "", y["name"], "", "", "", "", "",
                      *[spread(values_of(runs, [task]) if runs else y["scores"][task]) for task in tasks]])
         for names in sets:
             rows[-1] += [spread(values_of(runs, names) if runs else np.mean([y["scores"][task] for task in names], 0))
                          ] * many + ["", ""]
     base = base_of(next(iter(groups(results).values())))
-    head = ["budget", "data", "arm", "peak LR", "tokens", "epochs", "val MLM", *tasks]
+    head = ["budget", "data", "arm", "peak LR", "tokens", "epochs", "val MLM", "turn", *tasks]
     for i, names in enumerate(sets):
         title = "average" + (" of " + "+".join(names) if i else " of the paper's 7" * (set(PAPER_TASKS) <= set(tasks)))
         head += [title] * many + [f"Δ to {base} [95%]", "n for 1 point"]
-    if all(r["unique_tokens"] is None for r in results):                # one setting needs no column
-        head.pop(1)
-        for row in rows:
-            row.pop(1)
+    unneeded = [1] * all(r["unique_tokens"] is None for r in results)   # one setting needs no column
+    unneeded += [head.index("turn")] * all(turned(r) is None for r in results)
+    for row in (head, *rows):
+        row[:] = [cell for i, cell in enumerate(row) if i not in unneeded]
     return markdown(head, rows)
 
 
@@ -483,15 +508,21 @@ def drift(results):
 
 # -------------------------------------------------------------------------------------------------------- figure
 
-STYLES = [dict(color=color, linestyle=line, marker=marker, markerfacecolor=face) for color, line, marker, face in (
-    ("black", "-", "o", "black"), ("0.45", "--", "s", "0.45"), ("black", ":", "^", "white"),
-    ("0.45", "-.", "D", "white"), ("0.2", (0, (1, 4)), "v", "0.2"), ("0.6", "-", "x", "0.6"))]
+# The colours of Okabe and Ito without the yellow, dashes, and markers with their SVG paths: 7 x 4 x 5 curves differ
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000", "#56B4E9")
+DASHES = ((), (6, 2), (2, 2), (8, 2, 2, 2))
+MARKERS = {"o": "M-3,0a3,3 0 1,0 6,0a3,3 0 1,0 -6,0", "s": "M-3,-3h6v6h-6z", "^": "M0,-4L4,3H-4z",
+           "D": "M0,-4L4,0L0,4L-4,0z", "v": "M0,4L4,-3H-4z"}
+
+
+def curve_look(i):
+    """Colour, dash and marker of the i-th curve."""
+    return dict(colour=COLOURS[i % len(COLOURS)], dash=DASHES[i % len(DASHES)], marker=[*MARKERS][i % len(MARKERS)])
 
 
 def figure(results, yardsticks, path):
-    """Left: score of each arm per budget and data setting, ± standard deviation over pretraining seeds.  Middle: score
-    against the tokens that the budget bought, in the first data setting.  Right: validation MLM loss against charged
-    seconds.  Black and white."""
+    """Left: the score of each arm, against the budget where there are several, ± standard deviation over pretraining
+    seeds.  Right, where it was logged: validation MLM loss against tokens, at the largest budget."""
     try:
         import matplotlib
     except ImportError:
@@ -500,49 +531,67 @@ def figure(results, yardsticks, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     found = groups(results)
+    kinds = list(dict.fromkeys(key[:2] for key in found))               # data settings
     names = list(dict.fromkeys(r["strategy"] for r in results))
-    style = {name: STYLES[i % len(STYLES)] for i, name in enumerate(names)}
-    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(12 + 0.5 * len(found), 4), layout="constrained",
-                                              width_ratios=(max(1.0, 0.45 * len(found)), 1, 1))
-    keys, unit = list(found), results[0]["unit"]
-    first, *others = dict.fromkeys(key[:2] for key in keys)             # a curve per data setting
-    for i, name in enumerate(names):
-        for kind in (first, *others):
-            at = [key for key in keys if key[:2] == kind and name in found[key]]
-            runs = [list(found[key][name].values()) for key in at]
-            values = [[r["average"] for r in of] for of in runs]
-            x = np.array([keys.index(key) for key in at]) + 0.1 * (i - (len(names) - 1) / 2)
-            curve(left, x, values, style[name], name if kind == first else None)
-            if kind == first:
-                curve(middle, [np.mean([r["tokens"] for r in of]) / 1e6 for of in runs], values, style[name], name)
-    left.set_xticks(range(len(keys)), [
-        f"{amount(budget, unit)}\n" + ("all data" if unique is None else f"{unique / 1e6:g}M ids") + "\nstatic" * static
-        for unique, static, budget in keys], fontsize=8)
-    for y, line in zip(yardsticks, ("-.", ":", "--"), strict=False):
-        left.axhline(np.mean(y["averages"]), color="0.6", linestyle=line, linewidth=1)
-        left.annotate(y["name"], (0.01, np.mean(y["averages"])), xycoords=("axes fraction", "data"), fontsize=8,
-                      va="bottom", color="0.3")
-    left.set(ylabel="score, %", xlabel="budget and data; bands and bars: ± std over pretraining seeds")
-    left.legend(fontsize=8)
-    middle.set(xlabel="million tokens", ylabel="score, %")
-    budget = max(budget for _, _, budget in keys)
-    for r in results:
-        if (r["unique_tokens"], r["static_masks"], r["budget"]) == (*first, budget) and r["curve"]:
-            seconds, loss = zip(*r["curve"], strict=True)
-            right.plot(seconds, loss, linewidth=1, label=r["strategy"] if r["seed"] == results[0]["seed"] else None,
-                       **style[r["strategy"]] | dict(markersize=3))
-    right.set(xlabel=f"charged seconds of {amount(budget, unit)}", ylabel="validation MLM loss (arms with an LM head)")
-    if right.has_data():
-        right.legend(fontsize=8)
+    styles = {kind: {name: dict(color=of["colour"], marker=of["marker"], markersize=5, linewidth=1.5,
+                                linestyle=(0, of["dash"]) if of["dash"] else "-",
+                                markerfacecolor=of["colour"] if kind == kinds[0] else "white")
+                     for name, of in zip(names, map(curve_look, range(len(names))), strict=True)} for kind in kinds}
+    curves = [r for r in results if (r["unique_tokens"], r["static_masks"]) == kinds[0] and len(r["curve"]) > 1
+              and r["budget"] == max(budget for *_, budget in found)]
+    single = len(found) == 1
+    fig, panels = plt.subplots(1, 1 + bool(curves), layout="constrained", squeeze=False,
+                               figsize=(9 if curves else 6.5, max(3.6, 0.28 * len(names) + 1.2 if single else 0)))
+    (one_budget if single else many_budgets)(panels[0, 0], found, kinds, names, styles)
+    for y in yardsticks:
+        mean, at = np.mean(y["averages"]), 0.02
+        (panels[0, 0].axvline if single else panels[0, 0].axhline)(mean, color="0.4", linewidth=0.8, zorder=0)
+        panels[0, 0].annotate(y["name"], (mean, at) if single else (at, mean), fontsize=8, color="0.3",
+                              xycoords=("data", "axes fraction") if single else ("axes fraction", "data"),
+                              rotation=90 if single else 0, ha="right" if single else "left", va="bottom")
+    for r in curves:
+        name, style = r["strategy"], styles[kinds[0]][r["strategy"]]
+        panels[0, 1].plot([p["tokens"] / 1e6 for p in r["curve"]], [p["mlm"] for p in r["curve"]],
+                          label=name if r["seed"] == results[0]["seed"] else None, **style | dict(markersize=3))
+    if curves:
+        panels[0, 1].set(xlabel="million tokens", ylabel="validation MLM loss, nats")
+        panels[0, 1].legend(fontsize=8)
+    for panel in panels[0]:
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(color="0.92")
+        panel.set_axisbelow(True)
     fig.savefig(path, dpi=150)
     plt.close(fig)
 
 
-def curve(axis, x, values, style, label):
-    """The means of the values at each x, ± their standard deviation: a band, or a bar where there is one x."""
-    mean, std = np.array([(np.mean(v), np.std(v, ddof=1) if len(v) > 1 else 0.0) for v in values]).T
-    axis.plot(x, mean, label=label, **style)
-    if len(x) > 1:
-        axis.fill_between(x, mean - std, mean + std, color="0.5", alpha=0.12, linewidth=0)
-    else:
-        axis.errorbar(x, mean, yerr=std, capsize=3, color=style["color"])
+def one_budget(axis, found, kinds, names, styles):
+    """A row per arm: a tick per seed, the mean and its standard deviation."""
+    arms, = found.values()
+    for i, name in enumerate(names):
+        values, style = [r["average"] for r in arms[name].values()], styles[kinds[0]][name]
+        axis.plot(values, [i] * len(values), linestyle="", marker="|", markersize=11, color=style["color"])
+        axis.errorbar(np.mean(values), i, xerr=np.std(values, ddof=1) if len(values) > 1 else None, capsize=3,
+                      **style | dict(linestyle=""))
+    axis.set_yticks(range(len(names)), names)
+    axis.invert_yaxis()
+    (_, _, budget), = found
+    axis.set(xlabel=f"score, %, at {amount(budget, next(iter(arms[names[0]].values()))['unit'])}; ticks: seeds")
+
+
+def many_budgets(axis, found, kinds, names, styles):
+    """A curve per arm and data setting; lines beside each other, so that none hides another one's bars."""
+    for kind in kinds:
+        for i, name in enumerate(names):
+            at = [key for key in found if key[:2] == kind and name in found[key]]
+            of = [[r["average"] for r in found[key][name].values()] for key in at]
+            x = np.array([budget for *_, budget in at]) * 1.02 ** (i - (len(names) - 1) / 2)
+            axis.errorbar(x, list(map(np.mean, of)), [np.std(v, ddof=1) if len(v) > 1 else 0.0 for v in of], capsize=2,
+                          elinewidth=0.8, label=name + (f", {setting(*kind)}" if len(kinds) > 1 else ""),
+                          **styles[kind][name])
+    axis.set_xscale("log")
+    budgets = sorted({budget for *_, budget in found})
+    unit = next(iter(next(iter(next(iter(found.values())).values())).values()))["unit"]
+    axis.set_xticks(budgets, [amount(budget, unit) for budget in budgets], fontsize=8)
+    axis.minorticks_off()
+    axis.set(xlabel="budget of a run; bars: ± std over pretraining seeds", ylabel="score, %")
+    axis.legend(fontsize=8, ncols=1 + (len(names) * len(kinds) > 8))
