@@ -1,19 +1,21 @@
-"""Tokens per second of every strategy, beside no_kd's and beside what the FLOPs say.  Read it after compare.py.
+"""Tokens per second of every strategy, beside no_kd's and beside what the FLOPs say.
+Read it after compare.py.
 
-    python bench_throughput.py                                      # this machine, CPU or GPU, under five minutes
+    python bench_throughput.py                                  # this machine, CPU or GPU, under five minutes
     python bench_throughput.py --as-released --baseline transformers --json bench.json --figure bench.png
-    python bench_throughput.py --size 12L1024 --teacher-size 24L1024                    # the paper's 12 layers
-    python bench_throughput.py --teacher-cost                       # what makes the teacher's forward pass cheap
+    python bench_throughput.py --size 12L1024 --teacher-size 24L1024                   # the paper's 12 layers
+    python bench_throughput.py --teacher-cost                    # what makes the teacher's forward pass cheap
     python bench_throughput.py --loader                             # the data loader alone
 
-An arm's step is train.py's: a batch and its masks, Arm.gradients (teacher, student, backward, gradient norm), one
-wait for the device, Arm.update.  Weights and ids are random: neither data nor a teacher is needed.  A shared machine's
-speed moves, so all arms live in one process and take turns, a step each in every round; a ratio is the median over
-rounds of the round's own ratio, with its quartiles.
+An arm's step is train.py's: a batch and its masks, Arm.gradients (teacher, student, backward, gradient norm),
+one wait for the device, Arm.update.  Weights and ids are random: neither data nor a teacher is needed.  A
+shared machine's speed moves, so all arms live in one process and take turns, a step each in every round; a
+ratio is the median over rounds of the round's own ratio, with its quartiles.
 
-The paper (arXiv 2404.19319) measured a cost of 1.8 for every distilled arm.  By FLOPs, 6 layers of width 768, it is
-1.64 (vanilla_kd), 1.54 (tinybert) and 1.39 (minilm).  --as-released adds arms that compute everything for every method,
-as its code does; with our attention and, on CUDA, torch.compile, which save for them too: not its kernels, its graph.
+The paper (arXiv 2404.19319) measured a cost of 1.8 for every distilled arm.  By FLOPs, 6 layers of width 768,
+it is 1.64 (vanilla_kd), 1.54 (tinybert) and 1.39 (minilm).  --as-released adds arms that compute everything
+for every method, as its code does; with our attention and, on CUDA, torch.compile, which save for them too:
+not its kernels, its graph.
 """
 import dataclasses
 import itertools
@@ -61,7 +63,7 @@ class Config(Checked):
     heads: Count | None = None          # attention heads of the student; default: width / 64
     vocab_size: Annotated[int, "[6, inf)"] = 30522      # V, ids in the vocabulary
     strategies: Annotated[str, str, (*STRATEGIES, *PHASED)] = ",".join(STRATEGIES)   # the arms; no_kd always
-    as_released: bool = False           # beside them what the paper's released code computes under their names
+    as_released: bool = False          # beside them what the paper's released code computes under their names
     baseline: Literal["transformers"] | None = None     # beside them BertForMaskedLM, and a TinyBERT, of that package
     teacher_cost: bool = False          # instead: the teacher's forward pass alone, one change at a time
     loader: bool = False                # instead: the data loader alone, batches of 1024 blocks on one core
@@ -110,7 +112,8 @@ class Config(Checked):
 
 
 class RandomTokens:
-    """What data.Blocks reads of a token directory: a memmapped file, of random ids here, gone when the process ends."""
+    """What data.Blocks reads of a token directory: a memmapped file, of random ids here, gone
+    when the process ends."""
 
     def __init__(self, vocab_size, count=2 ** 22):
         self.path, self.vocab = "random ids", range(vocab_size)
@@ -149,7 +152,7 @@ def entry_of(name, arm, blocks, flops=None):
         stages.read()
         arm.update(1e-4, norm)
         stages.mark("optimizer")
-    step()                                                              # AdamW's state comes with the first step
+    step()                                                           # AdamW's state comes with the first step
     peak = peak_memory(arm, step)
     stages.seconds.clear()
     return Entry(name, step, flops, peak, stages)
@@ -185,9 +188,9 @@ def arms(config, blocks):
 
 
 class TransformersArm(Arm):
-    """The same step on transformers' models.  Without a teacher: BertForMaskedLM and labels of -100, so the LM head at
-    every position.  With one: a TinyBERT on BertModel, whose outputs are attentions and hidden states of all layers;
-    attentions come out of its eager attention only."""
+    """The same step on transformers' models.  Without a teacher: BertForMaskedLM and labels of -100, so the
+    LM head at every position.  With one: a TinyBERT on BertModel, whose outputs are attentions and hidden
+    states of all layers; attentions come out of its eager attention only."""
 
     def __init__(self, config, student, teacher=None):
         super().__init__(config, student, teacher)
@@ -321,8 +324,9 @@ def main(config):
     cuda = config.device.startswith("cuda")
     device = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} thread(s)"
     print(f"{config.size}, teacher {config.teacher_size}, V {config.vocab_size:,}; {config.batch_size} x "
-          f"{config.seq_len} in micro-batches of {config.micro_batch}; {device}, {'bf16' if config.bf16 else 'fp32'}, "
-          f"{'compiled' if config.compile else 'eager'}, dropout {config.dropout:g}, torch {torch.__version__}")
+          f"{config.seq_len} in micro-batches of {config.micro_batch}; {device}, "
+          f"{'bf16' if config.bf16 else 'fp32'}, {'compiled' if config.compile else 'eager'}, dropout "
+          f"{config.dropout:g}, torch {torch.__version__}")
     entries = list((teacher_alone if config.teacher_cost else arms)(config, blocks))
     take_turns(entries, config)
     rows = [row(e, entries[0], config, peak_flops(device) if config.bf16 else None) for e in entries]

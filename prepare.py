@@ -1,21 +1,23 @@
 """From any text to a token directory.  Read it when you bring your own corpus.
 
-    python prepare.py docstrings --vocab-size 4096 --out data/docstrings          # the text every Python carries
-    python prepare.py my_text.txt.xz more/ --vocab bert-base-uncased --out data/mine      # files and directories
+    python prepare.py docstrings --vocab-size 4096 --out data/docstrings       # the text every Python carries
+    python prepare.py my_text.txt.xz more/ --vocab bert-base-uncased --out data/mine   # files and directories
     python prepare.py wikimedia/wikipedia/20231101.en --vocab bert-base-uncased --out data/wiki   # from the Hub
 
 What can be read, and what is done with damaged text: plumbing/sources.py.
 
-A document is its paragraphs' WordPiece ids, then [SEP].  Duplicates, documents with the same ids, are dropped.
-A hash of its ids puts a document into training or validation, so it stays there when files are added or reordered;
-for docstrings it is a hash of the beginning of the text, so they also stay when the rest of the text, the package's
-version or the vocabulary changes.  A document over 262,144 characters comes in pieces, each ended by [SEP]: each is
-compared as a document, and all are on the side of the first one.  Where this puts nothing or far too much into
-validation, or there are under 100 documents, every so-many-th chunk of ids is kept for validation instead.
+A document is its paragraphs' WordPiece ids, then [SEP].  Duplicates, documents with the same ids, are
+dropped.  A hash of its ids puts a document into training or validation, so it stays there when files are
+added or reordered; for docstrings it is a hash of the beginning of the text, so they also stay when the rest
+of the text, the package's version or the vocabulary changes.  A document over 262,144 characters comes in
+pieces, each ended by [SEP]: each is compared as a document, and all are on the side of the first one.  Where
+this puts nothing or far too much into validation, or there are under 100 documents, every so-many-th chunk of
+ids is kept for validation instead.
 
-One pass, in bounded memory: one batch is tokenized while the next is read.  The same input gives the same bytes; a run
-that was killed is started again.  All is written under the name *.part first, manifest.json last: an earlier token
-directory stays until the new one is complete, and a directory without manifest.json is not usable.
+One pass, in bounded memory: one batch is tokenized while the next is read.  The same input gives the same
+bytes; a run that was killed is started again.  All is written under the name *.part first, manifest.json
+last: an earlier token directory stays until the new one is complete, and a directory without
+manifest.json is not usable.
 """
 import contextlib
 import errno
@@ -44,7 +46,7 @@ from plumbing.files import lock, sha256
 from plumbing.sources import Piece, check_space, find_files, listed, read_documents, required_packages
 from plumbing.tokenizer import fingerprint, load_tokenizer, train_vocabulary
 
-BATCH = 2 ** 17             # characters tokenized at a time; tokenizers takes some 150 bytes of memory for each
+BATCH = 2 ** 17           # characters tokenized at a time; tokenizers takes some 150 bytes of memory for each
 SAMPLE = 2 ** 26            # characters that a vocabulary is trained on: the first ones
 CHUNK = 4096                # ids: what is split into training and validation when there are few documents
 FEW = 100                   # documents
@@ -55,7 +57,7 @@ FEW_BLOCKS = 64             # of validation: below, its loss is noisy
 
 @dataclass
 class Config(Checked):
-    sources: list[str]              # files, directories, globs, - (standard input), Hub data sets, or docstrings
+    sources: list[str]           # files, directories, globs, - (standard input), Hub data sets, or docstrings
     out: str                        # the token directory to make
     vocab: str | None = None        # vocab.txt, tokenizer.json, a directory that holds one, or a Hub id
     vocab_size: Count | None = None  # train a WordPiece vocabulary of this size instead
@@ -68,7 +70,8 @@ class Config(Checked):
 # --------------------------------------------------------------------------------------------- documents -> ids
 
 def document_key(content):
-    """The hash of a document's ids (uint32, without [SEP]): tells duplicates, and training from validation."""
+    """The hash of a document's ids (uint32, without [SEP]): tells duplicates, and
+    training from validation."""
     return hashlib.blake2b(content, digest_size=8).digest()
 
 
@@ -107,8 +110,8 @@ class Seen:
 
 
 def batches(documents, characters=BATCH):
-    """Lists of (line, the piece that it ends or None), of about that many characters in all.  A piece may go on in the
-    next list."""
+    """Lists of (line, the piece that it ends or None), of about that many characters in all.  A piece may
+    go on in the next list."""
     batch, size = [], 0
     for piece in documents:
         lines = piece.text.split("\n")
@@ -123,8 +126,8 @@ def batches(documents, characters=BATCH):
 
 
 def encoded(tokenizer, batches):
-    """(batch, its encodings).  tokenizers works without Python's lock, so the next batch is read, and the last one
-    written, while it does."""
+    """(batch, its encodings).  tokenizers works without Python's lock, so the next batch is read, and the
+    last one written, while it does."""
     with ThreadPoolExecutor(1) as pool:
         waiting = deque()
         for batch in batches:
@@ -150,11 +153,13 @@ def tokenized(tokenizer, documents, show):
 
 
 def prepare(config, documents=None):
-    """Makes the token directory and returns its manifest.  `documents`, texts, replace the config's sources."""
+    """Makes the token directory and returns its manifest.  `documents`, texts, replace
+    the config's sources."""
     if (config.vocab is None) == (config.vocab_size is None):
         raise UserError("give either --vocab (an existing vocabulary) or --vocab-size (train one)")
     if config.vocab_size is not None and not len(SPECIAL) < config.vocab_size < 2 ** 31:
-        raise UserError(f"--vocab-size {config.vocab_size}: more than the {len(SPECIAL)} special tokens, as 30522 is")
+        raise UserError(f"--vocab-size {config.vocab_size}: more than the {len(SPECIAL)} "
+                        f"special tokens, as 30522 is")
     if config.document_per == "file" and config.rows_per_document > 1:
         raise UserError("--document-per file joins all rows of a file: leave out --rows-per-document")
     out, files, left_out = Path(config.out), [], Counter()
@@ -181,10 +186,11 @@ def locked(out):
     try:
         with lock(out) as ours:
             if not ours:
-                raise UserError(f"{out}: another prepare.py is writing there: wait for it, or give another --out")
+                raise UserError(f"{out}: another prepare.py is writing there: wait for "
+                                f"it, or give another --out")
             yield
     finally:
-        with contextlib.suppress(OSError):                              # a failed run leaves no empty directory
+        with contextlib.suppress(OSError):                            # a failed run leaves no empty directory
             out.rmdir()
 
 
@@ -220,7 +226,8 @@ def make(config, documents, out, files, left_out):
         for name in names:
             with open(part[name], "rb+") as f:
                 os.fsync(f.fileno())
-        # From here on there is nothing left to do but to rename: the old manifest goes first, the new one comes last
+        # From here on there is nothing left to do but to rename: the old manifest goes
+        # first, the new one comes last
         (out / "manifest.json").unlink(missing_ok=True)
         for name in names:
             os.replace(part[name], out / name)
@@ -273,14 +280,15 @@ def write_ids(config, documents, tokenizer, dtype, part, met, total):
     tokens = counts["train_tokens"] + counts["val_tokens"]
     if not tokens:
         raise UserError(f"{' '.join(config.sources)}: no text in it")
-    most = (config.val_fraction + 0.1) * tokens                         # beyond, one long document has come in
+    most = (config.val_fraction + 0.1) * tokens                        # beyond, one long document has come in
     if counts["documents"] < FEW or not 0 < counts["val_tokens"] < most:
         split_by_chunks(part, dtype, config.val_fraction, counts)
     return counts
 
 
 def split_by_chunks(part, dtype, val_fraction, counts):
-    """Validation is every so many-th chunk of the ids instead of a document: one at least, a tenth of a small text."""
+    """Validation is every so many-th chunk of the ids instead of a document: one at least, a
+    tenth of a small text."""
     n = counts["train_tokens"] + counts["val_tokens"]
     chunks = max(min(n, 10), n // CHUNK)
     every = max(2, min(chunks, round(1 / val_fraction)))

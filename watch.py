@@ -3,12 +3,12 @@
     python watch.py runs/tinybert --follow              # one run, redrawn every few seconds until Ctrl-C
     python watch.py runs/* --x tokens                   # several, finished or under way, as one table
     python watch.py runs/table2 --out table2.html       # a comparison: tables, verdict, figure and curves in one file
-    python watch.py --model runs/teacher/model --sentence "the [MASK] sat"              # its five likeliest words
+    python watch.py --model runs/teacher/model --sentence "the [MASK] sat"          # its five likeliest words
     python watch.py --model runs/teacher/model --sentence "the cat sat" --nearest FILE  # the nearest lines of FILE
 
-It reads config.json, log.jsonl and summary.json and writes nothing but --out, so no run notices.  A page (.html) holds
-its data and its script and asks no server for anything; a figure (.png) needs matplotlib.  --nearest looks at the first
-10,000 different lines, by the cosine of mean-pooled last hidden states.
+It reads config.json, log.jsonl and summary.json and writes nothing but --out, so no run notices.  A page
+(.html) holds its data and its script and asks no server for anything; a figure (.png) needs matplotlib.
+--nearest looks at the first 10,000 different lines, by the cosine of mean-pooled last hidden states.
 """
 import base64
 import itertools
@@ -52,7 +52,8 @@ class Config:
 # ------------------------------------------------------------------------------------------------- reading runs
 
 def plain(text):
-    """Names and lines come from users: what would move the cursor, or cannot be encoded, is a question mark."""
+    """Names and lines come from users: what would move the cursor, or cannot be
+    encoded, is a question mark."""
     return "".join(c if c.isprintable() else "?" for c in str(text))
 
 
@@ -85,7 +86,8 @@ class Run:
     def __init__(self, path):
         self.path, self.name, self.config = path, path.name, read_json(path / "config.json")
         if "model_type" in self.config:
-            raise UserError(f"{path} is a model directory: give its run's directory, or  --model {path} --sentence ...")
+            raise UserError(f"{path} is a model directory: give its run's directory, or  --model "
+                            f"{path} --sentence ...")
         budgets = [unit for unit in UNITS if self.config.get(f"budget_{unit}")]
         if len(budgets) != 1 or not {"batch_size", "seq_len"} <= self.config.keys():
             raise UserError(f"{path}/config.json is not that of a run of train.py")
@@ -148,12 +150,13 @@ def find(paths):
             runs.append(Run(path))
         elif (path / "results.json").is_file() or (path / "runs").is_dir():
             comparisons.append(path)
-            # its teacher while it is pretrained: afterwards the curve of a longer run would only squeeze the others
+            # its teacher while it is pretrained: afterwards the curve of a longer run
+            # would only squeeze the others
             teacher = [] if (path / "teacher/summary.json").exists() else path.glob("teacher/config.json")
             runs += [Run(file.parent) for file in (*teacher, *sorted(path.glob("runs/*/config.json")))]
         else:
-            raise UserError(f"{plain(path)} is neither a run's directory (no config.json) nor a comparison's (no "
-                            f"results.json, no runs): give directories that train.py or compare.py wrote")
+            raise UserError(f"{plain(path)} is neither a run's directory (no config.json) nor a comparison's "
+                            f"(no results.json, no runs): give directories that train.py or compare.py wrote")
     names = [each.path.name for each in runs]
     for each in runs:
         each.name = plain(each.name if names.count(each.path.name) == 1 and each.name else each.path)
@@ -205,7 +208,8 @@ def table(runs, unit):
 
 
 def in_terminal(runs, comparisons, unit, width):
-    """One run: a line per fact and per validation.  Several: a table, what does not fit into `width` below it."""
+    """One run: a line per fact and per validation.  Several: a table, what does not fit
+    into `width` below it."""
     rows, lines = table(runs, unit), []
     if len(runs) == 1:
         lines = [*(f"{name:14} {value}" for name, value in zip(*rows, strict=True)),
@@ -246,8 +250,8 @@ def figure(runs, names, unit, file):
     try:
         import matplotlib
     except ImportError:
-        raise UserError(f"--out {file} needs matplotlib: pip install matplotlib, or give a name that ends in .html, "
-                        f"which needs nothing") from None
+        raise UserError(f"--out {file} needs matplotlib: pip install matplotlib, or give a name that ends in "
+                        f".html, which needs nothing") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     rows = math.ceil(len(names) / 3)
@@ -275,7 +279,8 @@ def as_html(head, *rows):
 
 
 def comparison(path):
-    """Verdict, tables and their remarks (markdown) and the figure of a comparison, as far as they are there."""
+    """Verdict, tables and their remarks (markdown) and the figure of a comparison, as
+    far as they are there."""
     said = verdict(path)
     yield f"<h2>{escape(plain(path.resolve().name))}</h2>"
     yield "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in said) + "</ul>"
@@ -292,7 +297,8 @@ def comparison(path):
 
 
 def page(runs, comparisons, names, unit):
-    """The whole page as text: tables made here, curves drawn by its own script from the JSON that it holds."""
+    """The whole page as text: tables made here, curves drawn by its own script from
+    the JSON that it holds."""
     known = [u for u in UNITS if all(None not in each.axes[u] for each in runs)]
     data = [dict(name=each.name, axes=each.axes, curves=each.curves, **look)
             for each, look in zip(runs, styles(runs), strict=True)]
@@ -314,7 +320,8 @@ def page(runs, comparisons, names, unit):
 
 def main(config, say=print):
     if bool(config.runs) == bool(config.model) or bool(config.model) != bool(config.sentence):
-        raise UserError("give run directories, as  python watch.py runs/*,  or --model MODEL and --sentence TEXT")
+        raise UserError("give run directories, as  python watch.py runs/*,  or --model "
+                        "MODEL and --sentence TEXT")
     (ask if config.model else watch)(config, say)
 
 
@@ -340,8 +347,8 @@ def look(config, file, say):
     runs, comparisons = find(config.runs)
     for each in runs:
         if None in each.axes[config.x]:
-            raise UserError(f"{each.path}: what it spends in FLOPs is known when it has finished: --x hours, tokens or "
-                            f"steps until then")
+            raise UserError(f"{each.path}: what it spends in FLOPs is known when it has finished: --x hours, "
+                            f"tokens or steps until then")
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else math.inf
     say("\033[H\033[2J" * config.follow + in_terminal(runs, comparisons, config.x, width))
     names = sorted(dict.fromkeys(name for each in runs for name, values in each.curves.items()
@@ -361,11 +368,11 @@ def nearest(model, tokenizer, sentence, file, count=5):
     """([(cosine, line)], the nearest first; how many lines were looked at), read as they are needed."""
     def pooled(texts):
         rows = embedded(model, tokenizer, texts, model.config.max_position_embeddings)
-        return rows / np.linalg.norm(rows, axis=1, keepdims=True)                           # (B, D), of length 1
+        return rows / np.linalg.norm(rows, axis=1, keepdims=True)                        # (B, D), of length 1
     try:
         with open(file, encoding="utf-8", errors="replace") as f:
             seen, kept, target = {""}, [], pooled([sentence])[0]
-            lines = (line.strip() for line in iter(lambda: f.readline(2000), ""))       # a longer one is several
+            lines = (line.strip() for line in iter(lambda: f.readline(2000), ""))    # a longer one is several
             new = itertools.islice((line for line in lines if not (line in seen or seen.add(line))), LINES)
             while batch := list(itertools.islice(new, 1000)):
                 cosines = (pooled(batch) @ target).tolist()
@@ -379,7 +386,8 @@ def nearest(model, tokenizer, sentence, file, count=5):
 
 @torch.no_grad()
 def ask(config, say=print):
-    """Fills the sentence's masks, then finds what is near to it.  On the CPU: the GPU may be busy with a run."""
+    """Fills the sentence's masks, then finds what is near to it.  On the CPU: the GPU
+    may be busy with a run."""
     path = find_model(config.model)
     tokenizer = read_tokenizer(path)
     model, missing, _ = load_mlm(path, tokenizer.get_vocab_size())
@@ -387,13 +395,14 @@ def ask(config, say=print):
     ids = torch.tensor([framed(tokenizer).encode(config.sentence).ids])
     masked = (ids == tokenizer.token_to_id("[MASK]")).nonzero()[:, 1]
     if ids.shape[1] > model.config.max_position_embeddings:
-        raise UserError(f"--sentence has {ids.shape[1]:,} tokens, the model {model.config.max_position_embeddings} "
-                        f"positions: give a shorter one")
+        raise UserError(f"--sentence has {ids.shape[1]:,} tokens, the model "
+                        f"{model.config.max_position_embeddings} positions: give a shorter one")
     if not len(masked) and not config.nearest:
-        raise UserError('--sentence has no [MASK] to fill, as "the [MASK] sat" has: give one, or --nearest FILE')
+        raise UserError('--sentence has no [MASK] to fill, as "the [MASK] sat" has: give '
+                        'one, or --nearest FILE')
     if len(masked) and missing:
-        raise UserError(f"{config.model} has no LM head to fill a [MASK] with, as its strategy trains none: give a "
-                        f"--sentence without [MASK], and --nearest FILE")
+        raise UserError(f"{config.model} has no LM head to fill a [MASK] with, as its strategy trains none: "
+                        f"give a --sentence without [MASK], and --nearest FILE")
     if len(masked):
         for i, p in enumerate(model(ids, masked[None])["logits"].softmax(-1), 1):       # (M, V)
             best = p.topk(min(5, len(p))).indices.tolist()

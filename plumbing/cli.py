@@ -5,8 +5,8 @@ field into a long flag whose help is that comment (`peak_lr: float = 1e-3  # ...
 type `list` into positional arguments (at least one, unless it has a default).  Abbreviated and unknown
 flags are errors.
 
-What a field allows stands in its annotation, and a dataclass that inherits from `Checked` cannot be made with anything
-else, whether by a command line or in code:
+What a field allows stands in its annotation, and a dataclass that inherits from `Checked` cannot be made with
+anything else, whether by a command line or in code:
 
     Literal["random", "teacher"]        one of these words
     Annotated[str, STRATEGIES]   one of these words, from elsewhere
@@ -53,7 +53,8 @@ class UserError(Exception):
 # ------------------------------------------------------------------------------------------- what a field allows
 
 class Checked:
-    """A dataclass whose fields hold what their annotations allow; text is read as the number that belongs there."""
+    """A dataclass whose fields hold what their annotations allow; text is read as the
+    number that belongs there."""
 
     def __post_init__(self):
         for field, kind in annotated(type(self)):
@@ -138,7 +139,8 @@ def wanted(of, several, limit):
 
 
 def writable(path, flag="--out"):
-    """The Path, if it is a directory, or can be made one, in which files can be written.  It makes nothing."""
+    """The Path, if it is a directory, or can be made one, in which files can be
+    written.  It makes nothing."""
     path = Path(path)
     there = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
     try:
@@ -158,7 +160,8 @@ class Parser(argparse.ArgumentParser):
 def parse(cls, doc, argv=None):
     """An instance of the dataclass `cls` from the command line; `doc` (a module's docstring) heads --help."""
     parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    # inspect, not dataclasses.field(metadata=...): the comment that a reader sees is the help that a user sees
+    # inspect, not dataclasses.field(metadata=...): the comment that a reader sees is
+    # the help that a user sees
     helps = dict(re.findall(r"^    (\w+):.*?  # (.*)$", inspect.getsource(cls), re.M))
     valued, others = set(), {"-h", "--help"}
     for field, kind in annotated(cls):
@@ -182,8 +185,8 @@ def parse(cls, doc, argv=None):
 
 
 def joined(argv, valued, flags, parser):
-    """--flag VALUE as --flag=VALUE, since argparse takes a VALUE such as -1e-3 for a flag.  Unknown flags are refused
-    here: argparse would first complain of another one that is missing."""
+    """--flag VALUE as --flag=VALUE, since argparse takes a VALUE such as -1e-3 for a flag.  Unknown flags are
+    refused here: argparse would first complain of another one that is missing."""
     words = []
     for word in argv:
         flag = word.partition("=")[0]

@@ -1,11 +1,12 @@
 """The first hour of this code on a GPU, unattended: what docs/gpu.md says has not run yet.
 
-    python -m plumbing.gpu_first --data data/wiki --glue-dir glue --out gpu_first           # at most forty minutes
+    python -m plumbing.gpu_first --data data/wiki --glue-dir glue --out gpu_first      # at most forty minutes
     python -m plumbing.gpu_first --parts env,micro,parity --out gpu_first                   # no data needed
-    python -m plumbing.gpu_first --data data/wiki --tiny --out dry_run                      # a dry run on a CPU
+    python -m plumbing.gpu_first --data data/wiki --tiny --out dry_run                    # a dry run on a CPU
 
-Each part is a process of its own with a time limit, a log in OUT and the end of that log in OUT/report.md; a part that
-fails stops no other.  It follows the names of step.py, train.py and bench_throughput.py: tests/test_bench.py runs it.
+Each part is a process of its own with a time limit, a log in OUT and the end of that log in OUT/report.md; a
+part that fails stops no other.  It follows the names of step.py, train.py and bench_throughput.py:
+tests/test_bench.py runs it.
 """
 import contextlib
 import json
@@ -67,7 +68,8 @@ def env(config):
                             ("predicting, fp32", q.float(), dict(attn_mask=mask))):
         print(f"torch's choice of attention, {label}:", names.get(int(torch._fused_sdp_choice(x, x, x, **named))))
     began, compiled = time.monotonic(), torch.compile(lambda x: F.dropout(F.gelu(x), .1).sum(), dynamic=False)
-    print(f"compiled: {compiled(torch.randn(1000, 768, device='cuda')).item():.1f} in {time.monotonic() - began:.1f} s")
+    print(f"compiled: {compiled(torch.randn(1000, 768, device='cuda')).item():.1f} in "
+          f"{time.monotonic() - began:.1f} s")
 
 
 def milliseconds(f, times=20):
@@ -112,7 +114,8 @@ def micro(config):
 
 
 def make_arm(config, strategy, device, compiled, bf16, paper=False):
-    """An arm with random weights: the paper's sizes, micro-batch 256, dropout 0.1; or small ones without dropout."""
+    """An arm with random weights: the paper's sizes, micro-batch 256, dropout 0.1; or small
+    ones without dropout."""
     sizes = dict(dropout=0.1, micro_batch=256) if paper and not config.tiny else dict(
         size="2L128", teacher_size="4L128", vocab_size=999, seq_len=64, batch_size=16, micro_batch=4, dropout=0.0)
     bench = bench_throughput.Config(**sizes, device=str(device), compile=compiled, bf16=bf16).for_machine()
@@ -139,7 +142,8 @@ def no_wait(strict):
 
 
 def five_steps(arm, blocks):
-    """(names, their values after each step, graphs compiled after the third step); the fourth waits for nothing."""
+    """(names, their values after each step, graphs compiled after the third step); the
+    fourth waits for nothing."""
     from torch._dynamo.utils import counters
     rows, stages, graphs = [], train.Stages(arm.device), []
     for i in range(5):
@@ -153,8 +157,8 @@ def five_steps(arm, blocks):
 
 
 def parity(config):
-    """Five steps of every strategy: CPU = GPU = compiled, fp32 near bf16; a warm step waits for nothing and compiles
-    nothing."""
+    """Five steps of every strategy: CPU = GPU = compiled, fp32 near bf16; a warm step waits for nothing
+    and compiles nothing."""
     cpu, wrong = torch.device("cpu"), []
     for strategy in STRATEGIES:
         found = {}
@@ -210,7 +214,7 @@ def profile(config):
                 torch.cuda.synchronize()
             wall = 1e3 * (time.perf_counter() - began)
         rows = sorted(((e.self_device_time_total / 1e3, e.count, e.key) for e in p.key_averages()
-                       if str(e.device_type).endswith("CUDA")), reverse=True)     # kernels, not what called them
+                       if str(e.device_type).endswith("CUDA")), reverse=True)  # kernels, not what called them
         busy = sum(ms for ms, _, _ in rows)
         print(f"{strategy}: two steps {wall:.1f} ms, device busy {busy / wall:.0%}, {sum(n for _, n, _ in rows)} "
               "launches; " + ", ".join(f"{kind} {sum(ms for ms, _, key in rows if re.search(words, key, re.I)):.1f} ms"
@@ -266,8 +270,8 @@ def resume(config):
     for label, other in (("again", b), ("stopped and resumed", c)):
         far = {name: (a[name] - other[name]).abs().max().item() for name in a if name.startswith("bert.")}
         worst = max(far, key=far.get)
-        print(f"{label}: {sum(x > 0 for x in far.values())} of {len(far)} tensors differ, by up to {far[worst]:.1e} "
-              f"({worst})")
+        print(f"{label}: {sum(x > 0 for x in far.values())} of {len(far)} tensors differ, by up to "
+              f"{far[worst]:.1e} ({worst})")
 
 
 def glue(config):

@@ -1,13 +1,15 @@
-"""What a frozen encoder already knows, without fine-tuning: probes.  Read it when fine-tuning cannot see a difference.
+"""What a frozen encoder already knows, without fine-tuning: probes.  Read it when fine-tuning
+cannot see a difference.
 
   linear        logistic regression (ridge for scores) on the mean-pooled last hidden state; of a pair u, v:
                 [u, v, |u - v|, u v] (InferSent, arXiv 1705.02364), each sentence encoded by itself
   similarity    Spearman of cosine(u, v) with the score: nothing is trained
   masked LM     D_order and the induction split of diagnose.py, on a token directory's validation blocks
 
-Features are standardised on the training examples; the strength of L2 is the one that does best in cross-validation
-on them (five folds).  Nothing is drawn: folds and the examples taken, where there are more, go by their number's hash.
-Probes say what is there to be read off linearly, not what fine-tuning makes of it: they are no part of any average.
+Features are standardised on the training examples; the strength of L2 is the one that does best in
+cross-validation on them (five folds).  Nothing is drawn: folds and the examples taken, where there are more,
+go by their number's hash.  Probes say what is there to be read off linearly, not what fine-tuning makes of
+it: they are no part of any average.
 
 Legend: n examples, F features, K classes, D hidden size.
 """
@@ -20,18 +22,19 @@ from data import Blocks, hashed
 from plumbing import glue
 
 EXAMPLES = 10_000                               # of a task's training examples, at most: seconds per task
-STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)       # C of the logistic regression; its inverse is the ridge's alpha
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)     # C of the logistic regression; its inverse is the ridge's alpha
 FOLDS = 5
 
 
 class MeanPooled(torch.nn.Module):
-    """The encoder as sentence-transformers reads it: the mean over real positions, [CLS] and [SEP] included."""
+    """The encoder as sentence-transformers reads it: the mean over real positions,
+    [CLS] and [SEP] included."""
     def __init__(self, bert):
         super().__init__()
         self.bert, self.config = bert, bert.config
 
     def forward(self, ids, real, token_types):
-        h, real = self.bert(ids, real, token_types)["hidden"], real[..., None]              # (B, S, D), (B, S, 1)
+        h, real = self.bert(ids, real, token_types)["hidden"], real[..., None]          # (B, S, D), (B, S, 1)
         return (h * real).sum(1) / real.sum(1)                                              # (B, D)
 
 
@@ -71,11 +74,12 @@ def logistic(x, y, C, start=None):
 
 def logits(x, w):
     z = x @ w[:, :-1].T + w[:, -1]
-    return F.pad(z, (1, 0)) if len(w) == 1 else z                       # two classes: the first one's logit is 0
+    return F.pad(z, (1, 0)) if len(w) == 1 else z                    # two classes: the first one's logit is 0
 
 
 def ridge(x, y, alphas):
-    """{alpha: (1, F + 1) weights}, the intercept last: minimises sum of squared errors + alpha |w|^2, exactly."""
+    """{alpha: (1, F + 1) weights}, the intercept last: minimises sum of squared errors +
+    alpha |w|^2, exactly."""
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     mean, target = x.mean(0), y.mean()
     values, vectors = np.linalg.eigh((x - mean).T @ (x - mean))
@@ -104,7 +108,8 @@ def path(x, y, score):
 
 
 def linear(train, y, dev, score):
-    """(predictions on dev, the strength chosen): accuracy, or the squared error of scores, on left-out folds."""
+    """(predictions on dev, the strength chosen): accuracy, or the squared error of
+    scores, on left-out folds."""
     mean, std = train.mean(0), train.std(0)
     train, dev = ((x - mean) / np.where(std > 0, std, 1) for x in (train, dev))
     fold = np.argsort(np.argsort(hashed(1, np.arange(len(y))), kind="stable")) % FOLDS
@@ -116,7 +121,7 @@ def linear(train, y, dev, score):
         for C, w in path(train[rest], y[rest], score).items():
             p = predicted(train[out], w, score)
             quality[C] += -np.sum((p - y[out]) ** 2) if score else np.sum(p == y[out])
-    best = max(STRENGTHS, key=quality.get)                              # of equals the strongest regularisation
+    best = max(STRENGTHS, key=quality.get)                            # of equals the strongest regularisation
     return predicted(dev, path(train, y, score)[best], score), best
 
 

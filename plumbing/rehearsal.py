@@ -1,4 +1,5 @@
-"""train.py --dry-run: a few steps of the real thing, and what the budget will buy at their speed.  Writes nothing."""
+"""train.py --dry-run: a few steps of the real thing, and what the budget will buy at their
+speed.  Writes nothing."""
 import itertools
 import math
 import os

@@ -1,17 +1,18 @@
 """From the results of many runs to tables, a figure and a verdict: statistics only, nothing is trained here.
 
-Read it with compare.py.  A result is a dict, one per pretrained model: what it was (`strategy`, `budget`, `unit`,
-`unique_tokens`, `static_masks`, `seed`), what it cost (`tokens`, `epochs`, `charged_seconds`, `teacher_share`, ...) and
-what it scored (`scores`: {task: percent}, `average` over them; `tasks`: {task: {scores of each fine-tuning run, metric,
-n, majority: the constant answer's score, ...}}).
+Read it with compare.py.  A result is a dict, one per pretrained model: what it was (`strategy`, `budget`,
+`unit`, `unique_tokens`, `static_masks`, `seed`), what it cost (`tokens`, `epochs`, `charged_seconds`,
+`teacher_share`, ...) and what it scored (`scores`: {task: percent}, `average` over them; `tasks`: {task:
+{scores of each fine-tuning run, metric, n, majority: the constant answer's score, ...}}).
 
-The arms share their seeds (initial weights, data order, masks), so an arm's difference to the base arm is taken seed by
-seed, and its 95% interval is Student's t over those differences (n - 1 degrees of freedom).  It speaks of other seeds,
-on these dev sets.  The verdict looks at the best of several arms, so it asks more: an interval at 1 - 0.05 / k for k
-comparisons (Bonferroni).
+The arms share their seeds (initial weights, data order, masks), so an arm's difference to the base arm is
+taken seed by seed, and its 95% interval is Student's t over those differences (n - 1 degrees of freedom).  It
+speaks of other seeds, on these dev sets.  The verdict looks at the best of several arms, so it asks more: an
+interval at 1 - 0.05 / k for k comparisons (Bonferroni).
 
-An average is worth what its tasks measure: one on which neither the teacher nor any arm is above the constant answer
-and the untrained student outside the noise only adds noise, so it is named, and a second average leaves it out.
+An average is worth what its tasks measure: one on which neither the teacher nor any arm is above the constant
+answer and the untrained student outside the noise only adds noise, so it is named, and a
+second average leaves it out.
 """
 import csv
 import functools
@@ -21,7 +22,8 @@ from collections import Counter
 
 import numpy as np
 
-# arXiv 2404.19319, Table 2: GLUE dev, one seed, one A100; tokens, then QNLI, SST-2, MNLI, MRPC, QQP, RTE, CoLA, average
+# arXiv 2404.19319, Table 2: GLUE dev, one seed, one A100; tokens, then QNLI, SST-2, MNLI,
+# MRPC, QQP, RTE, CoLA, average
 PAPER_TASKS = ("qnli", "sst2", "mnli", "mrpc", "qqp", "rte", "cola")
 PAPERS_HOURS = {("6L768", False): 4, ("12L1024", False): 11.3, ("6L768", True): 24}
 PAPER = {                                                               # {(size, limited data): rows}
@@ -56,8 +58,8 @@ def t_quantile(p, df):
 
 
 def interval(differences, comparisons=1):
-    """(mean, half width) of the 95% interval of the mean of paired differences, Bonferroni-corrected for so many
-    comparisons; the half width is infinite for fewer than two."""
+    """(mean, half width) of the 95% interval of the mean of paired differences, Bonferroni-corrected for so
+    many comparisons; the half width is infinite for fewer than two."""
     n = len(differences)
     if n < 2:
         return float(np.mean(differences)), math.inf
@@ -86,7 +88,8 @@ def signed(mean, half, digits=1):
 # ------------------------------------------------------------------------------------------------------ grouping
 
 def groups(results):
-    """{(unique_tokens, static_masks, budget): {strategy: {seed: result}}}: all of the data first, budgets rising."""
+    """{(unique_tokens, static_masks, budget): {strategy: {seed: result}}}: all of the data
+    first, budgets rising."""
     found = {}
     for r in sorted(results, key=lambda r: (-(r["unique_tokens"] or math.inf), r["static_masks"], r["budget"])):
         group = found.setdefault((r["unique_tokens"], r["static_masks"], r["budget"]), {})
@@ -136,10 +139,11 @@ def constant_answer(results):
 
 
 def above(leads, error):
-    """The names whose mean lead is above 0 outside the noise, of {name: leads}; None where no spread is known.
+    """The names whose mean lead is above 0 outside the noise, of {name: leads}; None
+    where no spread is known.
 
-    The spread is pooled over the names (few seeds know their own badly), corrected for as many comparisons; to it
-    comes `error`, the standard error from the size of the dev set."""
+    The spread is pooled over the names (few seeds know their own badly), corrected for as many comparisons;
+    to it comes `error`, the standard error from the size of the dev set."""
     df = sum(len(values) - 1 for values in leads.values())
     if not df:
         return None
@@ -150,8 +154,8 @@ def above(leads, error):
 
 
 def measuring(results, yardsticks):
-    """(tasks that measure, tasks that do not): on these neither the teacher nor any arm is above the constant answer
-    and the untrained student outside the noise.  None where one run of each cannot tell."""
+    """(tasks that measure, tasks that do not): on these neither the teacher nor any arm is above the constant
+    answer and the untrained student outside the noise.  None where one run of each cannot tell."""
     runs_of = {y["name"]: y["runs"] for y in yardsticks if "runs" in y}
     if len(runs_of) < 2:
         return None
@@ -166,7 +170,7 @@ def measuring(results, yardsticks):
             over_constant[name] = [v - t["majority"] for v in values]
             over_untrained[name] = [v - u for v, u in zip(values, untrained, strict=False)]
         floor = max(t["majority"], np.mean(values_of(runs_of["random init"], [task]))) / 100
-        share = t["metric"] in ("accuracy", "f1")           # the others are correlations, whose error at 0 is this:
+        share = t["metric"] in ("accuracy", "f1")     # the others are correlations, whose error at 0 is this:
         error = 100 * math.sqrt((floor * (1 - floor) if share else 1) / t["n"])
         both = above(over_constant, error), above(over_untrained, error)
         if None in both:
@@ -193,9 +197,10 @@ def markdown(head, rows):
 
 
 def score_table(results, yardsticks=(), size=None):
-    """Scores, mean ± standard deviation over pretraining seeds (of a single one over its fine-tuning runs), and the
-    difference to the base arm, with the seeds that 1 point would need.  It holds nothing that depends on the machine's
-    speed.  `yardsticks`: {name, scores: {task: [percent]}, averages, runs: [as results, per seed]}."""
+    """Scores, mean ± standard deviation over pretraining seeds (of a single one over its fine-tuning runs),
+    and the difference to the base arm, with the seeds that 1 point would need.  It holds nothing that depends
+    on the machine's speed.  `yardsticks`: {name, scores: {task: [percent]}, averages, runs:
+    [as results, per seed]}."""
     tasks = list(results[0]["scores"])
     many, all_of = len(tasks) > 1, averaged(tasks)
     sets = [all_of, *second_average(results, yardsticks)]
@@ -257,7 +262,8 @@ def probes_of(r):
 
 
 def probe_table(results, yardsticks):
-    """What the frozen encoders know: mean ± standard deviation over pretraining seeds; then each probe's best arm."""
+    """What the frozen encoders know: mean ± standard deviation over pretraining seeds; then
+    each probe's best arm."""
     found = groups(results)
     columns = list(dict.fromkeys(name for r in results for name in probes_of(r)))
     rows, lines = [], []
@@ -273,10 +279,10 @@ def probe_table(results, yardsticks):
             lines += best_probe(arms, column, where)
     rows += [["", y["name"], *cells(y["runs"])] for y in yardsticks if "runs" in y]
     return "\n\n".join([
-        "Probes of the frozen encoders, no part of any average above. linear: a regression on the mean-pooled last "
-        "hidden state, scored as the task is; similarity: Spearman of the cosine with the score, untrained; MLM: "
-        "validation loss in nats, at masked tokens that also occur unmasked in their block (repeated) and at the "
-        "others; D_order: what the order of the context is worth, in nats.",
+        "Probes of the frozen encoders, no part of any average above. linear: a regression on the "
+        "mean-pooled last hidden state, scored as the task is; similarity: Spearman of the cosine with the "
+        "score, untrained; MLM: validation loss in nats, at masked tokens that also occur unmasked in their "
+        "block (repeated) and at the others; D_order: what the order of the context is worth, in nats.",
         markdown(["budget", "arm", *columns], rows), *lines])
 
 
@@ -285,7 +291,8 @@ def digits_of(column):
 
 
 def best_probe(arms, column, where):
-    """["Probe COLUMN at WHERE: the best arm and its lead over the base arm"], where there are two arms to compare."""
+    """["Probe COLUMN at WHERE: the best arm and its lead over the base arm"], where there
+    are two arms to compare."""
     def value(r):
         return probes_of(r)[column] * (-1 if column.startswith("MLM") else 1)       # a loss: the lowest is the best
     of = {name: runs for name, runs in arms.items() if all(column in probes_of(r) for r in runs.values())}
@@ -328,9 +335,9 @@ def comma_separated(results):
 # ------------------------------------------------------------------------------------------------------- verdict
 
 def verdict(results, yardsticks=()):
-    """The table in plain words: the tasks that measure nothing; the best arm of each group and whether its lead is
-    noise, also over the untrained student, and the same over the tasks that measure; then where curves cross; then what
-    repeated data and static masks did."""
+    """The table in plain words: the tasks that measure nothing; the best arm of each group and whether its
+    lead is noise, also over the untrained student, and the same over the tasks that measure; then where
+    curves cross; then what repeated data and static masks did."""
     found, lines = groups(results), []
     told = measuring(results, yardsticks)
     if told and told[1]:
@@ -357,13 +364,14 @@ def best_arms(found, yardsticks, tasks, where):
         leads = [lead_in_words(differences(arms[best], runs, value), name, len(rivals | arms) - 1)
                  for name, runs in rivals.items()]
         runs = list(arms[best].values())
-        lines.append(f"{where} {amount(budget, runs[0]['unit'])} on {setting(unique, static)}, {best} scores highest: "
-                     f"{'; '.join([spread(values_of(runs, tasks)), *leads])}.")
+        lines.append(f"{where} {amount(budget, runs[0]['unit'])} on {setting(unique, static)}, {best} scores "
+                     f"highest: {'; '.join([spread(values_of(runs, tasks)), *leads])}.")
     return lines
 
 
 def resolution(results, seeds):
-    """What so many seeds can tell apart at the spread of these results, in words; "" where it is not known."""
+    """What so many seeds can tell apart at the spread of these results, in words; ""
+    where it is not known."""
     leads = [differences(runs, arms[base_of(arms)]) for arms in groups(results).values()
              for name, runs in arms.items() if name != base_of(arms)]
     stds = sorted(np.std(lead, ddof=1) for lead in leads if len(lead) > 1)
@@ -380,7 +388,8 @@ def resolution(results, seeds):
 
 
 def lead_in_words(lead, rival, comparisons, digits=1):
-    """'against no_kd +1.2 [+0.3, +2.1], outside the noise': the interval is the plain one, the judgement corrected."""
+    """'against no_kd +1.2 [+0.3, +2.1], outside the noise': the interval is the plain one,
+    the judgement corrected."""
     mean, half = interval(lead)
     text = f"against {rival} {signed(mean, half, digits)}, "
     if not math.isfinite(half):
@@ -393,7 +402,8 @@ def lead_in_words(lead, rival, comparisons, digits=1):
 
 
 def crossings(found, unit):
-    """Where an arm's mean overtakes the base arm's between two budgets, on the straight line over log budget."""
+    """Where an arm's mean overtakes the base arm's between two budgets, on the straight
+    line over log budget."""
     lines, last = [], {}
     for (unique, static, high), after in found.items():
         low, before = last.get((unique, static), (high, {}))
@@ -409,20 +419,22 @@ def crossings(found, unit):
             if d0 * d1 < 0:
                 at = float(f"{low * (high / low) ** (d0 / (d0 - d1)):.2g}")
                 lines.append(f"On {setting(unique, static)}, the mean of {name} "
-                             f"{'overtakes' if d1 > 0 else 'falls behind'} {base}'s at about {amount(at, unit)}, "
-                             f"between {amount(low, unit)} and {amount(high, unit)}{noise}.")
+                             f"{'overtakes' if d1 > 0 else 'falls behind'} {base}'s at about "
+                             f"{amount(at, unit)}, between {amount(low, unit)} and "
+                             f"{amount(high, unit)}{noise}.")
     return lines
 
 
 def repetition(found):
-    """What fewer unique tokens and static masks did to the base arm and to the others' leads over it, seed by seed."""
+    """What fewer unique tokens and static masks did to the base arm and to the others' leads
+    over it, seed by seed."""
     lines = []
     for (unique, static, budget), arms in found.items():
         for other in ((None, False, budget), (unique, False, budget)):
             before = found.get(other, {})
             base = base_of(arms)
             if other == (unique, static, budget) or (other[0] is None) == static or base not in before:
-                continue            # the limited data against all of it, its static masks against its fresh ones
+                continue         # the limited data against all of it, its static masks against its fresh ones
             epochs = np.mean([r["epochs"] for r in arms[base].values()])
             parts = [f"{base} changes by {signed(*interval(differences(arms[base], before[base])))}"]
             for name in (name for name in arms if name != base and name in before):
@@ -430,8 +442,9 @@ def repetition(found):
                 change = [arms[name][s]["average"] - arms[base][s]["average"]
                           - before[name][s]["average"] + before[base][s]["average"] for s in seeds]
                 parts.append(f"the lead of {name} over it by {signed(*interval(change))}")
-            lines.append(f"At {amount(budget, next(iter(arms[base].values()))['unit'])}, {setting(unique, static)} "
-                         f"({epochs:.1f} epochs of {base}) against {setting(*other[:2])}: {', '.join(parts)}.")
+            lines.append(f"At {amount(budget, next(iter(arms[base].values()))['unit'])}, "
+                         f"{setting(unique, static)} ({epochs:.1f} epochs of {base}) against "
+                         f"{setting(*other[:2])}: {', '.join(parts)}.")
     return lines
 
 
@@ -439,28 +452,31 @@ def remarks(results):
     """What the spreads and intervals mean here, and what went wrong in fine-tuning."""
     seeds, first = len({r["seed"] for r in results}), next(iter(results[0]["tasks"].values()))
     if seeds > 1:
-        lines = [f"± is the standard deviation over {seeds} pretraining seeds, each fine-tuned with its own; Δ is "
-                 f"the mean of the differences seed by seed, in brackets its 95% interval (Student's t, {seeds - 1} "
-                 f"degree{'s' * (seeds > 2)} of freedom). Both speak of other seeds, on the same teacher and dev sets. "
-                 f"\"n for 1 point\": with so many pretraining seeds a difference of 1 point would be outside that "
-                 f"interval at this spread, of which {seeds} seeds give a rough idea."]
+        lines = [f"± is the standard deviation over {seeds} pretraining seeds, each fine-tuned with its own; "
+                 f"Δ is the mean of the differences seed by seed, in brackets its 95% interval (Student's t, "
+                 f"{seeds - 1} degree{'s' * (seeds > 2)} of freedom). Both speak of other seeds, on the same "
+                 f"teacher and dev sets. \"n for 1 point\": with so many pretraining seeds a difference of 1 "
+                 f"point would be outside that interval at this spread, of which {seeds} "
+                 f"seeds give a rough idea."]
     elif len(results[0]["tasks"]) == 1 and first["metric"] == "accuracy" and len(first["scores"]) > 1:
         runs, p = len(first["scores"]), np.mean([r["average"] for r in results]) / 100
         dev = 100 * math.sqrt(p * (1 - p) / first["n"])
         tuning = math.sqrt(np.mean([t["std"] ** 2 for r in results for t in r["tasks"].values()]) / runs)
-        lines = [f"One pretraining seed per arm: ± is the standard deviation over {runs} fine-tuning seeds of one "
-                 f"pretrained model, so pretraining's own spread is not in it. A score's standard error is "
-                 f"{tuning:.1f} points from its {runs} fine-tuning seeds and {dev:.1f} from the {first['n']:,} dev "
-                 f"examples: a difference under {2 * math.sqrt(2 * (tuning ** 2 + dev ** 2)):.1f} points is noise, a "
-                 f"larger one is a hint at most."]
+        lines = [f"One pretraining seed per arm: ± is the standard deviation over {runs} fine-tuning seeds "
+                 f"of one pretrained model, so pretraining's own spread is not in it. A score's standard "
+                 f"error is {tuning:.1f} points from its {runs} fine-tuning seeds and {dev:.1f} from the "
+                 f"{first['n']:,} dev examples: a difference under "
+                 f"{2 * math.sqrt(2 * (tuning ** 2 + dev ** 2)):.1f} points is noise, a larger "
+                 f"one is a hint at most."]
     else:
         lines = ["One pretraining seed per arm" + (": ± is the standard deviation over fine-tuning seeds of one "
-                 "pretrained model" if len(first["scores"]) > 1 else "") + ": no difference here can be told from "
-                 "noise; give --seeds 3 or more."]
+                 "pretrained model" if len(first["scores"]) > 1 else "") + ": no difference here can be told "
+                 "from noise; give --seeds 3 or more."]
     collapsed = Counter(task for r in results for task, t in r["tasks"].items() for _ in range(t["collapsed"]))
     if collapsed:
-        lines.append(f"Fine-tuning runs that predicted a single class, of {len(results) * len(first['scores'])} per "
-                     f"task: {', '.join(f'{task} {n}' for task, n in collapsed.items())}.")
+        lines.append(f"Fine-tuning runs that predicted a single class, of "
+                     f"{len(results) * len(first['scores'])} per task: "
+                     f"{', '.join(f'{task} {n}' for task, n in collapsed.items())}.")
     devices = {f"{r['device']}" for r in results}
     if len(devices) > 1:
         lines.append(f"Beware: the runs were made on different devices ({', '.join(sorted(devices))}).")
@@ -489,9 +505,9 @@ STYLES = [dict(color=color, linestyle=line, marker=marker, markerfacecolor=face)
 
 
 def figure(results, yardsticks, path):
-    """Left: score of each arm per budget and data setting, ± standard deviation over pretraining seeds.  Middle: score
-    against the tokens that the budget bought, in the first data setting.  Right: validation MLM loss against charged
-    seconds.  Black and white."""
+    """Left: score of each arm per budget and data setting, ± standard deviation over pretraining seeds.
+    Middle: score against the tokens that the budget bought, in the first data setting.  Right: validation MLM
+    loss against charged seconds.  Black and white."""
     try:
         import matplotlib
     except ImportError:
@@ -539,7 +555,8 @@ def figure(results, yardsticks, path):
 
 
 def curve(axis, x, values, style, label):
-    """The means of the values at each x, ± their standard deviation: a band, or a bar where there is one x."""
+    """The means of the values at each x, ± their standard deviation: a band, or a bar
+    where there is one x."""
     mean, std = np.array([(np.mean(v), np.std(v, ddof=1) if len(v) > 1 else 0.0) for v in values]).T
     axis.plot(x, mean, label=label, **style)
     if len(x) > 1:

@@ -1,7 +1,8 @@
-"""A run directory: what is written beside the steps, and what is said about a run.  Nothing here is on the clock.
+"""A run directory: what is written beside the steps, and what is said about a run.
+Nothing here is on the clock.
 
-config.json (with the sha256 of what it was made from), log.jsonl, checkpoint.pt and the one before, model/, and, at the
-end, summary.json.
+config.json (with the sha256 of what it was made from), log.jsonl, checkpoint.pt and the one before, model/,
+and, at the end, summary.json.
 """
 import contextlib
 import dataclasses
@@ -20,8 +21,8 @@ from plumbing.screen import Screen, changes
 
 
 def contents(directory, teacher=None):
-    """What stands in the token files and in the teacher's weights, by sha256: under the same paths, something else may
-    stand tomorrow."""
+    """What stands in the token files and in the teacher's weights, by sha256: under the same paths, something
+    else may stand tomorrow."""
     found = {"contents of data": directory.manifest["sha256"]}
     if teacher:
         found["contents of teacher"] = [sha256(f) for f in
@@ -39,15 +40,16 @@ def begun(out):
 
 
 def finished(record, out, defaults):
-    """The summary if the run of this very record has finished in `out`, None if it has not; another one is refused.
-    `defaults`: of what a configuration of an older version does not name."""
+    """The summary if the run of this very record has finished in `out`, None if it has not; another one is
+    refused.  `defaults`: of what a configuration of an older version does not name."""
     if not (before := begun(out)):
         return None
     before = defaults | before
     differ = [k if k.startswith("contents") else f"{k} ({before.get(k)} there, {v} here)" for k, v in record.items()
               if before.get(k, v if k.startswith("contents") else None) != v and k not in NOT_THE_RUN]
     if differ:
-        raise UserError(f"{out} holds a run of another configuration: {', '.join(differ)}: give another --out")
+        raise UserError(f"{out} holds a run of another configuration: "
+                        f"{', '.join(differ)}: give another --out")
     return read_json(out / "summary.json") if (out / "summary.json").exists() else None
 
 
@@ -145,7 +147,8 @@ class Run:
                 self.checkpoint()
 
     def validate(self, signals=()):
-        """{term: mean over the validation blocks}; and the line that says it, with D_order of what has an LM head."""
+        """{term: mean over the validation blocks}; and the line that says it, with D_order
+        of what has an LM head."""
         if not self.writes:
             return None
         with self.budget.pause("validation"):
@@ -188,14 +191,15 @@ class Run:
 
     @contextlib.contextmanager
     def stopped_by(self, signals):
-        """Stopped inside becomes a checkpoint of the last finished step, and the exit status of the signal."""
+        """Stopped inside becomes a checkpoint of the last finished step, and the exit
+        status of the signal."""
         try:
             yield
         except Stopped:
             self.checkpoint()
             number = signals[0] if signals else signal.SIGTERM
-            self.say(f"stopped by signal {number:d} after step {self.budget.steps}: the same command goes on from "
-                     f"there")
+            self.say(f"stopped by signal {number:d} after step {self.budget.steps}: the same "
+                     f"command goes on from there")
             raise SystemExit(128 + number) from None
         finally:
             self.screen.close()
