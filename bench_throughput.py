@@ -100,11 +100,13 @@ class Config(Checked):
     def of_arm(self, strategy, as_released=False):
         same = {name: getattr(self, name) for name in (
             "size", "heads", "seq_len", "batch_size", "micro_batch", "dropout", "compile", "bf16")}
-        return train.Config(strategy, budget_steps=1, as_released=as_released, teacher=self.teacher_size, **same)
+        return train.Config(strategy, budget_steps=1, as_released=as_released, teacher=self.teacher_size,
+                            **same)
 
     def shape(self, size, heads=None):
         try:
-            return BertConfig.of_size(size, heads, vocab_size=self.vocab_size, hidden_dropout_prob=self.dropout,
+            return BertConfig.of_size(size, heads, vocab_size=self.vocab_size,
+                                      hidden_dropout_prob=self.dropout,
                                       attention_probs_dropout_prob=self.dropout,
                                       max_position_embeddings=max(512, self.seq_len))
         except ValueError as e:
@@ -125,7 +127,7 @@ class RandomTokens:
         return np.memmap(self.file, self.dtype, "r")
 
 
-# --------------------------------------------------------------------------------------------- what takes its turn
+# ---------------------------------------------------------------------------------------- what takes its turn
 
 @dataclass
 class Entry:
@@ -181,7 +183,8 @@ def arms(config, blocks):
         yield entry_of("transformers MLM", arm, blocks)
         if student_c.hidden_size == teacher_c.hidden_size:
             with torch.device(config.device):
-                student, teacher = (hf.BertModel._from_config(c, add_pooling_layer=False, attn_implementation="eager")
+                student, teacher = (hf.BertModel._from_config(c, add_pooling_layer=False,
+                                                              attn_implementation="eager")
                                     for c in (student_c, teacher_c))
                 arm = TransformersArm(config.of_arm("tinybert"), student.train(), teacher)
             yield entry_of("transformers TinyBERT", arm, blocks)
@@ -213,7 +216,8 @@ class TransformersArm(Arm):
     def loss(self, s, t, labels, strategy):
         if not self.teacher:
             return s.loss, {}
-        pairs = [(s.attentions[-1], t.attentions[-1]), *((s.hidden_states[i], t.hidden_states[i]) for i in (0, -1))]
+        pairs = [(s.attentions[-1], t.attentions[-1]), (s.hidden_states[0], t.hidden_states[0]),
+                 (s.hidden_states[-1], t.hidden_states[-1])]
         return sum(mse_loss(a.float(), b.float()) for a, b in pairs), {}
 
 
@@ -252,11 +256,12 @@ def peak_memory(arm, step):
         return own + torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as p:
         step()
-    changes = sorted((e.start_ns(), e.nbytes()) for e in p.profiler.kineto_results.events() if e.name() == "[memory]")
+    changes = sorted((e.start_ns(), e.nbytes()) for e in p.profiler.kineto_results.events()
+                     if e.name() == "[memory]")
     return own + int(np.cumsum([n for _, n in changes]).max())
 
 
-# ----------------------------------------------------------------------------------------------- rounds and tables
+# ------------------------------------------------------------------------------------------ rounds and tables
 
 def take_turns(entries, config):
     """One step of each in every round."""
@@ -272,7 +277,8 @@ def take_turns(entries, config):
             synchronize()
             entry.seconds.append(time.perf_counter() - at)
         rounds += 1
-        print(f"\rround {rounds}, {time.monotonic() - began:.0f} of {config.seconds:.0f} s", end="", file=sys.stderr)
+        print(f"\rround {rounds}, {time.monotonic() - began:.0f} of {config.seconds:.0f} s", end="",
+              file=sys.stderr)
     print(file=sys.stderr)
 
 
@@ -306,8 +312,10 @@ def figure(rows, path):
     import matplotlib.pyplot as plt
     rows = rows[::-1]
     fig, ax = plt.subplots(figsize=(8, 1 + 0.35 * len(rows)), layout="constrained")
-    ax.barh([r["arm"] for r in rows], [float(r["cost"]) for r in rows], color="0.7", edgecolor="k", label="measured")
-    ax.plot([float(r.get("by FLOPs", "nan")) for r in rows], range(len(rows)), "k|", ms=15, mew=3, label="by FLOPs")
+    ax.barh([r["arm"] for r in rows], [float(r["cost"]) for r in rows], color="0.7", edgecolor="k",
+            label="measured")
+    ax.plot([float(r.get("by FLOPs", "nan")) for r in rows], range(len(rows)), "k|", ms=15, mew=3,
+            label="by FLOPs")
     ax.axvline(PAPERS_RATIO, color="0.4", linestyle=":", label=f"the paper's {PAPERS_RATIO}")
     ax.set(xlabel=f"cost of a token, {rows[-1]['arm']} = 1")
     ax.legend(fontsize=8, loc="lower right")

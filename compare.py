@@ -122,11 +122,11 @@ class Config(Checked):
 
 
 # What every run of a comparison takes from its command line as it stands there
-SHARED = ("data", "size", "heads", "seq_len", "batch_size", "micro_batch", "dropout", "val_blocks", "val_times",
-          "device", "compile", "bf16")
+SHARED = ("data", "size", "heads", "seq_len", "batch_size", "micro_batch", "dropout", "val_blocks",
+          "val_times", "device", "compile", "bf16")
 
 
-# ----------------------------------------------------------------------------------------------------------- plan
+# ------------------------------------------------------------------------------------------------------- plan
 
 class Plan:
     """Every run of the comparison as a train.Config, made and checked before anything starts."""
@@ -166,13 +166,15 @@ class Plan:
             if whole is int:
                 self.teacher_budget = math.ceil(self.teacher_budget)
             self.teacher = self.run("no_kd", self.teacher_budget, size=size,
-                                    peak_lr=self.lrs[0] if len(self.lrs) == 1 else None, out=str(self.out / "teacher"))
+                                    peak_lr=self.lrs[0] if len(self.lrs) == 1 else None,
+                                    out=str(self.out / "teacher"))
         elif config.teacher_size or config.teacher_budget:
             raise UserError("--teacher-size and --teacher-budget belong to --teacher train")
         self.tuning = {(name, lr): self.run(name, self.budgets[0], *self.settings[0], lr=lr)
                        for name in self.names for lr in self.lrs if len(self.lrs) > 1}
         self.runs = self.runs_at({name: self.lrs[0] for name in self.names})
-        self.yardsticks = [("random init", self.out / f"random/seed{seed}", seed) for seed in range(config.seeds)]
+        self.yardsticks = [("random init", self.out / f"random/seed{seed}", seed)
+                           for seed in range(config.seeds)]
         self.yardsticks.append(("teacher", self.out / "teacher", 0))
         for each in (*self.tuning.values(), *self.runs, *([self.teacher] if self.teacher else [])):
             each.check()
@@ -186,7 +188,8 @@ class Plan:
         name = (f"{train.file_name(arm)}-{budget:g}{self.unit}" + f"-{unique}ids" * (unique is not None)
                 + "-static" * static + (f"-lr{lr:g}" if lr else "") + f"-seed{seed}")
         return train.Config(**{k: getattr(self.config, k) for k in SHARED} | dict(
-            strategy=strategy, init="teacher" if "init" in suffixes else None, as_released="released" in suffixes,
+            strategy=strategy, init="teacher" if "init" in suffixes else None,
+            as_released="released" in suffixes,
             teacher=str(self.out / "teacher/model") if self.config.teacher == "train"
             else self.config.teacher, unique_tokens=unique, static_masks=static, seed=seed, peak_lr=lr,
             out=str(self.out / "runs" / name)) | {f"budget_{self.unit}": budget} | other)
@@ -213,7 +216,7 @@ def finetuning(config, model, out, seed=0):
         compile=bool(config.compile), bf16=config.bf16)
 
 
-# -------------------------------------------------------------------------------------------- time and progress
+# ------------------------------------------------------------------------------------------ time and progress
 
 @memory_told
 def step_seconds(config, directory, teacher, tries=1):
@@ -224,7 +227,8 @@ def step_seconds(config, directory, teacher, tries=1):
     micro = config.micro_batch if device.type == "cuda" else min(config.micro_batch, 16)
     arm = Arm(dataclasses.replace(config, batch_size=micro, micro_batch=micro),
               BertForMaskedLM(student_shape(config, directory)).to(device),
-              BertForMaskedLM(teacher).to(device) if config.needs_teacher else None, phase=len(config.phases) - 1)
+              BertForMaskedLM(teacher).to(device) if config.needs_teacher else None,
+              phase=len(config.phases) - 1)
     arm.make_optimizer()
     batch = Blocks(directory, "train", config.seq_len, seed=0).batch(0, micro)
     seconds = []
@@ -283,7 +287,8 @@ def finetuning_seconds(plan, directory, texts):
         (sentences, _), *dev = parts.values()
         examples = finetune_glue.encode(tokenizer, sentences[:4 * batch], config.max_len)
         pad_id, bf16 = directory.special["[PAD]"], multiplies_in_bf16(device, config.bf16)
-        args = (examples, np.zeros(len(examples), np.int64), batch, 1, 1e-5, 0, pad_id, "", bf16, bool(config.compile))
+        args = (examples, np.zeros(len(examples), np.int64), batch, 1, 1e-5, 0, pad_id, "", bf16,
+                bool(config.compile))
         finetune_glue.finetune(model, *args)                            # the first time warms up
         began = time.perf_counter()
         finetune_glue.finetune(model, *args)                       # reads its losses, so waits for the device
@@ -306,16 +311,18 @@ def estimate(plan, directory, teacher):
             seconds[each.out] = budget * 3600
         else:
             if kind not in rates:       # at the last phase's FLOP/s
-                flops = [each.batch_size * sum(flops_per_block(each, student_shape(each, directory), teacher, i))
+                shape = student_shape(each, directory)
+                flops = [each.batch_size * sum(flops_per_block(each, shape, teacher, i))
                          for i in range(len(each.phases))]
                 price = dict(steps=1, tokens=each.batch_size * each.seq_len).get(plan.unit)
                 rates[kind] = step_seconds(each, directory, teacher) / flops[-1] * sum(
-                    (p.end - p.begin) * (n / price if price else 1) for p, n in zip(each.phases, flops, strict=True))
+                    (p.end - p.begin) * (n / price if price else 1)
+                    for p, n in zip(each.phases, flops, strict=True))
             seconds[each.out] = budget * rates[kind]
     return seconds
 
 
-# ----------------------------------------------------------------------------------------------------------- work
+# ------------------------------------------------------------------------------------------------------- work
 
 def share_runs(directories, do):
     """[do(i) for each], in any order: processes with the same --out take what no other one is
@@ -330,7 +337,8 @@ def same_inputs(plan, directory, texts):
     runs from anything else."""
     varies = ("strategy", "init", "as_released", "peak_lr", "seed", "unique_tokens", "static_masks", "out")
     recipe = dataclasses.asdict(plan.run("no_kd", plan.budgets[0]))
-    now = {f"--{k.replace('_', '-')}": v for k, v in recipe.items() if k not in varies and not k.startswith("budget")}
+    now = {f"--{k.replace('_', '-')}": v for k, v in recipe.items()
+           if k not in varies and not k.startswith("budget")}
     now |= contents(directory, None if plan.teacher else plan.config.teacher)
     now |= {f"task {name}": hashlib.sha256(json.dumps(
         [(part, x, np.asarray(y).tolist()) for part, (x, y) in parts.items()]).encode()).hexdigest()
@@ -350,8 +358,8 @@ def scored(config, model, out, say, seed):
     tasks = finetune_glue.score(tuning, say)["tasks"]
     means = {name: r["mean"] for name, r in tasks.items()}
     probe = dataclasses.replace(tuning, data=config.data, probe=True)
-    return dict(tasks=tasks, scores=means, average=float(np.mean([means[name] for name in report.averaged(means)])),
-                probes=finetune_glue.probes(probe, say) if config.probe else {})
+    return dict(tasks=tasks, scores=means, probes=finetune_glue.probes(probe, say) if config.probe else {},
+                average=float(np.mean([means[name] for name in report.averaged(means)])))
 
 
 def result_of(plan, each, summary):
@@ -382,7 +390,8 @@ def tuned(plan, progress):
     found = share_runs([each.out for each in plan.tuning.values()], do)
     best = {name: min((loss, lr) for n, lr, loss, _ in found if n == name)[1] for name in plan.names}
     lines = [f"{name}: peak LR " + ", ".join(
-        f"{lr:g}: " + (f"{loss:.4f}" if math.isfinite(loss) else "not finite") + " (taken)" * (lr == best[name])
+        f"{lr:g}: " + (f"{loss:.4f}" if math.isfinite(loss) else "not finite")
+        + " (taken)" * (lr == best[name])
         for n, lr, loss, _ in found if n == name) for name in plan.names]
     spent = sum(s["charged_seconds"] for n, lr, _, s in found if lr != best[n])
     return best, lines, (f"Choosing the peak LR took {len(found)} runs; the {len(found) - len(best)} that "
@@ -480,7 +489,8 @@ def timed(plan, directory, each, progress):
     note, first = Path(each.out) / "speed.json", plan.out / "speed.json"
     finished = (Path(each.out) / "summary.json").exists()
     reference = plan.run("no_kd", plan.budgets[0])
-    before = step_seconds(reference, directory, None, tries=5) if plan.unit == "hours" and not finished else None
+    times = plan.unit == "hours" and not finished
+    before = step_seconds(reference, directory, None, tries=5) if times else None
     summary = train.train(each, say=progress.say, status=progress.step)
     if before:
         seconds = (before + step_seconds(reference, directory, None, tries=5)) / 2
@@ -510,7 +520,8 @@ def compare(config, plan):
     progress = Progress({out: s + finetune_seconds * (out in compared) for out, s in seconds.items()}
                         | {f"score {path}": finetune_seconds for _, path, _ in plan.yardsticks})
     if (config.jobs or 1) > 1:
-        jobs.run(config.jobs, work, config, plan.out, partial(over_all, plan, dict(progress.left), time.monotonic()))
+        status = partial(over_all, plan, dict(progress.left), time.monotonic())
+        jobs.run(config.jobs, work, config, plan.out, status)
         progress.say_line = lambda line: None                           # everything is finished
     return execute(plan, directory, progress)
 
@@ -598,14 +609,16 @@ def main(config):
     results, yardsticks, remarks, costs = found
     yardsticks = [report.constant_answer(results), *yardsticks]
     said = report.verdict(results, yardsticks) + report.drift(results) + report.remarks(results) + remarks
-    text = "\n\n".join([*recipe(config), report.score_table(results, yardsticks, papers_setting(plan)), *said])
+    text = "\n\n".join([*recipe(config), report.score_table(results, yardsticks, papers_setting(plan)),
+                        *said])
     if config.probe:
         text += "\n\n" + report.probe_table(results, yardsticks)
     costs = "\n\n".join([report.cost_table(results), *costs])
     everything = dict(config=dataclasses.asdict(config), results=results, yardsticks=yardsticks, verdict=said)
 
     def write(_):
-        for name, content in (("table.md", text), ("costs.md", costs), ("results.csv", report.comma_separated(results)),
+        for name, content in (("table.md", text), ("costs.md", costs),
+                              ("results.csv", report.comma_separated(results)),
                               ("results.json", json.dumps(everything, indent=1))):
             write_whole(out / name, f"{content.rstrip()}\n".encode())
         report.figure(results, yardsticks, out / "figure.png")

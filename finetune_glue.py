@@ -76,7 +76,7 @@ class Config(Checked):
 QUICK = (32, 5e-5)         # --quick: batch and learning rate
 
 
-# ---------------------------------------------------------------------------------------------------- fine-tuning
+# ------------------------------------------------------------------------------------------------ fine-tuning
 
 def encode(tokenizer, sentences, max_len):
     """One (2, S) array per example: ids, [CLS] a [SEP] or [CLS] a [SEP] b [SEP], over token types, 0 or 1.
@@ -129,7 +129,8 @@ def batches(lengths, batch_size, epochs, seed):
         yield from (epoch[at] for at in rng.permutation(len(epoch)))
 
 
-def finetune(model, examples, labels, batch_size, epochs, peak_lr, seed, pad_id, name="", bf16=False, compiled=False):
+def finetune(model, examples, labels, batch_size, epochs, peak_lr, seed, pad_id, name="", bf16=False,
+             compiled=False):
     """Trains in place: cross-entropy for classes, mean squared error for scores.  Returns
     the loss of each step."""
     device = next(model.parameters()).device
@@ -169,7 +170,7 @@ def embedded(model, tokenizer, texts, max_len):
                    tokenizer.token_to_id("[PAD]"))
 
 
-# --------------------------------------------------------------------------------------------------------- trials
+# ----------------------------------------------------------------------------------------------------- trials
 
 def finished(file, settings, save=False):
     """The result of a trial that ran before, and with `save` has its classifier beside it; else None."""
@@ -219,8 +220,8 @@ def fit(setup, file, batch, lr, seed):
     if config.save:
         names = None if task.labels in (None, (), BINARY) else task.labels
         columns = task.columns or task.text
-        checkpoint.save_model(file.with_suffix(""), model, setup.tokenizer, True, max_len=config.max_len, names=names,
-                              columns=columns, card=(
+        checkpoint.save_model(file.with_suffix(""), model, setup.tokenizer, True, max_len=config.max_len,
+                              names=names, columns=columns, card=(
             f"---\nlibrary_name: transformers\ntags: [bert, nanokd]\n---\n\n`{config.model}` fine-tuned by "
             f"nanoKD on {name} (batch {batch}, lr {lr:g}, seed {seed}): {text} on "
             f"{len(dev[0][1]):,} dev examples.\n"))
@@ -233,7 +234,8 @@ def run_trials(setup, out, points):
     # the examples as the model sees them: another TSV, tokenizer or max_len makes another trial
     examples = hashlib.sha256(b"".join(a.tobytes() for x, y in setup.parts.values() for a in (*x, y)))
     settings = dict(model=setup.digests, examples=examples.hexdigest()[:16],
-                    epochs=config.epochs, dropout=config.dropout, bf16=multiplies_in_bf16(setup.device, config.bf16))
+                    epochs=config.epochs, dropout=config.dropout,
+                    bf16=multiplies_in_bf16(setup.device, config.bf16))
     if setup.task.labels and not setup.task.columns:
         settings["labels"] = list(setup.task.labels)
     files = [out / f"{setup.name}-b{batch}-lr{lr:g}-seed{seed}.json" for batch, lr, seed in points]
@@ -264,7 +266,8 @@ def score_task(setup, out):
         chosen = run_trials(setup, out, [(*p, 0) for p in points])
         points = [max(points, key=lambda p: chosen[*p, 0]["scores"][metric])]
         trials = len(chosen)
-    results = run_trials(setup, out, [(*points[0], seed) for seed in range(first, first + setup.config.seeds)])
+    results = run_trials(setup, out, [(*points[0], seed)
+                                      for seed in range(first, first + setup.config.seeds)])
     results, (_, (_, y), *_) = list(results.values()), setup.parts.values()
     majority = np.full(len(y), 0 if setup.task.labels == () else np.bincount(y).argmax())
     mean = {m: dict(scores=[r["scores"][m] for r in results]) for m in results[0]["scores"]}
@@ -284,7 +287,7 @@ def line(name, r):
             + (f"; {r['collapsed']} of {len(r['scores'])} COLLAPSED" if r["collapsed"] else ""))
 
 
-# ------------------------------------------------------------------------------------------------------------ all
+# -------------------------------------------------------------------------------------------------------- all
 
 def grid(config):
     """[(batch size, peak lr)]"""
@@ -304,9 +307,10 @@ def opened(config, say):
     if tokenizer.get_vocab_size() > model.vocab_size:
         raise UserError(f"{path}: config.json has vocab_size {model.vocab_size}, its tokenizer "
                         f"{tokenizer.get_vocab_size()} tokens")
-    texts = {name: read_task(name, task, config.glue_dir, say) for name, task in tasks.items()}     # all before any
+    texts = {name: read_task(name, task, config.glue_dir, say) for name, task in tasks.items()}
     out = Path(config.out or Path("runs/glue", config.model.strip("/.").replace("/", "_")))
-    return Setup(config, path, digests, tokenizer, choose_device(config.device), say=say), tasks, texts, writable(out)
+    setup = Setup(config, path, digests, tokenizer, choose_device(config.device), say=say)
+    return setup, tasks, texts, writable(out)
 
 
 def score(config, say=print):
@@ -343,8 +347,8 @@ def probes(config, say=print):
     seq_len = min(128, loaded.model.config.max_position_embeddings)
     examples = hashlib.sha256(repr([(name, x, y.tolist()) for name, parts in texts.items()
                                     for x, y in parts.values()]).encode())
-    settings = dict(model=setup.digests, examples=examples.hexdigest()[:16], max_len=config.max_len, seq_len=seq_len,
-                    data=directory and directory.manifest["sha256"])
+    settings = dict(model=setup.digests, examples=examples.hexdigest()[:16], max_len=config.max_len,
+                    seq_len=seq_len, data=directory and directory.manifest["sha256"])
     out.mkdir(parents=True, exist_ok=True)
     result = finished(out / "probes.json", settings)
     if result:
@@ -375,7 +379,8 @@ def label_rows(config, out):
         good = [text for _, text, fault in some if not fault]
         found = iter(predict(model, encode(tokenizer, good, classifier.max_len), pad_id) if good else ())
         for place, _, fault in some:
-            out.write(json.dumps(dict(error=f"{place} {fault}") if fault else said(classifier, next(found))) + "\n")
+            out.write(json.dumps(dict(error=f"{place} {fault}") if fault else said(classifier, next(found)))
+                      + "\n")
         out.flush()
 
 

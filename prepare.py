@@ -67,7 +67,7 @@ class Config(Checked):
     document_per: Literal["blank-line", "file"] = "blank-line"  # what ends a document of plain text
 
 
-# --------------------------------------------------------------------------------------------- documents -> ids
+# ------------------------------------------------------------------------------------------- documents -> ids
 
 def document_key(content):
     """The hash of a document's ids (uint32, without [SEP]): tells duplicates, and
@@ -104,7 +104,8 @@ class Seen:
         self.recent.add(number)
         if len(self.recent) >= RECENT:
             recent = np.fromiter(self.recent, np.uint64, len(self.recent))
-            self.older = np.sort(np.concatenate([self.older, np.sort(recent)]), kind="stable")  # merges sorted runs
+            # merges sorted runs
+            self.older = np.sort(np.concatenate([self.older, np.sort(recent)]), kind="stable")
             self.recent = set()
         return True
 
@@ -211,13 +212,15 @@ def make(config, documents, out, files, left_out):
         counts = write_ids(config, documents, tokenizer, dtype, part, met, sum(file.size for file in files))
         tokenizer.save(str(part["tokenizer.json"]))
         manifest = dict(
-            counts, dtype=dtype.name, vocab_size=tokenizer.get_vocab_size(), fingerprint=fingerprint(tokenizer),
+            counts, dtype=dtype.name, vocab_size=tokenizer.get_vocab_size(),
+            fingerprint=fingerprint(tokenizer),
             sources=config.sources, files=len(files), val_fraction=config.val_fraction,
             document_per=config.document_per, left_out=dict(left_out),
             met={name: n for name, n in sorted(met.items()) if n and name[0] != "_"},
             bytes={name: part[name].stat().st_size for name in names[:3]},
             sha256={name: sha256(part[name]) for name in names[:3]})
-        if hub := {m[0] for m in (re.match(r"[^/]+/[^/]+@[0-9a-f]{40}(?=/)", file.name) for file in files) if m}:
+        if hub := {m[0] for m in (re.match(r"[^/]+/[^/]+@[0-9a-f]{40}(?=/)", file.name)
+                                  for file in files) if m}:
             manifest["hub"] = sorted(hub)
         if "docstrings" in config.sources:
             manifest["versions"] = {"python": platform.python_version()} | {
@@ -312,7 +315,8 @@ def main(config):
           f"{100 * m['unknown'] / (m['train_tokens'] + m['val_tokens']):.2f}% unknown, "
           f"vocabulary {m['vocab_size']:,}", file=sys.stderr)
     if m["met"]:
-        print("met: " + ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in m["met"].items()), file=sys.stderr)
+        print("met: " + ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in m["met"].items()),
+              file=sys.stderr)
     if (blocks := m["val_tokens"] // (128 - 2)) < FEW_BLOCKS:
         print(f"validation is small: {blocks} blocks at --seq-len 128, so its loss is noisy: give more text, or a "
               f"larger --val-fraction than {config.val_fraction}", file=sys.stderr)

@@ -49,7 +49,7 @@ class Config:
     nearest: str | None = None  # text file: which of its lines are nearest to the sentence?
 
 
-# ------------------------------------------------------------------------------------------------- reading runs
+# ----------------------------------------------------------------------------------------------- reading runs
 
 def plain(text):
     """Names and lines come from users: what would move the cursor, or cannot be
@@ -69,7 +69,8 @@ def read_json(file):
 
 def read_log(file):
     """One record per step; the last line may be half-written, no other one."""
-    records, lines = {}, file.read_text(encoding="utf-8", errors="replace").split("\n") if file.exists() else []
+    text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
+    records, lines = {}, text.split("\n") if text else []
     for i, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
@@ -118,19 +119,22 @@ class Run:
         step, s = record["step"], self.summary
         if unit == "flops":     # what the log says, else the finished run's price of a step, else the budget's share
             if "flops" in record or "student_flops" not in s:
-                return record.get("flops", self.total * record.get("progress", 0) if self.unit == "flops" else None)
+                share = self.total * record.get("progress", 0) if self.unit == "flops" else None
+                return record.get("flops", share)
             return step * (s["student_flops"] + s["teacher_flops"]) / s["steps"]
-        return dict(hours=record["seconds"] / 3600, tokens=step * self.config["batch_size"] * self.config["seq_len"],
-                    steps=step)[unit]
+        tokens = self.config["batch_size"] * self.config["seq_len"]
+        return dict(hours=record["seconds"] / 3600, tokens=step * tokens, steps=step)[unit]
 
     def rate(self, unit):
         """Units per charged second, over the last RECENT seconds or more."""
         last, start = self.records[-1], dict(step=0, seconds=0.0)
         first = next((r for r in self.records[::-1] if last["seconds"] - r["seconds"] >= RECENT), start)
-        return (self.at(last, unit) - (self.at(first, unit) or 0)) / max(last["seconds"] - first["seconds"], 1e-9)
+        seconds = max(last["seconds"] - first["seconds"], 1e-9)
+        return (self.at(last, unit) - (self.at(first, unit) or 0)) / seconds
 
     def points(self, name, unit):
-        return [(x, y) for x, y in zip(self.axes[unit], self.curves.get(name, ()), strict=False) if y is not None]
+        both = zip(self.axes[unit], self.curves.get(name, ()), strict=False)
+        return [(x, y) for x, y in both if y is not None]
 
     def validations(self):
         """[(record, in words: each term's loss and its change since the last validation)]."""
@@ -163,7 +167,7 @@ def find(paths):
     return runs, comparisons
 
 
-# ----------------------------------------------------------------------------------------------------- terminal
+# --------------------------------------------------------------------------------------------------- terminal
 
 def sparkline(points, end, width=24):
     """The means of y over `width` equal parts of 0..end, as far as the points reach."""
@@ -189,7 +193,8 @@ def facts(run, unit, end):
     return {"run": run.name, "state": "finished" if run.summary else f"last line {amount(age, 'hours')} ago",
             "spent": spent(used, run.total, run.unit),
             **({UNITS[unit]: amount(run.at(last, unit), unit)} if unit != run.unit else {}),
-            "left": "" if run.summary or speed <= 0 else amount(max(0, run.total - used) / speed / 3600, "hours"),
+            "left": "" if run.summary or speed <= 0 else
+                    amount(max(0, run.total - used) / speed / 3600, "hours"),
             "loss": f"{now['loss']:.5g}" if "loss" in now else "",
             "terms": ", ".join(f"{term} {value:.5g}" for term, value in run.terms.items()),
             "tokens/s": f"{rate:,.0f}",
@@ -213,9 +218,11 @@ def in_terminal(runs, comparisons, unit, width):
     rows, lines = table(runs, unit), []
     if len(runs) == 1:
         lines = [*(f"{name:14} {value}" for name, value in zip(*rows, strict=True)),
-                 *(f"  at {amount(runs[0].at(r, unit), unit):>14}  {val}" for r, val in runs[0].validations())]
+                 *(f"  at {amount(runs[0].at(r, unit), unit):>14}  {val}"
+                   for r, val in runs[0].validations())]
     else:
-        columns = [[f"{cell:{max(map(len, column))}}" for cell in column] for column in zip(*rows, strict=True)]
+        columns = [[f"{cell:{max(map(len, column))}}" for cell in column]
+                   for column in zip(*rows, strict=True)]
         part = columns[:1]
         for column in [*columns[1:], None]:
             if column is None or len(part) > 1 and sum(len(c[0]) + 2 for c in (*part, column)) - 2 > width:
@@ -227,7 +234,8 @@ def in_terminal(runs, comparisons, unit, width):
 
 # ------------------------------------------------------------------------------------------- files to pass on
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000", "#56B4E9")    # Okabe and Ito, no yellow
+# Okabe's and Ito's, without yellow
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000", "#56B4E9")
 DASHES = ((), (6, 2), (2, 2), (8, 2, 2, 2))
 MARKERS = {"o": "M-3,0a3,3 0 1,0 6,0a3,3 0 1,0 -6,0", "s": "M-3,-3h6v6h-6z", "^": "M0,-4L4,3H-4z",
            "D": "M0,-4L4,0L0,4L-4,0z", "v": "M0,4L4,-3H-4z"}
@@ -237,7 +245,8 @@ def styles(runs):
     """How each run is drawn: those that differ only by seed alike, of the first 140 others no two."""
     arms = list(dict.fromkeys(each.name.split("-seed")[0] for each in runs))
     at = [arms.index(each.name.split("-seed")[0]) for each in runs]
-    return [dict(colour=COLOURS[i % len(COLOURS)], dash=DASHES[i % len(DASHES)], marker=[*MARKERS][i % len(MARKERS)])
+    return [dict(colour=COLOURS[i % len(COLOURS)], dash=DASHES[i % len(DASHES)],
+                 marker=[*MARKERS][i % len(MARKERS)])
             for i in at]
 
 
@@ -274,8 +283,8 @@ def figure(runs, names, unit, file):
 
 def as_html(head, *rows):
     lines = (("th", head), *(("td", row) for row in rows))
-    return "<div><table>" + "\n".join("<tr>" + "".join(f"<{kind}>{escape(cell)}</{kind}>" for cell in row) + "</tr>"
-                                      for kind, row in lines) + "</table></div>"
+    rows = ("".join(f"<{kind}>{escape(cell)}</{kind}>" for cell in row) for kind, row in lines)
+    return "<div><table>" + "\n".join(f"<tr>{row}</tr>" for row in rows) + "</table></div>"
 
 
 def comparison(path):
@@ -287,7 +296,8 @@ def comparison(path):
     for file in (path / "table.md", path / "costs.md"):
         for block in file.read_text(encoding="utf-8").strip().split("\n\n") if file.exists() else ():
             if block.startswith("|"):
-                head, _, *rows = [[cell.strip() for cell in row.strip()[1:-1].split("|")] for row in block.split("\n")]
+                head, _, *rows = [[cell.strip() for cell in row.strip()[1:-1].split("|")]
+                                  for row in block.split("\n")]
                 yield as_html(head, *rows)
             elif block not in said:
                 yield f"<p>{escape(block)}</p>"
@@ -302,12 +312,14 @@ def page(runs, comparisons, names, unit):
     known = [u for u in UNITS if all(None not in each.axes[u] for each in runs)]
     data = [dict(name=each.name, axes=each.axes, curves=each.curves, **look)
             for each, look in zip(runs, styles(runs), strict=True)]
-    data = json.dumps(dict(runs=data, markers=MARKERS)).replace("<", "\\u003c")     # no name ends the script element
+    # Escaped: no name ends the script element
+    data = json.dumps(dict(runs=data, markers=MARKERS)).replace("<", "\\u003c")
     body = "\n".join((
         *(part for path in comparisons for part in comparison(path)),
         "<h2>Runs</h2>", as_html(*table(runs, unit)),
         f"<p>Written {time.strftime('%Y-%m-%d %H:%M')}. {WARNING}</p><p><label>against <select>",
-        *(f'<option value="{u}"{" selected" * (u == unit)}>{UNITS[u]}</option>' for u in known), "</select></label>",
+        *(f'<option value="{u}"{" selected" * (u == unit)}>{UNITS[u]}</option>' for u in known),
+        "</select></label>",
         *(f'<label><input type="checkbox" checked><svg class="key" width="40" height="12"></svg> {escape(each.name)}'
           f"</label>" for each in runs), '</p><div class="grid">',
         *(f'<figure data-curve="{escape(name)}"><figcaption>{escape(name)}</figcaption><svg viewBox="0 0 440 250">'
@@ -316,7 +328,7 @@ def page(runs, comparisons, names, unit):
     return PAGE.read_text(encoding="utf-8").replace("<!--body-->", body)
 
 
-# -------------------------------------------------------------------------------------------------------- main
+# ------------------------------------------------------------------------------------------------------- main
 
 def main(config, say=print):
     if bool(config.runs) == bool(config.model) or bool(config.model) != bool(config.sentence):
@@ -352,7 +364,8 @@ def look(config, file, say):
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else math.inf
     say("\033[H\033[2J" * config.follow + in_terminal(runs, comparisons, config.x, width))
     names = sorted(dict.fromkeys(name for each in runs for name, values in each.curves.items()
-                                 if any(y is not None for y in values)), key=lambda name: name.startswith("validation"))
+                                 if any(y is not None for y in values)),
+                   key=lambda name: name.startswith("validation"))
     try:
         if file and file.suffix == ".html":
             write_whole(file, page(runs, comparisons, names, config.x).encode())
@@ -362,7 +375,7 @@ def look(config, file, say):
         raise UserError(f"--out {config.out} cannot be written: {e.strerror}") from None
 
 
-# ----------------------------------------------------------------------------------------------------- a model
+# ---------------------------------------------------------------------------------------------------- a model
 
 def nearest(model, tokenizer, sentence, file, count=5):
     """([(cosine, line)], the nearest first; how many lines were looked at), read as they are needed."""

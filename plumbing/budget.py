@@ -13,7 +13,7 @@ UNITS = ("hours", "flops", "tokens", "steps")
 
 def one_budget(config):
     """(unit, value) of the only --budget-UNIT that a configuration gives."""
-    given = {unit: getattr(config, f"budget_{unit}") for unit in UNITS if getattr(config, f"budget_{unit}") is not None}
+    given = {unit: value for unit in UNITS if (value := getattr(config, f"budget_{unit}")) is not None}
     if len(given) != 1:
         raise UserError(f"give exactly one budget: {' or '.join(f'--budget-{unit}' for unit in UNITS)}"
                         + (f" (not {' and '.join(f'--budget-{unit}' for unit in given)})" if given else ""))
@@ -105,7 +105,8 @@ def stop_signals():
     if threading.current_thread() is not threading.main_thread():
         yield caught
         return
-    before = {s: signal.signal(s, lambda number, frame: caught.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
+    before = {s: signal.signal(s, lambda number, frame: caught.append(number))
+              for s in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield caught
     finally:

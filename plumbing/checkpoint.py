@@ -35,7 +35,7 @@ DECODER = "cls.predictions.decoder.weight"              # tied: the word embeddi
 EMBEDDING = "bert.embeddings.word_embeddings.weight"
 
 
-# ------------------------------------------------------------------------------------------------------- reading
+# ---------------------------------------------------------------------------------------------------- reading
 
 def find_model(name):
     """The model directory `name`: a directory on this disk, or HUB_ID[@REVISION] through
@@ -280,7 +280,7 @@ def same_vocabulary(tokenizer, path):
                         f"{len(theirs)} tokens")
 
 
-# ------------------------------------------------------------------------------------------------------ run state
+# -------------------------------------------------------------------------------------------------- run state
 
 def save_run(out, state):
     """Everything a run needs to go on, in out/checkpoint.pt: tensors, then their sha256.
@@ -329,7 +329,7 @@ def cut_log(file, step):
     write_whole(file, "".join(kept).encode())
 
 
-# ------------------------------------------------------------------------------------------------------- writing
+# ---------------------------------------------------------------------------------------------------- writing
 
 def save_model(directory, model, tokenizer, head=True, card="", max_len=None, names=None, columns=()):
     """Writes a model directory: a BertForMaskedLM with its LM head if `head`, else as an
@@ -361,7 +361,8 @@ def save_model(directory, model, tokenizer, head=True, card="", max_len=None, na
         file = part / "pytorch_model.bin"
         torch.save(weights, file)
     write(part / "SHA256SUMS", f"{sha256(file)}  {file.name}\n")
-    write(part / "config.json", dict(model_type="bert", architectures=[kind], **dataclasses.asdict(c), **extra))
+    write(part / "config.json", dict(
+        model_type="bert", architectures=[kind], **dataclasses.asdict(c), **extra))
     save_tokenizer(part, framed(tokenizer), max_len or c.max_position_embeddings)
     write(part / "modules.json", [
         dict(idx=i, name=str(i), path=where, type=f"sentence_transformers.models.{what}")

@@ -50,7 +50,7 @@ class UserError(Exception):
     """A mistake in the input: one line that says what is wrong, where, and what to do."""
 
 
-# ------------------------------------------------------------------------------------------- what a field allows
+# ---------------------------------------------------------------------------------------- what a field allows
 
 class Checked:
     """A dataclass whose fields hold what their annotations allow; text is read as the
@@ -122,7 +122,7 @@ def inside(value, limit):
     if not isinstance(limit, str):
         return limit is None or value in limit
     low, high = map(float, limit[1:-1].split(","))
-    return (low < value or limit[0] == "[" and value == low) and (value < high or limit[-1] == "]" and value == high)
+    return low < value < high or limit[0] == "[" and value == low or limit[-1] == "]" and value == high
 
 
 def wanted(of, several, limit):
@@ -132,8 +132,9 @@ def wanted(of, several, limit):
     else:
         noun = "whole number" if of is int else "number"
         low, high = limit[1:-1].split(", ") if limit else ("-inf", "inf")
-        bounds = [word + " " + bound for word, bound in (("at least" if limit and limit[0] == "[" else "above", low),
-                  ("at most" if limit and limit[-1] == "]" else "below", high)) if "inf" not in bound]
+        words = ("at least" if limit and limit[0] == "[" else "above",
+                 "at most" if limit and limit[-1] == "]" else "below")
+        bounds = [f"{word} {bound}" for word, bound in zip(words, (low, high), strict=True) if "inf" not in bound]
         text = (f"{noun}s" if several else f"a {noun}") + (f", {' and '.join(bounds)}" if bounds else "")
     return text + ", separated by commas, none twice" * several
 
@@ -150,7 +151,7 @@ def writable(path, flag="--out"):
     return path
 
 
-# -------------------------------------------------------------------------------------------------- command line
+# ----------------------------------------------------------------------------------------------- command line
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
@@ -171,7 +172,8 @@ def parse(cls, doc, argv=None):
             text += f" [{field.default}]"
         if typing.get_origin(kind) is list:
             empty = field.default_factory is not dataclasses.MISSING
-            parser.add_argument(field.name, nargs="*" if empty else "+", metavar=field.name.upper(), help=text)
+            parser.add_argument(field.name, nargs="*" if empty else "+", metavar=field.name.upper(),
+                                help=text)
         elif kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help=text)
             others |= {flag, f"--no-{flag[2:]}"}

@@ -13,7 +13,7 @@ import numpy as np
 
 from plumbing.cli import UserError
 
-# ---------------------------------------------------------------------------------------------------------- tasks
+# ------------------------------------------------------------------------------------------------------ tasks
 
 class Task(NamedTuple):
     folder: str             # of the official TSVs; one's own: a file or a folder
@@ -28,7 +28,8 @@ class Task(NamedTuple):
 
 BINARY, ENTAILMENT = ("0", "1"), ("entailment", "not_entailment")
 TASKS = {
-    "cola": Task("CoLA", (3,), 1, ("sentence",), BINARY, ("matthews",), dict(train=8551, dev=1043), header=False),
+    "cola": Task("CoLA", (3,), 1, ("sentence",), BINARY, ("matthews",), dict(train=8551, dev=1043),
+                 header=False),
     "sst2": Task("SST-2", (0,), 1, ("sentence",), BINARY, ("accuracy",), dict(train=67349, dev=872)),
     "mrpc": Task("MRPC", (3, 4), 0, ("sentence1", "sentence2"), BINARY, ("f1", "accuracy"),
                  dict(train=3668, dev=408)),
@@ -42,12 +43,16 @@ TASKS = {
                  dict(train=104743, dev=5463)),
     "rte": Task("RTE", (1, 2), -1, ("sentence1", "sentence2"), ENTAILMENT, ("accuracy",),
                 dict(train=2490, dev=277)),
-    "wnli": Task("WNLI", (1, 2), -1, ("sentence1", "sentence2"), BINARY, ("accuracy",), dict(train=635, dev=71)),
+    "wnli": Task("WNLI", (1, 2), -1, ("sentence1", "sentence2"), BINARY, ("accuracy",),
+                 dict(train=635, dev=71)),
 }
-PAPER = ("qnli", "sst2", "mnli", "mrpc", "qqp", "rte", "cola")     # the columns of its Table 2, which it averages
+# The columns of the paper's Table 2, which it averages
+PAPER = ("qnli", "sst2", "mnli", "mrpc", "qqp", "rte", "cola")
 FORMATS = (".tsv", ".csv", ".jsonl", ".ndjson", ".json", ".parquet")
-LABELS = ("label", "labels", "class", "category", "target", "sentiment", "stars", "rating", "score")    # by name
-ROW_NUMBER = re.compile(r"(.*[\W_])?(id|idx|index|guid|uuid)|(unnamed: \d+)?")     # pandas' own index has no name
+# Names of a column of labels
+LABELS = ("label", "labels", "class", "category", "target", "sentiment", "stars", "rating", "score")
+# And of one that numbers the rows: pandas' own has no name
+ROW_NUMBER = re.compile(r"(.*[\W_])?(id|idx|index|guid|uuid)|(unnamed: \d+)?")
 
 
 def parse_tasks(names, columns=None, say=print):
@@ -94,8 +99,8 @@ def own_task(path, columns=None, say=print):
     labels = () if label == "score" else own_labels(file, rows, names.index(label), len(names))
     say(f"text from {quoted(text)}, {'scores' if labels == () else 'labels'} from {label!r} ({file.name})"
         + (f": {', '.join(labels)}" if labels else ""))
-    return Task(str(path), tuple(text), label, (), labels, ("accuracy",) if labels != () else ("pearson", "spearman"),
-                dict.fromkeys(own_files(path)))
+    return Task(str(path), tuple(text), label, (), labels,
+                ("accuracy",) if labels != () else ("pearson", "spearman"), dict.fromkeys(own_files(path)))
 
 
 def header(path, names):
@@ -168,7 +173,7 @@ def one_column(path, line):
             + (f", not {other}" if other else ""))
 
 
-# -------------------------------------------------------------------------------------------------------- reading
+# ---------------------------------------------------------------------------------------------------- reading
 
 def lines_of(path):
     """The lines of a text file, one after the other; blank ones at its end are none."""
@@ -401,22 +406,23 @@ def read_task(name, task, glue_dir, say=print):
         if len(classes) < 2 or max(classes) >= len(classes) or not set(parts["dev"][1]) <= classes:
             raise UserError(f"{folder}: the labels of the training examples are not 0, 1, ... without a gap, "
                             f"or dev has others (a column of scores is called `score` in the header)")
-    return {file: (x, np.array(y, np.float32 if task.labels == () else np.int64)) for file, (x, y) in parts.items()}
+    return {file: (x, np.array(y, np.float32 if task.labels == () else np.int64))
+            for file, (x, y) in parts.items()}
 
 
 def split(path, sentences, labels):
     """A tenth of the examples as dev, by the hash of their text: the same each time, and
     no text on both sides."""
     digests = [hashlib.sha256("\t".join(s).encode("utf-8", "surrogatepass")).digest() for s in sentences]
-    parts = {part: [i for i, d in enumerate(digests) if (int.from_bytes(d[:8], "big") % 10 == 0) == (part == "dev")]
-             for part in ("train", "dev")}
+    dev = [int.from_bytes(digest[:8], "big") % 10 == 0 for digest in digests]
+    parts = {part: [i for i, held in enumerate(dev) if held == (part == "dev")] for part in ("train", "dev")}
     if not all(parts.values()):
         raise UserError(f"{path}: {len(labels)} examples are too few to set a tenth of them apart as dev: "
                         f"give a directory with train.tsv and dev.tsv")
     return {part: ([sentences[i] for i in of], [labels[i] for i in of]) for part, of in parts.items()}
 
 
-# -------------------------------------------------------------------------------------------------------- metrics
+# ---------------------------------------------------------------------------------------------------- metrics
 
 def accuracy(p, y):
     return np.mean(p == y)

@@ -48,7 +48,7 @@ def features(u, v=None):
     return u if v is None else np.concatenate([u, v, np.abs(u - v), u * v], 1)
 
 
-# ---------------------------------------------------------------------------------------------------- regressions
+# ------------------------------------------------------------------------------------------------ regressions
 
 def logistic(x, y, C, start=None):
     """(K, F + 1) weights, the intercept last: minimises C * sum of cross-entropies + |w|^2 / 2, by L-BFGS.
@@ -60,8 +60,8 @@ def logistic(x, y, C, start=None):
     if start is not None:
         w.copy_(torch.as_tensor(start))
     w.requires_grad_()
-    optimizer = torch.optim.LBFGS([w], max_iter=1000, history_size=20, tolerance_grad=1e-6, tolerance_change=1e-10,
-                                  line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([w], max_iter=1000, history_size=20, tolerance_grad=1e-6,
+                                  tolerance_change=1e-10, line_search_fn="strong_wolfe")
 
     def loss():
         optimizer.zero_grad()
@@ -125,14 +125,15 @@ def linear(train, y, dev, score):
     return predicted(dev, path(train, y, score)[best], score), best
 
 
-# ---------------------------------------------------------------------------------------------------------- probes
+# ----------------------------------------------------------------------------------------------------- probes
 
 def probe_task(task, parts, embed):
     """{name: percent} for one task; `embed` makes (n, D) states of n texts."""
     (x, y), (dev, labels), *_ = parts.values()
     some = taken(len(y))
     x, y, score = [x[i] for i in some], y[some], task.labels == ()
-    (train_states, dev_states), found = ([embed([s[i] for s in of]) for i in range(len(of[0]))] for of in (x, dev)), {}
+    (train_states, dev_states), found = ([embed([s[i] for s in of]) for i in range(len(of[0]))]
+                                         for of in (x, dev)), {}
     predictions, C = linear(features(*train_states), y, features(*dev_states), score)
     found["linear"] = glue.evaluate(task, predictions, labels)[0][task.metrics[0]]
     if score and len(dev_states) == 2:
@@ -150,7 +151,8 @@ def probe_masked_lm(model, directory, seq_len, val_blocks=512):
         return model(ids.to(device), masked.to(device))["logits"][:, :len(directory.vocab)]
     model.eval()
     losses, again = diagnose.token_losses(forward, batch), diagnose.repeated(batch)
-    split = {name: float(part.mean()) for name, part in (("repeated", losses[again]), ("others", losses[~again]))
+    split = {name: float(part.mean()) for name, part in (("repeated", losses[again]),
+                                                         ("others", losses[~again]))
              if part.size}
     return dict(mlm=float(losses.mean()), **split, d_order=diagnose.d_order(
         forward, batch, directory.special, losses.mean()))

@@ -45,7 +45,7 @@ PAPER = {                                                               # {(size
 }
 
 
-# ---------------------------------------------------------------------------------------------------- statistics
+# ------------------------------------------------------------------------------------------------- statistics
 
 @functools.cache
 def t_quantile(p, df):
@@ -85,13 +85,14 @@ def signed(mean, half, digits=1):
     return f"{mean:+.{digits}f}" + within
 
 
-# ------------------------------------------------------------------------------------------------------ grouping
+# --------------------------------------------------------------------------------------------------- grouping
 
 def groups(results):
     """{(unique_tokens, static_masks, budget): {strategy: {seed: result}}}: all of the data
     first, budgets rising."""
     found = {}
-    for r in sorted(results, key=lambda r: (-(r["unique_tokens"] or math.inf), r["static_masks"], r["budget"])):
+    for r in sorted(results, key=lambda r: (-(r["unique_tokens"] or math.inf), r["static_masks"],
+                                            r["budget"])):
         group = found.setdefault((r["unique_tokens"], r["static_masks"], r["budget"]), {})
         group.setdefault(r["strategy"], {})[r["seed"]] = r
     return found
@@ -129,7 +130,7 @@ def row_of(arm):
     return arm + " (MobileBERT's transfer on a plain BERT)" * ("mobilebert" in arm)
 
 
-# -------------------------------------------------------------------------------------------------------- floors
+# ----------------------------------------------------------------------------------------------------- floors
 
 def constant_answer(results):
     """The yardstick of no model at all: the class that is most frequent in dev, or one score for all."""
@@ -190,7 +191,7 @@ def amount(budget, unit):
     return f"{budget:g} FLOPs".replace("e+", "e") if unit == "flops" else f"{budget:,.0f} {unit}"
 
 
-# -------------------------------------------------------------------------------------------------------- tables
+# ----------------------------------------------------------------------------------------------------- tables
 
 def markdown(head, rows):
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (head, ["---"] * len(head), *rows))
@@ -211,22 +212,23 @@ def score_table(results, yardsticks=(), size=None):
         for name, runs in arms.items():
             first, of = next(iter(runs.values())), list(runs.values())
             val = [r["val"]["mlm"] for r in of if "mlm" in r["val"]]
-            rows.append([amount(budget, first["unit"]), setting(unique, static), row_of(name), f"{first['peak_lr']:g}",
-                         f"{np.mean([r['tokens'] for r in of]):,.0f}",
+            rows.append([amount(budget, first["unit"]), setting(unique, static), row_of(name),
+                         f"{first['peak_lr']:g}", f"{np.mean([r['tokens'] for r in of]):,.0f}",
                          f"{np.mean([r['epochs'] for r in of]):.2g}", f"{np.mean(val):.2f}" if val else "",
                          *[spread(values_of(of, [task])) for task in tasks]])
             for names in sets:
                 lead = differences(runs, arms[base], over(names))
                 rows[-1] += [spread(values_of(of, names))] * many + (
-                    ["", ""] if name == base else [signed(*interval(lead)), seeds_for(lead) if len(lead) > 1 else ""])
+                    ["", ""] if name == base else [signed(*interval(lead)),
+                                                   seeds_for(lead) if len(lead) > 1 else ""])
     for limited in dict.fromkeys(unique is not None for unique, _, _ in groups(results)):
         paper = PAPER.get((size, limited), {}) if set(tasks) & set(PAPER_TASKS) else {}
         for name, (tokens, *values, average) in paper.items():
             of = dict(zip(PAPER_TASKS, values, strict=True))
             rows.append([f"the paper's: {PAPERS_HOURS[size, limited]} h, one A100, one seed",
                          "limited" if limited else "all", name, "", f"{tokens:.2g}", "", "",
-                         *[of.get(task, "") for task in tasks], *([f"{average} (7 tasks)"] if many else []), "", "",
-                         *["", "", ""] * (len(sets) - 1)])
+                         *[of.get(task, "") for task in tasks], *([f"{average} (7 tasks)"] if many else []),
+                         "", "", *["", "", ""] * (len(sets) - 1)])
     for y in yardsticks:
         runs = y.get("runs", []) if seeds == 1 else []      # as the arms: fine-tuning runs of one pretrained model
         rows.append(["", "", y["name"], "", "", "", "",
@@ -237,7 +239,8 @@ def score_table(results, yardsticks=(), size=None):
     base = base_of(next(iter(groups(results).values())))
     head = ["budget", "data", "arm", "peak LR", "tokens", "epochs", "val MLM", *tasks]
     for i, names in enumerate(sets):
-        title = "average" + (" of " + "+".join(names) if i else " of the paper's 7" * (set(PAPER_TASKS) <= set(tasks)))
+        papers = " of the paper's 7" * (set(PAPER_TASKS) <= set(tasks))
+        title = "average" + (" of " + "+".join(names) if i else papers)
         head += [title] * many + [f"Δ to {base} [95%]", "n for 1 point"]
     if all(r["unique_tokens"] is None for r in results):                # one setting needs no column
         head.pop(1)
@@ -294,7 +297,8 @@ def best_probe(arms, column, where):
     """["Probe COLUMN at WHERE: the best arm and its lead over the base arm"], where there
     are two arms to compare."""
     def value(r):
-        return probes_of(r)[column] * (-1 if column.startswith("MLM") else 1)       # a loss: the lowest is the best
+        # a loss: the lowest is the best
+        return probes_of(r)[column] * (-1 if column.startswith("MLM") else 1)
     of = {name: runs for name, runs in arms.items() if all(column in probes_of(r) for r in runs.values())}
     if len(of) < 2:
         return []
@@ -313,7 +317,8 @@ def cost_table(results):
             def mean(key, runs=runs):
                 return np.mean([r[key] for r in runs.values()])
             rows.append([amount(budget, next(iter(runs.values()))["unit"]), setting(unique, static), row_of(name),
-                         f"{mean('tokens'):,.0f}", f"{mean('tokens') / tokens:.2f}", f"{mean('charged_seconds'):,.1f}",
+                         f"{mean('tokens'):,.0f}", f"{mean('tokens') / tokens:.2f}",
+                         f"{mean('charged_seconds'):,.1f}",
                          f"{mean('tokens_per_second'):,.0f}", f"{mean('teacher_share'):.0%}",
                          *([f"{mean('speed'):.2f}"] if results[0].get("speed") else [])])
     return markdown(["budget", "data", "arm", "tokens", "x base", "charged s", "tokens/s", "in teacher",
@@ -322,17 +327,18 @@ def cost_table(results):
 
 def comma_separated(results):
     """One line per pretrained model, as CSV."""
-    fixed = ("strategy", "budget", "unit", "unique_tokens", "static_masks", "seed", "peak_lr", "steps", "tokens",
-             "epochs", "charged_seconds", "tokens_per_second", "teacher_share")
+    fixed = ("strategy", "budget", "unit", "unique_tokens", "static_masks", "seed", "peak_lr", "steps",
+             "tokens", "epochs", "charged_seconds", "tokens_per_second", "teacher_share")
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow([*fixed, "val_mlm", *results[0]["scores"], "average"])
     for r in results:
-        writer.writerow([*(r[key] for key in fixed), r["val"].get("mlm"), *r["scores"].values(), r["average"]])
+        writer.writerow([*(r[key] for key in fixed), r["val"].get("mlm"), *r["scores"].values(),
+                         r["average"]])
     return file.getvalue()
 
 
-# ------------------------------------------------------------------------------------------------------- verdict
+# ---------------------------------------------------------------------------------------------------- verdict
 
 def verdict(results, yardsticks=()):
     """The table in plain words: the tasks that measure nothing; the best arm of each group and whether its
@@ -438,7 +444,8 @@ def repetition(found):
             epochs = np.mean([r["epochs"] for r in arms[base].values()])
             parts = [f"{base} changes by {signed(*interval(differences(arms[base], before[base])))}"]
             for name in (name for name in arms if name != base and name in before):
-                seeds = [s for s in arms[name] if all(s in a for a in (arms[base], before[name], before[base]))]
+                seeds = [seed for seed in arms[name]
+                         if all(seed in runs for runs in (arms[base], before[name], before[base]))]
                 change = [arms[name][s]["average"] - arms[base][s]["average"]
                           - before[name][s]["average"] + before[base][s]["average"] for s in seeds]
                 parts.append(f"the lead of {name} over it by {signed(*interval(change))}")
@@ -472,7 +479,8 @@ def remarks(results):
         lines = ["One pretraining seed per arm" + (": ± is the standard deviation over fine-tuning seeds of one "
                  "pretrained model" if len(first["scores"]) > 1 else "") + ": no difference here can be told "
                  "from noise; give --seeds 3 or more."]
-    collapsed = Counter(task for r in results for task, t in r["tasks"].items() for _ in range(t["collapsed"]))
+    collapsed = Counter(task for r in results for task, t in r["tasks"].items()
+                        for _ in range(t["collapsed"]))
     if collapsed:
         lines.append(f"Fine-tuning runs that predicted a single class, of "
                      f"{len(results) * len(first['scores'])} per task: "
@@ -497,9 +505,10 @@ def drift(results):
             + " times the first run's speed, so an hour was not the same for all: give --budget-flops."]
 
 
-# -------------------------------------------------------------------------------------------------------- figure
+# ----------------------------------------------------------------------------------------------------- figure
 
-STYLES = [dict(color=color, linestyle=line, marker=marker, markerfacecolor=face) for color, line, marker, face in (
+STYLES = [dict(color=color, linestyle=line, marker=marker, markerfacecolor=face)
+          for color, line, marker, face in (
     ("black", "-", "o", "black"), ("0.45", "--", "s", "0.45"), ("black", ":", "^", "white"),
     ("0.45", "-.", "D", "white"), ("0.2", (0, (1, 4)), "v", "0.2"), ("0.6", "-", "x", "0.6"))]
 
@@ -530,14 +539,16 @@ def figure(results, yardsticks, path):
             x = np.array([keys.index(key) for key in at]) + 0.1 * (i - (len(names) - 1) / 2)
             curve(left, x, values, style[name], name if kind == first else None)
             if kind == first:
-                curve(middle, [np.mean([r["tokens"] for r in of]) / 1e6 for of in runs], values, style[name], name)
+                curve(middle, [np.mean([r["tokens"] for r in of]) / 1e6 for of in runs], values,
+                      style[name], name)
     left.set_xticks(range(len(keys)), [
-        f"{amount(budget, unit)}\n" + ("all data" if unique is None else f"{unique / 1e6:g}M ids") + "\nstatic" * static
+        f"{amount(budget, unit)}\n" + ("all data" if unique is None else f"{unique / 1e6:g}M ids")
+        + "\nstatic" * static
         for unique, static, budget in keys], fontsize=8)
     for y, line in zip(yardsticks, ("-.", ":", "--"), strict=False):
         left.axhline(np.mean(y["averages"]), color="0.6", linestyle=line, linewidth=1)
-        left.annotate(y["name"], (0.01, np.mean(y["averages"])), xycoords=("axes fraction", "data"), fontsize=8,
-                      va="bottom", color="0.3")
+        left.annotate(y["name"], (0.01, np.mean(y["averages"])), xycoords=("axes fraction", "data"),
+                      fontsize=8, va="bottom", color="0.3")
     left.set(ylabel="score, %", xlabel="budget and data; bands and bars: ± std over pretraining seeds")
     left.legend(fontsize=8)
     middle.set(xlabel="million tokens", ylabel="score, %")
@@ -547,7 +558,8 @@ def figure(results, yardsticks, path):
             seconds, loss = zip(*r["curve"], strict=True)
             right.plot(seconds, loss, linewidth=1, label=r["strategy"] if r["seed"] == results[0]["seed"] else None,
                        **style[r["strategy"]] | dict(markersize=3))
-    right.set(xlabel=f"charged seconds of {amount(budget, unit)}", ylabel="validation MLM loss (arms with an LM head)")
+    right.set(xlabel=f"charged seconds of {amount(budget, unit)}",
+              ylabel="validation MLM loss (arms with an LM head)")
     if right.has_data():
         right.legend(fontsize=8)
     fig.savefig(path, dpi=150)

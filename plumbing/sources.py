@@ -61,7 +61,8 @@ BAD = 0.05           # share of bad lines or rows above which a file is refused,
 BAD_BYTES, BAD_ROWS = 20, 10
 CONTROL = bytes({*range(32), 127} - {*b"\t\n\v\f\r\x1b\x1c\x1d\x1e\x1f"})
 SUFFIXES = ".txt, .text, .json, .jsonl, .ndjson, without suffix, also .gz .xz .bz2 .tar .tgz .zip, .parquet"
-EXPANDS = {".gz": 3, ".tgz": 3, ".xz": 4, ".bz2": 4, ".zip": 3, ".parquet": 2}  # text bytes per byte on disk, about
+# Bytes of text per byte on disk, about
+EXPANDS = {".gz": 3, ".tgz": 3, ".xz": 4, ".bz2": 4, ".zip": 3, ".parquet": 2}
 DAMAGED = (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error, zipfile.BadZipFile, tarfile.TarError,
            RuntimeError)    # ValueError is pyarrow's, RuntimeError that of an encrypted .zip
 READABLE = re.compile(r"(^[^.]+|\.(txt|text|jsonl?|ndjson|tar))(\.(gz|xz|bz2))?$|\.(zip|tgz|parquet)$", re.I)
@@ -89,7 +90,7 @@ TITLE, SECTION = re.compile(r"= [^=].* ="), re.compile(r"(= ){2,}[^=].*( =){2,}"
 HUB = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w.~-]+))?(?:/([\w./-]+?))?/?")
 
 
-# --------------------------------------------------------------------------------------------- sources -> files
+# ------------------------------------------------------------------------------------------- sources -> files
 
 class File(NamedTuple):
     name: str                       # what messages call it; its suffix says how to read it
@@ -167,7 +168,8 @@ def hub_files(source):
     revision = "refs/convert/parquet" if revision == "~parquet" else revision
     try:
         if hub.constants.HF_HUB_OFFLINE:
-            local = Path(hub.snapshot_download(name, repo_type="dataset", revision=revision, local_files_only=True))
+            local = Path(hub.snapshot_download(name, repo_type="dataset", revision=revision,
+                                               local_files_only=True))
             commit, sizes = local.name, {p.relative_to(local).as_posix(): p.stat().st_size
                                          for p in local.rglob("*.parquet")}
         else:
@@ -209,7 +211,7 @@ def check_space(files, out):
                         f"room, or give another --out")
 
 
-# ------------------------------------------------------------------------------------------- files -> documents
+# ----------------------------------------------------------------------------------------- files -> documents
 
 class Piece(NamedTuple):
     """A document, or a part of one that is too long."""
@@ -243,8 +245,9 @@ def pieces_of(name, path, met, field, rows_per_document, document_per):
                 lines = watched(lines, inner, raw, before, on_disk, met)
                 yield from pieces(shaped(lines, document_per), met)
     except DAMAGED as e:
-        raise UserError(f"{name} cannot be read ({e.strerror}): mend that, or leave it out" if getattr(e, "errno", None)
-                        else f"{name} cannot be read, it is damaged or cut ({one_line(e)}): get it again, or leave it "
+        if getattr(e, "errno", None):
+            raise UserError(f"{name} cannot be read ({e.strerror}): mend that, or leave it out") from None
+        raise UserError(f"{name} cannot be read, it is damaged or cut ({one_line(e)}): get it again, or leave it "
                         f"out") from None
 
 
@@ -348,7 +351,8 @@ def watched(lines, name, raw, before, on_disk, met):
     old = Counter(met)
 
     def check():
-        new = {key: met[key] - old[key] for key in ("_lines", "_bad_lines", "_bad_bytes", "_rows", "bad_rows")}
+        new = Counter(met)
+        new.subtract(old)
         if new["_bad_lines"] > BAD * new["_lines"] and new["_bad_bytes"] >= BAD_BYTES:
             raise UserError(f"{name}: {new['_bad_lines'] / new['_lines']:.0%} of its lines hold control "
                             f"characters or bytes that are no UTF-8: leave it out if it is no text, convert "
