@@ -64,7 +64,7 @@ class Config(Checked):
     vocab_size: Annotated[int, "[6, inf)"] = 30522      # V, ids in the vocabulary
     strategies: Annotated[str, str, (*STRATEGIES, *PHASED)] = ",".join(STRATEGIES)   # the arms; no_kd always
     as_released: bool = False          # beside them what the paper's released code computes under their names
-    baseline: Literal["transformers"] | None = None     # beside them BertForMaskedLM, and a TinyBERT, of that package
+    baseline: Literal["transformers"] | None = None     # beside them that package's BertForMaskedLM, and a TinyBERT
     teacher_cost: bool = False          # instead: the teacher's forward pass alone, one change at a time
     loader: bool = False                # instead: the data loader alone, batches of 1024 blocks on one core
     seq_len: Length = 128               # S, positions in a block

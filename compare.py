@@ -459,8 +459,8 @@ def execute(plan, directory, progress):
 
     if plan.teacher:
         taught, = share_runs([plan.teacher.out], teach)
-        remarks.append(f"The teacher ({plan.teacher.size}) has a validation MLM loss of {taught['val']['mlm']:.2f}; "
-                       f"its own pretraining is charged to no arm"
+        remarks.append(f"The teacher ({plan.teacher.size}) has a validation MLM loss of "
+                       f"{taught['val']['mlm']:.2f}; its own pretraining is charged to no arm"
                        + (", and it has seen all of the data." if plan.settings != [(None, False)] else "."))
         costs.append(f"The teacher's pretraining took {duration(taught['charged_seconds'])}.")
     if plan.tuning:
@@ -544,8 +544,8 @@ def over_all(plan, estimates, began):
         done += share * estimate
     part = done / max(sum(estimates.values()), 1e-9)
     left = (time.monotonic() - began) * (1 - part) / part if part > 0.02 else None
-    return (f"[{len(finished)}/{len(folders)}" + (f", {duration(left)} left" if left is not None else "") + "] "
-            + ", ".join(under_way))
+    left = f", {duration(left)} left" if left is not None else ""
+    return f"[{len(finished)}/{len(folders)}{left}] {', '.join(under_way)}"
 
 
 def describe(plan, seconds, finetune_seconds, texts):

@@ -57,7 +57,7 @@ class Config(Checked):
     columns: str | None = None              # of your own: text,label or text,text,label; default: guessed
     predict: str | None = None       # a file of text: --model, a classifier, labels it, one JSON line per row
     batch_sizes: Counts = "16,32"           # the grid: examples per step ...
-    peak_lrs: Positives = "1e-5,3e-5,5e-5,8e-5"     # ... times learning rates, each reached after 6% of the steps
+    peak_lrs: Positives = "1e-5,3e-5,5e-5,8e-5"     # ... times learning rates, reached after 6% of the steps
     quick: bool = False                     # one grid point, batch 32 and lr 5e-5, in the grid's place
     seeds: Count = 3                        # runs of the chosen point: mean and standard deviation over them
     first_seed: Seed | None = None      # of those runs; default: 1 after a grid, which runs on seed 0, else 0
@@ -406,10 +406,11 @@ def main(config):
     for name, r in result["tasks"].items():
         print(line(name, r))
     if result["averaged"]:
-        of = "the paper's 7 tasks" if len(result["averaged"]) == 7 else "+".join(result["averaged"]) + " alone"
+        names = result["averaged"]
+        of = "the paper's 7 tasks" if len(names) == 7 else "+".join(names) + " alone"
         without = result["average_without_cola"]
         print(f"average over {of}: {result['average']:.1f}"
-              + (f"; without cola: {without:.1f}" if without is not None and "cola" in result["averaged"] else ""))
+              + (f"; without cola: {without:.1f}" if without is not None and "cola" in names else ""))
 
 
 if __name__ == "__main__":

@@ -174,8 +174,8 @@ def prepare(config, documents=None):
             return make(config, documents, out, files, left_out)
     except OSError as e:
         full = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        raise UserError(f"{out} cannot be written ({e.strerror or e}): " + (
-            "make room, or give another --out" if full else "give a directory that can be written as --out")) from None
+        todo = "make room, or give another --out" if full else "give a directory that can be written as --out"
+        raise UserError(f"{out} cannot be written ({e.strerror or e}): {todo}") from None
 
 
 @contextlib.contextmanager
@@ -318,8 +318,8 @@ def main(config):
         print("met: " + ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in m["met"].items()),
               file=sys.stderr)
     if (blocks := m["val_tokens"] // (128 - 2)) < FEW_BLOCKS:
-        print(f"validation is small: {blocks} blocks at --seq-len 128, so its loss is noisy: give more text, or a "
-              f"larger --val-fraction than {config.val_fraction}", file=sys.stderr)
+        print(f"validation is small: {blocks} blocks at --seq-len 128, so its loss is noisy: give more text, "
+              f"or a larger --val-fraction than {config.val_fraction}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -31,11 +31,12 @@ from plumbing.files import write_whole
 from plumbing.screen import RECENT, amount, changes, spent
 
 UNITS = {"hours": "charged hours", "flops": "FLOPs", "tokens": "tokens", "steps": "steps"}
-NOT_A_TERM = ("step progress seconds lr epoch loss gradient_norm val d_order flops tokens tokens_per_second memory "
-              "mfu").split()
+NOT_A_TERM = ("step progress seconds lr epoch loss gradient_norm val d_order flops tokens tokens_per_second "
+              "memory mfu").split()
 PAGE = Path(__file__).parent / "plumbing/page.html"
 POINTS, LINES = 500, 10_000      # records of a curve; lines of --nearest
-WARNING = "Losses of different strategies are different quantities: between runs, only the same term can be compared."
+WARNING = ("Losses of different strategies are different quantities: between runs, only the same term can be "
+           "compared.")
 
 
 @dataclass
@@ -117,7 +118,7 @@ class Run:
     def at(self, record, unit):
         """Where on the axis a record stands; None where it cannot be known."""
         step, s = record["step"], self.summary
-        if unit == "flops":     # what the log says, else the finished run's price of a step, else the budget's share
+        if unit == "flops":     # what the log says, else the finished run's price of a step, else a share
             if "flops" in record or "student_flops" not in s:
                 share = self.total * record.get("progress", 0) if self.unit == "flops" else None
                 return record.get("flops", share)

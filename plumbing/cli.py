@@ -134,7 +134,8 @@ def wanted(of, several, limit):
         low, high = limit[1:-1].split(", ") if limit else ("-inf", "inf")
         words = ("at least" if limit and limit[0] == "[" else "above",
                  "at most" if limit and limit[-1] == "]" else "below")
-        bounds = [f"{word} {bound}" for word, bound in zip(words, (low, high), strict=True) if "inf" not in bound]
+        bounds = [f"{word} {bound}" for word, bound in zip(words, (low, high), strict=True)
+                  if "inf" not in bound]
         text = (f"{noun}s" if several else f"a {noun}") + (f", {' and '.join(bounds)}" if bounds else "")
     return text + ", separated by commas, none twice" * several
 

@@ -67,7 +67,8 @@ def env(config):
     for label, x, named in (("a student's", q, dict(dropout_p=.1)), ("a teacher's", q, {}),
                             ("under a mask", q, dict(attn_mask=mask, dropout_p=.1)),
                             ("predicting, fp32", q.float(), dict(attn_mask=mask))):
-        print(f"torch's choice of attention, {label}:", names.get(int(torch._fused_sdp_choice(x, x, x, **named))))
+        choice = names.get(int(torch._fused_sdp_choice(x, x, x, **named)))
+        print(f"torch's choice of attention, {label}:", choice)
     began, compiled = time.monotonic(), torch.compile(lambda x: F.dropout(F.gelu(x), .1).sum(), dynamic=False)
     print(f"compiled: {compiled(torch.randn(1000, 768, device='cuda')).item():.1f} in "
           f"{time.monotonic() - began:.1f} s")
@@ -190,7 +191,7 @@ def bench(config):
     small = ["--size", "2L128", "--teacher-size", "4L128", "--vocab-size", "999", "--batch-size", "8",
              "--seconds", "0"]
     two, five = "no_kd,tinybert", "no_kd,vanilla_kd,tinybert,minilm,minilmv2"
-    for name, flags, extra in (("micro-256", ["--micro-batch", "256", "--strategies", five, "--seconds=60"], {}),
+    for name, flags, extra in (("micro-256", ["--micro-batch=256", "--strategies", five, "--seconds=60"], {}),
                                ("micro-1024", ["--micro-batch", "1024", "--strategies", two], {}),
                                ("tuned", ["--micro-batch", "256", "--strategies", two],
                                 {"TORCHINDUCTOR_COORDINATE_DESCENT_TUNING": "1"}))[:1 if config.tiny else 3]:
@@ -222,9 +223,11 @@ def profile(config):
         rows = sorted(((e.self_device_time_total / 1e3, e.count, e.key) for e in p.key_averages()
                        if str(e.device_type).endswith("CUDA")), reverse=True)  # kernels, not what called them
         busy = sum(ms for ms, _, _ in rows)
-        print(f"{strategy}: two steps {wall:.1f} ms, device busy {busy / wall:.0%}, {sum(n for _, n, _ in rows)} "
-              "launches; " + ", ".join(f"{kind} {sum(ms for ms, _, key in rows if re.search(words, key, re.I)):.1f} ms"
-                          for kind, words in kinds.items()))
+        of_kind = {kind: sum(ms for ms, _, key in rows if re.search(words, key, re.I))
+                   for kind, words in kinds.items()}
+        print(f"{strategy}: two steps {wall:.1f} ms, device busy {busy / wall:.0%}, "
+              f"{sum(n for _, n, _ in rows)} launches; "
+              + ", ".join(f"{kind} {ms:.1f} ms" for kind, ms in of_kind.items()))
         for ms, count, key in rows[:20]:
             print(f"  {ms:8.2f} ms {count:5} x {key[:100]}")
 
@@ -289,8 +292,9 @@ def glue(config):
     for name, processes, flags in (("one", 1, []), ("four", 4, []),
                                    ("compiled", 1, ["--compile"]))[:3 - config.tiny]:
         began, out = time.monotonic(), f"{config.out}/runs/glue-{name}"
-        command = ["finetune_glue.py", "--model", f"{config.out}/runs/tinybert/model", "--quick", "--seeds", "4",
-                   "--tasks", config.tasks, *["--glue-dir", config.glue_dir] * bool(config.glue_dir), "--out", out]
+        command = ["finetune_glue.py", "--model", f"{config.out}/runs/tinybert/model", "--quick",
+                   "--seeds", "4", "--tasks", config.tasks, "--out", out,
+                   *["--glue-dir", config.glue_dir] * bool(config.glue_dir)]
         shared = [started(*command, *flags, *small) for _ in range(processes)]
         if any([each.wait() for each in shared]):
             sys.exit(1)
@@ -310,9 +314,10 @@ def tests(config):
                    cwd=copy, check=True)
 
 
+# (what, seconds)
 PARTS = dict(env=(env, 60), micro=(micro, 90), parity=(parity, 500), bench=(bench, 500),
              profile=(profile, 200),
-             train=(train_runs, 300), resume=(resume, 200), glue=(glue, 300), tests=(tests, 200))   # (what, seconds)
+             train=(train_runs, 300), resume=(resume, 200), glue=(glue, 300), tests=(tests, 200))
 
 
 def ended(part, flags, log):

@@ -33,7 +33,8 @@ def rehearse(run, gradients, batches, blocks):
         if sum(took) >= SECONDS and len(took) > 2 or took[0] >= SECONDS:
             break
     seconds = sum(took[1:]) / len(took[1:]) if took[1:] else took[0]    # the first one allocates
-    steps = math.ceil(budget.total * 3600 / seconds if budget.unit == "hours" else budget.total / budget.price)
+    many = budget.total * 3600 / seconds if budget.unit == "hours" else budget.total / budget.price
+    steps = math.ceil(many)
     tokens, charged, say = config.batch_size * config.seq_len, steps * seconds, run.say
     say(f"memory: {memory(arm.device)}")
     say(f"speed: {tokens / seconds:,.0f} tokens/s, {seconds:.3g} s a step, measured over {len(took)}")

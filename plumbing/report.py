@@ -77,7 +77,8 @@ def seeds_for(differences, points=1.0):
 
 
 def spread(values, digits=1):
-    return f"{np.mean(values):.{digits}f}" + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "")
+    std = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{std}"
 
 
 def signed(mean, half, digits=1):
@@ -230,12 +231,12 @@ def score_table(results, yardsticks=(), size=None):
                          *[of.get(task, "") for task in tasks], *([f"{average} (7 tasks)"] if many else []),
                          "", "", *["", "", ""] * (len(sets) - 1)])
     for y in yardsticks:
-        runs = y.get("runs", []) if seeds == 1 else []      # as the arms: fine-tuning runs of one pretrained model
+        runs = y.get("runs", []) if seeds == 1 else []  # as the arms: fine-tuning runs of one model
         rows.append(["", "", y["name"], "", "", "", "",
                      *[spread(values_of(runs, [task]) if runs else y["scores"][task]) for task in tasks]])
         for names in sets:
-            rows[-1] += [spread(values_of(runs, names) if runs else np.mean([y["scores"][task] for task in names], 0))
-                         ] * many + ["", ""]
+            values = values_of(runs, names) if runs else np.mean([y["scores"][task] for task in names], 0)
+            rows[-1] += [spread(values)] * many + ["", ""]
     base = base_of(next(iter(groups(results).values())))
     head = ["budget", "data", "arm", "peak LR", "tokens", "epochs", "val MLM", *tasks]
     for i, names in enumerate(sets):
@@ -316,7 +317,8 @@ def cost_table(results):
         for name, runs in arms.items():
             def mean(key, runs=runs):
                 return np.mean([r[key] for r in runs.values()])
-            rows.append([amount(budget, next(iter(runs.values()))["unit"]), setting(unique, static), row_of(name),
+            unit = next(iter(runs.values()))["unit"]
+            rows.append([amount(budget, unit), setting(unique, static), row_of(name),
                          f"{mean('tokens'):,.0f}", f"{mean('tokens') / tokens:.2f}",
                          f"{mean('charged_seconds'):,.1f}",
                          f"{mean('tokens_per_second'):,.0f}", f"{mean('teacher_share'):.0%}",
@@ -347,8 +349,8 @@ def verdict(results, yardsticks=()):
     found, lines = groups(results), []
     told = measuring(results, yardsticks)
     if told and told[1]:
-        lines.append(f"Measures nothing here: {', '.join(told[1])}: neither the teacher nor any arm is above the "
-                     f"constant answer and the random init outside the noise." + (
+        lines.append(f"Measures nothing here: {', '.join(told[1])}: neither the teacher nor any arm is above "
+                     f"the constant answer and the random init outside the noise." + (
                          "" if told[0] else " That is every task: the averages below rank noise."))
     where = "At"
     for names in (averaged(results[0]["scores"]), *second_average(results, yardsticks)):
@@ -389,7 +391,8 @@ def resolution(results, seeds):
     else:
         low, mid, high = (t_quantile(0.975, seeds - 1) * std / math.sqrt(seeds)
                           for std in (stds[0], stds[len(stds) // 2], stds[-1]))
-        able = f"{seeds} seeds tell differences from {low:.1f} to {high:.1f} points from noise (median {mid:.1f})"
+        able = (f"{seeds} seeds tell differences from {low:.1f} to {high:.1f} points from noise "
+                f"(median {mid:.1f})")
     return f"{able}; a difference of 1 point needs {min(need)} to {max(need)}"
 
 
@@ -500,8 +503,8 @@ def drift(results):
     means = {name: float(np.mean(values)) for name, values in speeds.items()}
     if not means or max(means.values()) <= 1.05 * min(means.values()):
         return []
-    return ["Beware: these arms did not have the same budget. A fixed step, timed before and after each run, went at "
-            + ", ".join(f"{value:.2f} ({name})" for name, value in means.items())
+    return ["Beware: these arms did not have the same budget. A fixed step, timed before and after each run, "
+            "went at " + ", ".join(f"{value:.2f} ({name})" for name, value in means.items())
             + " times the first run's speed, so an hour was not the same for all: give --budget-flops."]
 
 
@@ -556,7 +559,8 @@ def figure(results, yardsticks, path):
     for r in results:
         if (r["unique_tokens"], r["static_masks"], r["budget"]) == (*first, budget) and r["curve"]:
             seconds, loss = zip(*r["curve"], strict=True)
-            right.plot(seconds, loss, linewidth=1, label=r["strategy"] if r["seed"] == results[0]["seed"] else None,
+            label = r["strategy"] if r["seed"] == results[0]["seed"] else None
+            right.plot(seconds, loss, linewidth=1, label=label,
                        **style[r["strategy"]] | dict(markersize=3))
     right.set(xlabel=f"charged seconds of {amount(budget, unit)}",
               ylabel="validation MLM loss (arms with an LM head)")

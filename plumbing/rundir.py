@@ -180,7 +180,8 @@ class Run:
         self.log.write(json.dumps(record) + "\n")
         if self.events:
             for name, value in (record | {f"val_{k}": v for k, v in record.get("val", {}).items()}).items():
-                if name not in ("step", "val") and ("val" not in record or name.startswith(("val_", "d_order"))):
+                measured = name.startswith(("val_", "d_order"))
+                if name not in ("step", "val") and (measured or "val" not in record):
                     self.events.add_scalar(name, value, record["step"])
 
     def checkpoint(self):
@@ -272,7 +273,7 @@ def model_card(config, summary):
     for f in dataclasses.fields(config):
         flag, value = f.name.replace("_", "-"), getattr(config, f.name)
         if value != f.default:
-            given += f" --{flag}" if value is True else f" --no-{flag}" if value is False else f" --{flag} {value}"
+            given += {"True": f" --{flag}", "False": f" --no-{flag}"}.get(str(value), f" --{flag} {value}")
     teacher = f" from the teacher `{config.teacher}`" if config.needs_teacher else ""
     val = ", ".join(f"{name} {value:.4f}" for name, value in summary["val"].items())
     return (f"---\nlibrary_name: transformers\ntags: [bert, nanokd]\n---\n\n"

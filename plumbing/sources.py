@@ -178,12 +178,14 @@ def hub_files(source):
     except Exception as e:      # of many kinds: no network, no such data set, not allowed
         raise UserError(f"{source}: neither on this disk nor a data set that the Hub "
                         f"gives ({one_line(e)})") from None
-    found = sorted(f for f in sizes if f.endswith(".parquet") and f.startswith(f"{folder}/" if folder else ""))
+    inside = f"{folder}/" if folder else ""
+    found = sorted(f for f in sizes if f.endswith(".parquet") and f.startswith(inside))
     found = [f for f in found if "train" in f.removeprefix(folder or "")] or found
     folders = sorted({f.split("/")[0] for f in found if "/" in f})
     if not found or not folder and len(folders) > 1:
-        raise UserError(f"{source}: no parquet file there" if not found else f"{source} has {len(folders)} folders: "
-                        f"name one, as in {name}/{folders[0]} (there are {', '.join(folders[:8])} ...)")
+        raise UserError(f"{source}: no parquet file there" if not found else
+                        f"{source} has {len(folders)} folders: name one, as in {name}/{folders[0]} (there "
+                        f"are {', '.join(folders[:8])} ...)")
     for f in found:             # only a part is in the cache
         if (of := re.search(r"-of-(\d+)", f)) and len(found) < int(of[1]):
             raise UserError(f"{source}: {len(found)} of its {int(of[1])} files are there: "
@@ -247,8 +249,8 @@ def pieces_of(name, path, met, field, rows_per_document, document_per):
     except DAMAGED as e:
         if getattr(e, "errno", None):
             raise UserError(f"{name} cannot be read ({e.strerror}): mend that, or leave it out") from None
-        raise UserError(f"{name} cannot be read, it is damaged or cut ({one_line(e)}): get it again, or leave it "
-                        f"out") from None
+        raise UserError(f"{name} cannot be read, it is damaged or cut ({one_line(e)}): get it again, or "
+                        f"leave it out") from None
 
 
 class Full(io.RawIOBase):
@@ -501,7 +503,8 @@ def pieces(lines, met):
 def docstrings():
     """(package, docstring) of the standard library and the packages that requirements.txt brings, sorted."""
     stdlib = Path(sysconfig.get_path("stdlib"))
-    files = {"python": [p for p in stdlib.rglob("*.py") if not {"site-packages", "dist-packages"} & set(p.parts)]}
+    files = {"python": [path for path in stdlib.rglob("*.py")
+                        if not {"site-packages", "dist-packages"} & set(path.parts)]}
     for name in required_packages():
         files[name] = [Path(p.locate()) for p in importlib.metadata.files(name) or () if p.suffix == ".py"]
     for package in sorted(files):
