@@ -1,19 +1,21 @@
-"""Every strategy at every budget, pretrained over several seeds, fine-tuned and scored alike: tables, figure, verdict.
-Read it seventh.
+"""Every strategy at every budget, pretrained over several seeds, fine-tuned and scored alike: tables, figure,
+verdict.  Read it seventh.
 
-    python compare.py            # the demonstration: no data, no teacher, no GPU, no download; about ten minutes
+    python compare.py         # the demonstration: no data, no teacher, no GPU, no download; about ten minutes
     python compare.py --data data/wiki --teacher bert-base-uncased --glue-dir glue --budget-hours 1,4 --seeds 3 \\
-                      --out runs/table2 --dry-run                                   # the plan and its time, no more
+                      --out runs/table2 --dry-run                             # the plan and its time, no more
 
-Each (strategy, budget, data setting, seed) is a run of its own under OUT/runs, whose learning rate ends at zero at its
-budget.  Of several --peak-lrs, each arm takes the one with which its own validation loss ends lowest at the smallest
-budget (seed 0).  What is finished is never run again: the same command goes on where it was stopped, and several
-processes with the same --out share the runs, such as one per GPU, each started with its own CUDA_VISIBLE_DEVICES.
+Each (strategy, budget, data setting, seed) is a run of its own under OUT/runs, whose learning rate ends at
+zero at its budget.  Of several --peak-lrs, each arm takes the one with which its own validation loss ends
+lowest at the smallest budget (seed 0).  What is finished is never run again: the same command goes on where
+it was stopped, and several processes with the same --out share the runs, such as one per GPU, each started
+with its own CUDA_VISIBLE_DEVICES.
 
-The demonstration takes the English documentation that is already on this disk (see prepare.py) and the teacher in
-teacher/, gives each strategy the same 2-layer student and the same number of FLOPs from three seeds, one process per
-core, and fine-tunes every student on the built-in task: which package does a docstring come from?  The task's
-docstrings are validation documents of that corpus, so neither a student nor the teacher has been pretrained on them.
+The demonstration takes the English documentation that is already on this disk (see prepare.py) and the
+teacher in teacher/, gives each strategy the same 2-layer student and the same number of FLOPs from three
+seeds, one process per core, and fine-tunes every student on the built-in task: which package does a docstring
+come from?  The task's docstrings are validation documents of that corpus, so neither a student nor the
+teacher has been pretrained on them.
 """
 import contextlib
 import dataclasses
@@ -70,7 +72,7 @@ from step import (
 @dataclass
 class Config(Checked):
     data: str | None = None             # token directory; without it the demonstration runs
-    teacher: str | None = None          # model directory, Hub id, or train: pretrain one on the same data first
+    teacher: str | None = None        # model directory, Hub id, or train: pretrain one on the same data first
     teacher_size: str | None = None     # of --teacher train; default: twice the student's layers
     teacher_budget: Positive | None = None  # of --teacher train, in the budget's unit; default: 4 x the largest budget
     glue_dir: str | None = None         # folder of GLUE's official TSVs
@@ -81,13 +83,13 @@ class Config(Checked):
     budget_flops: Positives | None = None   # or in matmul FLOPs of student and teacher
     budget_tokens: Counts | None = None  # or in tokens
     budget_steps: Counts | None = None  # or in optimizer steps
-    strategies: Annotated[str, str, (*STRATEGIES, *PHASED)] = "no_kd,vanilla_kd,tinybert,minilm"     # the arms
-    arms: str | None = None             # or STRATEGY or PHASE:END/.../PHASE, then +init (from the teacher) or +released
+    strategies: Annotated[str, str, (*STRATEGIES, *PHASED)] = "no_kd,vanilla_kd,tinybert,minilm"    # the arms
+    arms: str | None = None   # or STRATEGY or PHASE:END/.../PHASE, then +init (from the teacher) or +released
     seeds: Count = 3                    # pretraining seeds 0, 1, ... of each arm; an interval needs two
-    unique_tokens: str = "all"          # data settings such as all,2000000: the first so many ids, again and again
+    unique_tokens: str = "all"     # data settings such as all,2000000: the first so many ids, again and again
     static_masks: bool = False          # the limited settings with the same masks in every epoch as well
     peak_lrs: Positives | None = None   # of every arm; several: its best at the smallest budget; default: the paper's
-    out: str = "runs/compare"           # directory for the runs, table.md, results.json, results.csv and figure.png
+    out: str = "runs/compare"     # directory for the runs, table.md, results.json, results.csv and figure.png
     dry_run: bool = False               # print the plan and its time only
     size: str = "6L768"                 # student: layers L width
     heads: Count | None = None          # attention heads; default: width / 64
@@ -97,7 +99,7 @@ class Config(Checked):
     dropout: Share = 0.1                # of every arm
     val_blocks: Count = 512             # validation blocks
     val_times: Count = 4                # validations over the budget
-    jobs: Count | None = None           # processes over the runs; default: 1, in the demonstration one per core
+    jobs: Count | None = None         # processes over the runs; default: 1, in the demonstration one per core
     finetune_seeds: Count = 3           # fine-tuning runs per pretrained model
     finetune_batch_sizes: Counts = "16,32"          # the grid of fine-tuning: examples per step ...
     finetune_lrs: Positives = "1e-5,3e-5,5e-5,8e-5"  # ... times peak learning rates
@@ -110,7 +112,8 @@ class Config(Checked):
     bf16: bool | None = None            # bf16 autocast; default: where the hardware multiplies in bf16
 
     def for_machine(self):
-        """The same with one micro-batch for all runs: that of the runs which are there, else train.py's default."""
+        """The same with one micro-batch for all runs: that of the runs which are there,
+        else train.py's default."""
         if self.micro_batch:
             return self
         file = Path(self.out, "inputs.json")
@@ -120,11 +123,11 @@ class Config(Checked):
 
 
 # What every run of a comparison takes from its command line as it stands there
-SHARED = ("data", "size", "heads", "seq_len", "batch_size", "micro_batch", "dropout", "val_blocks", "val_times",
-          "device", "compile", "bf16")
+SHARED = ("data", "size", "heads", "seq_len", "batch_size", "micro_batch", "dropout", "val_blocks",
+          "val_times", "device", "compile", "bf16")
 
 
-# ----------------------------------------------------------------------------------------------------------- plan
+# ------------------------------------------------------------------------------------------------------- plan
 
 class Plan:
     """Every run of the comparison as a train.Config, made and checked before anything starts."""
@@ -145,12 +148,13 @@ class Plan:
         if len(set(uniques)) < len(uniques):
             raise UserError(f"--unique-tokens {config.unique_tokens}: one is given twice")
         if config.static_masks and not limited:
-            raise UserError("--static-masks compares masks where data repeat: give --unique-tokens all,N with it")
+            raise UserError("--static-masks compares masks where data repeat: give "
+                            "--unique-tokens all,N with it")
         self.settings = [(None, False)] * (None in uniques) + [
             (n, static) for n in limited for static in ((False, True) if config.static_masks else (False,))]
         if self.unit == "hours" and (config.jobs or 1) > max(1, torch.cuda.device_count()):
-            raise UserError(f"--jobs {config.jobs} under --budget-hours: runs that share a device would take each "
-                            f"other's time: give --budget-flops, or one job per GPU")
+            raise UserError(f"--jobs {config.jobs} under --budget-hours: runs that share a device would take "
+                            f"each other's time: give --budget-flops, or one job per GPU")
         self.lrs = numbers(config.peak_lrs) if config.peak_lrs else [None]
         try:
             shape = BertConfig.of_size(config.size, config.heads)
@@ -163,13 +167,15 @@ class Plan:
             if whole is int:
                 self.teacher_budget = math.ceil(self.teacher_budget)
             self.teacher = self.run("no_kd", self.teacher_budget, size=size,
-                                    peak_lr=self.lrs[0] if len(self.lrs) == 1 else None, out=str(self.out / "teacher"))
+                                    peak_lr=self.lrs[0] if len(self.lrs) == 1 else None,
+                                    out=str(self.out / "teacher"))
         elif config.teacher_size or config.teacher_budget:
             raise UserError("--teacher-size and --teacher-budget belong to --teacher train")
         self.tuning = {(name, lr): self.run(name, self.budgets[0], *self.settings[0], lr=lr)
                        for name in self.names for lr in self.lrs if len(self.lrs) > 1}
         self.runs = self.runs_at({name: self.lrs[0] for name in self.names})
-        self.yardsticks = [("random init", self.out / f"random/seed{seed}", seed) for seed in range(config.seeds)]
+        self.yardsticks = [("random init", self.out / f"random/seed{seed}", seed)
+                           for seed in range(config.seeds)]
         self.yardsticks.append(("teacher", self.out / "teacher", 0))
         for each in (*self.tuning.values(), *self.runs, *([self.teacher] if self.teacher else [])):
             each.check()
@@ -178,18 +184,20 @@ class Plan:
         """The train.Config of one run; its directory's name says all that it differs in from the others."""
         strategy, *suffixes = arm.split("+")
         if len(set(suffixes)) < len(suffixes) or not {"init", "released"}.issuperset(suffixes):
-            raise UserError(f"--arms {arm}: after the strategy may come +init (it starts from the teacher) and "
-                            f"+released (what the paper's code computes), each once")
+            raise UserError(f"--arms {arm}: after the strategy may come +init (it starts from the teacher) "
+                            f"and +released (what the paper's code computes), each once")
         name = (f"{train.file_name(arm)}-{budget:g}{self.unit}" + f"-{unique}ids" * (unique is not None)
                 + "-static" * static + (f"-lr{lr:g}" if lr else "") + f"-seed{seed}")
         return train.Config(**{k: getattr(self.config, k) for k in SHARED} | dict(
-            strategy=strategy, init="teacher" if "init" in suffixes else None, as_released="released" in suffixes,
+            strategy=strategy, init="teacher" if "init" in suffixes else None,
+            as_released="released" in suffixes,
             teacher=str(self.out / "teacher/model") if self.config.teacher == "train"
             else self.config.teacher, unique_tokens=unique, static_masks=static, seed=seed, peak_lr=lr,
             out=str(self.out / "runs" / name)) | {f"budget_{self.unit}": budget} | other)
 
     def runs_at(self, lrs):
-        """The compared runs, seeds outermost: stopped early, what is there is a whole comparison over fewer seeds."""
+        """The compared runs, seeds outermost: stopped early, what is there is a whole
+        comparison over fewer seeds."""
         return [self.run(name, budget, *setting, seed, lrs[name]) for seed in range(self.config.seeds)
                 for budget in self.budgets for setting in self.settings for name in self.names]
 
@@ -209,18 +217,19 @@ def finetuning(config, model, out, seed=0):
         compile=bool(config.compile), bf16=config.bf16)
 
 
-# -------------------------------------------------------------------------------------------- time and progress
+# ------------------------------------------------------------------------------------------ time and progress
 
 @memory_told
 def step_seconds(config, directory, teacher, tries=1):
-    """Seconds of one optimizer step of this run on this machine, the median of so many tries: with random weights,
-    on a CPU with a smaller micro-batch.  `teacher`: its BertConfig."""
+    """Seconds of one optimizer step of this run on this machine, the median of so many tries: with random
+    weights, on a CPU with a smaller micro-batch.  `teacher`: its BertConfig."""
     device = choose_device(config.device)
     ready_process(device)
     micro = config.micro_batch if device.type == "cuda" else min(config.micro_batch, 16)
     arm = Arm(dataclasses.replace(config, batch_size=micro, micro_batch=micro),
               BertForMaskedLM(student_shape(config, directory)).to(device),
-              BertForMaskedLM(teacher).to(device) if config.needs_teacher else None, phase=len(config.phases) - 1)
+              BertForMaskedLM(teacher).to(device) if config.needs_teacher else None,
+              phase=len(config.phases) - 1)
     arm.make_optimizer()
     batch = Blocks(directory, "train", config.seq_len, seed=0).batch(0, micro)
     seconds = []
@@ -232,7 +241,8 @@ def step_seconds(config, directory, teacher, tries=1):
 
 
 class Progress:
-    """The plan's time, and one line of progress over all runs: estimates, corrected by what the finished ones took."""
+    """The plan's time, and one line of progress over all runs: estimates, corrected by what
+    the finished ones took."""
 
     def __init__(self, estimates, say=print):
         self.left, self.count = dict(estimates), len(estimates)         # {key: seconds}
@@ -241,7 +251,8 @@ class Progress:
 
     @contextlib.contextmanager
     def on(self, key, what):
-        """While this run is under way (for no time if it was finished before: that says nothing of the estimate)."""
+        """While this run is under way (for no time if it was finished before: that says
+        nothing of the estimate)."""
         self.what, self.began = what, time.monotonic()
         yield
         seconds, estimate = time.monotonic() - self.began, self.left.pop(key, 0.0)
@@ -257,7 +268,8 @@ class Progress:
         self.said = time.monotonic()
         seconds = sum(self.left.values()) * (self.took / self.estimated if self.estimated else 1)
         seconds = max(0, seconds - (time.monotonic() - self.began))
-        self.say_line(f"[{self.count - len(self.left) + 1}/{self.count}, {duration(seconds)} left] {self.what}: {line}")
+        self.say_line(f"[{self.count - len(self.left) + 1}/{self.count}, {duration(seconds)} "
+                      f"left] {self.what}: {line}")
 
 
 def duration(seconds):
@@ -266,8 +278,8 @@ def duration(seconds):
 
 
 def finetuning_seconds(plan, directory, texts):
-    """Seconds of fine-tuning one student on every task with every trial, by trying a few batches of each task with
-    random weights."""
+    """Seconds of fine-tuning one student on every task with every trial, by trying a few batches of each
+    task with random weights."""
     config, tokenizer, device = plan.config, directory.read_tokenizer(), choose_device(plan.config.device)
     points = finetune_glue.grid(finetuning(config, "", ""))
     batch, trials = points[0][0], config.finetune_seeds + (len(points) if len(points) > 1 else 0)
@@ -276,10 +288,11 @@ def finetuning_seconds(plan, directory, texts):
         (sentences, _), *dev = parts.values()
         examples = finetune_glue.encode(tokenizer, sentences[:4 * batch], config.max_len)
         pad_id, bf16 = directory.special["[PAD]"], multiplies_in_bf16(device, config.bf16)
-        args = (examples, np.zeros(len(examples), np.int64), batch, 1, 1e-5, 0, pad_id, "", bf16, bool(config.compile))
+        args = (examples, np.zeros(len(examples), np.int64), batch, 1, 1e-5, 0, pad_id, "", bf16,
+                bool(config.compile))
         finetune_glue.finetune(model, *args)                            # the first time warms up
         began = time.perf_counter()
-        finetune_glue.finetune(model, *args)                            # reads its losses, so waits for the device
+        finetune_glue.finetune(model, *args)                       # reads its losses, so waits for the device
         trained = time.perf_counter()
         finetune_glue.predict(model, examples, pad_id)
         scored = time.perf_counter() - trained
@@ -331,29 +344,34 @@ def estimate(plan, directory, teacher):
             seconds[each.out] = budget * 3600
         else:
             if kind not in rates:       # at the last phase's FLOP/s
-                flops = [each.batch_size * sum(flops_per_block(each, student_shape(each, directory), teacher, i))
+                shape = student_shape(each, directory)
+                flops = [each.batch_size * sum(flops_per_block(each, shape, teacher, i))
                          for i in range(len(each.phases))]
                 price = dict(steps=1, tokens=each.batch_size * each.seq_len).get(plan.unit)
                 rates[kind] = step_seconds(each, directory, teacher) / flops[-1] * sum(
-                    (p.end - p.begin) * (n / price if price else 1) for p, n in zip(each.phases, flops, strict=True))
+                    (p.end - p.begin) * (n / price if price else 1)
+                    for p, n in zip(each.phases, flops, strict=True))
             seconds[each.out] = budget * rates[kind]
     return seconds
 
 
-# ----------------------------------------------------------------------------------------------------------- work
+# ------------------------------------------------------------------------------------------------------- work
 
 def share_runs(directories, do):
-    """[do(i) for each], in any order: processes with the same --out take what no other one is working on, and wait."""
+    """[do(i) for each], in any order: processes with the same --out take what no other one is
+    working on, and wait."""
     for directory in directories:
         Path(directory).mkdir(parents=True, exist_ok=True)
     return share(directories, do)
 
 
 def same_inputs(plan, directory, texts):
-    """Notes in OUT/inputs.json what the runs are made from; refuses to mix them with runs from anything else."""
+    """Notes in OUT/inputs.json what the runs are made from; refuses to mix them with
+    runs from anything else."""
     varies = ("strategy", "init", "as_released", "peak_lr", "seed", "unique_tokens", "static_masks", "out")
     recipe = dataclasses.asdict(plan.run("no_kd", plan.budgets[0]))
-    now = {f"--{k.replace('_', '-')}": v for k, v in recipe.items() if k not in varies and not k.startswith("budget")}
+    now = {f"--{k.replace('_', '-')}": v for k, v in recipe.items()
+           if k not in varies and not k.startswith("budget")}
     now |= contents(directory, None if plan.teacher else plan.config.teacher)
     now |= {f"task {name}": hashlib.sha256(json.dumps(
         [(part, x, np.asarray(y).tolist()) for part, (x, y) in parts.items()]).encode()).hexdigest()
@@ -367,14 +385,14 @@ def same_inputs(plan, directory, texts):
 
 
 def scored(config, model, out, say, seed):
-    """What finetune_glue finds of a model, now or in an earlier run: of each task and in short, and with --probe the
-    probes."""
+    """What finetune_glue finds of a model, now or in an earlier run: of each task and in short, and
+    with --probe the probes."""
     tuning = finetuning(config, model, out, seed)
     tasks = finetune_glue.score(tuning, say)["tasks"]
     means = {name: r["mean"] for name, r in tasks.items()}
     probe = dataclasses.replace(tuning, data=config.data, probe=True)
-    return dict(tasks=tasks, scores=means, average=float(np.mean([means[name] for name in report.averaged(means)])),
-                probes=finetune_glue.probes(probe, say) if config.probe else {})
+    return dict(tasks=tasks, scores=means, probes=finetune_glue.probes(probe, say) if config.probe else {},
+                average=float(np.mean([means[name] for name in report.averaged(means)])))
 
 
 def result_of(plan, each, summary):
@@ -390,7 +408,8 @@ def result_of(plan, each, summary):
 
 
 def tuned(plan, progress):
-    """{strategy: peak LR} with the lowest own validation loss at the smallest budget, what was tried, what it cost."""
+    """{strategy: peak LR} with the lowest own validation loss at the smallest budget, what
+    was tried, what it cost."""
     def do(i):
         (name, lr), each = list(plan.tuning.items())[i]
         with progress.on(each.out, f"{name}, peak LR {lr:g}"):
@@ -405,11 +424,12 @@ def tuned(plan, progress):
     found = share_runs([each.out for each in plan.tuning.values()], do)
     best = {name: min((loss, lr) for n, lr, loss, _ in found if n == name)[1] for name in plan.names}
     lines = [f"{name}: peak LR " + ", ".join(
-        f"{lr:g}: " + (f"{loss:.4f}" if math.isfinite(loss) else "not finite") + " (taken)" * (lr == best[name])
+        f"{lr:g}: " + (f"{loss:.4f}" if math.isfinite(loss) else "not finite")
+        + " (taken)" * (lr == best[name])
         for n, lr, loss, _ in found if n == name) for name in plan.names]
     spent = sum(s["charged_seconds"] for n, lr, _, s in found if lr != best[n])
-    return best, lines, (f"Choosing the peak LR took {len(found)} runs; the {len(found) - len(best)} that are not part "
-                         f"of the comparison were charged {duration(spent)}.")
+    return best, lines, (f"Choosing the peak LR took {len(found)} runs; the {len(found) - len(best)} that "
+                         f"are not part of the comparison were charged {duration(spent)}.")
 
 
 def teacher_shape(plan, directory):
@@ -449,14 +469,14 @@ def check_inputs(plan):
     if config.max_len > longest:
         raise UserError(f"--max-len {config.max_len}: 8 to {longest} here")
     for unique, static in plan.settings:
-        Blocks(directory, "train", config.seq_len, 0, unique, static)               # refuses more than there are
+        Blocks(directory, "train", config.seq_len, 0, unique, static)            # refuses more than there are
     train.validation_blocks(directory, config.seq_len)
     return directory, texts
 
 
 def execute(plan, directory, progress):
-    """Trains and scores every run and the yardsticks, and what is finished not again: (results, yardsticks, remarks,
-    costs)."""
+    """Trains and scores every run and the yardsticks, and what is finished not again: (results,
+    yardsticks, remarks, costs)."""
     config, remarks, costs = plan.config, [], []
 
     def teach(_):
@@ -473,8 +493,8 @@ def execute(plan, directory, progress):
 
     if plan.teacher:
         taught, = share_runs([plan.teacher.out], teach)
-        remarks.append(f"The teacher ({plan.teacher.size}) has a validation MLM loss of {taught['val']['mlm']:.2f}; "
-                       f"its own pretraining is charged to no arm"
+        remarks.append(f"The teacher ({plan.teacher.size}) has a validation MLM loss of "
+                       f"{taught['val']['mlm']:.2f}; its own pretraining is charged to no arm"
                        + (", and it has seen all of the data." if plan.settings != [(None, False)] else "."))
         costs.append(f"The teacher's pretraining took {duration(taught['charged_seconds'])}.")
     if plan.tuning:
@@ -488,7 +508,8 @@ def execute(plan, directory, progress):
     done = share_runs([*(each.out for each in plan.runs), *(path for _, path, _ in plan.yardsticks)],
                       lambda i: todo[i]())
     results, others = done[:len(plan.runs)], done[len(plan.runs):]
-    costs.append(f"The compared runs were charged {duration(sum(r['charged_seconds'] for r in results))} in all.")
+    costs.append(f"The compared runs were charged "
+                 f"{duration(sum(r['charged_seconds'] for r in results))} in all.")
     yardsticks = [dict(name=name, averages=[m["average"] for m in of], runs=of,
                        scores={task: [m["scores"][task] for m in of] for task in of[0]["scores"]})
                   for name in ("random init", "teacher") for of in [[m for m in others if m["name"] == name]]]
@@ -496,12 +517,14 @@ def execute(plan, directory, progress):
 
 
 def timed(plan, directory, each, progress):
-    """(summary, speed) of a run.  Under a budget in hours a fixed step is timed before and after it, uncharged: the
-    machine's speed beside the first run's, since an hour of a busy machine buys less.  Else the speed is None."""
+    """(summary, speed) of a run.  Under a budget in hours a fixed step is timed before and after it,
+    uncharged: the machine's speed beside the first run's, since an hour of a busy machine buys less.
+    Else the speed is None."""
     note, first = Path(each.out) / "speed.json", plan.out / "speed.json"
     finished = (Path(each.out) / "summary.json").exists()
     reference = plan.run("no_kd", plan.budgets[0])
-    before = step_seconds(reference, directory, None, tries=5) if plan.unit == "hours" and not finished else None
+    times = plan.unit == "hours" and not finished
+    before = step_seconds(reference, directory, None, tries=5) if times else None
     summary = train.train(each, say=progress.say, status=progress.step)
     if before:
         seconds = (before + step_seconds(reference, directory, None, tries=5)) / 2
@@ -531,7 +554,8 @@ def compare(config, plan):
     progress = Progress({out: s + finetune_seconds * (out in compared) for out, s in seconds.items()}
                         | {f"score {path}": finetune_seconds for _, path, _ in plan.yardsticks})
     if (config.jobs or 1) > 1:
-        jobs.run(config.jobs, work, config, plan.out, partial(over_all, plan, dict(progress.left), time.monotonic()))
+        status = partial(over_all, plan, dict(progress.left), time.monotonic())
+        jobs.run(config.jobs, work, config, plan.out, status)
         progress.say_line = lambda line: None                           # everything is finished
     return execute(plan, directory, progress)
 
@@ -554,8 +578,8 @@ def over_all(plan, estimates, began):
         done += share * estimate
     part = done / max(sum(estimates.values()), 1e-9)
     left = (time.monotonic() - began) * (1 - part) / part if part > 0.02 else None
-    return (f"[{len(finished)}/{len(folders)}" + (f", {duration(left)} left" if left is not None else "") + "] "
-            + ", ".join(under_way))
+    left = f", {duration(left)} left" if left is not None else ""
+    return f"[{len(finished)}/{len(folders)}{left}] {', '.join(under_way)}"
 
 
 def describe(plan, seconds, finetune_seconds, texts):
@@ -569,9 +593,11 @@ def describe(plan, seconds, finetune_seconds, texts):
           + (f", {len(plan.tuning)} of them to choose the peak LR" if plan.tuning else "")
           + (f", the teacher ({plan.teacher.size}, --teacher-budget {plan.teacher_budget:g}) with "
              f"{duration(seconds[plan.teacher.out])}" if plan.teacher else "")
-          + f"; {finished} are finished, the others take about {duration(sum(seconds.values()))} in one process")
+          + f"; {finished} are finished, the others take about "
+            f"{duration(sum(seconds.values()))} in one process")
     models = len(plan.runs) + config.seeds + 1                          # the random students and the teacher
-    print(f"  fine-tuning {models} models on {', '.join(texts)}: very roughly {duration(models * finetune_seconds)}")
+    print(f"  fine-tuning {models} models on {', '.join(texts)}: very roughly "
+          f"{duration(models * finetune_seconds)}")
     record = plan.out / "results.json"
     if record.exists() and (able := report.resolution(read_json(record)["results"], config.seeds)):
         print(f"  by the spread in {record}, {able}")
@@ -592,9 +618,9 @@ def recipe(config):
     inside = (set(finetune_glue.grid(finetuning(config, "", ""))) <= set(finetune_glue.grid(ours(""))) and
               (config.finetune_epochs, config.max_len) == (ours.epochs, ours.max_len))
     return [] if inside else [
-        f"Fine-tuning is outside the paper's grid (batch {ours.batch_sizes}, lr {ours.peak_lrs}, {ours.epochs} epochs, "
-        f"{ours.max_len} ids): here batch {config.finetune_batch_sizes}, lr {config.finetune_lrs}, "
-        f"{config.finetune_epochs} epochs, {config.max_len} ids."]
+        f"Fine-tuning is outside the paper's grid (batch {ours.batch_sizes}, lr {ours.peak_lrs}, "
+        f"{ours.epochs} epochs, {ours.max_len} ids): here batch {config.finetune_batch_sizes}, lr "
+        f"{config.finetune_lrs}, {config.finetune_epochs} epochs, {config.max_len} ids."]
 
 
 def main(config):
@@ -605,8 +631,8 @@ def main(config):
     elif config.teacher is None:
         raise UserError("--data needs --teacher with it: a model directory, a Hub id, or train")
     elif config.tasks is None and config.glue_dir is None:
-        raise UserError("--data needs tasks to score on: --glue-dir (GLUE's TSVs), or --tasks (name=PATH: your own "
-                        "labelled text; GLUE's names: from the Hub)")
+        raise UserError("--data needs tasks to score on: --glue-dir (GLUE's TSVs), or --tasks (name=PATH: "
+                        "your own labelled text; GLUE's names: from the Hub)")
     elif config.tasks is None:
         config = dataclasses.replace(config, tasks=finetune_glue.Config.tasks)
     if config.total_hours:
@@ -619,14 +645,16 @@ def main(config):
     results, yardsticks, remarks, costs = found
     yardsticks = [report.constant_answer(results), *yardsticks]
     said = report.verdict(results, yardsticks) + report.drift(results) + report.remarks(results) + remarks
-    text = "\n\n".join([*recipe(config), report.score_table(results, yardsticks, papers_setting(plan)), *said])
+    text = "\n\n".join([*recipe(config), report.score_table(results, yardsticks, papers_setting(plan)),
+                        *said])
     if config.probe:
         text += "\n\n" + report.probe_table(results, yardsticks)
     costs = "\n\n".join([report.cost_table(results), *costs])
     everything = dict(config=dataclasses.asdict(config), results=results, yardsticks=yardsticks, verdict=said)
 
     def write(_):
-        for name, content in (("table.md", text), ("costs.md", costs), ("results.csv", report.comma_separated(results)),
+        for name, content in (("table.md", text), ("costs.md", costs),
+                              ("results.csv", report.comma_separated(results)),
                               ("results.json", json.dumps(everything, indent=1))):
             write_whole(out / name, f"{content.rstrip()}\n".encode())
         report.figure(results, yardsticks, out / "figure.png")
@@ -634,7 +662,8 @@ def main(config):
     print(f"\n{text}\n\n{costs}\n")
     if demonstration:
         look(results, config)
-    print(f"\nalso in {out}/table.md, costs.md, results.json and results.csv; {time.monotonic() - began:.0f} s in all")
+    print(f"\nalso in {out}/table.md, costs.md, results.json and results.csv; "
+          f"{time.monotonic() - began:.0f} s in all")
 
 
 if __name__ == "__main__":

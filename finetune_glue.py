@@ -1,24 +1,26 @@
 """Fine-tune a model directory on GLUE, or on labelled text of your own, and score it.  Read it sixth.
 
-    python finetune_glue.py --model runs/tinybert/model --glue-dir glue                 # the paper's grid, 3 seeds
+    python finetune_glue.py --model runs/tinybert/model --glue-dir glue            # the paper's grid, 3 seeds
     python finetune_glue.py --model runs/tinybert/model --glue-dir glue --tasks rte,cola --quick    # one grid point
     python finetune_glue.py --model runs/tinybert/model --tasks reviews=reviews.csv --save      # your own
     python finetune_glue.py --model runs/glue/.../trials/reviews-... --predict new.csv  # what it then says of others
-    python finetune_glue.py --model runs/tinybert/model --glue-dir glue --probe         # no fine-tuning: seconds
+    python finetune_glue.py --model runs/tinybert/model --glue-dir glue --probe      # no fine-tuning: seconds
 
-`--glue-dir` holds the official TSVs (CoLA/train.tsv, ...); a task absent there comes from the Hub (nyu-mll/glue).
-Your own labelled text is a file, or a directory with train and dev: TSV (no quotes), CSV, JSONL or parquet.  Its
-columns have names: one or two of text, and the label, a word or a whole number, or a score where that column is called
-`score`.  Which is which is guessed and printed, or said with --columns text,label; a column that numbers the rows (id,
-index, ...) is left out.  Of a single file a tenth is set apart as dev, by the hash of its text.
+`--glue-dir` holds the official TSVs (CoLA/train.tsv, ...); a task absent there comes from the Hub
+(nyu-mll/glue).  Your own labelled text is a file, or a directory with train and dev: TSV (no quotes), CSV,
+JSONL or parquet.  Its columns have names: one or two of text, and the label, a word or a whole number, or a
+score where that column is called `score`.  Which is which is guessed and printed, or said with --columns
+text,label; a column that numbers the rows (id, index, ...) is left out.  Of a single file a tenth is set
+apart as dev, by the hash of its text.
 
 The recipe is the paper's (arXiv 2404.19319): AdamW, batch {16, 32} x lr {1e-5, 3e-5, 5e-5, 8e-5}, 5 epochs,
-linear decay, 128 ids, dropout 0.1.  Ours: 6% warm-up, of which the paper says nothing; the grid runs on seed 0 and
-the point that it picks on other seeds, because the best of a grid on dev is too good to be true; the score is that
-of the last step.  A seed sets the new head, the order of the examples and dropout.
+linear decay, 128 ids, dropout 0.1.  Ours: 6% warm-up, of which the paper says nothing; the grid runs on seed
+0 and the point that it picks on other seeds, because the best of a grid on dev is too good to be true; the
+score is that of the last step.  A seed sets the new head, the order of the examples and dropout.
 
-Every trial (task, batch, lr, seed) is a file, OUT/trials/*.json, with the dev logits beside it (.npy).  What is
-finished never runs again, so the same command goes on after a kill, and processes that share OUT share the work.
+Every trial (task, batch, lr, seed) is a file, OUT/trials/*.json, with the dev logits beside it (.npy).  What
+is finished never runs again, so the same command goes on after a kill, and processes that
+share OUT share the work.
 """
 import hashlib
 import io
@@ -50,22 +52,22 @@ from train import learning_rate
 @dataclass
 class Config(Checked):
     model: str                              # model directory or Hub id
-    glue_dir: str | None = None             # folder of the official TSVs; a task absent there comes from the Hub
+    glue_dir: str | None = None          # folder of the official TSVs; a task absent there comes from the Hub
     tasks: str = "cola,sst2,mrpc,stsb,qqp,mnli,qnli,rte"    # GLUE's names (wnli too); name=PATH: your own
     columns: str | None = None              # of your own: text,label or text,text,label; default: guessed
-    predict: str | None = None              # a file of text: --model, a classifier, labels it, one JSON line per row
+    predict: str | None = None       # a file of text: --model, a classifier, labels it, one JSON line per row
     batch_sizes: Counts = "16,32"           # the grid: examples per step ...
-    peak_lrs: Positives = "1e-5,3e-5,5e-5,8e-5"     # ... times learning rates, each reached after 6% of the steps
+    peak_lrs: Positives = "1e-5,3e-5,5e-5,8e-5"     # ... times learning rates, reached after 6% of the steps
     quick: bool = False                     # one grid point, batch 32 and lr 5e-5, in the grid's place
     seeds: Count = 3                        # runs of the chosen point: mean and standard deviation over them
-    first_seed: Seed | None = None          # of those runs; default: 1 after a grid, which runs on seed 0, else 0
+    first_seed: Seed | None = None      # of those runs; default: 1 after a grid, which runs on seed 0, else 0
     epochs: Count = 5                       # passes over the training examples
     max_len: Annotated[int, "[8, inf)"] = 128       # ids an example is cut to, [CLS] and [SEP] included
     dropout: Share = 0.1                    # in the encoder and before the classifier
     out: str | None = None                  # directory of trials and glue.json; default: runs/glue/MODEL
-    probe: bool = False                     # no fine-tuning: what the frozen encoder knows (plumbing/probe.py)
-    data: str | None = None                 # a token directory, for --probe: masked LM on its validation blocks too
-    save: bool = False                      # keep each trial's classifier too, a model directory beside its scores
+    probe: bool = False                    # no fine-tuning: what the frozen encoder knows (plumbing/probe.py)
+    data: str | None = None           # a token directory, for --probe: masked LM on its validation blocks too
+    save: bool = False                 # keep each trial's classifier too, a model directory beside its scores
     device: str | None = None               # cpu, cuda or cuda:N; default: cuda where there is one, else cpu
     compile: bool = False                   # torch.compile of the training step, once for all lengths
     bf16: bool | None = None                # bf16 autocast; default: where the hardware multiplies in bf16
@@ -74,7 +76,7 @@ class Config(Checked):
 QUICK = (32, 5e-5)         # --quick: batch and learning rate
 
 
-# ---------------------------------------------------------------------------------------------------- fine-tuning
+# ------------------------------------------------------------------------------------------------ fine-tuning
 
 def encode(tokenizer, sentences, max_len):
     """One (2, S) array per example: ids, [CLS] a [SEP] or [CLS] a [SEP] b [SEP], over token types, 0 or 1.
@@ -96,8 +98,8 @@ def cut(tokenizer, sentences, examples, max_len):
 
 
 def pad(examples, pad_id, multiple=1, limit=math.inf):
-    """(ids, real, token_types), each (B, S) with S the longest of these examples, or the next multiple up to the limit;
-    token_types None if all are 0."""
+    """(ids, real, token_types), each (B, S) with S the longest of these examples, or the next multiple up to
+    the limit; token_types None if all are 0."""
     lengths = np.array([e.shape[1] for e in examples])
     shape = len(examples), min(-(-lengths.max() // multiple) * multiple, limit)
     ids, types = np.full(shape, pad_id), np.zeros(shape, np.int64)
@@ -118,7 +120,8 @@ def batches(lengths, batch_size, epochs, seed):
     """Index arrays: every example once an epoch, examples of like length together, as `seed` draws them."""
     rng = np.random.default_rng(seed)
     for _ in range(epochs):
-        # shuffled, then sorted by length within windows of 50 batches: little padding, and still another order
+        # shuffled, then sorted by length within windows of 50 batches: little
+        # padding, and still another order
         order = rng.permutation(len(lengths))
         windows = [w[np.argsort(lengths[w], kind="stable")] for w in np.split(
             order, range(50 * batch_size, len(order), 50 * batch_size))]
@@ -126,8 +129,10 @@ def batches(lengths, batch_size, epochs, seed):
         yield from (epoch[at] for at in rng.permutation(len(epoch)))
 
 
-def finetune(model, examples, labels, batch_size, epochs, peak_lr, seed, pad_id, name="", bf16=False, compiled=False):
-    """Trains in place: cross-entropy for classes, mean squared error for scores.  Returns the loss of each step."""
+def finetune(model, examples, labels, batch_size, epochs, peak_lr, seed, pad_id, name="", bf16=False,
+             compiled=False):
+    """Trains in place: cross-entropy for classes, mean squared error for scores.  Returns
+    the loss of each step."""
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(decay_groups(model.parameters(), 0.01), lr=peak_lr, fused=True)
     total, losses = epochs * -(-len(examples) // batch_size), []
@@ -145,7 +150,7 @@ def finetune(model, examples, labels, batch_size, epochs, peak_lr, seed, pad_id,
             group["lr"] = learning_rate(step / total, peak_lr)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.detach())                    # read at the end: .item() here would wait for the device
+        losses.append(loss.detach())                 # read at the end: .item() here would wait for the device
     return torch.stack(losses).tolist()
 
 
@@ -156,7 +161,7 @@ def predict(model, examples, pad_id, batch_size=64):
     order = np.argsort([e.shape[1] for e in examples], kind="stable")
     rows = torch.cat([forward(model, [examples[i] for i in order[at:at + batch_size]], pad_id)
                       for at in range(0, len(order), batch_size)]).float().cpu().numpy()
-    return np.nan_to_num(rows[np.argsort(order)])       # a run that diverged predicts one class, and is flagged
+    return np.nan_to_num(rows[np.argsort(order)])     # a run that diverged predicts one class, and is flagged
 
 
 def embedded(model, tokenizer, texts, max_len):
@@ -165,7 +170,7 @@ def embedded(model, tokenizer, texts, max_len):
                    tokenizer.token_to_id("[PAD]"))
 
 
-# --------------------------------------------------------------------------------------------------------- trials
+# ----------------------------------------------------------------------------------------------------- trials
 
 def finished(file, settings, save=False):
     """The result of a trial that ran before, and with `save` has its classifier beside it; else None."""
@@ -215,10 +220,11 @@ def fit(setup, file, batch, lr, seed):
     if config.save:
         names = None if task.labels in (None, (), BINARY) else task.labels
         columns = task.columns or task.text
-        checkpoint.save_model(file.with_suffix(""), model, setup.tokenizer, True, max_len=config.max_len, names=names,
-                              columns=columns, card=(
-            f"---\nlibrary_name: transformers\ntags: [bert, nanokd]\n---\n\n`{config.model}` fine-tuned by nanoKD "
-            f"on {name} (batch {batch}, lr {lr:g}, seed {seed}): {text} on {len(dev[0][1]):,} dev examples.\n"))
+        checkpoint.save_model(file.with_suffix(""), model, setup.tokenizer, True, max_len=config.max_len,
+                              names=names, columns=columns, card=(
+            f"---\nlibrary_name: transformers\ntags: [bert, nanokd]\n---\n\n`{config.model}` fine-tuned by "
+            f"nanoKD on {name} (batch {batch}, lr {lr:g}, seed {seed}): {text} on "
+            f"{len(dev[0][1]):,} dev examples.\n"))
     return dict(scores=scores, collapsed=collapsed, seconds=seconds), np.concatenate(logits)
 
 
@@ -228,7 +234,8 @@ def run_trials(setup, out, points):
     # the examples as the model sees them: another TSV, tokenizer or max_len makes another trial
     examples = hashlib.sha256(b"".join(a.tobytes() for x, y in setup.parts.values() for a in (*x, y)))
     settings = dict(model=setup.digests, examples=examples.hexdigest()[:16],
-                    epochs=config.epochs, dropout=config.dropout, bf16=multiplies_in_bf16(setup.device, config.bf16))
+                    epochs=config.epochs, dropout=config.dropout,
+                    bf16=multiplies_in_bf16(setup.device, config.bf16))
     if setup.task.labels and not setup.task.columns:
         settings["labels"] = list(setup.task.labels)
     files = [out / f"{setup.name}-b{batch}-lr{lr:g}-seed{seed}.json" for batch, lr, seed in points]
@@ -259,7 +266,8 @@ def score_task(setup, out):
         chosen = run_trials(setup, out, [(*p, 0) for p in points])
         points = [max(points, key=lambda p: chosen[*p, 0]["scores"][metric])]
         trials = len(chosen)
-    results = run_trials(setup, out, [(*points[0], seed) for seed in range(first, first + setup.config.seeds)])
+    results = run_trials(setup, out, [(*points[0], seed)
+                                      for seed in range(first, first + setup.config.seeds)])
     results, (_, (_, y), *_) = list(results.values()), setup.parts.values()
     majority = np.full(len(y), 0 if setup.task.labels == () else np.bincount(y).argmax())
     mean = {m: dict(scores=[r["scores"][m] for r in results]) for m in results[0]["scores"]}
@@ -279,7 +287,7 @@ def line(name, r):
             + (f"; {r['collapsed']} of {len(r['scores'])} COLLAPSED" if r["collapsed"] else ""))
 
 
-# ------------------------------------------------------------------------------------------------------------ all
+# -------------------------------------------------------------------------------------------------------- all
 
 def grid(config):
     """[(batch size, peak lr)]"""
@@ -289,8 +297,8 @@ def grid(config):
 
 
 def opened(config, say):
-    """The model and the tasks of a Config, read and checked: (Setup of no task, {name: Task}, {name: {file: (sentences,
-    labels)}}, --out)."""
+    """The model and the tasks of a Config, read and checked: (Setup of no task, {name: Task}, {name: {file:
+    (sentences, labels)}}, --out)."""
     path, tasks = checkpoint.find_model(config.model), parse_tasks(config.tasks, config.columns, say)
     model, tokenizer = checkpoint.read_config(path), checkpoint.read_tokenizer(path)
     digests = [sha256(f)[:16] for f in (path / "config.json", *checkpoint.weight_files(path))]
@@ -299,9 +307,10 @@ def opened(config, say):
     if tokenizer.get_vocab_size() > model.vocab_size:
         raise UserError(f"{path}: config.json has vocab_size {model.vocab_size}, its tokenizer "
                         f"{tokenizer.get_vocab_size()} tokens")
-    texts = {name: read_task(name, task, config.glue_dir, say) for name, task in tasks.items()}     # all before any
+    texts = {name: read_task(name, task, config.glue_dir, say) for name, task in tasks.items()}
     out = Path(config.out or Path("runs/glue", config.model.strip("/.").replace("/", "_")))
-    return Setup(config, path, digests, tokenizer, choose_device(config.device), say=say), tasks, texts, writable(out)
+    setup = Setup(config, path, digests, tokenizer, choose_device(config.device), say=say)
+    return setup, tasks, texts, writable(out)
 
 
 def score(config, say=print):
@@ -328,7 +337,8 @@ def score(config, say=print):
 
 
 def probes(config, say=print):
-    """What probes.json holds: {tasks: {name: {linear, similarity}}, masked_lm: {mlm, repeated, others, d_order}}."""
+    """What probes.json holds: {tasks: {name: {linear, similarity}}, masked_lm: {mlm,
+    repeated, others, d_order}}."""
     setup, tasks, texts, out = opened(config, say)
     loaded, directory = checkpoint.load_mlm(setup.path), None
     if config.data:
@@ -337,8 +347,8 @@ def probes(config, say=print):
     seq_len = min(128, loaded.model.config.max_position_embeddings)
     examples = hashlib.sha256(repr([(name, x, y.tolist()) for name, parts in texts.items()
                                     for x, y in parts.values()]).encode())
-    settings = dict(model=setup.digests, examples=examples.hexdigest()[:16], max_len=config.max_len, seq_len=seq_len,
-                    data=directory and directory.manifest["sha256"])
+    settings = dict(model=setup.digests, examples=examples.hexdigest()[:16], max_len=config.max_len,
+                    seq_len=seq_len, data=directory and directory.manifest["sha256"])
     out.mkdir(parents=True, exist_ok=True)
     result = finished(out / "probes.json", settings)
     if result:
@@ -358,7 +368,8 @@ def probes(config, say=print):
 
 
 def label_rows(config, out):
-    """Writes one JSON line per row of --predict to `out`: label and probabilities, or score; or what is wrong."""
+    """Writes one JSON line per row of --predict to `out`: label and probabilities, or
+    score; or what is wrong."""
     path = checkpoint.find_model(config.model)
     classifier, tokenizer = checkpoint.read_classifier(path), checkpoint.read_tokenizer(path)
     rows = rows_of_text(Path(config.predict), config.columns, classifier.columns)
@@ -368,7 +379,8 @@ def label_rows(config, out):
         good = [text for _, text, fault in some if not fault]
         found = iter(predict(model, encode(tokenizer, good, classifier.max_len), pad_id) if good else ())
         for place, _, fault in some:
-            out.write(json.dumps(dict(error=f"{place} {fault}") if fault else said(classifier, next(found))) + "\n")
+            out.write(json.dumps(dict(error=f"{place} {fault}") if fault else said(classifier, next(found)))
+                      + "\n")
         out.flush()
 
 
@@ -394,10 +406,11 @@ def main(config):
     for name, r in result["tasks"].items():
         print(line(name, r))
     if result["averaged"]:
-        of = "the paper's 7 tasks" if len(result["averaged"]) == 7 else "+".join(result["averaged"]) + " alone"
+        names = result["averaged"]
+        of = "the paper's 7 tasks" if len(names) == 7 else "+".join(names) + " alone"
         without = result["average_without_cola"]
         print(f"average over {of}: {result['average']:.1f}"
-              + (f"; without cola: {without:.1f}" if without is not None and "cola" in result["averaged"] else ""))
+              + (f"; without cola: {without:.1f}" if without is not None and "cola" in names else ""))
 
 
 if __name__ == "__main__":

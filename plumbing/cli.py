@@ -5,8 +5,8 @@ field into a long flag whose help is that comment (`peak_lr: float = 1e-3  # ...
 type `list` into positional arguments (at least one, unless it has a default).  Abbreviated and unknown
 flags are errors.
 
-What a field allows stands in its annotation, and a dataclass that inherits from `Checked` cannot be made with anything
-else, whether by a command line or in code:
+What a field allows stands in its annotation, and a dataclass that inherits from `Checked` cannot be made with
+anything else, whether by a command line or in code:
 
     Literal["random", "teacher"]        one of these words
     Annotated[str, STRATEGIES]   one of these words, from elsewhere
@@ -50,10 +50,11 @@ class UserError(Exception):
     """A mistake in the input: one line that says what is wrong, where, and what to do."""
 
 
-# ------------------------------------------------------------------------------------------- what a field allows
+# ---------------------------------------------------------------------------------------- what a field allows
 
 class Checked:
-    """A dataclass whose fields hold what their annotations allow; text is read as the number that belongs there."""
+    """A dataclass whose fields hold what their annotations allow; text is read as the
+    number that belongs there."""
 
     def __post_init__(self):
         for field, kind in annotated(type(self)):
@@ -121,7 +122,7 @@ def inside(value, limit):
     if not isinstance(limit, str):
         return limit is None or value in limit
     low, high = map(float, limit[1:-1].split(","))
-    return (low < value or limit[0] == "[" and value == low) and (value < high or limit[-1] == "]" and value == high)
+    return low < value < high or limit[0] == "[" and value == low or limit[-1] == "]" and value == high
 
 
 def wanted(of, several, limit):
@@ -131,14 +132,17 @@ def wanted(of, several, limit):
     else:
         noun = "whole number" if of is int else "number"
         low, high = limit[1:-1].split(", ") if limit else ("-inf", "inf")
-        bounds = [word + " " + bound for word, bound in (("at least" if limit and limit[0] == "[" else "above", low),
-                  ("at most" if limit and limit[-1] == "]" else "below", high)) if "inf" not in bound]
+        words = ("at least" if limit and limit[0] == "[" else "above",
+                 "at most" if limit and limit[-1] == "]" else "below")
+        bounds = [f"{word} {bound}" for word, bound in zip(words, (low, high), strict=True)
+                  if "inf" not in bound]
         text = (f"{noun}s" if several else f"a {noun}") + (f", {' and '.join(bounds)}" if bounds else "")
     return text + ", separated by commas, none twice" * several
 
 
 def writable(path, flag="--out"):
-    """The Path, if it is a directory, or can be made one, in which files can be written.  It makes nothing."""
+    """The Path, if it is a directory, or can be made one, in which files can be
+    written.  It makes nothing."""
     path = Path(path)
     there = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
     try:
@@ -148,7 +152,7 @@ def writable(path, flag="--out"):
     return path
 
 
-# -------------------------------------------------------------------------------------------------- command line
+# ----------------------------------------------------------------------------------------------- command line
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
@@ -158,7 +162,8 @@ class Parser(argparse.ArgumentParser):
 def parse(cls, doc, argv=None):
     """An instance of the dataclass `cls` from the command line; `doc` (a module's docstring) heads --help."""
     parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    # inspect, not dataclasses.field(metadata=...): the comment that a reader sees is the help that a user sees
+    # inspect, not dataclasses.field(metadata=...): the comment that a reader sees is
+    # the help that a user sees
     helps = dict(re.findall(r"^    (\w+):.*?  # (.*)$", inspect.getsource(cls), re.M))
     valued, others = set(), {"-h", "--help"}
     for field, kind in annotated(cls):
@@ -168,7 +173,8 @@ def parse(cls, doc, argv=None):
             text += f" [{field.default}]"
         if typing.get_origin(kind) is list:
             empty = field.default_factory is not dataclasses.MISSING
-            parser.add_argument(field.name, nargs="*" if empty else "+", metavar=field.name.upper(), help=text)
+            parser.add_argument(field.name, nargs="*" if empty else "+", metavar=field.name.upper(),
+                                help=text)
         elif kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help=text)
             others |= {flag, f"--no-{flag[2:]}"}
@@ -182,8 +188,8 @@ def parse(cls, doc, argv=None):
 
 
 def joined(argv, valued, flags, parser):
-    """--flag VALUE as --flag=VALUE, since argparse takes a VALUE such as -1e-3 for a flag.  Unknown flags are refused
-    here: argparse would first complain of another one that is missing."""
+    """--flag VALUE as --flag=VALUE, since argparse takes a VALUE such as -1e-3 for a flag.  Unknown flags are
+    refused here: argparse would first complain of another one that is missing."""
     words = []
     for word in argv:
         flag = word.partition("=")[0]

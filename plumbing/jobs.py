@@ -1,7 +1,7 @@
 """Worker processes over one plan: each takes the runs that no other one works on (plumbing.files.share).
 
-The workers write to OUT/jobs/N.log; this process shows one line over all of them.  Ctrl-C reaches them all, each leaves
-a checkpoint, and the same command goes on.  A worker that fails stops the others.
+The workers write to OUT/jobs/N.log; this process shows one line over all of them.  Ctrl-C reaches them all,
+each leaves a checkpoint, and the same command goes on.  A worker that fails stops the others.
 """
 import multiprocessing
 import os
@@ -19,7 +19,8 @@ SAY_EVERY = 10.0            # seconds
 
 
 def worker(do, config, log, threads):
-    """do(config) in a process of its own, what it prints in `log`; exits with the status that run() would give."""
+    """do(config) in a process of its own, what it prints in `log`; exits with the status
+    that run() would give."""
     sys.stdout = sys.stderr = open(log, "w", buffering=1, errors="replace")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     torch.set_num_threads(threads)

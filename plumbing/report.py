@@ -1,17 +1,18 @@
 """From the results of many runs to tables, a figure and a verdict: statistics only, nothing is trained here.
 
-Read it with compare.py.  A result is a dict, one per pretrained model: what it was (`strategy`, `budget`, `unit`,
-`unique_tokens`, `static_masks`, `seed`), what it cost (`tokens`, `epochs`, `charged_seconds`, `teacher_share`, ...) and
-what it scored (`scores`: {task: percent}, `average` over them; `tasks`: {task: {scores of each fine-tuning run, metric,
-n, majority: the constant answer's score, ...}}).
+Read it with compare.py.  A result is a dict, one per pretrained model: what it was (`strategy`, `budget`,
+`unit`, `unique_tokens`, `static_masks`, `seed`), what it cost (`tokens`, `epochs`, `charged_seconds`,
+`teacher_share`, ...) and what it scored (`scores`: {task: percent}, `average` over them; `tasks`: {task:
+{scores of each fine-tuning run, metric, n, majority: the constant answer's score, ...}}).
 
-The arms share their seeds (initial weights, data order, masks), so an arm's difference to the base arm is taken seed by
-seed, and its 95% interval is Student's t over those differences (n - 1 degrees of freedom).  It speaks of other seeds,
-on these dev sets.  The verdict looks at the best of several arms, so it asks more: an interval at 1 - 0.05 / k for k
-comparisons (Bonferroni).
+The arms share their seeds (initial weights, data order, masks), so an arm's difference to the base arm is
+taken seed by seed, and its 95% interval is Student's t over those differences (n - 1 degrees of freedom).  It
+speaks of other seeds, on these dev sets.  The verdict looks at the best of several arms, so it asks more: an
+interval at 1 - 0.05 / k for k comparisons (Bonferroni).
 
-An average is worth what its tasks measure: one on which neither the teacher nor any arm is above the constant answer
-and the untrained student outside the noise only adds noise, so it is named, and a second average leaves it out.
+An average is worth what its tasks measure: one on which neither the teacher nor any arm is above the constant
+answer and the untrained student outside the noise only adds noise, so it is named, and a
+second average leaves it out.
 """
 import csv
 import functools
@@ -23,7 +24,8 @@ import numpy as np
 
 from diagnose import D_ORDER_TURN
 
-# arXiv 2404.19319, Table 2: GLUE dev, one seed, one A100; tokens, then QNLI, SST-2, MNLI, MRPC, QQP, RTE, CoLA, average
+# arXiv 2404.19319, Table 2: GLUE dev, one seed, one A100; tokens, then QNLI, SST-2, MNLI,
+# MRPC, QQP, RTE, CoLA, average
 PAPER_TASKS = ("qnli", "sst2", "mnli", "mrpc", "qqp", "rte", "cola")
 PAPERS_HOURS = {("6L768", False): 4, ("12L1024", False): 11.3, ("6L768", True): 24}
 PAPER = {                                                               # {(size, limited data): rows}
@@ -45,7 +47,7 @@ PAPER = {                                                               # {(size
 }
 
 
-# ---------------------------------------------------------------------------------------------------- statistics
+# ------------------------------------------------------------------------------------------------- statistics
 
 @functools.cache
 def t_quantile(p, df):
@@ -58,8 +60,8 @@ def t_quantile(p, df):
 
 
 def interval(differences, comparisons=1):
-    """(mean, half width) of the 95% interval of the mean of paired differences, Bonferroni-corrected for so many
-    comparisons; the half width is infinite for fewer than two."""
+    """(mean, half width) of the 95% interval of the mean of paired differences, Bonferroni-corrected for so
+    many comparisons; the half width is infinite for fewer than two."""
     n = len(differences)
     if n < 2:
         return float(np.mean(differences)), math.inf
@@ -77,7 +79,8 @@ def seeds_for(differences, points=1.0):
 
 
 def spread(values, digits=1):
-    return f"{np.mean(values):.{digits}f}" + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "")
+    std = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{std}"
 
 
 def signed(mean, half, digits=1):
@@ -85,12 +88,14 @@ def signed(mean, half, digits=1):
     return f"{mean:+.{digits}f}" + within
 
 
-# ------------------------------------------------------------------------------------------------------ grouping
+# --------------------------------------------------------------------------------------------------- grouping
 
 def groups(results):
-    """{(unique_tokens, static_masks, budget): {strategy: {seed: result}}}: all of the data first, budgets rising."""
+    """{(unique_tokens, static_masks, budget): {strategy: {seed: result}}}: all of the data
+    first, budgets rising."""
     found = {}
-    for r in sorted(results, key=lambda r: (-(r["unique_tokens"] or math.inf), r["static_masks"], r["budget"])):
+    for r in sorted(results, key=lambda r: (-(r["unique_tokens"] or math.inf), r["static_masks"],
+                                            r["budget"])):
         group = found.setdefault((r["unique_tokens"], r["static_masks"], r["budget"]), {})
         group.setdefault(r["strategy"], {})[r["seed"]] = r
     return found
@@ -128,7 +133,7 @@ def row_of(arm):
     return arm + " (MobileBERT's transfer on a plain BERT)" * ("mobilebert" in arm)
 
 
-# -------------------------------------------------------------------------------------------------------- floors
+# ----------------------------------------------------------------------------------------------------- floors
 
 def constant_answer(results):
     """The yardstick of no model at all: the class that is most frequent in dev, or one score for all."""
@@ -138,10 +143,11 @@ def constant_answer(results):
 
 
 def above(leads, error):
-    """The names whose mean lead is above 0 outside the noise, of {name: leads}; None where no spread is known.
+    """The names whose mean lead is above 0 outside the noise, of {name: leads}; None
+    where no spread is known.
 
-    The spread is pooled over the names (few seeds know their own badly), corrected for as many comparisons; to it
-    comes `error`, the standard error from the size of the dev set."""
+    The spread is pooled over the names (few seeds know their own badly), corrected for as many comparisons;
+    to it comes `error`, the standard error from the size of the dev set."""
     df = sum(len(values) - 1 for values in leads.values())
     if not df:
         return None
@@ -152,8 +158,8 @@ def above(leads, error):
 
 
 def measuring(results, yardsticks):
-    """(tasks that measure, tasks that do not): on these neither the teacher nor any arm is above the constant answer
-    and the untrained student outside the noise.  None where one run of each cannot tell."""
+    """(tasks that measure, tasks that do not): on these neither the teacher nor any arm is above the constant
+    answer and the untrained student outside the noise.  None where one run of each cannot tell."""
     runs_of = {y["name"]: y["runs"] for y in yardsticks if "runs" in y}
     if len(runs_of) < 2:
         return None
@@ -168,7 +174,7 @@ def measuring(results, yardsticks):
             over_constant[name] = [v - t["majority"] for v in values]
             over_untrained[name] = [v - u for v, u in zip(values, untrained, strict=False)]
         floor = max(t["majority"], np.mean(values_of(runs_of["random init"], [task]))) / 100
-        share = t["metric"] in ("accuracy", "f1")           # the others are correlations, whose error at 0 is this:
+        share = t["metric"] in ("accuracy", "f1")     # the others are correlations, whose error at 0 is this:
         error = 100 * math.sqrt((floor * (1 - floor) if share else 1) / t["n"])
         both = above(over_constant, error), above(over_untrained, error)
         if None in both:
@@ -211,16 +217,17 @@ def amount(budget, unit):
     return f"{budget:g} FLOPs".replace("e+", "e") if unit == "flops" else f"{budget:,.0f} {unit}"
 
 
-# -------------------------------------------------------------------------------------------------------- tables
+# ----------------------------------------------------------------------------------------------------- tables
 
 def markdown(head, rows):
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (head, ["---"] * len(head), *rows))
 
 
 def score_table(results, yardsticks=(), size=None):
-    """Scores, mean ± standard deviation over pretraining seeds (of a single one over its fine-tuning runs), and the
-    difference to the base arm, with the seeds that 1 point would need.  It holds nothing that depends on the machine's
-    speed.  `yardsticks`: {name, scores: {task: [percent]}, averages, runs: [as results, per seed]}."""
+    """Scores, mean ± standard deviation over pretraining seeds (of a single one over its fine-tuning runs),
+    and the difference to the base arm, with the seeds that 1 point would need.  It holds nothing that depends
+    on the machine's speed.  `yardsticks`: {name, scores: {task: [percent]}, averages, runs:
+    [as results, per seed]}."""
     tasks = list(results[0]["scores"])
     many, all_of = len(tasks) > 1, averaged(tasks)
     sets = [all_of, *second_average(results, yardsticks)]
@@ -231,33 +238,35 @@ def score_table(results, yardsticks=(), size=None):
         for name, runs in arms.items():
             first, of = next(iter(runs.values())), list(runs.values())
             val = [r["val"]["mlm"] for r in of if "mlm" in r["val"]]
-            rows.append([amount(budget, first["unit"]), setting(unique, static), row_of(name), f"{first['peak_lr']:g}",
-                         f"{np.mean([r['tokens'] for r in of]):,.0f}",
+            rows.append([amount(budget, first["unit"]), setting(unique, static), row_of(name),
+                         f"{first['peak_lr']:g}", f"{np.mean([r['tokens'] for r in of]):,.0f}",
                          f"{np.mean([r['epochs'] for r in of]):.2g}", f"{np.mean(val):.2f}" if val else "",
                          turn_of(of), *[spread(values_of(of, [task])) for task in tasks]])
             for names in sets:
                 lead = differences(runs, arms[base], over(names))
                 rows[-1] += [spread(values_of(of, names))] * many + (
-                    ["", ""] if name == base else [signed(*interval(lead)), seeds_for(lead) if len(lead) > 1 else ""])
+                    ["", ""] if name == base else [signed(*interval(lead)),
+                                                   seeds_for(lead) if len(lead) > 1 else ""])
     for limited in dict.fromkeys(unique is not None for unique, _, _ in groups(results)):
         paper = PAPER.get((size, limited), {}) if set(tasks) & set(PAPER_TASKS) else {}
         for name, (tokens, *values, average) in paper.items():
             of = dict(zip(PAPER_TASKS, values, strict=True))
             rows.append([f"the paper's: {PAPERS_HOURS[size, limited]} h, one A100, one seed",
                          "limited" if limited else "all", name, "", f"{tokens:.2g}", "", "", "",
-                         *[of.get(task, "") for task in tasks], *([f"{average} (7 tasks)"] if many else []), "", "",
-                         *["", "", ""] * (len(sets) - 1)])
+                         *[of.get(task, "") for task in tasks], *([f"{average} (7 tasks)"] if many else []),
+                         "", "", *["", "", ""] * (len(sets) - 1)])
     for y in yardsticks:
-        runs = y.get("runs", []) if seeds == 1 else []      # as the arms: fine-tuning runs of one pretrained model
+        runs = y.get("runs", []) if seeds == 1 else []  # as the arms: fine-tuning runs of one model
         rows.append(["", "", y["name"], "", "", "", "", "",
                      *[spread(values_of(runs, [task]) if runs else y["scores"][task]) for task in tasks]])
         for names in sets:
-            rows[-1] += [spread(values_of(runs, names) if runs else np.mean([y["scores"][task] for task in names], 0))
-                         ] * many + ["", ""]
+            values = values_of(runs, names) if runs else np.mean([y["scores"][task] for task in names], 0)
+            rows[-1] += [spread(values)] * many + ["", ""]
     base = base_of(next(iter(groups(results).values())))
     head = ["budget", "data", "arm", "peak LR", "tokens", "epochs", "val MLM", "turn", *tasks]
     for i, names in enumerate(sets):
-        title = "average" + (" of " + "+".join(names) if i else " of the paper's 7" * (set(PAPER_TASKS) <= set(tasks)))
+        papers = " of the paper's 7" * (set(PAPER_TASKS) <= set(tasks))
+        title = "average" + (" of " + "+".join(names) if i else papers)
         head += [title] * many + [f"Δ to {base} [95%]", "n for 1 point"]
     unneeded = [1] * all(r["unique_tokens"] is None for r in results)   # one setting needs no column
     unneeded += [head.index("turn")] * all(turned(r) is None for r in results)
@@ -282,7 +291,8 @@ def probes_of(r):
 
 
 def probe_table(results, yardsticks):
-    """What the frozen encoders know: mean ± standard deviation over pretraining seeds; then each probe's best arm."""
+    """What the frozen encoders know: mean ± standard deviation over pretraining seeds; then
+    each probe's best arm."""
     found = groups(results)
     columns = list(dict.fromkeys(name for r in results for name in probes_of(r)))
     rows, lines = [], []
@@ -298,10 +308,10 @@ def probe_table(results, yardsticks):
             lines += best_probe(arms, column, where)
     rows += [["", y["name"], *cells(y["runs"])] for y in yardsticks if "runs" in y]
     return "\n\n".join([
-        "Probes of the frozen encoders, no part of any average above. linear: a regression on the mean-pooled last "
-        "hidden state, scored as the task is; similarity: Spearman of the cosine with the score, untrained; MLM: "
-        "validation loss in nats, at masked tokens that also occur unmasked in their block (repeated) and at the "
-        "others; D_order: what the order of the context is worth, in nats.",
+        "Probes of the frozen encoders, no part of any average above. linear: a regression on the "
+        "mean-pooled last hidden state, scored as the task is; similarity: Spearman of the cosine with the "
+        "score, untrained; MLM: validation loss in nats, at masked tokens that also occur unmasked in their "
+        "block (repeated) and at the others; D_order: what the order of the context is worth, in nats.",
         markdown(["budget", "arm", *columns], rows), *lines])
 
 
@@ -310,9 +320,11 @@ def digits_of(column):
 
 
 def best_probe(arms, column, where):
-    """["Probe COLUMN at WHERE: the best arm and its lead over the base arm"], where there are two arms to compare."""
+    """["Probe COLUMN at WHERE: the best arm and its lead over the base arm"], where there
+    are two arms to compare."""
     def value(r):
-        return probes_of(r)[column] * (-1 if column.startswith("MLM") else 1)       # a loss: the lowest is the best
+        # a loss: the lowest is the best
+        return probes_of(r)[column] * (-1 if column.startswith("MLM") else 1)
     of = {name: runs for name, runs in arms.items() if all(column in probes_of(r) for r in runs.values())}
     if len(of) < 2:
         return []
@@ -330,8 +342,10 @@ def cost_table(results):
         for name, runs in arms.items():
             def mean(key, runs=runs):
                 return np.mean([r[key] for r in runs.values()])
-            rows.append([amount(budget, next(iter(runs.values()))["unit"]), setting(unique, static), row_of(name),
-                         f"{mean('tokens'):,.0f}", f"{mean('tokens') / tokens:.2f}", f"{mean('charged_seconds'):,.1f}",
+            unit = next(iter(runs.values()))["unit"]
+            rows.append([amount(budget, unit), setting(unique, static), row_of(name),
+                         f"{mean('tokens'):,.0f}", f"{mean('tokens') / tokens:.2f}",
+                         f"{mean('charged_seconds'):,.1f}",
                          f"{mean('tokens_per_second'):,.0f}", f"{mean('teacher_share'):.0%}",
                          *([f"{mean('speed'):.2f}"] if results[0].get("speed") else [])])
     return markdown(["budget", "data", "arm", "tokens", "x base", "charged s", "tokens/s", "in teacher",
@@ -340,27 +354,28 @@ def cost_table(results):
 
 def comma_separated(results):
     """One line per pretrained model, as CSV."""
-    fixed = ("strategy", "budget", "unit", "unique_tokens", "static_masks", "seed", "peak_lr", "steps", "tokens",
-             "epochs", "charged_seconds", "tokens_per_second", "teacher_share")
+    fixed = ("strategy", "budget", "unit", "unique_tokens", "static_masks", "seed", "peak_lr", "steps",
+             "tokens", "epochs", "charged_seconds", "tokens_per_second", "teacher_share")
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow([*fixed, "val_mlm", *results[0]["scores"], "average"])
     for r in results:
-        writer.writerow([*(r[key] for key in fixed), r["val"].get("mlm"), *r["scores"].values(), r["average"]])
+        writer.writerow([*(r[key] for key in fixed), r["val"].get("mlm"), *r["scores"].values(),
+                         r["average"]])
     return file.getvalue()
 
 
-# ------------------------------------------------------------------------------------------------------- verdict
+# ---------------------------------------------------------------------------------------------------- verdict
 
 def verdict(results, yardsticks=()):
-    """The table in plain words: the tasks that measure nothing; the best arm of each group and whether its lead is
-    noise, also over the untrained student, and the same over the tasks that measure; then where curves cross; then what
-    repeated data and static masks did."""
+    """The table in plain words: the tasks that measure nothing; the best arm of each group and whether its
+    lead is noise, also over the untrained student, and the same over the tasks that measure; then where
+    curves cross; then what repeated data and static masks did."""
     found, lines = groups(results), []
     told = measuring(results, yardsticks)
     if told and told[1]:
-        lines.append(f"Measures nothing here: {', '.join(told[1])}: neither the teacher nor any arm is above the "
-                     f"constant answer and the random init outside the noise." + (
+        lines.append(f"Measures nothing here: {', '.join(told[1])}: neither the teacher nor any arm is above "
+                     f"the constant answer and the random init outside the noise." + (
                          "" if told[0] else " That is every task: the averages below rank noise."))
     where = "At"
     for names in (averaged(results[0]["scores"]), *second_average(results, yardsticks)):
@@ -382,13 +397,14 @@ def best_arms(found, yardsticks, tasks, where):
         leads = [lead_in_words(differences(arms[best], runs, value), name, len(rivals | arms) - 1)
                  for name, runs in rivals.items()]
         runs = list(arms[best].values())
-        lines.append(f"{where} {amount(budget, runs[0]['unit'])} on {setting(unique, static)}, {best} scores highest: "
-                     f"{'; '.join([spread(values_of(runs, tasks)), *leads])}.")
+        lines.append(f"{where} {amount(budget, runs[0]['unit'])} on {setting(unique, static)}, {best} scores "
+                     f"highest: {'; '.join([spread(values_of(runs, tasks)), *leads])}.")
     return lines
 
 
 def resolution(results, seeds):
-    """What so many seeds can tell apart at the spread of these results, in words; "" where it is not known."""
+    """What so many seeds can tell apart at the spread of these results, in words; ""
+    where it is not known."""
     leads = [differences(runs, arms[base_of(arms)]) for arms in groups(results).values()
              for name, runs in arms.items() if name != base_of(arms)]
     stds = sorted(np.std(lead, ddof=1) for lead in leads if len(lead) > 1)
@@ -400,12 +416,14 @@ def resolution(results, seeds):
     else:
         low, mid, high = (t_quantile(0.975, seeds - 1) * std / math.sqrt(seeds)
                           for std in (stds[0], stds[len(stds) // 2], stds[-1]))
-        able = f"{seeds} seeds tell differences from {low:.1f} to {high:.1f} points from noise (median {mid:.1f})"
+        able = (f"{seeds} seeds tell differences from {low:.1f} to {high:.1f} points from noise "
+                f"(median {mid:.1f})")
     return f"{able}; a difference of 1 point needs {min(need)} to {max(need)}"
 
 
 def lead_in_words(lead, rival, comparisons, digits=1):
-    """'against no_kd +1.2 [+0.3, +2.1], outside the noise': the interval is the plain one, the judgement corrected."""
+    """'against no_kd +1.2 [+0.3, +2.1], outside the noise': the interval is the plain one,
+    the judgement corrected."""
     mean, half = interval(lead)
     text = f"against {rival} {signed(mean, half, digits)}, "
     if not math.isfinite(half):
@@ -418,7 +436,8 @@ def lead_in_words(lead, rival, comparisons, digits=1):
 
 
 def crossings(found, unit):
-    """Where an arm's mean overtakes the base arm's between two budgets, on the straight line over log budget."""
+    """Where an arm's mean overtakes the base arm's between two budgets, on the straight
+    line over log budget."""
     lines, last = [], {}
     for (unique, static, high), after in found.items():
         low, before = last.get((unique, static), (high, {}))
@@ -434,29 +453,33 @@ def crossings(found, unit):
             if d0 * d1 < 0:
                 at = float(f"{low * (high / low) ** (d0 / (d0 - d1)):.2g}")
                 lines.append(f"On {setting(unique, static)}, the mean of {name} "
-                             f"{'overtakes' if d1 > 0 else 'falls behind'} {base}'s at about {amount(at, unit)}, "
-                             f"between {amount(low, unit)} and {amount(high, unit)}{noise}.")
+                             f"{'overtakes' if d1 > 0 else 'falls behind'} {base}'s at about "
+                             f"{amount(at, unit)}, between {amount(low, unit)} and "
+                             f"{amount(high, unit)}{noise}.")
     return lines
 
 
 def repetition(found):
-    """What fewer unique tokens and static masks did to the base arm and to the others' leads over it, seed by seed."""
+    """What fewer unique tokens and static masks did to the base arm and to the others' leads
+    over it, seed by seed."""
     lines = []
     for (unique, static, budget), arms in found.items():
         for other in ((None, False, budget), (unique, False, budget)):
             before = found.get(other, {})
             base = base_of(arms)
             if other == (unique, static, budget) or (other[0] is None) == static or base not in before:
-                continue            # the limited data against all of it, its static masks against its fresh ones
+                continue         # the limited data against all of it, its static masks against its fresh ones
             epochs = np.mean([r["epochs"] for r in arms[base].values()])
             parts = [f"{base} changes by {signed(*interval(differences(arms[base], before[base])))}"]
             for name in (name for name in arms if name != base and name in before):
-                seeds = [s for s in arms[name] if all(s in a for a in (arms[base], before[name], before[base]))]
+                seeds = [seed for seed in arms[name]
+                         if all(seed in runs for runs in (arms[base], before[name], before[base]))]
                 change = [arms[name][s]["average"] - arms[base][s]["average"]
                           - before[name][s]["average"] + before[base][s]["average"] for s in seeds]
                 parts.append(f"the lead of {name} over it by {signed(*interval(change))}")
-            lines.append(f"At {amount(budget, next(iter(arms[base].values()))['unit'])}, {setting(unique, static)} "
-                         f"({epochs:.1f} epochs of {base}) against {setting(*other[:2])}: {', '.join(parts)}.")
+            lines.append(f"At {amount(budget, next(iter(arms[base].values()))['unit'])}, "
+                         f"{setting(unique, static)} ({epochs:.1f} epochs of {base}) against "
+                         f"{setting(*other[:2])}: {', '.join(parts)}.")
     return lines
 
 
@@ -464,28 +487,32 @@ def remarks(results):
     """What the spreads and intervals mean here, and what went wrong in fine-tuning."""
     seeds, first = len({r["seed"] for r in results}), next(iter(results[0]["tasks"].values()))
     if seeds > 1:
-        lines = [f"± is the standard deviation over {seeds} pretraining seeds, each fine-tuned with its own; Δ is "
-                 f"the mean of the differences seed by seed, in brackets its 95% interval (Student's t, {seeds - 1} "
-                 f"degree{'s' * (seeds > 2)} of freedom). Both speak of other seeds, on the same teacher and dev sets. "
-                 f"\"n for 1 point\": with so many pretraining seeds a difference of 1 point would be outside that "
-                 f"interval at this spread, of which {seeds} seeds give a rough idea."]
+        lines = [f"± is the standard deviation over {seeds} pretraining seeds, each fine-tuned with its own; "
+                 f"Δ is the mean of the differences seed by seed, in brackets its 95% interval (Student's t, "
+                 f"{seeds - 1} degree{'s' * (seeds > 2)} of freedom). Both speak of other seeds, on the same "
+                 f"teacher and dev sets. \"n for 1 point\": with so many pretraining seeds a difference of 1 "
+                 f"point would be outside that interval at this spread, of which {seeds} "
+                 f"seeds give a rough idea."]
     elif len(results[0]["tasks"]) == 1 and first["metric"] == "accuracy" and len(first["scores"]) > 1:
         runs, p = len(first["scores"]), np.mean([r["average"] for r in results]) / 100
         dev = 100 * math.sqrt(p * (1 - p) / first["n"])
         tuning = math.sqrt(np.mean([t["std"] ** 2 for r in results for t in r["tasks"].values()]) / runs)
-        lines = [f"One pretraining seed per arm: ± is the standard deviation over {runs} fine-tuning seeds of one "
-                 f"pretrained model, so pretraining's own spread is not in it. A score's standard error is "
-                 f"{tuning:.1f} points from its {runs} fine-tuning seeds and {dev:.1f} from the {first['n']:,} dev "
-                 f"examples: a difference under {2 * math.sqrt(2 * (tuning ** 2 + dev ** 2)):.1f} points is noise, a "
-                 f"larger one is a hint at most."]
+        lines = [f"One pretraining seed per arm: ± is the standard deviation over {runs} fine-tuning seeds "
+                 f"of one pretrained model, so pretraining's own spread is not in it. A score's standard "
+                 f"error is {tuning:.1f} points from its {runs} fine-tuning seeds and {dev:.1f} from the "
+                 f"{first['n']:,} dev examples: a difference under "
+                 f"{2 * math.sqrt(2 * (tuning ** 2 + dev ** 2)):.1f} points is noise, a larger "
+                 f"one is a hint at most."]
     else:
         lines = ["One pretraining seed per arm" + (": ± is the standard deviation over fine-tuning seeds of one "
-                 "pretrained model" if len(first["scores"]) > 1 else "") + ": no difference here can be told from "
-                 "noise; give --seeds 3 or more."]
-    collapsed = Counter(task for r in results for task, t in r["tasks"].items() for _ in range(t["collapsed"]))
+                 "pretrained model" if len(first["scores"]) > 1 else "") + ": no difference here can be told "
+                 "from noise; give --seeds 3 or more."]
+    collapsed = Counter(task for r in results for task, t in r["tasks"].items()
+                        for _ in range(t["collapsed"]))
     if collapsed:
-        lines.append(f"Fine-tuning runs that predicted a single class, of {len(results) * len(first['scores'])} per "
-                     f"task: {', '.join(f'{task} {n}' for task, n in collapsed.items())}.")
+        lines.append(f"Fine-tuning runs that predicted a single class, of "
+                     f"{len(results) * len(first['scores'])} per task: "
+                     f"{', '.join(f'{task} {n}' for task, n in collapsed.items())}.")
     devices = {f"{r['device']}" for r in results}
     if len(devices) > 1:
         lines.append(f"Beware: the runs were made on different devices ({', '.join(sorted(devices))}).")
@@ -501,12 +528,12 @@ def drift(results):
     means = {name: float(np.mean(values)) for name, values in speeds.items()}
     if not means or max(means.values()) <= 1.05 * min(means.values()):
         return []
-    return ["Beware: these arms did not have the same budget. A fixed step, timed before and after each run, went at "
-            + ", ".join(f"{value:.2f} ({name})" for name, value in means.items())
+    return ["Beware: these arms did not have the same budget. A fixed step, timed before and after each run, "
+            "went at " + ", ".join(f"{value:.2f} ({name})" for name, value in means.items())
             + " times the first run's speed, so an hour was not the same for all: give --budget-flops."]
 
 
-# -------------------------------------------------------------------------------------------------------- figure
+# ----------------------------------------------------------------------------------------------------- figure
 
 # The colours of Okabe and Ito without the yellow, dashes, and markers with their SVG paths: 7 x 4 x 5 curves differ
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000", "#56B4E9")

@@ -1,7 +1,8 @@
-"""A run directory: what is written beside the steps, and what is said about a run.  Nothing here is on the clock.
+"""A run directory: what is written beside the steps, and what is said about a run.
+Nothing here is on the clock.
 
-config.json (with the sha256 of what it was made from), log.jsonl, checkpoint.pt and the one before, model/, and, at the
-end, summary.json.
+config.json (with the sha256 of what it was made from), log.jsonl, checkpoint.pt and the one before, model/,
+and, at the end, summary.json.
 """
 import contextlib
 import dataclasses
@@ -20,8 +21,8 @@ from plumbing.screen import Screen, changes
 
 
 def contents(directory, teacher=None):
-    """What stands in the token files and in the teacher's weights, by sha256: under the same paths, something else may
-    stand tomorrow."""
+    """What stands in the token files and in the teacher's weights, by sha256: under the same paths, something
+    else may stand tomorrow."""
     found = {"contents of data": directory.manifest["sha256"]}
     if teacher:
         found["contents of teacher"] = [sha256(f) for f in
@@ -29,7 +30,8 @@ def contents(directory, teacher=None):
     return found
 
 
-NOT_THE_RUN = ("out", "checkpoint_minutes", "baselines", "tensorboard", "dry_run")   # may differ when it goes on
+# What may differ when a run goes on
+NOT_THE_RUN = ("out", "checkpoint_minutes", "baselines", "tensorboard", "dry_run")
 
 
 def begun(out):
@@ -39,15 +41,17 @@ def begun(out):
 
 
 def finished(record, out, defaults):
-    """The summary if the run of this very record has finished in `out`, None if it has not; another one is refused.
-    `defaults`: of what a configuration of an older version does not name."""
+    """The summary if the run of this very record has finished in `out`, None if it has not; another one is
+    refused.  `defaults`: of what a configuration of an older version does not name."""
     if not (before := begun(out)):
         return None
     before = defaults | before
-    differ = [k if k.startswith("contents") else f"{k} ({before.get(k)} there, {v} here)" for k, v in record.items()
+    differ = [k if k.startswith("contents") else f"{k} ({before.get(k)} there, {v} here)"
+              for k, v in record.items()
               if before.get(k, v if k.startswith("contents") else None) != v and k not in NOT_THE_RUN]
     if differ:
-        raise UserError(f"{out} holds a run of another configuration: {', '.join(differ)}: give another --out")
+        raise UserError(f"{out} holds a run of another configuration: "
+                        f"{', '.join(differ)}: give another --out")
     return read_json(out / "summary.json") if (out / "summary.json").exists() else None
 
 
@@ -63,11 +67,13 @@ def event_writer():
 class Run:
     """The run directory: what is written beside the steps, none of it on the clock, and only by rank 0."""
 
-    def __init__(self, config, out, arm, budget, stages, directory, val_blocks, say, status=None, writes=True):
+    def __init__(self, config, out, arm, budget, stages, directory, val_blocks, say, status=None,
+                 writes=True):
         self.config, self.out, self.arm, self.budget, self.stages = config, out, arm, budget, stages
         self.directory, self.val_blocks, self.screen = directory, val_blocks, Screen(arm, budget, say, status)
         self.validations, self.seconds, self.teacher_mlm, self.d_order = 0, 0.0, None, None
-        self.baselines, self.val, self.vals, self.say = {}, {}, [], self.screen.say     # vals: at the phases' ends
+        self.baselines, self.val, self.say = {}, {}, self.screen.say
+        self.vals = []                                                  # at the phases' ends
         self.saved, self.writes = time.monotonic(), writes
         self.event_writer = event_writer() if config.tensorboard else None
 
@@ -75,7 +81,8 @@ class Run:
         state = checkpoint.load_run(self.out, self.say)
         arm, budget = self.arm, self.budget
         if state:
-            budget.ended, self.vals = state.get("ended", []), state.get("vals", [])    # older ones have no phases
+            # Older checkpoints have no phases
+            budget.ended, self.vals = state.get("ended", []), state.get("vals", [])
             if budget.ended:
                 arm.enter(len(budget.ended))
                 arm.make_optimizer()
@@ -119,7 +126,8 @@ class Run:
             if self.config.baselines:
                 losses, _ = counting(self.directory, validation(self.val_blocks, self.config.val_blocks))
                 self.baselines = {name: float(loss.mean()) for name, loss in losses.items()}
-                self.say("counting reaches: " + ", ".join(f"{name} {v:.3f}" for name, v in self.baselines.items()))
+                self.say("counting reaches: " + ", ".join(f"{name} {v:.3f}"
+                                                          for name, v in self.baselines.items()))
         self.screen.mark()
 
     def after_step(self, record, signals):
@@ -131,7 +139,8 @@ class Run:
             if record["step"] % self.config.log_every == 0:
                 self.write(record | self.screen.speed())
             self.screen.show(record)
-        due = min(int(self.config.val_times * self.budget.progress), self.config.val_times - 1)  # and the summary's
+        # One fewer: the last is the summary's
+        due = min(int(self.config.val_times * self.budget.progress), self.config.val_times - 1)
         if self.validations < due:
             val = self.validate(signals)
             self.validations = due                                      # one, also where a stall skipped some
@@ -140,18 +149,21 @@ class Run:
         with self.budget.pause("checkpoints"):
             for fraction in numbers(self.config.fractions):
                 if self.budget.progress >= fraction and not (self.out / f"model-{fraction:g}").exists():
-                    self.save_model(f"model-{fraction:g}", f"{fraction:g} of the budget of `{self.config.label}`.\n")
+                    self.save_model(f"model-{fraction:g}",
+                                    f"{fraction:g} of the budget of `{self.config.label}`.\n")
             if time.monotonic() - self.saved >= 60 * self.config.checkpoint_minutes:
                 self.checkpoint()
 
     def validate(self, signals=()):
-        """{term: mean over the validation blocks}; and the line that says it, with D_order of what has an LM head."""
+        """{term: mean over the validation blocks}; and the line that says it, with D_order
+        of what has an LM head."""
         if not self.writes:
             return None
         with self.budget.pause("validation"):
             before, self.val = self.val, self.arm.validate(self.val_blocks, signals)
             if self.arm.strategy.trains_lm_head:
-                self.d_order = self.arm.d_order(self.val_blocks, self.directory.special, self.val.get("mlm"), signals)
+                self.d_order = self.arm.d_order(self.val_blocks, self.directory.special, self.val.get("mlm"),
+                                                signals)
             stands = self.baselines and "mlm" in self.val and where_it_stands(self.val["mlm"], self.baselines)
             self.say(f"at {self.budget.progress:.1%}, step {self.budget.steps:,}: {changes(self.val, before)}"
                      + (f", {stands}" if stands else "")
@@ -168,7 +180,8 @@ class Run:
         self.log.write(json.dumps(record) + "\n")
         if self.events:
             for name, value in (record | {f"val_{k}": v for k, v in record.get("val", {}).items()}).items():
-                if name not in ("step", "val") and ("val" not in record or name.startswith(("val_", "d_order"))):
+                measured = name.startswith(("val_", "d_order"))
+                if name not in ("step", "val") and (measured or "val" not in record):
                     self.events.add_scalar(name, value, record["step"])
 
     def checkpoint(self):
@@ -188,14 +201,15 @@ class Run:
 
     @contextlib.contextmanager
     def stopped_by(self, signals):
-        """Stopped inside becomes a checkpoint of the last finished step, and the exit status of the signal."""
+        """Stopped inside becomes a checkpoint of the last finished step, and the exit
+        status of the signal."""
         try:
             yield
         except Stopped:
             self.checkpoint()
             number = signals[0] if signals else signal.SIGTERM
-            self.say(f"stopped by signal {number:d} after step {self.budget.steps}: the same command goes on from "
-                     f"there")
+            self.say(f"stopped by signal {number:d} after step {self.budget.steps}: the same "
+                     f"command goes on from there")
             raise SystemExit(128 + number) from None
         finally:
             self.screen.close()
@@ -234,7 +248,8 @@ class Run:
         steps = [*(n for n, _ in self.budget.ended), self.budget.phase_steps, *[0] * len(arm.phases)][i]
         student, teacher = (steps * config.batch_size * flops for flops in arm.flops(i)) if steps else (0, 0)
         found = dict(name=phase.name, begin=phase.begin, end=phase.end, steps=steps, student_flops=student,
-                     teacher_flops=teacher, weights={k: term.weight for k, term in phase.strategy.terms.items()})
+                     teacher_flops=teacher,
+                     weights={k: term.weight for k, term in phase.strategy.terms.items()})
         if i < arm.number:
             found["val"] = self.vals[i]
             strategy = arm.between(phase.strategy)
@@ -258,8 +273,7 @@ def model_card(config, summary):
     for f in dataclasses.fields(config):
         flag, value = f.name.replace("_", "-"), getattr(config, f.name)
         if value != f.default:
-            given += {True: f" --{flag}", False: f" --no-{flag}"}.get(value if isinstance(value, bool) else None,
-                                                                      f" --{flag} {value}")
+            given += {"True": f" --{flag}", "False": f" --no-{flag}"}.get(str(value), f" --{flag} {value}")
     teacher = f" from the teacher `{config.teacher}`" if config.needs_teacher else ""
     val = ", ".join(f"{name} {value:.4f}" for name, value in summary["val"].items())
     return (f"---\nlibrary_name: transformers\ntags: [bert, nanokd]\n---\n\n"

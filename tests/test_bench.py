@@ -253,6 +253,16 @@ def test_the_first_hour_on_a_gpu_still_runs_small_on_a_cpu(corpus, tmp_path, cap
     assert "PARITY holds" in report and "stopped and resumed: 0 of" in report and "four: " in report
 
 
+@pytest.mark.parametrize("strategy", ["no_kd", "minilm"])
+def test_the_first_hour_makes_its_arms(strategy):
+    config = gpu_first.Config(tiny=True)
+    arm, blocks = gpu_first.make_arm(config, strategy, config.device, compiled=False, bf16=False)
+    names, rows, graphs = gpu_first.five_steps(arm, blocks)
+    assert rows.shape == (5, len(names)) and rows.isfinite().all() and graphs == 0
+    assert bool(arm.teacher) == (strategy == "minilm")
+
+
+
 def test_the_first_hour_on_a_gpu_needs_one(tmp_path):
     for changes, message in ((dict(), "no CUDA device"), (dict(parts="env,magic"), "magic is none of env, micro")):
         with pytest.raises(cli.UserError, match=message):
