@@ -77,7 +77,11 @@ def document_key(content):
 
 def docstring_head(text):
     """The beginning of a docstring as an uncased vocabulary sees it."""
-    return " ".join(normalizers.BertNormalizer().normalize_str(text).split())[:HEAD]
+    for part in (text[:4 * HEAD], text):                                # the whole text is seldom needed
+        head = " ".join(normalizers.BertNormalizer().normalize_str(part).split())
+        if len(head) > HEAD:
+            break
+    return head[:HEAD]
 
 
 def docstring_key(text):

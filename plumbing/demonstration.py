@@ -36,9 +36,10 @@ def package_task(task, documents):
         row = " ".join(text.split())[:CHARACTERS]
         seen = prepare.docstring_head(row)
         packages.setdefault(seen, set()).add(package)
-        key = prepare.docstring_key(text)
+        head = prepare.docstring_head(text)
+        key = prepare.document_key(head.encode("utf-8", "replace"))
         if not prepare.is_validation(key, VAL_FRACTION):
-            trained.append(prepare.docstring_head(text))
+            trained.append(head)
         elif package in PACKAGES:
             held_out.setdefault(seen, (key[::-1], f"{row}\t{PACKAGES.index(package)}\n"))
     trained.sort()

@@ -46,7 +46,7 @@ import tarfile
 import textwrap
 import zipfile
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -522,12 +522,22 @@ def docstrings_in(path):
     if path.parent.name == "pydoc_data":                                # one dict: topic -> text
         texts = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
     else:
-        texts = [ast.get_docstring(n) for n in ast.walk(tree) if isinstance(
-            n, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)]
+        texts = [ast.get_docstring(n) for n in statements(tree)
+                 if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))]
     for text in texts:
         lines = [line.strip() for line in inspect.cleandoc(text or "").splitlines() if line.strip()]
         if sum(map(len, lines)) >= 20:
             yield "\n".join(lines)
+
+
+def statements(tree):
+    """ast.walk without what is inside expressions: in a quarter of the time."""
+    todo = deque([tree])
+    while todo:
+        node = todo.popleft()
+        if isinstance(node, (ast.mod, ast.stmt, ast.excepthandler, ast.match_case)):
+            todo.extend(ast.iter_child_nodes(node))
+            yield node
 
 
 def required_packages():

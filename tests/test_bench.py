@@ -40,6 +40,7 @@ def test_the_table_holds_every_arm_against_no_kd_and_its_flops(capsys, tmp_path)
     assert "| vanilla_kd |" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_transformers_takes_its_turn(capsys):
     pytest.importorskip("transformers")
     bench.main(dataclasses.replace(TINY, strategies="no_kd", teacher_size="3L32", baseline="transformers"))
@@ -179,7 +180,8 @@ def test_a_step_is_three_whole_graphs_and_none_is_new_after_the_start(strategy, 
     assert counters["stats"]["unique_graphs"] == compiled and not counters["graph_break"]
 
 
-@pytest.mark.parametrize("strategy", ["tinybert", "minilm", "minilmv2"])
+@pytest.mark.parametrize("strategy", ["minilmv2", pytest.param("tinybert", marks=pytest.mark.slow),
+                                      pytest.param("minilm", marks=pytest.mark.slow)])
 def test_the_compiled_losses_gradient_is_as_precise_as_the_eager_one(strategy, tiny, corpus):
     """Against float64, from the same bf16 states: traced under autocast, its backward pass would run in bf16."""
     arm = make_arm(tiny(strategy=strategy, bf16=True), TokenDirectory(corpus))

@@ -211,6 +211,7 @@ def test_a_peak_lr_that_diverges_is_not_taken(small, tmp_path, monkeypatch, caps
     assert "step 2: mlm not finite" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_stopped_three_times_the_table_is_the_same(small, tmp_path, monkeypatch, capsys):
     config = small(seeds=2, strategies="no_kd,minilm", budget_steps="4,8")
     compare.main(config)
@@ -274,6 +275,7 @@ def test_processes_share_the_runs_and_each_is_done_once(tmp_path):
     assert sorted(done) == list(range(6)) and found == [[i * i for i in range(6)]] * 3
 
 
+@pytest.mark.slow
 def test_two_jobs_make_the_table_of_one_and_a_job_that_fails_is_told(small, tmp_path, capsys):
     """--jobs: worker processes over the same plan; the table is that of one process, to the last digit."""
     config = small(budget_flops="2e9", budget_steps=None, strategies="no_kd,minilm")

@@ -250,7 +250,7 @@ WORDS = b"some words, and more of them on a line\n" * 100
     ("wiki.xml", b"\xef\xbb\xbf<?xml version='1.0'?>" + WORDS, "is HTML or XML"),
     ("a.HTM", WORDS, "is HTML, not text"),
     ("a.csv", WORDS, "is a table, not text: write its text column as JSON lines"),
-    ("a.tsv.gz", gzip.compress(WORDS), "is a table, not text"),
+    ("a.tsv.gz", gzip.compress(WORDS, mtime=0), "is a table, not text"),
     ("a.json", b'[\n {"text": "a"}\n]', "one JSON array: make it one object per line first"),
     ("a.json", b'{\n "text": "a"\n}', "it is no JSON object: one per line belongs here"),
     ("a.jsonl", WORDS, "it is no JSON object: one per line belongs here"),

@@ -397,7 +397,7 @@ PAPER = {("6L768", "12L768"): (283.5, 181.8, dict(vanilla_kd=1.64, distilbert=1.
                                                     minilmv2_mlm=1.55, tinybert_layers=1.63))}
 
 
-@pytest.mark.parametrize("sizes", PAPER)
+@pytest.mark.parametrize("sizes", [("6L768", "12L768"), pytest.param(("12L1024", "24L1024"), marks=pytest.mark.slow)])
 def test_each_strategy_costs_no_more_flops_than_its_loss_needs(sizes):
     no_kd, teacher_forward, ratios = PAPER[sizes]
     student, teacher = (BertConfig.of_size(size, vocab_size=30528) for size in sizes)
