@@ -63,9 +63,11 @@ def event_writer():
 class Run:
     """The run directory: what is written beside the steps, none of it on the clock, and only by rank 0."""
 
-    def __init__(self, config, out, arm, budget, stages, directory, val_blocks, say, status=None, writes=True):
+    def __init__(self, config, out, arm, budget, stages, directory, blocks, val_blocks, say, status=None,
+                 writes=True):
         self.config, self.out, self.arm, self.budget, self.stages = config, out, arm, budget, stages
-        self.directory, self.val_blocks, self.screen = directory, val_blocks, Screen(arm, budget, say, status)
+        self.directory, self.blocks, self.val_blocks = directory, blocks, val_blocks
+        self.screen = Screen(arm, budget, say, status)
         self.validations, self.seconds, self.teacher_mlm, self.d_order = 0, 0.0, None, None
         self.baselines, self.val, self.vals, self.say = {}, {}, [], self.screen.say     # vals: at the phases' ends
         self.saved, self.writes = time.monotonic(), writes
@@ -200,9 +202,9 @@ class Run:
         finally:
             self.screen.close()
 
-    def finish(self, blocks, charged, val, processes):
+    def finish(self, charged, val, processes):
         """Writes and returns the summary: what was trained, what it cost, what came out."""
-        config, arm, budget = self.config, self.arm, self.budget
+        config, arm, budget, blocks = self.config, self.arm, self.budget, self.blocks
         steps, tokens = budget.steps, budget.steps * config.batch_size * config.seq_len
         phases = [self.phase_summary(i) for i in range(len(arm.phases))]
         student, teacher = (sum(p[f"{side}_flops"] for p in phases) for side in ("student", "teacher"))
