@@ -8,11 +8,13 @@ needs no padding and no attention mask.  k = round(0.15 S) positions are masked 
 A batch is a pure function of (seed, i): which blocks it holds follows from a permutation of (seed, epoch),
 their masks from a hash of (seed, epoch, block, position).  So every arm sees the same data in the same order
 under the same masks, a resumed run needs no generator state, and each epoch masks afresh (static_masks: as in
-the first).  Any sequence length reads the same files.
+the first).  Any sequence length reads the same files, in an order of its own: where it changes within a run,
+batch i comes after as many tokens as ever, but in another permutation of the epoch.
 
     python data.py data/wiki            # verify the files against the manifest, describe them
     python data.py data/wiki --show 3   # and show three blocks with their masks
     python data.py data/wiki --loader   # and measure how fast batches are made
+    python data.py data/wiki --baselines    # and say what counting reaches on train.py's validation blocks
 """
 import functools
 import hashlib
@@ -130,11 +132,13 @@ class Blocks:
     """Batches of masked blocks of one split.  batch(i, B) depends on (seed, i, B) and on nothing else.
 
     unique_tokens: the split's first so many ids alone, again and again (the limited-data setting; the same
-    ids for every seed).  static_masks: the masks of the first epoch in each."""
+    ids for every seed).  static_masks: the masks of the first epoch in each.  causal: nothing is corrupted;
+    the labels stay, and `masked` is the position before each, from which it is predicted."""
 
-    def __init__(self, directory, split, seq_len, seed, unique_tokens=None, static_masks=False):
+    def __init__(self, directory, split, seq_len, seed, unique_tokens=None, static_masks=False,
+                 mask_rate=0.15, causal=False):
         self.tokens, self.seq_len, self.seed = directory.split(split), seq_len, seed
-        self.static_masks = static_masks
+        self.static_masks, self.causal = static_masks, causal
         if unique_tokens is not None:
             if not seq_len <= unique_tokens <= len(self.tokens):
                 raise UserError(f"--unique-tokens {unique_tokens}: {directory.path}/{split}.bin has "
@@ -143,7 +147,7 @@ class Blocks:
         self.special, self.vocab_size = directory.special, len(directory.vocab)
         self.body = seq_len - 2                                         # ids between [CLS] and [SEP]
         self.count = len(self.tokens) // self.body
-        self.k = round(0.15 * seq_len)                                  # masked positions in every block
+        self.k = round(mask_rate * seq_len)                             # masked positions in every block
         if self.count < 1:
             todo = "a larger --val-fraction" if split == "val" else "more text"
             raise UserError(f"{directory.path}/{split}.bin: {len(self.tokens)} ids do not make one block "
@@ -180,6 +184,8 @@ class Blocks:
             draw[ids == self.special[token]] = np.uint64(2 ** 64 - 1)
         masked = np.sort(np.argpartition(draw, self.k, axis=1)[:, :self.k], axis=1)         # (B, k)
         labels = np.take_along_axis(ids, masked, 1)
+        if self.causal:
+            return Batch(ids, masked - 1, labels)
         action = hashed(key[:, None], masked, 1)                        # (B, k)
         tenth, token = action % np.uint64(10), hashed(action) % np.uint64(self.vocab_size - len(self.special))
         # A random token is any but a special one: specials are passed over by counting up from the smallest
@@ -233,6 +239,7 @@ class Config(Checked):
     directory: list[str]    # token directories
     show: Natural = 0       # how many blocks to show with their masks
     loader: bool = False    # measure how fast batches of 1024 blocks are made
+    baselines: bool = False     # say what counting reaches on the validation blocks and masks of train.py
     seq_len: Length = 128   # block length
     seed: Seed = 0          # of the order and the masks of what is shown
 
@@ -258,6 +265,9 @@ def describe(path, config):
             print(f"{split}_document_lengths: " + ", ".join(f"{name} {n:,}" for name, n in zip(
                 ("min", "10%", "median", "90%", "max"), quantiles, strict=True))
                 + f" ids; mean {lengths.mean():,.0f}")
+    if config.baselines:
+        import diagnose  # which imports this file
+        diagnose.diagnose(directory, diagnose.Config([path], seq_len=config.seq_len))
     if not (config.show or config.loader):
         return
     blocks = Blocks(directory, "train", config.seq_len, config.seed)

@@ -230,6 +230,7 @@ class Strategy(NamedTuple):
     same_width: bool = False    # compares hidden states without a projection
     train_layers: tuple = ()    # of the student, from 0: they train and nothing else does; () for everything
     dropout: bool = True        # whether the student's is on
+    causal: bool = False        # each position sees those before it alone, and predicts the next one
     ramp: tuple | None = None   # (part over which the learning rate rises, part of the peak left at the end)
     as_released: bool = False   # what the paper's released code computes, not what its text says
 
@@ -373,19 +374,44 @@ def mobilebert(depth):
     return [*stages, (1.0, "tail", tail)]
 
 
-PHASED = {"mobilebert": mobilebert}     # name -> function of the student's depth: [(end, title, Strategy)]
+# Next-token prediction by the same encoder: a start for MLM, clm:0.3/no_kd (arXiv 2507.00994).  Predicted are
+# the ids that MLM would mask, not all of a block, so that the LM head costs what it costs there
+CLM = Strategy({"clm": MLM._replace(about="cross-entropy with the next id, causal; mean over k positions")},
+               peak_lr=1e-3, causal=True)
+# name -> function of the student's depth: [(end, title, Strategy)]
+PHASED = {"mobilebert": mobilebert, "clm": lambda depth: [(1.0, "", CLM)]}
 
 
 class Phase(NamedTuple):
-    """A part of the budget and the Strategy that spends it."""
+    """A part of the budget and the Strategy that spends it, at one block length and mask rate."""
     name: str
     begin: float                # as shares of the budget
     end: float
     strategy: Strategy
+    span: tuple = None          # (begin, end) of the optimizer and the learning rate, if not these
+    seq_len: int = 128          # S
+    mask_rate: float = 0.15     # k / S
+    times: int = 1              # so many blocks stand in for one of the run's last length
 
     def progress(self, of_run):
-        """Of the phase, from the run's."""
-        return min(1.0, (of_run - self.begin) / (self.end - self.begin))
+        """Of the span, from the run's."""
+        begin, end = self.span or (self.begin, self.end)
+        return min(1.0, (of_run - begin) / (end - begin))
+
+
+def parts(phases, lengths, rates):
+    """[Phase]: the phases, cut where the block length or the mask rate changes; both [(end, value)].
+
+    Every step has the same number of tokens: S blocks of the last length, or more of a shorter one."""
+    def at(end, turns):
+        return next(value for until, value in turns if until >= end)
+    ends, found = sorted({*(p.end for p in phases), *(end for end, _ in (*lengths, *rates))}), []
+    for begin, end in zip([0.0, *ends], ends, strict=False):
+        phase, S, rate = at(end, [(p.end, p) for p in phases]), at(end, lengths), at(end, rates)
+        name = phase.name + f" S {S}" * (len(lengths) > 1) + f" {rate:.0%} masked" * (len(rates) > 1)
+        found.append(Phase(name, begin, end, phase.strategy, (phase.begin, phase.end), S, rate,
+                           lengths[-1][1] // S))
+    return found
 
 
 def phases_of(text, depth, as_released=False):

@@ -109,7 +109,7 @@ def on_gpu(x):
 
 
 def attention(q, k, v, mask, p):
-    """softmax(q k^T / sqrt(H)) v, all (B, N, S, H); `mask` (B, 1, 1, S): where a key is real; dropout p."""
+    """softmax(q k^T / sqrt(H)) v, all (B, N, S, H); `mask`, true where a query sees a key; dropout p."""
     if mask is not None and on_gpu(q):  # lengths vary: cuDNN, torch's first choice, builds a graph for each
         with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
@@ -161,14 +161,19 @@ class BertModel(nn.Module):
             self.pooler = nn.ModuleDict({"dense": nn.Linear(config.hidden_size, config.hidden_size)})
         initialise(self, config)
 
-    def forward(self, ids, real=None, token_types=None, want=("hidden",)):
-        """ids (B, S) -> a dict with what `want` names (see above), under the names that it has there."""
+    def forward(self, ids, real=None, token_types=None, want=("hidden",), causal=False):
+        """ids (B, S) -> a dict with what `want` names (see above), under the names that it has there.
+
+        causal: each position sees itself and those before it, and no other."""
         layers, found = self.encoder["layer"], {}
         places = [w if isinstance(w, tuple) else (w, -1) for w in want]
         places = [(kind, i % len(layers)) for kind, i in places]
         to_qkv, to_hidden = (max([-1, *(i for kind, i in places if kind == last)])
                              for last in ("qkv", "hidden"))
         mask = None if real is None else real[:, None, None, :].bool()                      # (B, 1, 1, S)
+        if causal:
+            seen = torch.ones(2 * ids.shape[1:], dtype=torch.bool, device=ids.device).tril()    # (S, S)
+            mask = seen if mask is None else mask & seen
 
         x = self.embeddings(ids, token_types)                                               # (B, S, D)
         if "embedding" in want:
@@ -212,11 +217,11 @@ class BertForMaskedLM(nn.Module):
         self.cls = MLMHead(config)
         initialise(self.cls, config)
 
-    def forward(self, ids, masked=None, real=None, token_types=None, want=("logits",)):
+    def forward(self, ids, masked=None, real=None, token_types=None, want=("logits",), causal=False):
         """As BertModel, plus logits at `masked` (B, k): (M, V), M = B k; all (B, S, V) if None."""
         heads = [w for w in want if w in ("logits", "all_logits")]
         states = [w for w in want if w not in heads] + ["hidden"] * bool(heads)
-        out = self.bert(ids, real, token_types, states)
+        out = self.bert(ids, real, token_types, states, causal)
         decoder = self.bert.embeddings.word_embeddings.weight
         if "all_logits" in want:
             out["all_logits"] = self.cls(out["hidden"], decoder)

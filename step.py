@@ -5,6 +5,7 @@ vocabulary and the teacher's files; `Arm.forward` is what a step costs: the teac
 behind what the strategy asks for, and no more.  `flops_per_block` counts it.
 """
 import contextlib
+import copy
 import ctypes
 import dataclasses
 import functools
@@ -135,6 +136,16 @@ class Arm:
         self.run_student, self.run_teacher = prepare(student), prepare(teacher)
         self.loss_terms = prepare(loss_terms)
 
+    def pass_on(self, phase):
+        """Enters a later phase; whether with a new optimizer: not where S or the masks alone change."""
+        if new := self.phases[phase].span != self.phase.span:
+            self.enter(phase)
+            self.make_optimizer()
+        else:
+            self.number, self.phase = phase, self.phases[phase]
+            self.compile()
+        return new
+
     def between(self, strategy):
         teacher = self.teacher or self.student
         return strategy.between(self.student.config.num_hidden_layers, teacher.config.num_hidden_layers,
@@ -185,7 +196,7 @@ class Arm:
         return self.strategies[-1 if step % self.config.kd_every else 0]
 
     def flops(self, phase):
-        """(of the student, of the teacher): what one block costs in training."""
+        """(of the student, of the teacher): what one block of the last length, or as many tokens, cost."""
         if phase not in self.counted:
             self.counted[phase] = flops_per_block(self.config, self.student.config,
                                                   self.teacher and self.teacher.config, phase)
@@ -194,12 +205,12 @@ class Arm:
     def price(self, unit):
         """Of a step of this phase, in a budget's unit."""
         return (self.config.batch_size * sum(self.flops(self.number)) if unit == "flops" else
-                self.config.batch_size * self.config.seq_len if unit == "tokens" else 1)
+                self.config.batch_size * self.config.length if unit == "tokens" else 1)
 
     def micro_batches(self, batch, step):
         """(micro-batch on the device, whether it is this rank's last) of one optimizer step; dropout is
         reseeded for each, so that no generator's state has to survive a stop."""
-        micro = self.config.micro_batch
+        micro = self.config.micro_batch * self.phase.times
         for j in range(self.accumulate):
             at = (self.ranks.rank * self.accumulate + j) * micro
             on_device = self.to_device(type(batch)(*(a[at:at + micro] for a in batch)))
@@ -227,7 +238,8 @@ class Arm:
 
     def student_forward(self, batch, strategy):
         with autocast(self.device, self.bf16):
-            return self.run_student(batch.ids, batch.masked, want=strategy.want("student"))
+            return self.run_student(batch.ids, batch.masked, want=strategy.want("student"),
+                                    causal=strategy.causal)
 
     def loss(self, s, t, labels, strategy):
         """(total, {term: value}) of what the two sides left behind.  Outside autocast: a compiled function's
@@ -243,16 +255,15 @@ class Arm:
 
     def dummy(self, blocks=None):
         """(ids, masked, labels) of a micro-batch's shape, or of so many blocks."""
-        B, S = blocks or self.config.micro_batch, self.config.seq_len
-        k = round(0.15 * S)
+        B, S = blocks or self.config.micro_batch * self.phase.times, self.phase.seq_len
+        k = round(self.phase.mask_rate * S)
         return Batch(torch.zeros(B, S, dtype=torch.long, device=self.device),
                      torch.arange(k, device=self.device).expand(B, k).contiguous(),
                      torch.zeros(B * k, dtype=torch.long, device=self.device))
 
     def freeze_unreached(self):
         """A forward and backward pass on dummy data: freezes what the loss does not reach (MiniLM leaves the
-        last output projection and feed-forward without a gradient, TinyBERT the LM head).  A second
-        one compiles."""
+        last output projection and feed-forward without a gradient, TinyBERT the LM head)."""
         with torch.compiler.set_stance("force_eager"):  # compiled, all get a gradient, of zeros
             # a few blocks: an eager pass over a micro-batch takes more memory than the compiled step
             self.forward(*self.dummy(min(8, self.config.micro_batch)))[0].backward()
@@ -260,6 +271,10 @@ class Arm:
             p.requires_grad_(p.grad is not None)
             p.grad = None
         self.proj.zero_grad()
+        self.compile()
+
+    def compile(self):
+        """A forward and backward pass of each kind on dummy data, where they are compiled."""
         if self.compiled:
             for strategy in self.strategies:
                 self.forward(*self.dummy(), strategy)[0].backward()
@@ -270,7 +285,8 @@ class Arm:
     def validate(self, blocks, signals=(), model=None, strategy=None):
         """Means over all the validation blocks asked for: the terms of the strategy, or of another one, or
         the MLM loss of another `model`."""
-        count = min(self.config.val_blocks, blocks.count)
+        blocks, count = copy.copy(blocks), min(self.config.val_blocks, blocks.count)
+        blocks.causal = model is None and (strategy or self.strategy).causal
         size = min(self.config.micro_batch, count)
         means, teacher_was = {}, self.teacher and self.teacher.training
         self.student.eval()
@@ -384,7 +400,7 @@ def student_shape(config, directory):
             config.size, config.heads, vocab_size=len(directory.vocab),
             pad_token_id=directory.special["[PAD]"], hidden_dropout_prob=config.dropout,
             attention_probs_dropout_prob=config.dropout,
-            max_position_embeddings=max(512, config.seq_len))
+            max_position_embeddings=max(512, config.length))
     except ValueError as e:
         raise UserError(f"--size: {e}") from None
 
@@ -461,7 +477,7 @@ def check_teacher(config, student, teacher, head):
                                   or teacher.hidden_size % config.relation_heads):
         raise UserError(f"--relation-heads {config.relation_heads} does not divide the widths "
                         f"{student.hidden_size} and {teacher.hidden_size}")
-    if teacher.max_position_embeddings < config.seq_len:
+    if teacher.max_position_embeddings < config.length:
         raise UserError(f"--seq-len {config.seq_len}: the teacher has {teacher.max_position_embeddings} "
                         f"positions only")
 
@@ -487,8 +503,8 @@ def start_from(student, teacher, layers=(), head=True, whole=True):
 
 
 def flops_per_block(config, student, teacher=None, phase=0):
-    """(of the student, of the teacher): the matmul FLOPs that one block costs in training, from two
-    BertConfigs, in one of the phases; under --kd-every the mean over steps.
+    """(of the student, of the teacher): the matmul FLOPs that one block of the last length, or as many
+    shorter ones, cost in training, from two BertConfigs, in one phase; under --kd-every the mean over steps.
 
     torch's own counter over the real step on the meta device (1 multiply-add = 2 FLOP), losses included.  It
     is what --budget-flops spends, the same on every machine."""

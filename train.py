@@ -32,15 +32,28 @@ from typing import Annotated, Literal
 import torch
 
 from data import Blocks, TokenDirectory, prefetch
-from kd_losses import AS_RELEASED, phases_of
+from kd_losses import AS_RELEASED, parts, phases_of
 from plumbing.budget import Budget, Stages, Stopped, one_budget, stop_signals
-from plumbing.cli import Checked, Count, Length, NotNegative, Positive, Seed, Share, UserError, run, writable
+from plumbing.cli import (
+    Checked,
+    Count,
+    Lengths,
+    NotNegative,
+    Positive,
+    Seed,
+    Share,
+    UserError,
+    in_turn,
+    run,
+    writable,
+)
 from plumbing.rehearsal import rehearse
 from plumbing.rundir import Run, begun, contents, finished
 from plumbing.screen import what_next
 from step import Ranks, alone, choose_device, fitting_micro_batch, make_arm, memory_told
 
 FEW_BLOCKS = 32             # under so many validation blocks, a warning
+MASK_STAIRS = 6             # mask rates from the first to the last: few shapes, of which each is compiled
 
 
 @dataclass
@@ -61,7 +74,8 @@ class Config(Checked):
     init: Literal["random", "teacher"] | None = None    # teacher: its weights; default: the strategy's
     init_layers: Annotated[str, int, "[0, inf)"] | None = None  # of the teacher, from 0; default: evenly
     seed: Seed = 0                      # initial weights, data order, masks, dropout
-    seq_len: Length = 128               # S, positions in a block
+    seq_len: Lengths = 128              # S, positions in a block; or in turn, each to a share: 32:0.5,128
+    mask_rate: str = "0.15"             # share of positions that is masked; or from one to another: 0.3:0.15
     unique_tokens: Count | None = None  # train on the first so many ids of the data alone, again and again
     static_masks: bool = False          # the same masks in every epoch
     batch_size: Count = 1024            # blocks per optimizer step
@@ -81,7 +95,7 @@ class Config(Checked):
     checkpoint_minutes: Positive = 10.0  # between checkpoints; a fraction is allowed
     tensorboard: bool = False           # also writes the log as event files, where tensorboard is installed
     dry_run: bool = False               # a few steps only: memory, speed, what the budget buys
-    fractions: Annotated[str, float, "(0, 1)"] = "" # of the budget, as 0.25,0.5, at which to save models too
+    fractions: Annotated[str, float, "(0, 1)"] = ""     # of the budget, as 0.25,0.5: to save models there too
     device: str | None = None           # cpu, cuda or cuda:N; default: cuda where there is one, else cpu
     compile: bool | None = None         # torch.compile; default: on CUDA only
     bf16: bool | None = None            # bf16 autocast; default: where the hardware multiplies in bf16
@@ -99,6 +113,13 @@ class Config(Checked):
                                 f"teacher, so nothing is left for the steps between")
         if self.init_layers is not None and self.start != "teacher":
             raise UserError(f"--init-layers {self.init_layers} belongs to --init teacher")
+        for phase in phases:
+            if self.length % phase.seq_len:
+                raise UserError(f"--seq-len {self.seq_len}: each must divide the last one, so that all steps "
+                                f"have as many tokens")
+            if not round(phase.mask_rate * phase.seq_len):
+                raise UserError(f"--mask-rate {self.mask_rate} masks no position of a block of "
+                                f"{phase.seq_len}: give more, or a larger --seq-len")
         self.budget  # noqa: B018
         ranks = int(os.environ.get("WORLD_SIZE", 1))
         if self.micro_batch and self.batch_size % (self.micro_batch * ranks):
@@ -120,7 +141,7 @@ class Config(Checked):
 
     @property
     def phases(self):
-        """[kd_losses.Phase], with the run's own temperature and weights."""
+        """[kd_losses.Phase], with the run's own temperature, weights, block lengths and mask rates."""
         phases = phases_of(self.strategy, int(re.match(r"\d*", self.size)[0] or 1), self.as_released)
         weights = term_weights(self.weights, {name for phase in phases for name in phase.strategy.terms})
 
@@ -128,7 +149,13 @@ class Config(Checked):
             terms = {name: term._replace(weight=weights.get(name, term.weight))
                      for name, term in strategy.terms.items()}
             return strategy._replace(tau=self.tau or strategy.tau, terms=terms)
-        return [phase._replace(strategy=own(phase.strategy)) for phase in phases]
+        return parts([phase._replace(strategy=own(phase.strategy)) for phase in phases],
+                     in_turn(self.seq_len, int), mask_rates(self.mask_rate))
+
+    @property
+    def length(self):
+        """S of the run's end and of validation."""
+        return in_turn(self.seq_len, int)[-1][1]
 
     @property
     def start(self):
@@ -177,6 +204,20 @@ def file_name(arm):
     return arm.replace(":", "-").replace("/", "-then-")
 
 
+def mask_rates(text):
+    """[(end, rate)] of RATE, or of FIRST:LAST: linear in progress, in MASK_STAIRS parts of the budget."""
+    try:
+        first, *last = map(float, str(text).split(":"))
+    except ValueError:
+        first, last = 0.0, []
+    if len(last) > 1 or not all(0 < rate <= 0.5 for rate in (first, *last)):
+        raise UserError(f"--mask-rate {text}: must be a number above 0 and at most 0.5, or two, at the begin "
+                        f"and at the end, such as 0.3:0.15")
+    stairs = MASK_STAIRS if last else 1
+    return [((i + 1) / stairs, first + (last[0] - first) * i / (stairs - 1) if last else first)
+            for i in range(stairs)]
+
+
 def learning_rate(progress, peak, warmup=0.06, left=0.0):
     """Linear from 0 to `peak` over the first `warmup` of a phase, then linear to the part `left` of it."""
     if progress < warmup:
@@ -217,13 +258,15 @@ def train(config, now=time.monotonic, say=print, status=None):
     if not run:
         return summary
     arm, budget, stages, ranks = run.arm, run.budget, run.stages, run.arm.ranks
-    batches = stream(run.blocks, budget.steps, config.batch_size, arm.device)
+    blocks, batches = stream(config, run.directory, arm.phase, budget.steps, arm.device)
     budget.start()
     stages.mark(None)
     with alone(arm.device, budget.unit), stop_signals() as signals, run.stopped_by(signals):
         while budget.progress < 1 or not budget.steps:
             if arm.phase.end <= budget.progress < 1:
                 run.next_phase(signals)
+                batches.close()
+                blocks, batches = stream(config, run.directory, arm.phase, budget.steps, arm.device)
                 stages.mark(None)
             batch = next(batches)
             # teacher forward, student forward, loss, backward
@@ -243,8 +286,9 @@ def train(config, now=time.monotonic, say=print, status=None):
             stages.mark("optimizer")
             budget.steps += 1
             run.seconds = budget.clock()                        # what a checkpoint of this step has spent
-            run.after_step(dict(step=budget.steps, progress=progress, seconds=run.seconds, lr=lr,
-                                epoch=run.blocks.epochs(budget.steps, config.batch_size), **values), signals)
+            epoch = blocks.epochs(budget.steps, config.batch_size * arm.phase.times)
+            run.after_step(dict(step=budget.steps, progress=progress, seconds=run.seconds, lr=lr, epoch=epoch,
+                                **values), signals)
             stages.mark(None)
         if arm.device.type == "cuda":
             torch.cuda.synchronize()
@@ -252,7 +296,7 @@ def train(config, now=time.monotonic, say=print, status=None):
         stages.read()
         val = run.validate(signals)
     batches.close()
-    summary = run.finish(charged, val, ranks.size)
+    summary = run.finish(blocks, charged, val, ranks.size)
     ranks.leave()
     return summary
 
@@ -282,12 +326,11 @@ def begin(config, now, say, status):
     directory.verify()
     main_rank = arm.ranks.rank == 0
     say = say if main_rank else lambda line: None
-    blocks = Blocks(directory, "train", config.seq_len, config.seed, config.unique_tokens,
-                    config.static_masks)
-    run = Run(config, out, arm, Budget(total, unit, now=now), Stages(arm.device), directory, blocks,
-              validation_blocks(directory, config.seq_len, say), say, status, writes=main_rank)
+    run = Run(config, out, arm, Budget(total, unit, now=now), Stages(arm.device), directory,
+              validation_blocks(directory, config.length, say), say, status, writes=main_rank)
+    stream(config, directory, arm.phases[-1], 0, arm.device)    # refuses too few ids, before it writes anything
     if config.dry_run:
-        return None, rehearse(run, gradients, stream(blocks, 0, config.batch_size, arm.device))
+        return None, rehearse(run, gradients, *stream(config, directory, arm.phase, 0, arm.device))
     run.resume_or_start(record)
     run.budget.price = arm.price(unit)
     compiling = arm.warm_up_seconds
@@ -308,11 +351,14 @@ def main(config, **options):
         os._exit(0)
 
 
-def stream(blocks, start, batch_size, device):
-    """Batches start, start + 1, ...: made ahead in a thread where the device is another one than the CPU."""
+def stream(config, directory, phase, start, device):
+    """(Blocks of a phase, their batches from `start` on, which a thread makes ahead if the device is no CPU)."""
+    blocks = Blocks(directory, "train", phase.seq_len, config.seed, config.unique_tokens, config.static_masks,
+                    phase.mask_rate, phase.strategy.causal)
+    batch_size = config.batch_size * phase.times
     if device.type == "cuda":
-        return prefetch(blocks, start, batch_size)
-    return (blocks.batch(i, batch_size) for i in itertools.count(start))
+        return blocks, prefetch(blocks, start, batch_size)
+    return blocks, (blocks.batch(i, batch_size) for i in itertools.count(start))
 
 
 class NotFinite(UserError):

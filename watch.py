@@ -26,7 +26,7 @@ from torch.nn.functional import normalize
 from torch.nn.utils.rnn import pad_sequence
 
 from plumbing.checkpoint import find_model, load_mlm, read_tokenizer
-from plumbing.cli import UserError, run
+from plumbing.cli import UserError, in_turn, run
 from plumbing.screen import RECENT, amount, changes, spent
 
 UNITS = {"hours": "charged hours", "flops": "FLOPs", "tokens": "tokens", "steps": "steps"}
@@ -88,6 +88,7 @@ class Run:
         budgets = [unit for unit in UNITS if self.config.get(f"budget_{unit}")]
         if len(budgets) != 1 or not {"batch_size", "seq_len"} <= self.config.keys():
             raise UserError(f"{path}/config.json is not that of a run of train.py")
+        self.length = in_turn(self.config["seq_len"], int)[-1][1]        # S of the run's end: tokens of a step
         self.unit, self.total = budgets[0], self.config[f"budget_{budgets[0]}"]
         self.summary = read_json(path / "summary.json") if (path / "summary.json").exists() else {}
         self.records = read_log(path / "log.jsonl")
@@ -117,7 +118,7 @@ class Run:
             if "flops" in record or "student_flops" not in s:
                 return record.get("flops", self.total * record.get("progress", 0) if self.unit == "flops" else None)
             return step * (s["student_flops"] + s["teacher_flops"]) / s["steps"]
-        return dict(hours=record["seconds"] / 3600, tokens=step * self.config["batch_size"] * self.config["seq_len"],
+        return dict(hours=record["seconds"] / 3600, tokens=step * self.config["batch_size"] * self.length,
                     steps=step)[unit]
 
     def rate(self, unit):

@@ -63,11 +63,9 @@ def event_writer():
 class Run:
     """The run directory: what is written beside the steps, none of it on the clock, and only by rank 0."""
 
-    def __init__(self, config, out, arm, budget, stages, directory, blocks, val_blocks, say, status=None,
-                 writes=True):
+    def __init__(self, config, out, arm, budget, stages, directory, val_blocks, say, status=None, writes=True):
         self.config, self.out, self.arm, self.budget, self.stages = config, out, arm, budget, stages
-        self.directory, self.blocks, self.val_blocks = directory, blocks, val_blocks
-        self.screen = Screen(arm, budget, say, status)
+        self.directory, self.val_blocks, self.screen = directory, val_blocks, Screen(arm, budget, say, status)
         self.validations, self.seconds, self.teacher_mlm, self.d_order = 0, 0.0, None, None
         self.baselines, self.val, self.vals, self.say = {}, {}, [], self.screen.say     # vals: at the phases' ends
         self.saved, self.writes = time.monotonic(), writes
@@ -98,17 +96,20 @@ class Run:
     def next_phase(self, signals):
         """Ends the phase and enters the next one that has a share left; nothing of it is on the clock."""
         arm, budget = self.arm, self.budget
-        val = self.validate(signals)
+        span, ended = arm.phase.span, [phase for phase in arm.phases if phase.end <= budget.progress]
+        val = self.validate(signals) if arm.phases[len(ended)].span != span else None
         while arm.phases[len(budget.ended)].end <= budget.progress:
             self.vals.append(val if len(budget.ended) == arm.number else None)
             budget.ended.append((budget.phase_steps, budget.price))
         self.say(f"{arm.phase.name} ended after {budget.ended[arm.number][0]} steps: "
                  + ", ".join(f"val_{name} {value:.4f}" for name, value in (val or {}).items()))
         with budget.pause("compile"):
-            arm.enter(len(budget.ended))
-            arm.make_optimizer()
+            new = arm.pass_on(len(budget.ended))
             budget.price = arm.price(budget.unit)
-        self.describe()
+        if new:
+            self.describe()
+        else:
+            self.say(f"{arm.phase.name} to {arm.phase.end:.0%}")
 
     def describe(self):
         if not self.writes:
@@ -152,7 +153,7 @@ class Run:
             return None
         with self.budget.pause("validation"):
             before, self.val = self.val, self.arm.validate(self.val_blocks, signals)
-            if self.arm.strategy.trains_lm_head:
+            if self.arm.strategy.trains_lm_head and not self.arm.strategy.causal:
                 self.d_order = self.arm.d_order(self.val_blocks, self.directory.special, self.val.get("mlm"), signals)
             stands = self.baselines and "mlm" in self.val and where_it_stands(self.val["mlm"], self.baselines)
             self.say(f"at {self.budget.progress:.1%}, step {self.budget.steps:,}: {changes(self.val, before)}"
@@ -202,10 +203,10 @@ class Run:
         finally:
             self.screen.close()
 
-    def finish(self, charged, val, processes):
+    def finish(self, blocks, charged, val, processes):
         """Writes and returns the summary: what was trained, what it cost, what came out."""
-        config, arm, budget, blocks = self.config, self.arm, self.budget, self.blocks
-        steps, tokens = budget.steps, budget.steps * config.batch_size * config.seq_len
+        config, arm, budget = self.config, self.arm, self.budget
+        steps, tokens = budget.steps, budget.steps * config.batch_size * config.length
         phases = [self.phase_summary(i) for i in range(len(arm.phases))]
         student, teacher = (sum(p[f"{side}_flops"] for p in phases) for side in ("student", "teacher"))
         spent = dict(hours=charged / 3600, flops=student + teacher, tokens=tokens, steps=steps)[budget.unit]
@@ -213,7 +214,7 @@ class Run:
             strategy=config.strategy, label=config.label, as_released=config.as_released, init=config.start,
             size=config.size, peak_lr=arm.peak_lr, seed=config.seed, steps=steps, tokens=tokens,
             student_flops=student, teacher_flops=teacher, epochs=blocks.epochs(steps, config.batch_size),
-            unique_tokens=min(blocks.count, steps * config.batch_size) * config.seq_len,
+            unique_tokens=min(blocks.count, steps * config.batch_size) * config.length,
             budget={budget.unit: budget.total}, overshoot=spent / budget.total - 1, charged_seconds=charged,
             tokens_per_second=tokens / charged, charged=self.stages.seconds, uncharged=budget.uncharged,
             teacher_share=self.stages.seconds.get("teacher", 0.0) / charged, **self.measured(val),
@@ -240,7 +241,7 @@ class Run:
         if i < arm.number:
             found["val"] = self.vals[i]
             strategy = arm.between(phase.strategy)
-            if self.writes and not len(arm.projections(strategy)):              # which end with their phase
+            if self.writes and self.vals[i] and not len(arm.projections(strategy)):     # which end with their phase
                 with self.budget.pause("validation"):
                     found["val_at_end"] = arm.validate(self.val_blocks, strategy=strategy)
         return found
@@ -277,8 +278,8 @@ def describe(arm, val, step, teacher_mlm, say):
     several = f", {arm.phase.name} to {arm.phase.end:.0%}" if len(arm.phases) > 1 else ""
     say(f"{config.label}{several}: student {c.size}, {c.num_attention_heads} heads, V {c.vocab_size:,}, "
         f"{trained / 1e6:.1f}M parameters trained, from {arm.start}; "
-        f"peak LR {arm.peak_lr:g}; {config.batch_size} x {config.seq_len} tokens a step; {arm.device}, "
-        f"{'bf16' if arm.bf16 else 'fp32'}")
+        f"peak LR {arm.peak_lr:g}; {config.batch_size * arm.phase.times} x {arm.phase.seq_len} tokens a step; "
+        f"{arm.device}, {'bf16' if arm.bf16 else 'fp32'}")
     if arm.teacher:
         quality = f"validation MLM loss {teacher_mlm:.4f}" if teacher_mlm is not None else "no LM head"
         layers = [need[1] % arm.teacher.config.num_hidden_layers + 1 for need in strategy.want("teacher")
