@@ -24,7 +24,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -41,6 +41,7 @@ from plumbing.cli import (
     Count,
     Counts,
     Lengths,
+    NotNegative,
     Positive,
     Positives,
     Share,
@@ -92,6 +93,9 @@ class Config(Checked):
     heads: Count | None = None          # attention heads; default: width / 64
     seq_len: Lengths = 128              # positions in a block; or in turn, each to a share: 32:0.5,128
     mask_rate: str = "0.15"             # share of positions that is masked; or from one to another: 0.3:0.15
+    init_std: Positive = 0.02           # standard deviation of random initial weights
+    optimizer: Literal["adamw", "muon"] = "adamw"     # muon: for hidden matrices, at AdamW's scale
+    clip: NotNegative = 0.0             # gradient norm above which it is scaled down; 0: off, as the paper
     batch_size: Count = 1024            # blocks per optimizer step
     micro_batch: Count | None = None    # blocks per forward pass, of every arm; default: as train.py's
     dropout: Share = 0.1                # of every arm
@@ -120,8 +124,8 @@ class Config(Checked):
 
 
 # What every run of a comparison takes from its command line as it stands there
-SHARED = ("data", "size", "heads", "seq_len", "mask_rate", "batch_size", "micro_batch", "dropout", "val_blocks",
-          "val_times", "device", "compile", "bf16")
+SHARED = ("data", "size", "heads", "seq_len", "mask_rate", "init_std", "optimizer", "clip", "batch_size",
+          "micro_batch", "dropout", "val_blocks", "val_times", "device", "compile", "bf16")
 
 
 # ----------------------------------------------------------------------------------------------------------- plan
@@ -562,7 +566,8 @@ def papers_setting(plan):
     """The size whose rows of the paper's Table 2 may stand beside these, or None."""
     config, t = plan.config, plan.teacher_shape
     teachers = {"6L768": "12L768", "12L1024": "24L1024"}
-    same = (all(getattr(config, name) == getattr(Config, name) for name in ("seq_len", "batch_size", "mask_rate"))
+    same = (all(getattr(config, name) == getattr(Config, name) for name in (
+                "seq_len", "batch_size", "mask_rate", "init_std", "optimizer", "clip"))
             and teachers.get(config.size) == f"{t.num_hidden_layers}L{t.hidden_size}")
     return config.size if same else None
 

@@ -173,8 +173,23 @@ class Arm:
             for p in trained:
                 p.grad = None
         self.warm_up_seconds += time.monotonic() - began
-        self.optimizer = torch.optim.AdamW(decay_groups(trained, self.config.weight_decay), lr=self.peak_lr,
+        self.muon = self.make_muon()
+        matrices = {p for group in (self.muon.param_groups if self.muon else ()) for p in group["params"]}
+        others = [p for p in trained if p not in matrices]
+        self.optimizer = torch.optim.AdamW(decay_groups(others, self.config.weight_decay), lr=self.peak_lr,
                                            betas=(0.9, 0.98), eps=1e-6, fused=True)
+        self.optimizers = [self.optimizer, self.muon] if self.muon else [self.optimizer]
+
+    def make_muon(self):
+        """With --optimizer muon, Muon for all matrices but embeddings and projections; else None.  It takes
+        AdamW's learning rate and decay: its updates are scaled to the RMS of AdamW's, by 0.2 sqrt(larger side)
+        (Liu 2025, arXiv 2502.16982, section 2.2)."""
+        if self.config.optimizer != "muon":
+            return None
+        matrices = [p for name, p in self.student.named_parameters()
+                    if p.requires_grad and p.ndim == 2 and "embeddings" not in name]
+        return torch.optim.Muon(matrices, self.peak_lr, self.config.weight_decay,
+                                adjust_lr_fn="match_rms_adamw")
 
     def synchronised(self, last):
         """Gradients travel between ranks in the last micro-batch of a step only."""
@@ -220,10 +235,11 @@ class Arm:
     def update(self, lr, norm):
         if self.config.clip:
             torch.nn.utils.clip_grads_with_norm_(self.trained, self.config.clip, torch.tensor(norm))
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
     def to_device(self, batch):
         ids, masked, labels = (moved(torch.from_numpy(a), self.device) for a in batch)
@@ -400,7 +416,7 @@ def student_shape(config, directory):
             config.size, config.heads, vocab_size=len(directory.vocab),
             pad_token_id=directory.special["[PAD]"], hidden_dropout_prob=config.dropout,
             attention_probs_dropout_prob=config.dropout,
-            max_position_embeddings=max(512, config.length))
+            max_position_embeddings=max(512, config.length), initializer_range=config.init_std)
     except ValueError as e:
         raise UserError(f"--size: {e}") from None
 
@@ -522,6 +538,11 @@ def flops_per_block(config, student, teacher=None, phase=0):
                 arm.forward(*batch, strategy)[0].backward()
             teacher_flops = of_teacher.get_total_flops()
             of_steps.append((of_step.get_total_flops() - teacher_flops, teacher_flops))
+        if muon := arm.make_muon():
+            with FlopCounterMode(display=False) as of_update:
+                muon.step()
+            share = of_update.get_total_flops() / config.batch_size
+            of_steps = [(student_flops + share, teacher_flops) for student_flops, teacher_flops in of_steps]
     if len(of_steps) == 1:
         return of_steps[0]
     (student_kd, teacher_kd), (student_between, _) = of_steps

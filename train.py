@@ -73,6 +73,7 @@ class Config(Checked):
     out: str | None = None              # run directory; default: runs/STRATEGY
     init: Literal["random", "teacher"] | None = None    # teacher: its weights; default: the strategy's
     init_layers: Annotated[str, int, "[0, inf)"] | None = None  # of the teacher, from 0; default: evenly
+    init_std: Positive = 0.02           # standard deviation of random initial weights
     seed: Seed = 0                      # initial weights, data order, masks, dropout
     seq_len: Lengths = 128              # S, positions in a block; or in turn, each to a share: 32:0.5,128
     mask_rate: str = "0.15"             # share of positions that is masked; or from one to another: 0.3:0.15
@@ -80,6 +81,7 @@ class Config(Checked):
     static_masks: bool = False          # the same masks in every epoch
     batch_size: Count = 1024            # blocks per optimizer step
     micro_batch: Count | None = None    # blocks per forward pass; default: 256, with 80 GB of GPU memory 1024
+    optimizer: Literal["adamw", "muon"] = "adamw"     # muon: for hidden matrices, at AdamW's scale
     peak_lr: Positive | None = None     # default: the paper's, 1e-3 for no_kd and 5e-4 for KD
     warmup: Share = 0.06                # part of the budget over which the learning rate rises
     weight_decay: NotNegative = 0.01    # not on biases and LayerNorm
@@ -111,6 +113,9 @@ class Config(Checked):
             if self.kd_every > 1 and strategy.needs("teacher") and not strategy.without_teacher.terms:
                 raise UserError(f"--kd-every {self.kd_every}: {phase.name} has no term that needs no "
                                 f"teacher, so nothing is left for the steps between")
+        if self.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
+            raise UserError(f"--optimizer muon: torch {torch.__version__} has no torch.optim.Muon: take torch "
+                            f"2.13, or adamw")
         if self.init_layers is not None and self.start != "teacher":
             raise UserError(f"--init-layers {self.init_layers} belongs to --init teacher")
         for phase in phases:
@@ -328,7 +333,7 @@ def begin(config, now, say, status):
     say = say if main_rank else lambda line: None
     run = Run(config, out, arm, Budget(total, unit, now=now), Stages(arm.device), directory,
               validation_blocks(directory, config.length, say), say, status, writes=main_rank)
-    stream(config, directory, arm.phases[-1], 0, arm.device)    # refuses too few ids, before it writes anything
+    stream(config, directory, arm.phases[-1], 0, arm.device)    # refuses too few ids before it writes
     if config.dry_run:
         return None, rehearse(run, gradients, *stream(config, directory, arm.phase, 0, arm.device))
     run.resume_or_start(record)
@@ -352,7 +357,7 @@ def main(config, **options):
 
 
 def stream(config, directory, phase, start, device):
-    """(Blocks of a phase, their batches from `start` on, which a thread makes ahead if the device is no CPU)."""
+    """(Blocks of a phase, their batches from `start` on: made ahead in a thread if the device is no CPU)."""
     blocks = Blocks(directory, "train", phase.seq_len, config.seed, config.unique_tokens, config.static_masks,
                     phase.mask_rate, phase.strategy.causal)
     batch_size = config.batch_size * phase.times

@@ -81,7 +81,8 @@ class Run:
                 arm.make_optimizer()
             arm.student.load_state_dict(state["student"])
             arm.proj.load_state_dict(state["proj"])
-            arm.optimizer.load_state_dict(state["optimizer"])
+            for name, optimizer in zip(("optimizer", "muon"), arm.optimizers, strict=False):
+                optimizer.load_state_dict(state[name])
             budget.steps, budget.seconds, self.seconds = state["steps"], state["seconds"], state["seconds"]
             budget.uncharged, self.stages.seconds = state["uncharged"], state["charged"]
             self.validations, self.teacher_mlm = state["validations"], state["teacher_mlm"]
@@ -182,7 +183,8 @@ class Run:
             config=dataclasses.asdict(self.config), steps=self.budget.steps, seconds=self.seconds,
             uncharged=self.budget.uncharged, charged=self.stages.seconds, validations=self.validations,
             teacher_mlm=self.teacher_mlm, student=arm.student.state_dict(), proj=arm.proj.state_dict(),
-            optimizer=arm.optimizer.state_dict(), ended=self.budget.ended, vals=self.vals))
+            optimizer=arm.optimizer.state_dict(), muon=arm.muon and arm.muon.state_dict(),
+            ended=self.budget.ended, vals=self.vals))
         self.saved = time.monotonic()
 
     def save_model(self, name, card):
@@ -278,7 +280,8 @@ def describe(arm, val, step, teacher_mlm, say):
     several = f", {arm.phase.name} to {arm.phase.end:.0%}" if len(arm.phases) > 1 else ""
     say(f"{config.label}{several}: student {c.size}, {c.num_attention_heads} heads, V {c.vocab_size:,}, "
         f"{trained / 1e6:.1f}M parameters trained, from {arm.start}; "
-        f"peak LR {arm.peak_lr:g}; {config.batch_size * arm.phase.times} x {arm.phase.seq_len} tokens a step; "
+        f"peak LR {arm.peak_lr:g}{' of AdamW and, times 0.2 sqrt(larger side), of Muon' * bool(arm.muon)}; "
+        f"{config.batch_size * arm.phase.times} x {arm.phase.seq_len} tokens a step; "
         f"{arm.device}, {'bf16' if arm.bf16 else 'fp32'}")
     if arm.teacher:
         quality = f"validation MLM loss {teacher_mlm:.4f}" if teacher_mlm is not None else "no LM head"

@@ -8,8 +8,9 @@ from test_reliability import OFTEN, final, interrupted
 import train
 from data import Blocks, TokenDirectory
 from model import BertConfig, BertForMaskedLM
+from plumbing.checkpoint import load_run
 from plumbing.cli import UserError
-from step import flops_per_block
+from step import flops_per_block, initial_student, make_arm
 
 QUIET = dict(say=lambda line: None)
 
@@ -22,7 +23,9 @@ QUIET = dict(say=lambda line: None)
     (dict(seq_len="24:0.5,32"), "--seq-len 24:0.5,32: each must divide the last one"),
     *((dict(mask_rate=text), f"--mask-rate {text}: must be a number above 0 and at most 0.5, or two")
       for text in ("0", "0.6", "nan", "x", "", "0.3:0.15:0.1", "0.3:", "0.3,0.15")),
-    (dict(mask_rate="0.01"), "--mask-rate 0.01 masks no position of a block of 32")])
+    (dict(mask_rate="0.01"), "--mask-rate 0.01 masks no position of a block of 32"),
+    (dict(init_std=0), "--init-std 0: must be a number, above 0"), (dict(optimizer="muon"), None),
+    (dict(optimizer="sgd"), "--optimizer sgd: must be one of adamw, muon")])
 def test_what_the_switches_allow(tiny, changes, message):
     with pytest.raises(UserError) if message else contextlib.nullcontext() as e:
         tiny(**changes).check()
@@ -63,6 +66,7 @@ def test_every_step_has_as_many_tokens_in_blocks_of_its_length_under_one_learnin
 SWITCHED = {
     "lengths": dict(seq_len="8:0.2,16:0.5,32"), "masks": dict(mask_rate="0.3:0.15"),
     "clm": dict(strategy="clm:0.3/no_kd"),
+    "muon": dict(optimizer="muon"),
     "both": dict(strategy="tinybert:0.3/no_kd", seq_len="16:0.4,32", mask_rate="0.3:0.2"),
 }
 
@@ -73,11 +77,14 @@ def test_a_run_that_died_on_either_side_of_a_change_ends_bitwise_like_one_that_d
     common = dict(dropout=0.1, micro_batch=4, val_times=3, **SWITCHED[switch])
     whole = train.train(tiny(**common, out=str(tmp_path / "whole")), **QUIET)
     config = tiny(**common, **OFTEN, out=str(tmp_path / "died"))
-    ends = [round(20 * phase.end) for phase in config.phases[:-1]]
+    ends = [round(20 * phase.end) for phase in config.phases[:-1]] or [7]
     for at in sorted({ends[0] - 1, ends[0], ends[0] + 1, ends[-1]}):
         interrupted(monkeypatch, config, at)
     died = train.train(config, **QUIET)
     assert final(tmp_path / "died") == final(tmp_path / "whole")
+    momenta = [[slot["momentum_buffer"].tolist() for slot in state["muon"]["state"].values()] if state["muon"] else None
+               for state in (load_run(tmp_path / name, print) for name in ("died", "whole"))]
+    assert momenta[0] == momenta[1] and (momenta[0] is None) == (switch != "muon")
     assert died["phases"] == whole["phases"] and died["val"] == whole["val"]
 
 
@@ -149,3 +156,52 @@ def test_clm_is_the_mean_of_minus_log_p_of_the_next_id_and_mlm_follows(tiny, wat
     first, second = seen.summary["phases"]
     assert set(first["val"]) == set(first["val_at_end"]) == {"clm"} and set(seen.summary["val"]) == {"mlm"}
     assert first["student_flops"] == second["student_flops"] and first["teacher_flops"] == 0
+
+
+# ------------------------------------------------------------------------------------------- start and optimizer
+
+def test_the_random_start_has_the_standard_deviation_asked_for(tiny, corpus):
+    directory = TokenDirectory(corpus)
+    one, two = (initial_student(tiny(init_std=std), directory).state_dict() for std in (0.02, 0.06))
+    assert all(torch.allclose(3 * one[name], two[name]) for name in one if one[name].ndim > 1)
+    assert two["bert.encoder.layer.0.attention.self.query.weight"].std().item() == pytest.approx(0.06, rel=0.1)
+
+
+def orthogonalised(g):
+    """Newton and Schulz's five steps with Muon's coefficients, in fp32 (its own are bf16)."""
+    x = g.T if len(g) > g.shape[1] else g
+    x = x / x.norm()
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x.T if len(g) > g.shape[1] else x
+
+
+def test_muon_updates_hidden_matrices_at_adamws_scale_and_adamw_the_rest(tiny, corpus):
+    arm = make_arm(tiny(strategy="tinybert", optimizer="muon", weight_decay=0.1), TokenDirectory(corpus))
+    named = {name: p for name, p in arm.student.named_parameters() if p.requires_grad}
+    hidden = {p for name, p in named.items() if p.ndim == 2 and "embeddings" not in name}
+    adamw, muon = ([p for group in optimizer.param_groups for p in group["params"]] for optimizer in arm.optimizers)
+    assert set(muon) == hidden and len(muon) == 2 * 6
+    assert set(adamw) == {*named.values(), *arm.proj.parameters()} - hidden
+    assert len(adamw) + len(muon) == len(arm.trained)
+    torch.manual_seed(0)
+    for p in arm.trained:
+        p.grad = torch.randn_like(p)
+    before, grads = ({p: x.detach().clone() for p, x in pairs} for pairs in (
+        [(p, p) for p in muon], [(p, p.grad) for p in muon]))
+    arm.update(0.01, 1.0)
+    for p in muon:                          # the first step: momentum 0.95, Nesterov, of 0.05 times the gradient
+        expected = before[p] * (1 - 0.01 * 0.1) - 0.01 * 0.2 * max(p.shape) ** 0.5 * orthogonalised(grads[p])
+        assert torch.allclose(p, expected, atol=0.06 * (p - before[p]).abs().max().item())
+        assert (p - before[p]).square().mean().sqrt().item() == pytest.approx(0.01 * 0.2, rel=0.3)
+    assert all(group["lr"] == 0.01 for optimizer in arm.optimizers for group in optimizer.param_groups)
+    assert all(p.grad is None for p in arm.trained)
+
+
+def test_muons_own_products_are_charged(tiny):
+    sizes = [BertConfig.of_size(size, vocab_size=300) for size in ("2L32", "3L48")]
+    plain, muon = (flops_per_block(tiny(optimizer=name), *sizes)[0] for name in ("adamw", "muon"))
+    shapes = 2 * (4 * [(32, 32)] + 2 * [(32, 128)]) + [(32, 32)]        # short side, long side
+    by_hand = sum(5 * (2 * m * m * n + 2 * m ** 3 + 2 * m * m * n) for m, n in shapes)
+    assert muon - plain == pytest.approx(by_hand / 8)
