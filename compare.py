@@ -26,7 +26,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -42,7 +42,8 @@ from plumbing.cli import (
     Checked,
     Count,
     Counts,
-    Length,
+    Lengths,
+    NotNegative,
     Positive,
     Positives,
     Share,
@@ -93,7 +94,11 @@ class Config(Checked):
     dry_run: bool = False               # print the plan and its time only
     size: str = "6L768"                 # student: layers L width
     heads: Count | None = None          # attention heads; default: width / 64
-    seq_len: Length = 128               # positions in a block
+    seq_len: Lengths = 128              # positions in a block; or in turn, each to a share: 32:0.5,128
+    mask_rate: str = "0.15"             # share of positions that is masked; or from one to another: 0.3:0.15
+    init_std: Positive = 0.02           # standard deviation of random initial weights
+    optimizer: Literal["adamw", "muon"] = "adamw"     # muon: for hidden matrices, at AdamW's scale
+    clip: NotNegative = 0.0             # gradient norm above which it is scaled down; 0: off, as the paper
     batch_size: Count = 1024            # blocks per optimizer step
     micro_batch: Count | None = None    # blocks per forward pass, of every arm; default: as train.py's
     dropout: Share = 0.1                # of every arm
@@ -123,8 +128,8 @@ class Config(Checked):
 
 
 # What every run of a comparison takes from its command line as it stands there
-SHARED = ("data", "size", "heads", "seq_len", "batch_size", "micro_batch", "dropout", "val_blocks",
-          "val_times", "device", "compile", "bf16")
+SHARED = ("data", "size", "heads", "seq_len", "mask_rate", "init_std", "optimizer", "clip", "batch_size",
+          "micro_batch", "dropout", "val_blocks", "val_times", "device", "compile", "bf16")
 
 
 # ------------------------------------------------------------------------------------------------------- plan
@@ -231,7 +236,7 @@ def step_seconds(config, directory, teacher, tries=1):
               BertForMaskedLM(teacher).to(device) if config.needs_teacher else None,
               phase=len(config.phases) - 1)
     arm.make_optimizer()
-    batch = Blocks(directory, "train", config.seq_len, seed=0).batch(0, micro)
+    batch = Blocks(directory, "train", config.length, seed=0).batch(0, micro)
     seconds = []
     for _ in range(1 + tries):                                          # the first warms up
         began = time.perf_counter()
@@ -347,7 +352,7 @@ def estimate(plan, directory, teacher):
                 shape = student_shape(each, directory)
                 flops = [each.batch_size * sum(flops_per_block(each, shape, teacher, i))
                          for i in range(len(each.phases))]
-                price = dict(steps=1, tokens=each.batch_size * each.seq_len).get(plan.unit)
+                price = dict(steps=1, tokens=each.batch_size * each.length).get(plan.unit)
                 rates[kind] = step_seconds(each, directory, teacher) / flops[-1] * sum(
                     (p.end - p.begin) * (n / price if price else 1)
                     for p, n in zip(each.phases, flops, strict=True))
@@ -469,8 +474,8 @@ def check_inputs(plan):
     if config.max_len > longest:
         raise UserError(f"--max-len {config.max_len}: 8 to {longest} here")
     for unique, static in plan.settings:
-        Blocks(directory, "train", config.seq_len, 0, unique, static)            # refuses more than there are
-    train.validation_blocks(directory, config.seq_len)
+        Blocks(directory, "train", plan.runs[0].length, 0, unique, static)       # refuses more than there are
+    train.validation_blocks(directory, plan.runs[0].length)
     return directory, texts
 
 
@@ -607,7 +612,8 @@ def papers_setting(plan):
     """The size whose rows of the paper's Table 2 may stand beside these, or None."""
     config, t = plan.config, plan.teacher_shape
     teachers = {"6L768": "12L768", "12L1024": "24L1024"}
-    same = ((config.seq_len, config.batch_size) == (128, 1024)
+    same = (all(getattr(config, name) == getattr(Config, name) for name in (
+                "seq_len", "batch_size", "mask_rate", "init_std", "optimizer", "clip"))
             and teachers.get(config.size) == f"{t.num_hidden_layers}L{t.hidden_size}")
     return config.size if same else None
 

@@ -26,7 +26,7 @@ import torch
 
 from finetune_glue import embedded
 from plumbing.checkpoint import find_model, framed, load_mlm, read_tokenizer
-from plumbing.cli import UserError, run
+from plumbing.cli import UserError, in_turn, run
 from plumbing.files import write_whole
 from plumbing.report import MARKERS, curve_look
 from plumbing.screen import RECENT, amount, changes, spent
@@ -94,6 +94,7 @@ class Run:
         budgets = [unit for unit in UNITS if self.config.get(f"budget_{unit}")]
         if len(budgets) != 1 or not {"batch_size", "seq_len"} <= self.config.keys():
             raise UserError(f"{path}/config.json is not that of a run of train.py")
+        self.length = in_turn(self.config["seq_len"], int)[-1][1]        # S of the run's end: tokens of a step
         self.unit, self.total = budgets[0], self.config[f"budget_{budgets[0]}"]
         self.summary = read_json(path / "summary.json") if (path / "summary.json").exists() else {}
         self.records = read_log(path / "log.jsonl")
@@ -124,7 +125,7 @@ class Run:
                 share = self.total * record.get("progress", 0) if self.unit == "flops" else None
                 return record.get("flops", share)
             return step * (s["student_flops"] + s["teacher_flops"]) / s["steps"]
-        tokens = self.config["batch_size"] * self.config["seq_len"]
+        tokens = self.config["batch_size"] * self.length
         return dict(hours=record["seconds"] / 3600, tokens=step * tokens, steps=step)[unit]
 
     def rate(self, unit):

@@ -12,6 +12,7 @@ anything else, whether by a command line or in code:
     Annotated[str, STRATEGIES]   one of these words, from elsewhere
     Annotated[float, "[0, 1)"]          a number in this interval: 0 is, 1 is not; infinity and NaN never are
     Annotated[str, float, "(0, 1)"]     several of them, separated by commas (`numbers` reads them)
+    Annotated[str, "in turn", int, "[4, 65536]"]    one, or several in turn: 32:0.5,128 (`in_turn` reads them)
 
 Whatever a user can get wrong is raised as `UserError`: what was wrong, where, and what to do about it.  `run`
 prints it as one line on stderr and exits with status 2; any other exception is a bug and keeps its traceback.
@@ -41,6 +42,7 @@ Share = Annotated[float, "[0, 1)"]
 Fraction = Annotated[float, "(0, 1)"]
 Seed = Annotated[int, "[0, 1e18]"]
 Length = Annotated[int, "[4, 65536]"]           # of a block: [CLS], [SEP] and two ids, of which one is masked
+Lengths = Annotated[str, "in turn", int, "[4, 65536]"]
 GONE = {                                        # (script, flag): what to do in its place
     ("compare.py", "--shard"): "processes with the same --out share the runs, and --jobs N starts several",
     ("finetune_glue.py", "--shard"): "processes with the same --out share the trials"}
@@ -78,12 +80,12 @@ def flag_of(name):
 
 
 def allowed(kind):
-    """(type, whether several are, interval or words or None) of an annotation."""
+    """(type, whether several are or "in turn", interval or words or None) of an annotation."""
     if typing.get_origin(kind) is Literal:
         return str, False, typing.get_args(kind)
     if typing.get_origin(kind) is Annotated:
-        *_, of, limit = typing.get_args(kind)
-        return of, len(typing.get_args(kind)) > 2, limit
+        *how, of, limit = typing.get_args(kind)
+        return of, "in turn" if "in turn" in how else bool(how), limit
     return kind, False, None
 
 
@@ -93,18 +95,31 @@ def checked(flag, value, kind):
     if not (limit or of in (int, float)):
         return value
     try:
-        found = numbers(value, of) if several else [read(value, of)]
-        good = len(set(found)) == len(found) > 0 and all(inside(v, limit) for v in found)
+        if turns := several == "in turn":
+            found = [v for _, v in in_turn(value, of)]
+        else:
+            found = numbers(value, of) if several else [read(value, of)]
+        good = (turns or len(set(found)) == len(found) > 0) and all(inside(v, limit) for v in found)
     except (TypeError, ValueError):
         good = False
     if not good:
         raise UserError(f"{flag} {value}: must be {wanted(of, several, limit)}")
-    return value if several else found[0]
+    return found[0] if not several or turns and len(found) == 1 else value
 
 
 def numbers(text, of=float):
     """The values of a list such as "1,2,4"; none of an empty text."""
     return [read(part, of) for part in str(text).split(",") if text]
+
+
+def in_turn(text, of=float):
+    """[(END, VALUE)] of VALUE:END,...,VALUE: each to a share of the budget that rises, the last to 1."""
+    *before, last = str(text).split(",")
+    pairs = [part.split(":") for part in before] + [(last, 1)]
+    found = [(float(end), read(value, of)) for value, end in pairs]
+    if not all(a < b for (a, _), (b, _) in zip([(0, None), *found], found, strict=False)):
+        raise ValueError(text)
+    return found
 
 
 def read(value, of):
@@ -130,14 +145,16 @@ def wanted(of, several, limit):
     if limit and not isinstance(limit, str):
         text = ("names out of " if several else "one of " if len(limit) > 1 else "") + ", ".join(limit)
     else:
-        noun = "whole number" if of is int else "number"
+        noun, many = "whole number" if of is int else "number", several is True
         low, high = limit[1:-1].split(", ") if limit else ("-inf", "inf")
         words = ("at least" if limit and limit[0] == "[" else "above",
                  "at most" if limit and limit[-1] == "]" else "below")
         bounds = [f"{word} {bound}" for word, bound in zip(words, (low, high), strict=True)
                   if "inf" not in bound]
-        text = (f"{noun}s" if several else f"a {noun}") + (f", {' and '.join(bounds)}" if bounds else "")
-    return text + ", separated by commas, none twice" * several
+        text = (f"{noun}s" if many else f"a {noun}") + (f", {' and '.join(bounds)}" if bounds else "")
+    return text + {True: ", separated by commas, none twice", False: "", "in turn":
+                   ", or several in turn, all but the last with the share of the budget at which they end, such as "
+                   "32:0.5,128"}[several]
 
 
 def writable(path, flag="--out"):
@@ -181,7 +198,7 @@ def parse(cls, doc, argv=None):
         else:
             required = field.default is dataclasses.MISSING
             parser.add_argument(flag, default=None if required else field.default, required=required,
-                                metavar=of.__name__.upper() + ",..." * several, help=text)
+                                metavar=of.__name__.upper() + ",..." * bool(several), help=text)
             valued.add(flag)
     argv = joined(sys.argv[1:] if argv is None else argv, valued, valued | others, parser)
     return cls(**vars(parser.parse_args(argv)))

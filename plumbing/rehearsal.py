@@ -13,7 +13,7 @@ from plumbing.screen import amount
 SECONDS = 20                # of steps are measured; where one takes longer, it is the only one
 
 
-def rehearse(run, gradients, batches, blocks):
+def rehearse(run, gradients, blocks, batches):
     """`run`: a Run that was never started; `gradients`: train.py's, on the batches in their order."""
     arm, budget, config, took = run.arm, run.budget, run.config, []
     budget.price = arm.price(budget.unit)
@@ -35,11 +35,12 @@ def rehearse(run, gradients, batches, blocks):
     seconds = sum(took[1:]) / len(took[1:]) if took[1:] else took[0]    # the first one allocates
     many = budget.total * 3600 / seconds if budget.unit == "hours" else budget.total / budget.price
     steps = math.ceil(many)
-    tokens, charged, say = config.batch_size * config.seq_len, steps * seconds, run.say
+    tokens, charged, say = config.batch_size * config.length, steps * seconds, run.say
     say(f"memory: {memory(arm.device)}")
     say(f"speed: {tokens / seconds:,.0f} tokens/s, {seconds:.3g} s a step, measured over {len(took)}")
     say(f"--budget-{budget.unit} {budget.total:g} buys {steps:,} steps, {steps * tokens:,} tokens, "
-        f"{blocks.epochs(steps, config.batch_size):.3g} epochs in {amount(charged / 3600, 'hours')}, and "
+        f"{blocks.epochs(steps, config.batch_size * arm.phase.times):.3g} epochs in "
+        f"{amount(charged / 3600, 'hours')}, and "
         f"{amount(validations / 3600, 'hours')} go to {config.val_times} validations: begun now, it ends on "
         + time.strftime("%Y-%m-%d at %H:%M", time.localtime(time.time() + charged + validations)))
 

@@ -88,7 +88,8 @@ class Run:
                 arm.make_optimizer()
             arm.student.load_state_dict(state["student"])
             arm.proj.load_state_dict(state["proj"])
-            arm.optimizer.load_state_dict(state["optimizer"])
+            for name, optimizer in zip(("optimizer", "muon"), arm.optimizers, strict=False):
+                optimizer.load_state_dict(state[name])
             budget.steps, budget.seconds, self.seconds = state["steps"], state["seconds"], state["seconds"]
             budget.uncharged, self.stages.seconds = state["uncharged"], state["charged"]
             self.validations, self.teacher_mlm = state["validations"], state["teacher_mlm"]
@@ -103,17 +104,20 @@ class Run:
     def next_phase(self, signals):
         """Ends the phase and enters the next one that has a share left; nothing of it is on the clock."""
         arm, budget = self.arm, self.budget
-        val = self.validate(signals)
+        span, ended = arm.phase.span, [phase for phase in arm.phases if phase.end <= budget.progress]
+        val = self.validate(signals) if arm.phases[len(ended)].span != span else None
         while arm.phases[len(budget.ended)].end <= budget.progress:
             self.vals.append(val if len(budget.ended) == arm.number else None)
             budget.ended.append((budget.phase_steps, budget.price))
         self.say(f"{arm.phase.name} ended after {budget.ended[arm.number][0]} steps: "
                  + ", ".join(f"val_{name} {value:.4f}" for name, value in (val or {}).items()))
         with budget.pause("compile"):
-            arm.enter(len(budget.ended))
-            arm.make_optimizer()
+            new = arm.pass_on(len(budget.ended))
             budget.price = arm.price(budget.unit)
-        self.describe()
+        if new:
+            self.describe()
+        else:
+            self.say(f"{arm.phase.name} to {arm.phase.end:.0%}")
 
     def describe(self):
         if not self.writes:
@@ -161,7 +165,7 @@ class Run:
             return None
         with self.budget.pause("validation"):
             before, self.val = self.val, self.arm.validate(self.val_blocks, signals)
-            if self.arm.strategy.trains_lm_head:
+            if self.arm.strategy.trains_lm_head and not self.arm.strategy.causal:
                 self.d_order = self.arm.d_order(self.val_blocks, self.directory.special, self.val.get("mlm"),
                                                 signals)
             stands = self.baselines and "mlm" in self.val and where_it_stands(self.val["mlm"], self.baselines)
@@ -192,7 +196,8 @@ class Run:
             config=dataclasses.asdict(self.config), steps=self.budget.steps, seconds=self.seconds,
             uncharged=self.budget.uncharged, charged=self.stages.seconds, validations=self.validations,
             teacher_mlm=self.teacher_mlm, student=arm.student.state_dict(), proj=arm.proj.state_dict(),
-            optimizer=arm.optimizer.state_dict(), ended=self.budget.ended, vals=self.vals))
+            optimizer=arm.optimizer.state_dict(), muon=arm.muon and arm.muon.state_dict(),
+            ended=self.budget.ended, vals=self.vals))
         self.saved = time.monotonic()
 
     def save_model(self, name, card):
@@ -217,7 +222,7 @@ class Run:
     def finish(self, blocks, charged, val, processes):
         """Writes and returns the summary: what was trained, what it cost, what came out."""
         config, arm, budget = self.config, self.arm, self.budget
-        steps, tokens = budget.steps, budget.steps * config.batch_size * config.seq_len
+        steps, tokens = budget.steps, budget.steps * config.batch_size * config.length
         phases = [self.phase_summary(i) for i in range(len(arm.phases))]
         student, teacher = (sum(p[f"{side}_flops"] for p in phases) for side in ("student", "teacher"))
         spent = dict(hours=charged / 3600, flops=student + teacher, tokens=tokens, steps=steps)[budget.unit]
@@ -225,7 +230,7 @@ class Run:
             strategy=config.strategy, label=config.label, as_released=config.as_released, init=config.start,
             size=config.size, peak_lr=arm.peak_lr, seed=config.seed, steps=steps, tokens=tokens,
             student_flops=student, teacher_flops=teacher, epochs=blocks.epochs(steps, config.batch_size),
-            unique_tokens=min(blocks.count, steps * config.batch_size) * config.seq_len,
+            unique_tokens=min(blocks.count, steps * config.batch_size) * config.length,
             budget={budget.unit: budget.total}, overshoot=spent / budget.total - 1, charged_seconds=charged,
             tokens_per_second=tokens / charged, charged=self.stages.seconds, uncharged=budget.uncharged,
             teacher_share=self.stages.seconds.get("teacher", 0.0) / charged, **self.measured(val),
@@ -253,7 +258,7 @@ class Run:
         if i < arm.number:
             found["val"] = self.vals[i]
             strategy = arm.between(phase.strategy)
-            if self.writes and not len(arm.projections(strategy)):              # which end with their phase
+            if self.writes and self.vals[i] and not len(arm.projections(strategy)):     # which end with their phase
                 with self.budget.pause("validation"):
                     found["val_at_end"] = arm.validate(self.val_blocks, strategy=strategy)
         return found
@@ -289,8 +294,9 @@ def describe(arm, val, step, teacher_mlm, say):
     several = f", {arm.phase.name} to {arm.phase.end:.0%}" if len(arm.phases) > 1 else ""
     say(f"{config.label}{several}: student {c.size}, {c.num_attention_heads} heads, V {c.vocab_size:,}, "
         f"{trained / 1e6:.1f}M parameters trained, from {arm.start}; "
-        f"peak LR {arm.peak_lr:g}; {config.batch_size} x {config.seq_len} tokens a step; {arm.device}, "
-        f"{'bf16' if arm.bf16 else 'fp32'}")
+        f"peak LR {arm.peak_lr:g}{' of AdamW and, times 0.2 sqrt(larger side), of Muon' * bool(arm.muon)}; "
+        f"{config.batch_size * arm.phase.times} x {arm.phase.seq_len} tokens a step; "
+        f"{arm.device}, {'bf16' if arm.bf16 else 'fp32'}")
     if arm.teacher:
         quality = f"validation MLM loss {teacher_mlm:.4f}" if teacher_mlm is not None else "no LM head"
         layers = [need[1] % arm.teacher.config.num_hidden_layers + 1 for need in strategy.want("teacher")
