@@ -182,8 +182,8 @@ class Arm:
 
     def make_muon(self):
         """With --optimizer muon, Muon for all matrices but embeddings and projections; else None.  It takes
-        AdamW's learning rate and decay: its updates are scaled to the RMS of AdamW's, by 0.2 sqrt(larger side)
-        (Liu 2025, arXiv 2502.16982, section 2.2)."""
+        AdamW's learning rate and decay: its updates are scaled to AdamW's RMS, by 0.2 sqrt(larger side) (Liu
+        2025, arXiv 2502.16982, section 2.2)."""
         if self.config.optimizer != "muon":
             return None
         matrices = [p for name, p in self.student.named_parameters()

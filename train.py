@@ -114,8 +114,8 @@ class Config(Checked):
                 raise UserError(f"--kd-every {self.kd_every}: {phase.name} has no term that needs no "
                                 f"teacher, so nothing is left for the steps between")
         if self.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
-            raise UserError(f"--optimizer muon: torch {torch.__version__} has no torch.optim.Muon: take torch "
-                            f"2.13, or adamw")
+            raise UserError(f"--optimizer muon: torch {torch.__version__} has no torch.optim.Muon: install "
+                            f"torch 2.13, or take adamw")
         if self.init_layers is not None and self.start != "teacher":
             raise UserError(f"--init-layers {self.init_layers} belongs to --init teacher")
         for phase in phases:

@@ -109,15 +109,16 @@ class Run:
         while arm.phases[len(budget.ended)].end <= budget.progress:
             self.vals.append(val if len(budget.ended) == arm.number else None)
             budget.ended.append((budget.phase_steps, budget.price))
-        self.say(f"{arm.phase.name} ended after {budget.ended[arm.number][0]} steps: "
-                 + ", ".join(f"val_{name} {value:.4f}" for name, value in (val or {}).items()))
+        if val:
+            self.say(f"{arm.phase.name} ended after {budget.ended[arm.number][0]} steps: "
+                     + ", ".join(f"val_{name} {value:.4f}" for name, value in val.items()))
         with budget.pause("compile"):
             new = arm.pass_on(len(budget.ended))
             budget.price = arm.price(budget.unit)
         if new:
             self.describe()
         else:
-            self.say(f"{arm.phase.name} to {arm.phase.end:.0%}")
+            self.say(f"now {arm.phase.name}, to {arm.phase.end:.0%}")
 
     def describe(self):
         if not self.writes:
