@@ -144,7 +144,7 @@ def entry_of(name, arm, blocks, flops=None):
     """An arm that steps as train.py's loop does."""
     arm.make_optimizer()
     stages, steps = train.Stages(arm.device), itertools.count()
-    batches = train.stream(blocks, 0, arm.config.batch_size, arm.device)
+    batches = train.batches_of(blocks, 0, arm.config.batch_size, arm.device)
 
     def step():
         stages.mark(None)

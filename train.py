@@ -357,13 +357,17 @@ def main(config, **options):
 
 
 def stream(config, directory, phase, start, device):
-    """(Blocks of a phase, their batches from `start` on: made ahead in a thread if the device is no CPU)."""
+    """(Blocks of a phase, their batches from step `start` on)."""
     blocks = Blocks(directory, "train", phase.seq_len, config.seed, config.unique_tokens, config.static_masks,
                     phase.mask_rate, phase.strategy.causal)
-    batch_size = config.batch_size * phase.times
+    return blocks, batches_of(blocks, start, config.batch_size * phase.times, device)
+
+
+def batches_of(blocks, start, batch_size, device):
+    """Every batch from `start` on; made ahead in a thread if the device is no CPU."""
     if device.type == "cuda":
-        return blocks, prefetch(blocks, start, batch_size)
-    return blocks, (blocks.batch(i, batch_size) for i in itertools.count(start))
+        return prefetch(blocks, start, batch_size)
+    return (blocks.batch(i, batch_size) for i in itertools.count(start))
 
 
 class NotFinite(UserError):
