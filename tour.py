@@ -1,10 +1,10 @@
-"""The tour: one sentence through teacher, student and every loss, with real numbers.  Run it before you read the rest:
-as a whole, or cell by cell in an editor that knows `# %%`.
+"""The tour: one sentence through teacher, student and every loss, with real numbers.  Run it before you read
+the rest: as a whole, or cell by cell in an editor that knows `# %%`.
 
     python tour.py
 
-Each loss is computed twice: by kd_losses.py, and here by hand in a line or two.  The two must agree to ten digits,
-or the tour stops.  It reads the teacher in teacher/, downloads nothing and takes seconds.
+Each loss is computed twice: by kd_losses.py, and here by hand in a line or two.  The two must agree to ten
+digits, or the tour stops.  It reads the teacher in teacher/, downloads nothing and takes seconds.
 """
 import json
 from pathlib import Path
@@ -38,8 +38,9 @@ pieces = tokenizer.encode(text, add_special_tokens=False)
 print(f"{text}\n{len(pieces.ids)} pieces out of a vocabulary of V = {len(vocab):,}:")
 print("  ".join(f"{piece} {i}" for piece, i in zip(pieces.tokens, pieces.ids, strict=True)))
 
-# %% 2. A block is [CLS], ids, [SEP].  15% of its positions become questions.  Of these 80% show [MASK], 10% show a
-# random piece and 10% show the right one.  The model cannot know which piece is wrong, so it must doubt each of them.
+# %% 2. A block is [CLS], ids, [SEP].  15% of its positions become questions.  Of these 80% show [MASK], 10%
+# show a random piece and 10% show the right one.  The model cannot know which piece is wrong, so it must
+# doubt each.
 V, S = len(vocab), len(pieces.ids) + 2
 directory = SimpleNamespace(path=TEACHER, split=lambda name: np.array(pieces.ids), vocab=vocab,
                             special={token: vocab[token] for token in SPECIAL})
@@ -51,15 +52,15 @@ for at, label in zip(masked[0].tolist(), labels.tolist(), strict=True):
     shown, answer = map(tokenizer.id_to_token, (ids[0, at].item(), label))
     print(f"  position {at:2} shows {shown:8} the answer is {answer}")
 
-# %% 3. The teacher: 4 layers of width 128.  The student: 2 layers of width 64, random weights, and as many heads.
+# %% 3. The teacher: 4 layers of width 128.  The student: 2 layers of width 64, as many heads, random weights.
 # Numbers have 64 bits here, so that two ways of computing the same thing agree to many digits.
 shape = {k: v for k, v in json.loads((TEACHER / "config.json").read_text()).items() if hasattr(BertConfig, k)}
 teacher = BertForMaskedLM(BertConfig(**shape)).double().eval().requires_grad_(False)
 teacher.load_state_dict(torch.load(TEACHER / "pytorch_model.bin", weights_only=True))
 torch.manual_seed(0)
 student, wide = (BertForMaskedLM(BertConfig.of_size(size, heads=2, vocab_size=V)).double().eval()
-                 for size in ("2L64", "2L128"))                         # `wide` is for what needs equal widths
-W = torch.nn.ModuleDict({name: torch.nn.Linear(64, 128, bias=False)     # from the student's width to the teacher's
+                 for size in ("2L64", "2L128"))                     # `wide` is for what needs equal widths
+W = torch.nn.ModuleDict({name: torch.nn.Linear(64, 128, bias=False)     # the student's width to the teacher's
                          for name in ("embedding", "hidden", "hidden0", "hidden1")}).double()
 
 # %% 4. A forward pass leaves behind what it is asked for, by `want`, and stops there.
@@ -128,8 +129,8 @@ p_s, p_t = softmax(z_s), softmax(z_t)
 (q1_t, k1_t, _), (q_t, k_t, v_t) = (t["qkv", i] for i in (1, 3))
 h0_s, h_s, h1_t, h_t = s["hidden", 0], s["hidden", 1], t["hidden", 1], t["hidden", 3]       # (B, S, D)
 
-# %% 6. Questions with one right answer: the masked language model.  An untrained student gives every piece about the
-# same chance, 1 / V, so its loss is about ln V.
+# %% 6. Questions with one right answer: the masked language model.  An untrained student gives every piece
+# about the same chance, 1 / V, so its loss is about ln V.
 mlm = -p_s[range(M), labels].log().mean()
 print(f"\nln V = {np.log(V):.3f}; the untrained student's loss is {mlm:.3f}")
 check("no_kd", STRATEGIES["no_kd"], dict(mlm=mlm))
@@ -142,9 +143,10 @@ soft_ce = -(p_t * p_s.log()).sum(-1).mean()
 check("vanilla_kd", STRATEGIES["vanilla_kd"], dict(mlm=mlm, soft_ce=soft_ce))
 entropy = -(p_t * p_t.log()).sum(-1).mean()
 assert abs(soft_ce - kl(p_t, p_s) - entropy) < 1e-12
-print(f"cross-entropy {soft_ce:.4f} - KL {kl(p_t, p_s):.4f} = {entropy:.4f}, the teacher's entropy: the floor")
+print(f"cross-entropy {soft_ce:.4f} - KL {kl(p_t, p_s):.4f} = {entropy:.4f}, the teacher's entropy")
 
-# The paper's released code takes a mean over V, too.  So its soft targets weigh V times less: next to nothing.
+# So that entropy is the floor: no student gets lower.  Now a fault: the paper's released code takes a mean
+# over V, too.  Its soft targets weigh V times less, which is next to nothing.
 check("vanilla_kd released", AS_RELEASED["vanilla_kd"], dict(mlm=mlm, soft_ce=soft_ce / V))
 
 # %% 8. DistilBERT: softer targets (tau = 2), the true answer, and the direction of the last hidden state.
@@ -160,7 +162,7 @@ embd = mse(s["embedding"] @ W["embedding"].weight.T, t["embedding"])
 attn, attn_middle = mse(scores(q_s, k_s), scores(q_t, k_t)), mse(scores(q0_s, k0_s), scores(q1_t, k1_t))
 hidn, hidn_middle = (mse(a @ W["hidden"].weight.T, b) for a, b in ((h_s, h_t), (h0_s, h1_t)))
 check("tinybert", STRATEGIES["tinybert"], dict(embd=embd, attn=attn, hidn=hidn))
-check("tinybert_layers", STRATEGIES["tinybert_layers"], dict(      # the student's layers 1 2 with the teacher's 2 4
+check("tinybert_layers", STRATEGIES["tinybert_layers"], dict(           # layers 1, 2 with the teacher's 2, 4
     embd=embd, attn=attn_middle + attn, hidn=hidn_middle + hidn))
 
 # %% 10. MiniLM: look where the teacher looks.  Only distributions are compared, so no W is needed.
@@ -182,7 +184,8 @@ for i, (a, b, q_a, k_a, q_b, k_b) in enumerate((
 check("mobilebert tail", stages[2], dict(mlm=mlm, soft_ce=soft_ce))
 assert done == {*STRATEGIES, *PHASED}, "a strategy is missing from the tour"
 
-# %% 12. What a soft target asks of the student: the gradient is (p_s - p_t) / M.  Too high goes down, too low goes up.
+# %% 12. What a soft target asks of the student: the gradient is (p_s - p_t) / M.  A probability that is too
+# high goes down, one that is too low goes up.
 z = z_s.detach().requires_grad_()
 gradient, = torch.autograd.grad(soft_cross_entropy(z, z_t), z)
 assert torch.allclose(gradient, (p_s - p_t) / M, rtol=0, atol=1e-15)
@@ -195,9 +198,9 @@ for tau in (1, 2, 4, 8):
     size = torch.autograd.grad(soft_cross_entropy(z, z_t, tau), z)[0].norm()
     print(f"  tau = {tau}: length of the gradient {size:.4f}, without the factor tau^2 {size / tau ** 2:.4f}")
 
-# %% 13. What MiniLM does not teach.  It stops at the last layer's queries, keys and values.  What comes after them
-# gets no gradient.  And one bias gets a gradient of zero: it adds the same number to all the scores of a row, and
-# the softmax does not see that.
+# %% 13. What MiniLM does not teach.  It stops at the last layer's queries, keys and values.  What comes after
+# them gets no gradient.  And one bias gets a gradient of zero: it adds the same number to all the scores of a
+# row, and the softmax does not see that.
 minilm.backward()
 silent = {name: p.numel() for name, p in student.named_parameters() if p.grad is None}
 matrices = {name: p.numel() for name, p in student.named_parameters() if "layer." in name and p.ndim == 2}
@@ -209,7 +212,7 @@ largest = {name: last[name].bias.grad.abs().max() for name in ("query", "key", "
 print("largest gradient of its biases: " + ", ".join(f"{name} {g:.1e}" for name, g in largest.items()))
 assert share == 0.375 and largest["key"] < 1e-12 * largest["query"]
 
-# %% 14. The learning rate is a function of what is spent: up over the first 6% of the budget, then down to zero.
+# %% 14. The learning rate depends on what is spent: up over the first 6% of the budget, then down to zero.
 print("\nof a budget of 4 hours, peak 1e-3:")
 for hours in (0, 0.12, 0.24, 1, 2, 3.9, 4):
     x = hours / 4
@@ -217,7 +220,8 @@ for hours in (0, 0.12, 0.24, 1, 2, 3.9, 4):
     assert abs(learning_rate(x, 1e-3) - lr) < 1e-18
     print(f"  {hours:4} h: {lr:.6f}")
 
-# %% 15. All of it together: 60 steps on this one block.  The loss falls towards the teacher's entropy and stays above.
+# %% 15. All of it together: 60 steps on this one block.  The loss falls towards the teacher's entropy, and
+# stays above it.
 optimizer, steps = torch.optim.AdamW(student.parameters(), betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01), 60
 print(f"\nsoft cross-entropy on this block; the teacher's entropy is {entropy:.4f}")
 for step in range(steps):

@@ -30,5 +30,5 @@ def loss_d(x_s, x_t, relation_heads):
 
 
 def loss_e(h_s, h_t, real):
-    """TinyBERT's hidden-state loss: mean over the real positions and D; h (B, S, D), real (B, S) is 0 at padding."""
+    """TinyBERT's hidden-state loss: mean over real positions and D; h (B, S, D), real (B, S)."""
     return ((h_s - h_t) * real[..., None]).square().mean()

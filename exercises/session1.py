@@ -1,4 +1,5 @@
-"""First session: what the losses say.  The questions are in docs/exercises.md; `python -m pytest exercises` checks."""
+"""First session: what the losses say.  The questions are in docs/exercises.md; `python -m pytest exercises`
+checks."""
 
 
 def initial_loss(vocab_size):
@@ -7,25 +8,25 @@ def initial_loss(vocab_size):
 
 
 def floor(z_t, tau):
-    """2. The smallest value that soft_cross_entropy(z_s, z_t, tau) can have, whatever the student says; z_t (M, V)."""
+    """2. The smallest value that soft_cross_entropy(z_s, z_t, tau) can have, whatever z_s is; z_t (M, V)."""
     raise NotImplementedError
 
 
 def times_smaller(reduction, M, V):
-    """3. How many times smaller than kd_losses.soft_kl is F.kl_div(log p_s, p_t, reduction=reduction)?  The reduction
-    is "batchmean", "mean" or "sum"; both functions see (M, V)."""
+    """3. How many times smaller than kd_losses.soft_kl is F.kl_div(log p_s, p_t, reduction=reduction)?  Both
+    functions see (M, V); the reduction is "batchmean", "mean" or "sum"."""
     raise NotImplementedError
 
 
 def other_scores(scores, mse):
-    """4. Other attention scores than `scores` (B, N, S, S): the same probabilities after the softmax, so a KL of 0, but
-    a mean squared error of `mse`."""
+    """4. Other attention scores than `scores` (B, N, S, S): the same probabilities after the softmax, so a KL
+    of 0, but a mean squared error of `mse`."""
     raise NotImplementedError
 
 
 def without_gradient(strategy, names):
-    """5. Which of these parameters of a BertForMaskedLM of 2 layers does the strategy's loss not reach?  A set of
-    names.  The strategy is "no_kd", "tinybert", "minilm" or "minilmv2"."""
+    """5. Which of these parameters of a BertForMaskedLM of 2 layers does the strategy's loss not reach?  A
+    set of names.  The strategy is "no_kd", "tinybert", "minilm" or "minilmv2"."""
     raise NotImplementedError
 
 

@@ -48,7 +48,8 @@ def test_3_times_smaller(reduction):
 
 def test_4_other_scores():
     scores = rand(2, 3, 5, 5)
-    other, k = session1.other_scores(scores, 4.0), 5 ** 0.5 * torch.eye(5, dtype=torch.float64)     # q k^T = scores
+    other = session1.other_scores(scores, 4.0)
+    k = 5 ** 0.5 * torch.eye(5, dtype=torch.float64)            # q k^T / sqrt(5) = q
     assert attention_kl(other, k, scores, k).item() == pytest.approx(0, abs=1e-9)
     assert attention_mse(other, k, scores, k).item() == pytest.approx(4)
 

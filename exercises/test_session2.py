@@ -38,7 +38,7 @@ def test_1_relative_cost(strategy, documented):
 
 def test_2_interval():
     assert session2.interval([70, 72, 74], [69, 70, 71]) == pytest.approx((2, 2.484), abs=0.001)
-    assert session2.interval([1, 5, 9], [0, 4, 8]) == pytest.approx((1, 0))         # seeds differ, pairs do not
+    assert session2.interval([1, 5, 9], [0, 4, 8]) == pytest.approx((1, 0))     # seeds differ, pairs do not
     assert session2.interval([1, 2, 3, 4, 5], [0] * 5) == pytest.approx((3, 1.963), abs=0.001)
 
 
@@ -50,12 +50,14 @@ def test_3_patient_kd():
     student, teacher = (BertForMaskedLM(BertConfig.of_size(size, vocab_size=50)).double().eval()
                         for size in ("3L64", "6L64"))
     ids, masked, labels = torch.randint(50, (4, 16)), torch.arange(3).expand(4, 3), torch.randint(50, (12,))
-    s, t = student(ids, masked, want=strategy.want("student")), teacher(ids, masked, want=strategy.want("teacher"))
+    s = student(ids, masked, want=strategy.want("student"))
+    t = teacher(ids, masked, want=strategy.want("teacher"))
     total, terms = kd.loss_terms(strategy, s, t, kd.Context(labels, 1.0, 1, torch.nn.ModuleDict()))
     patient = 0
     for l_s, l_t in ((0, 1), (1, 3)):           # TinyBERT's map, without the last pair
-        h_s, h_t = (m(ids, want=[("hidden", i)])["hidden", i][:, 0] for m, i in ((student, l_s), (teacher, l_t)))
-        patient += sum((a / a.norm() - b / b.norm()).square().sum() for a, b in zip(h_s, h_t, strict=True)) / 4
+        h_s, h_t = (m(ids, want=[("hidden", i)])["hidden", i] for m, i in ((student, l_s), (teacher, l_t)))
+        for a, b in zip(h_s[:, 0], h_t[:, 0], strict=True):
+            patient += (a / a.norm() - b / b.norm()).square().sum() / 4
     z_s, z_t = (m(ids, masked)["logits"] for m in (student, teacher))
     mlm, soft_ce = kd.masked_lm_loss(z_s, labels), kd.soft_cross_entropy(z_s, z_t)
     assert {n: v.item() for n, v in terms.items()} == pytest.approx(

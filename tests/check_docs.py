@@ -1,8 +1,8 @@
-"""What README.md and docs/ say, held against the code: python tests/check_docs.py prints what is wrong, a line each.
+"""What README.md and docs/ say, held against the code: python tests/check_docs.py prints what is wrong.
 
-Commands: each one is parsed by its program's own flags and is in tests/commands.txt, with the test that runs such a
-command or the reason why none does.  Links and anchors lead somewhere.  Nothing is left to be filled in.  Each figure
-of README.md stands in RECORDS.md or docs/, those of one row of a table in one line there.
+Commands: each one is parsed by its program's own flags and is in tests/commands.txt, with the test that runs it so
+or the reason why none does.  Links and anchors lead somewhere.  Nothing is left to be filled in.  Each figure of
+README.md stands in RECORDS.md or docs/, those of one row of a table in one line there.
 """
 import dataclasses
 import importlib
@@ -29,10 +29,10 @@ def pages(root):
     return [root / "README.md", *sorted((root / "docs").glob("*.md")), root / "teacher/README.md"]
 
 
-# ------------------------------------------------------------------------------------------------------ commands
+# ------------------------------------------------------------------------------------------------ commands
 
 def documented(text):
-    """The shell commands of a page: its indented lines, continued ones joined, and what stands in backticks."""
+    """The shell commands of a page: indented lines, continued ones joined, and what stands in backticks."""
     blocks = re.sub(r" *\\\n *", " ", text)
     for line in re.findall(r"^    *(?:\$ )?(.*)$", blocks, re.M):
         yield from (part.strip() for part in re.split(r"&&|\||>", re.sub(r"  +#.*", "", line)))
@@ -109,7 +109,7 @@ def command_faults(root):
                 yield f"commands.txt: {shape}: no test that is named there has {flag}"
 
 
-# ------------------------------------------------------------------------------------- links, placeholders, figures
+# ---------------------------------------------------------------------------- links, placeholders, figures
 
 def anchors(page):
     """As GitHub makes them from the headings."""
@@ -131,9 +131,8 @@ def link_faults(root):
 
 
 def placeholder_faults(root):
-    for path in [*root.glob("*.md"), *root.glob("*.py"), *(p for d in ("docs", "plumbing", "exercises", "teacher")
-                                                          for p in (root / d).glob("*.*"))]:
-        if path.suffix in (".md", ".py"):
+    for directory in (".", "docs", "exercises", "plumbing", "teacher"):
+        for path in (p for p in (root / directory).glob("*.*") if p.suffix in (".md", ".py")):
             for i, line in enumerate(path.read_text().splitlines(), 1):
                 if PLACEHOLDER.search(line):
                     yield f"{path.relative_to(root)}:{i}: a placeholder is left: {line.strip()}"
@@ -144,11 +143,12 @@ def figure_faults(root):
     def numbers(text):
         return set(re.findall(NUMBER, text.replace("**", "")))
     text = (root / "README.md").read_text()
-    lines = [line for page in [root / "RECORDS.md", *pages(root)[1:]] for line in page.read_text().splitlines()]
+    others = [root / "RECORDS.md", *pages(root)[1:]]
+    lines = [line for page in others for line in page.read_text().splitlines()]
     known = [numbers(line) for line in lines]
     for line in re.sub(r"arxiv[ .:/\w]*\d{4}\.\d+|[\d,]+ lines", "", text, flags=re.I).splitlines():
         if missing := numbers(line) - set().union(*known):
-            yield f"README.md: {' and '.join(sorted(missing))} in no line of RECORDS.md or docs/: {line.strip()}"
+            yield f"README.md: {' and '.join(sorted(missing))} not in RECORDS.md or docs/: {line.strip()}"
         if line.startswith("|"):
             cells = line.strip("|").split("|")
             name = cells[0].split("(")[0].strip(" `*")
@@ -156,7 +156,7 @@ def figure_faults(root):
                 if len(numbers(part)) > 1 and not any(
                         numbers(part) <= of and (";" in cells[0] or name in there)
                         for of, there in zip(known, lines, strict=True)):
-                    yield f"README.md: these figures are in no one line of RECORDS.md or docs/: {part.strip()}"
+                    yield f"README.md: these figures are in no line of RECORDS.md or docs/ together: {part}"
 
 
 def faults(root=ROOT):

@@ -26,6 +26,6 @@ def without_gradient(strategy, names):
 
 
 def gradient_of_zero(strategy, names):
-    """A key's bias adds q b to all the scores of q's row.  TinyBERT's MSE sees that, and so does the k-k relation."""
+    """A key's bias adds q b to all scores of a row.  TinyBERT's MSE sees it, so does the k-k relation."""
     seen = "layer.1." if strategy in ("tinybert", "minilmv2") else "no layer"
     return {n for n in names if n.endswith("key.bias") and seen not in n}

@@ -11,7 +11,7 @@ T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 def relative_cost(strategy):
     D, S, V, M = 768, 128, 30522, 19
     qkv, scores = 2 * S * 3 * D * D, 2 * S * S * D
-    layer = qkv + 2 * scores + 2 * S * 9 * D * D            # scores, their product with v; output and feed-forward
+    layer = qkv + 2 * scores + 2 * S * 9 * D * D         # scores, their product with v; output, feed-forward
     head = 2 * M * (D * D + D * V)
     student, teacher = {
         "no_kd": (6 * layer + head, 0),
