@@ -184,8 +184,8 @@ def measuring(results, yardsticks):
 
 
 def turned(r):
-    """Tokens at which D_order first passed 0.3, where the model began to use the order of its context, between two
-    validations on the line through both; inf where it did not; None where it was not logged."""
+    """Tokens at which D_order first passed 0.3, where the model began to use the order of its context, on the
+    line through the validations before and after; inf where it did not; None where it was not logged."""
     points = [(p["tokens"], p["d_order"]) for p in r["curve"] if p.get("d_order") is not None]
     before = (0, 0.0)
     for tokens, d_order in points:
@@ -203,7 +203,8 @@ def turn_of(runs):
     late = sum(map(math.isinf, at))
     if late == len(at):
         return f"> {min(r['tokens'] for r in runs) / 1e6:.2g}M"
-    return f"{np.mean([x for x in at if math.isfinite(x)]) / 1e6:.2g}M" + f" ({late} of {len(at)} later)" * (late > 0)
+    mean = np.mean([x for x in at if math.isfinite(x)])
+    return f"{mean / 1e6:.2g}M" + f" ({late} of {len(at)} later)" * (late > 0)
 
 
 def setting(unique_tokens, static_masks):
@@ -535,7 +536,7 @@ def drift(results):
 
 # ----------------------------------------------------------------------------------------------------- figure
 
-# The colours of Okabe and Ito without the yellow, dashes, and markers with their SVG paths: 7 x 4 x 5 curves differ
+# The colours of Okabe and Ito without the yellow, dashes, markers with their SVG paths: 7 x 4 x 5 curves differ
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000", "#56B4E9")
 DASHES = ((), (6, 2), (2, 2), (8, 2, 2, 2))
 MARKERS = {"o": "M-3,0a3,3 0 1,0 6,0a3,3 0 1,0 -6,0", "s": "M-3,-3h6v6h-6z", "^": "M0,-4L4,3H-4z",
@@ -544,12 +545,13 @@ MARKERS = {"o": "M-3,0a3,3 0 1,0 6,0a3,3 0 1,0 -6,0", "s": "M-3,-3h6v6h-6z", "^"
 
 def curve_look(i):
     """Colour, dash and marker of the i-th curve."""
-    return dict(colour=COLOURS[i % len(COLOURS)], dash=DASHES[i % len(DASHES)], marker=[*MARKERS][i % len(MARKERS)])
+    return dict(colour=COLOURS[i % len(COLOURS)], dash=DASHES[i % len(DASHES)],
+                marker=[*MARKERS][i % len(MARKERS)])
 
 
 def figure(results, yardsticks, path):
-    """Left: the score of each arm, against the budget where there are several, ± standard deviation over pretraining
-    seeds.  Right, where it was logged: validation MLM loss against tokens, at the largest budget."""
+    """Left: the score of each arm, against the budget where there are several, ± standard deviation over
+    pretraining seeds.  Right, where it was logged: validation MLM loss against tokens, at the largest budget."""
     try:
         import matplotlib
     except ImportError:
@@ -563,12 +565,15 @@ def figure(results, yardsticks, path):
     styles = {kind: {name: dict(color=of["colour"], marker=of["marker"], markersize=5, linewidth=1.5,
                                 linestyle=(0, of["dash"]) if of["dash"] else "-",
                                 markerfacecolor=of["colour"] if kind == kinds[0] else "white")
-                     for name, of in zip(names, map(curve_look, range(len(names))), strict=True)} for kind in kinds}
-    curves = [r for r in results if (r["unique_tokens"], r["static_masks"]) == kinds[0] and len(r["curve"]) > 1
-              and r["budget"] == max(budget for *_, budget in found)]
+                     for name, of in zip(names, map(curve_look, range(len(names))), strict=True)}
+              for kind in kinds}
+    largest = (*kinds[0], max(budget for *_, budget in found))
+    curves = [r for r in results if len(r["curve"]) > 1
+              and (r["unique_tokens"], r["static_masks"], r["budget"]) == largest]
     single = len(found) == 1
+    height = max(3.6, 0.28 * len(names) + 1.2 if single else 0)
     fig, panels = plt.subplots(1, 1 + bool(curves), layout="constrained", squeeze=False,
-                               figsize=(9 if curves else 6.5, max(3.6, 0.28 * len(names) + 1.2 if single else 0)))
+                               figsize=(9 if curves else 6.5, height))
     (one_budget if single else many_budgets)(panels[0, 0], found, kinds, names, styles)
     for y in yardsticks:
         mean, at = np.mean(y["averages"]), 0.02
@@ -602,7 +607,8 @@ def one_budget(axis, found, kinds, names, styles):
     axis.set_yticks(range(len(names)), names)
     axis.invert_yaxis()
     (_, _, budget), = found
-    axis.set(xlabel=f"score, %, at {amount(budget, next(iter(arms[names[0]].values()))['unit'])}; ticks: seeds")
+    unit = next(iter(arms[names[0]].values()))["unit"]
+    axis.set(xlabel=f"score, %, at {amount(budget, unit)}; ticks: seeds")
 
 
 def many_budgets(axis, found, kinds, names, styles):
@@ -612,9 +618,9 @@ def many_budgets(axis, found, kinds, names, styles):
             at = [key for key in found if key[:2] == kind and name in found[key]]
             of = [[r["average"] for r in found[key][name].values()] for key in at]
             x = np.array([budget for *_, budget in at]) * 1.02 ** (i - (len(names) - 1) / 2)
-            axis.errorbar(x, list(map(np.mean, of)), [np.std(v, ddof=1) if len(v) > 1 else 0.0 for v in of], capsize=2,
-                          elinewidth=0.8, label=name + (f", {setting(*kind)}" if len(kinds) > 1 else ""),
-                          **styles[kind][name])
+            spreads = [np.std(v, ddof=1) if len(v) > 1 else 0.0 for v in of]
+            axis.errorbar(x, list(map(np.mean, of)), spreads, capsize=2, elinewidth=0.8, **styles[kind][name],
+                          label=name + (f", {setting(*kind)}" if len(kinds) > 1 else ""))
     axis.set_xscale("log")
     budgets = sorted({budget for *_, budget in found})
     unit = next(iter(next(iter(next(iter(found.values())).values())).values()))["unit"]
