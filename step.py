@@ -66,16 +66,21 @@ class WithProjections(torch.nn.Module):
 
 def memory_told(main):
     """Decorator of a main(config, ...), which gets config.for_machine(), where --micro-batch is chosen if it
-    is not given: a device without memory left is one line that names it."""
+    is not given.  Too large a choice is halved, until a run begins; else a device without memory left is one
+    line that names it."""
     @functools.wraps(main)
     def told(config, *args, **named):
-        config = config.for_machine()
-        try:
-            return main(config, *args, **named)
-        except torch.OutOfMemoryError as e:
-            first, *_ = str(e).split("\n")
-            raise UserError(f"--micro-batch {config.micro_batch} does not fit into the device's memory: "
-                            f"give a smaller one ({first})") from None
+        free, config = config.micro_batch is None and Ranks().size == 1, config.for_machine()
+        while True:
+            try:
+                return main(config, *args, **named)
+            except torch.OutOfMemoryError as e:
+                micro, (first, *_) = config.micro_batch, str(e).split("\n")
+            if not free or micro % 2 or getattr(config, "has_begun", False):
+                raise UserError(f"--micro-batch {micro} does not fit into the device's memory: give a smaller "
+                                f"one{'' if free else ', or none: the largest that fits is found'} ({first})")
+            config = dataclasses.replace(config, micro_batch=micro // 2)
+            torch.cuda.empty_cache()
     return told
 
 
@@ -290,8 +295,9 @@ class Arm:
         self.compile()
 
     def compile(self):
-        """A forward and backward pass of each kind on dummy data, where they are compiled."""
-        if self.compiled:
+        """A forward and backward pass of each kind on dummy data: what is compiled is compiled, and a
+        micro-batch too large for a GPU is known before the run begins."""
+        if self.compiled or self.device.type == "cuda":
             for strategy in self.strategies:
                 self.forward(*self.dummy(), strategy)[0].backward()
             for p in (*self.student.parameters(), *self.proj.parameters()):

@@ -80,7 +80,7 @@ class Config(Checked):
     unique_tokens: Count | None = None  # train on the first so many ids of the data alone, again and again
     static_masks: bool = False          # the same masks in every epoch
     batch_size: Count = 1024            # blocks per optimizer step
-    micro_batch: Count | None = None    # blocks per forward pass; default: 256, with 80 GB of GPU memory 1024
+    micro_batch: Count | None = None    # blocks per forward pass; default: 256 (80 GB: 1024), halved until it fits
     optimizer: Literal["adamw", "muon"] = "adamw"     # muon: for hidden matrices, at AdamW's scale
     peak_lr: Positive | None = None     # default: the paper's, 1e-3 for no_kd and 5e-4 for KD
     warmup: Share = 0.06                # part of the budget over which the learning rate rises
@@ -130,6 +130,10 @@ class Config(Checked):
         if self.micro_batch and self.batch_size % (self.micro_batch * ranks):
             raise UserError(f"--batch-size {self.batch_size} is not a multiple of "
                             f"--micro-batch {self.micro_batch}" + f" x {ranks} processes" * (ranks > 1))
+
+    @property
+    def has_begun(self):
+        return bool(begun(self.path))
 
     def for_machine(self):
         """The same with a micro-batch: that of the run which is there, else what fits into the device."""

@@ -155,9 +155,28 @@ def test_a_device_without_memory_is_one_line_that_names_the_micro_batch(tiny, mo
     def spoilt(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation")
     monkeypatch.setattr(Arm, method, spoilt)
-    for given, named in ((4, 4), (None, 8)):
-        with pytest.raises(UserError, match=rf"--micro-batch {named} .*smaller one \(CUDA out of memory.*GiB\.\)$"):
+    for given, said in ((4, "4 .*smaller one, or none: the largest that fits is found"), (None, "1 .*smaller one")):
+        with pytest.raises(UserError, match=rf"--micro-batch {said} \(CUDA out of memory.*GiB\.\)$"):
             train.train(tiny(micro_batch=given), **QUIET)
+
+
+def test_a_micro_batch_that_nobody_gave_is_halved_until_it_fits_and_then_kept(tiny, tmp_path, monkeypatch):
+    """Only before the run begins: afterwards another one would change its dropout masks."""
+    whole, room = Arm.forward, [2]
+
+    def forward(arm, ids, *rest):
+        if len(ids) > room[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return whole(arm, ids, *rest)
+    monkeypatch.setattr(Arm, "forward", forward)
+    config = tiny(micro_batch=None, budget_steps=3)
+    train.train(config, **QUIET)
+    kept = json.loads((tmp_path / "run/config.json").read_text())
+    assert kept["micro_batch"] == 2 and json.loads((tmp_path / "run/summary.json").read_text())["steps"] == 3
+    (tmp_path / "run/summary.json").unlink()
+    room[0] = 1
+    with pytest.raises(UserError, match="--micro-batch 2 does not fit"):
+        train.train(config, **QUIET)
 
 
 @pytest.mark.parametrize("memory, batch, ranks, micro", [
