@@ -263,7 +263,7 @@ def train(config, now=time.monotonic, say=print, status=None):
     if not run:
         return summary
     arm, budget, stages, ranks = run.arm, run.budget, run.stages, run.arm.ranks
-    blocks, batches = stream(config, run.directory, arm.phase, budget.steps, arm.device)
+    blocks, batches = batches_of(config, run.directory, arm.phase, budget.steps, arm.device)
     budget.start()
     stages.mark(None)
     with alone(arm.device, budget.unit), stop_signals() as signals, run.stopped_by(signals):
@@ -271,7 +271,7 @@ def train(config, now=time.monotonic, say=print, status=None):
             if arm.phase.end <= budget.progress < 1:
                 run.next_phase(signals)
                 batches.close()
-                blocks, batches = stream(config, run.directory, arm.phase, budget.steps, arm.device)
+                blocks, batches = batches_of(config, run.directory, arm.phase, budget.steps, arm.device)
                 stages.mark(None)
             batch = next(batches)
             # teacher forward, student forward, loss, backward
@@ -333,9 +333,9 @@ def begin(config, now, say, status):
     say = say if main_rank else lambda line: None
     run = Run(config, out, arm, Budget(total, unit, now=now), Stages(arm.device), directory,
               validation_blocks(directory, config.length, say), say, status, writes=main_rank)
-    stream(config, directory, arm.phases[-1], 0, arm.device)    # refuses too few ids before it writes
+    batches_of(config, directory, arm.phases[-1], 0, arm.device)    # refuses too few ids before it writes
     if config.dry_run:
-        return None, rehearse(run, gradients, *stream(config, directory, arm.phase, 0, arm.device))
+        return None, rehearse(run, gradients, *batches_of(config, directory, arm.phase, 0, arm.device))
     run.resume_or_start(record)
     run.budget.price = arm.price(unit)
     compiling = arm.warm_up_seconds
@@ -356,14 +356,18 @@ def main(config, **options):
         os._exit(0)
 
 
-def stream(config, directory, phase, start, device):
-    """(Blocks of a phase, their batches from `start` on: made ahead in a thread if the device is no CPU)."""
+def batches_of(config, directory, phase, start, device):
+    """(the Blocks that a phase reads, their batches from `start` on)."""
     blocks = Blocks(directory, "train", phase.seq_len, config.seed, config.unique_tokens, config.static_masks,
                     phase.mask_rate, phase.strategy.causal)
-    batch_size = config.batch_size * phase.times
+    return blocks, stream(blocks, start, config.batch_size * phase.times, device)
+
+
+def stream(blocks, start, batch_size, device):
+    """Batches start, start + 1, ...: made ahead in a thread where the device is another one than the CPU."""
     if device.type == "cuda":
-        return blocks, prefetch(blocks, start, batch_size)
-    return blocks, (blocks.batch(i, batch_size) for i in itertools.count(start))
+        return prefetch(blocks, start, batch_size)
+    return (blocks.batch(i, batch_size) for i in itertools.count(start))
 
 
 class NotFinite(UserError):
