@@ -1,25 +1,26 @@
-"""Tokens per second of every strategy, beside no_kd's and beside what the FLOPs say.  Read it after compare.py.
+"""Tokens per second of every strategy, beside no_kd's and beside what the FLOPs say.
+Read it after compare.py.
 
-    python bench_throughput.py                                      # this machine, CPU or GPU, under five minutes
+    python bench_throughput.py                                  # this machine, CPU or GPU, under five minutes
     python bench_throughput.py --as-released --baseline transformers --json bench.json --figure bench.png
-    python bench_throughput.py --size 12L1024 --teacher-size 24L1024                    # the paper's 12 layers
+    python bench_throughput.py --size 12L1024 --teacher-size 24L1024                   # the paper's 12 layers
     python bench_throughput.py --strategies no_kd,vanilla_kd,vanilla_kd+cached     # with a teacher's cache
-    python bench_throughput.py --teacher-cost                       # what makes the teacher's forward pass cheap
+    python bench_throughput.py --teacher-cost                    # what makes the teacher's forward pass cheap
     python bench_throughput.py --loader                             # the data loader alone
 
-An arm's step is train.py's: a batch and its masks, Arm.gradients (teacher, student, backward, gradient norm), one
-wait for the device, Arm.update.  Weights and ids are random: neither data nor a teacher is needed.  A shared machine's
-speed moves, so all arms live in one process and take turns, a step each in every round; a ratio is the median over
-rounds of the round's own ratio, with its quartiles.
+An arm's step is train.py's: a batch and its masks, Arm.gradients (teacher, student, backward, gradient norm),
+one wait for the device, Arm.update.  Weights and ids are random: neither data nor a teacher is needed.  A
+shared machine's speed moves, so all arms live in one process and take turns, a step each in every round; a
+ratio is the median over rounds of the round's own ratio, with its quartiles.
 
-The paper (arXiv 2404.19319) measured a cost of 1.8 for every distilled arm.  By FLOPs, 6 layers of width 768, it is
-1.64 (vanilla_kd), 1.54 (tinybert) and 1.39 (minilm).  --as-released adds arms that compute everything for every method,
-as its code does; with our attention and, on CUDA, torch.compile, which save for them too: not its kernels, its graph.
+The paper (arXiv 2404.19319) measured a cost of 1.8 for every distilled arm.  By FLOPs, 6 layers of width 768,
+it is 1.64 (vanilla_kd), 1.54 (tinybert) and 1.39 (minilm).  --as-released adds arms that compute everything
+for every method, as its code does; with our attention and, on CUDA, torch.compile, which save for them too:
+not its kernels, its graph.
 """
 import atexit
 import dataclasses
 import itertools
-import json
 import os
 import shutil
 import sys
@@ -42,6 +43,7 @@ from model import BertConfig, BertForMaskedLM
 from offline import packed
 from plumbing.artefact import TeacherCache
 from plumbing.cli import Checked, Count, Length, NotNegative, Share, UserError, run
+from plumbing.device import choose_device, keep_freed_memory, multiplies_in_bf16
 from plumbing.files import write_json
 from plumbing.report import markdown
 from plumbing.screen import peak_flops
@@ -49,12 +51,9 @@ from step import (
     Arm,
     autocast,
     check_teacher,
-    choose_device,
     fitting_micro_batch,
     flops_per_block,
-    keep_freed_memory,
     memory_told,
-    multiplies_in_bf16,
 )
 
 PAPERS_RATIO, CACHED, DRAWS = 1.8, "vanilla_kd+cached", 50
@@ -67,8 +66,8 @@ class Config(Checked):
     heads: Count | None = None          # attention heads of the student; default: width / 64
     vocab_size: Annotated[int, "[6, inf)"] = 30522      # V, ids in the vocabulary
     strategies: Annotated[str, str, (*STRATEGIES, *PHASED, CACHED)] = ",".join(STRATEGIES)  # arms, and no_kd
-    as_released: bool = False           # beside them what the paper's released code computes under their names
-    baseline: Literal["transformers"] | None = None     # beside them BertForMaskedLM, and a TinyBERT, of that package
+    as_released: bool = False          # beside them what the paper's released code computes under their names
+    baseline: Literal["transformers"] | None = None     # beside them that package's BertForMaskedLM, and a TinyBERT
     teacher_cost: bool = False          # instead: the teacher's forward pass alone, one change at a time
     loader: bool = False                # instead: the data loader alone, batches of 1024 blocks on one core
     seq_len: Length = 128               # S, positions in a block
@@ -110,7 +109,8 @@ class Config(Checked):
 
     def shape(self, size, heads=None):
         try:
-            return BertConfig.of_size(size, heads, vocab_size=self.vocab_size, hidden_dropout_prob=self.dropout,
+            return BertConfig.of_size(size, heads, vocab_size=self.vocab_size,
+                                      hidden_dropout_prob=self.dropout,
                                       attention_probs_dropout_prob=self.dropout,
                                       max_position_embeddings=max(512, self.seq_len))
         except ValueError as e:
@@ -118,7 +118,8 @@ class Config(Checked):
 
 
 class RandomTokens:
-    """What data.Blocks reads of a token directory: a memmapped file, of random ids here, gone when the process ends."""
+    """What data.Blocks reads of a token directory: a memmapped file, of random ids here, gone
+    when the process ends."""
 
     def __init__(self, vocab_size, count=2 ** 22):
         self.path, self.vocab = "random ids", range(vocab_size)
@@ -130,7 +131,7 @@ class RandomTokens:
         return np.memmap(self.file, self.dtype, "r")
 
 
-# --------------------------------------------------------------------------------------------- what takes its turn
+# ---------------------------------------------------------------------------------------- what takes its turn
 
 @dataclass
 class Entry:
@@ -147,7 +148,7 @@ def entry_of(name, arm, blocks, flops=None):
     """An arm that steps as train.py's loop does."""
     arm.make_optimizer()
     stages, steps = train.Stages(arm.device), itertools.count()
-    batches = train.stream(blocks, 0, arm.config.batch_size, arm.device)
+    batches = train.batches_of(blocks, 0, arm.config.batch_size, arm.device)
 
     def step():
         stages.mark(None)
@@ -157,7 +158,7 @@ def entry_of(name, arm, blocks, flops=None):
         stages.read()
         arm.update(1e-4, norm)
         stages.mark("optimizer")
-    step()                                                              # AdamW's state comes with the first step
+    step()                                                           # AdamW's state comes with the first step
     peak = peak_memory(arm, step)
     stages.seconds.clear()
     return Entry(name, step, flops, peak, stages)
@@ -193,7 +194,8 @@ def arms(config, blocks):
         yield entry_of("transformers MLM", arm, blocks)
         if student_c.hidden_size == teacher_c.hidden_size:
             with torch.device(config.device):
-                student, teacher = (hf.BertModel._from_config(c, add_pooling_layer=False, attn_implementation="eager")
+                student, teacher = (hf.BertModel._from_config(c, add_pooling_layer=False,
+                                                              attn_implementation="eager")
                                     for c in (student_c, teacher_c))
                 arm = TransformersArm(config.of_arm("tinybert"), student.train(), teacher)
             yield entry_of("transformers TinyBERT", arm, blocks)
@@ -217,9 +219,9 @@ def random_cache(config, folder):
 
 
 class TransformersArm(Arm):
-    """The same step on transformers' models.  Without a teacher: BertForMaskedLM and labels of -100, so the LM head at
-    every position.  With one: a TinyBERT on BertModel, whose outputs are attentions and hidden states of all layers;
-    attentions come out of its eager attention only."""
+    """The same step on transformers' models.  Without a teacher: BertForMaskedLM and labels of -100, so the
+    LM head at every position.  With one: a TinyBERT on BertModel, whose outputs are attentions and hidden
+    states of all layers; attentions come out of its eager attention only."""
 
     def __init__(self, config, student, teacher=None):
         super().__init__(config, student, teacher)
@@ -242,7 +244,8 @@ class TransformersArm(Arm):
     def loss(self, s, t, labels, strategy):
         if not self.teacher:
             return s.loss, {}
-        pairs = [(s.attentions[-1], t.attentions[-1]), *((s.hidden_states[i], t.hidden_states[i]) for i in (0, -1))]
+        pairs = [(s.attentions[-1], t.attentions[-1]), (s.hidden_states[0], t.hidden_states[0]),
+                 (s.hidden_states[-1], t.hidden_states[-1])]
         return sum(mse_loss(a.float(), b.float()) for a, b in pairs), {}
 
 
@@ -281,11 +284,12 @@ def peak_memory(arm, step):
         return own + torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as p:
         step()
-    changes = sorted((e.start_ns(), e.nbytes()) for e in p.profiler.kineto_results.events() if e.name() == "[memory]")
+    changes = sorted((e.start_ns(), e.nbytes()) for e in p.profiler.kineto_results.events()
+                     if e.name() == "[memory]")
     return own + int(np.cumsum([n for _, n in changes]).max())
 
 
-# ----------------------------------------------------------------------------------------------- rounds and tables
+# ------------------------------------------------------------------------------------------ rounds and tables
 
 def take_turns(entries, config):
     """One step of each in every round."""
@@ -301,7 +305,8 @@ def take_turns(entries, config):
             synchronize()
             entry.seconds.append(time.perf_counter() - at)
         rounds += 1
-        print(f"\rround {rounds}, {time.monotonic() - began:.0f} of {config.seconds:.0f} s", end="", file=sys.stderr)
+        print(f"\rround {rounds}, {time.monotonic() - began:.0f} of {config.seconds:.0f} s", end="",
+              file=sys.stderr)
     print(file=sys.stderr)
 
 
@@ -335,8 +340,10 @@ def figure(rows, path):
     import matplotlib.pyplot as plt
     rows = rows[::-1]
     fig, ax = plt.subplots(figsize=(8, 1 + 0.35 * len(rows)), layout="constrained")
-    ax.barh([r["arm"] for r in rows], [float(r["cost"]) for r in rows], color="0.7", edgecolor="k", label="measured")
-    ax.plot([float(r.get("by FLOPs", "nan")) for r in rows], range(len(rows)), "k|", ms=15, mew=3, label="by FLOPs")
+    ax.barh([r["arm"] for r in rows], [float(r["cost"]) for r in rows], color="0.7", edgecolor="k",
+            label="measured")
+    ax.plot([float(r.get("by FLOPs", "nan")) for r in rows], range(len(rows)), "k|", ms=15, mew=3,
+            label="by FLOPs")
     ax.axvline(PAPERS_RATIO, color="0.4", linestyle=":", label=f"the paper's {PAPERS_RATIO}")
     ax.set(xlabel=f"cost of a token, {rows[-1]['arm']} = 1")
     ax.legend(fontsize=8, loc="lower right")
@@ -353,8 +360,9 @@ def main(config):
     cuda = config.device.startswith("cuda")
     device = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} thread(s)"
     print(f"{config.size}, teacher {config.teacher_size}, V {config.vocab_size:,}; {config.batch_size} x "
-          f"{config.seq_len} in micro-batches of {config.micro_batch}; {device}, {'bf16' if config.bf16 else 'fp32'}, "
-          f"{'compiled' if config.compile else 'eager'}, dropout {config.dropout:g}, torch {torch.__version__}")
+          f"{config.seq_len} in micro-batches of {config.micro_batch}; {device}, "
+          f"{'bf16' if config.bf16 else 'fp32'}, {'compiled' if config.compile else 'eager'}, dropout "
+          f"{config.dropout:g}, torch {torch.__version__}")
     entries = list((teacher_alone if config.teacher_cost else arms)(config, blocks))
     take_turns(entries, config)
     rows = [row(e, entries[0], config, peak_flops(device) if config.bf16 else None) for e in entries]
@@ -363,9 +371,9 @@ def main(config):
           + ("" if config.teacher_cost else f"; the paper's: {PAPERS_RATIO} for every distilled arm")
           + "; FLOPs: of matrix products only")
     if config.json:
-        Path(config.json).write_text(json.dumps(dict(
+        write_json(Path(config.json), dict(
             config=dataclasses.asdict(config), device=device, torch=torch.__version__, rows=rows,
-            seconds={e.name: e.seconds for e in entries}), indent=1) + "\n")
+            seconds={e.name: e.seconds for e in entries}))
     if config.figure:
         figure(rows, config.figure)
 

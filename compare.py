@@ -1,19 +1,21 @@
-"""Every strategy at every budget, pretrained over several seeds, fine-tuned and scored alike: tables, figure, verdict.
-Read it seventh.
+"""Every strategy at every budget, pretrained over several seeds, fine-tuned and scored alike: tables, figure,
+verdict.  Read it seventh.
 
-    python compare.py            # the demonstration: no data, no teacher, no GPU, no download; about ten minutes
+    python compare.py         # the demonstration: no data, no teacher, no GPU, no download; about ten minutes
     python compare.py --data data/wiki --teacher bert-base-uncased --glue-dir glue --budget-hours 1,4 --seeds 3 \\
-                      --out runs/table2 --dry-run                                   # the plan and its time, no more
+                      --out runs/table2 --dry-run                             # the plan and its time, no more
 
-Each (strategy, budget, data setting, seed) is a run of its own under OUT/runs, whose learning rate ends at zero at its
-budget.  Of several --peak-lrs, each arm takes the one with which its own validation loss ends lowest at the smallest
-budget (seed 0).  What is finished is never run again: the same command goes on where it was stopped, and several
-processes with the same --out share the runs, such as one per GPU, each started with its own CUDA_VISIBLE_DEVICES.
+Each (strategy, budget, data setting, seed) is a run of its own under OUT/runs, whose learning rate ends at
+zero at its budget.  Of several --peak-lrs, each arm takes the one with which its own validation loss ends
+lowest at the smallest budget (seed 0).  What is finished is never run again: the same command goes on where
+it was stopped, and several processes with the same --out share the runs, such as one per GPU, each started
+with its own CUDA_VISIBLE_DEVICES.
 
-The demonstration takes the English documentation that is already on this disk (see prepare.py) and the teacher in
-teacher/, gives each strategy the same 2-layer student and the same number of FLOPs from three seeds, one process per
-core, and fine-tunes every student on the built-in task: which package does a docstring come from?  The task's
-docstrings are validation documents of that corpus, so neither a student nor the teacher has been pretrained on them.
+The demonstration takes the English documentation that is already on this disk (see prepare.py) and the
+teacher in teacher/, gives each strategy the same 2-layer student and the same number of FLOPs from three
+seeds, one process per core, and fine-tunes every student on the built-in task: which package does a docstring
+come from?  The task's docstrings are validation documents of that corpus, so neither a student nor the
+teacher has been pretrained on them.
 """
 import contextlib
 import dataclasses
@@ -24,7 +26,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -37,35 +39,35 @@ from kd_losses import PHASED, STRATEGIES
 from model import BertConfig, BertForMaskedLM, BertForSequenceClassification
 from plumbing import checkpoint, glue, jobs, report
 from plumbing.artefact import Offline
-from plumbing.budget import one_budget
+from plumbing.budget import UNITS, one_budget
 from plumbing.cli import (
     Checked,
     Count,
     Counts,
-    Length,
+    Lengths,
+    NotNegative,
     Positive,
     Positives,
     Seed,
     Share,
     UserError,
     checked,
+    in_turn,
     numbers,
     run,
     writable,
 )
 from plumbing.demonstration import demonstrated, look
+from plumbing.device import choose_device, multiplies_in_bf16, ready_process
 from plumbing.files import read_json, share, write_json, write_whole
 from plumbing.rundir import contents
 from step import (
     Arm,
     check_teacher,
-    choose_device,
     fitting_micro_batch,
     flops_per_block,
     initial_student,
     memory_told,
-    multiplies_in_bf16,
-    ready_process,
     student_shape,
 )
 
@@ -73,38 +75,43 @@ from step import (
 @dataclass
 class Config(Checked):
     data: str | None = None             # token directory; without it the demonstration runs
-    teacher: str | None = None          # model directory, Hub id, or train: pretrain one on the same data first
+    teacher: str | None = None        # model directory, Hub id, or train: pretrain one on the same data first
     teacher_size: str | None = None     # of --teacher train; default: twice the student's layers
     teacher_budget: Positive | None = None  # of --teacher train, in the budget's unit; default: 4 x the largest budget
     glue_dir: str | None = None         # folder of GLUE's official TSVs
     tasks: str | None = None            # cola,name=PATH,...; default: all of GLUE with --glue-dir
     columns: str | None = None          # of your own tasks: text,label or text,text,label; default: guessed
+    total_hours: Positive | None = None  # in place of a budget: all of it, fine-tuning included, within so many hours
     budget_hours: Positives | None = None   # budgets of each arm on train.py's clock, such as 1,2,4: a run each
     budget_flops: Positives | None = None   # or in matmul FLOPs of student and teacher
     budget_tokens: Counts | None = None  # or in tokens
     budget_steps: Counts | None = None  # or in optimizer steps
-    strategies: Annotated[str, str, (*STRATEGIES, *PHASED)] = "no_kd,vanilla_kd,tinybert,minilm"     # the arms
+    strategies: Annotated[str, str, (*STRATEGIES, *PHASED)] = "no_kd,vanilla_kd,tinybert,minilm"    # the arms
     arms: str | None = None             # or STRATEGY, PHASE:END/../PHASE, miniplm; +init, +released, +cached
     teacher_cache: str | None = None    # of the arms +cached; default: one is made
     reference_epochs: Count = 1         # of miniplm: passes of its reference over what is held out for it
     score_draws: Count = 1              # of miniplm: masks of each block that are scored
     seeds: Count = 3                    # pretraining seeds 0, 1, ... of each arm; an interval needs two
-    unique_tokens: str = "all"          # data settings such as all,2000000: the first so many ids, again and again
+    unique_tokens: str = "all"     # data settings such as all,2000000: the first so many ids, again and again
     static_masks: bool = False          # the limited settings with the same masks in every epoch as well
     mask_seed: Seed | None = None       # of every run's masks; default: the run's seed
     mask_variants: Count | None = None  # masks of a block, in turn, in every run; default: fresh ones
     peak_lrs: Positives | None = None   # of every arm; several: its best at the smallest budget; default: the paper's
-    out: str = "runs/compare"           # directory for the runs, table.md, results.json, results.csv and figure.png
+    out: str = "runs/compare"     # directory for the runs, table.md, results.json, results.csv and figure.png
     dry_run: bool = False               # print the plan and its time only
     size: str = "6L768"                 # student: layers L width
     heads: Count | None = None          # attention heads; default: width / 64
-    seq_len: Length = 128               # positions in a block
+    seq_len: Lengths = 128              # positions in a block; or in turn, each to a share: 32:0.5,128
+    mask_rate: str = "0.15"             # share of positions that is masked; or from one to another: 0.3:0.15
+    init_std: Positive = 0.02           # standard deviation of random initial weights
+    optimizer: Literal["adamw", "muon"] = "adamw"     # muon: for hidden matrices, at AdamW's scale
+    clip: NotNegative = 0.0             # gradient norm above which it is scaled down; 0: off, as the paper
     batch_size: Count = 1024            # blocks per optimizer step
     micro_batch: Count | None = None    # blocks per forward pass, of every arm; default: as train.py's
     dropout: Share = 0.1                # of every arm
     val_blocks: Count = 512             # validation blocks
     val_times: Count = 4                # validations over the budget
-    jobs: Count | None = None           # processes over the runs; default: 1, in the demonstration one per core
+    jobs: Count | None = None         # processes over the runs; default: 1, in the demonstration one per core
     finetune_seeds: Count = 3           # fine-tuning runs per pretrained model
     finetune_batch_sizes: Counts = "16,32"          # the grid of fine-tuning: examples per step ...
     finetune_lrs: Positives = "1e-5,3e-5,5e-5,8e-5"  # ... times peak learning rates
@@ -117,7 +124,8 @@ class Config(Checked):
     bf16: bool | None = None            # bf16 autocast; default: where the hardware multiplies in bf16
 
     def for_machine(self):
-        """The same with one micro-batch for all runs: that of the runs which are there, else train.py's default."""
+        """The same with one micro-batch for all runs: that of the runs which are there,
+        else train.py's default."""
         if self.micro_batch:
             return self
         file = Path(self.out, "inputs.json")
@@ -127,12 +135,12 @@ class Config(Checked):
 
 
 # What every run of a comparison takes from its command line as it stands there
-SHARED = ("data", "size", "heads", "seq_len", "batch_size", "micro_batch", "dropout", "val_blocks", "val_times",
-          "mask_seed", "mask_variants", "device", "compile", "bf16")
+SHARED = ("data", "size", "heads", "seq_len", "mask_rate", "mask_seed", "mask_variants", "init_std", "optimizer",
+          "clip", "batch_size", "micro_batch", "dropout", "val_blocks", "val_times", "device", "compile", "bf16")
 OFFLINE = {"miniplm": ("teacher", "reference", "random", "flipped", "all")}     # its controls, charged alike
 
 
-# ----------------------------------------------------------------------------------------------------------- plan
+# ------------------------------------------------------------------------------------------------------- plan
 
 class Plan:
     """Every run of the comparison as a train.Config, made and checked before anything starts."""
@@ -157,12 +165,13 @@ class Plan:
         if len(set(uniques)) < len(uniques):
             raise UserError(f"--unique-tokens {config.unique_tokens}: one is given twice")
         if config.static_masks and not limited:
-            raise UserError("--static-masks compares masks where data repeat: give --unique-tokens all,N with it")
+            raise UserError("--static-masks compares masks where data repeat: give "
+                            "--unique-tokens all,N with it")
         self.settings = [(None, False)] * (None in uniques) + [
             (n, static) for n in limited for static in ((False, True) if config.static_masks else (False,))]
         if self.unit == "hours" and (config.jobs or 1) > max(1, torch.cuda.device_count()):
-            raise UserError(f"--jobs {config.jobs} under --budget-hours: runs that share a device would take each "
-                            f"other's time: give --budget-flops, or one job per GPU")
+            raise UserError(f"--jobs {config.jobs} under --budget-hours: runs that share a device would take "
+                            f"each other's time: give --budget-flops, or one job per GPU")
         self.lrs, self.artefacts = numbers(config.peak_lrs) if config.peak_lrs else [None], {}
         try:
             shape = BertConfig.of_size(config.size, config.heads)
@@ -175,13 +184,15 @@ class Plan:
             if whole is int:
                 self.teacher_budget = math.ceil(self.teacher_budget)
             self.teacher = self.run("no_kd", self.teacher_budget, size=size,
-                                    peak_lr=self.lrs[0] if len(self.lrs) == 1 else None, out=str(self.out / "teacher"))
+                                    peak_lr=self.lrs[0] if len(self.lrs) == 1 else None,
+                                    out=str(self.out / "teacher"))
         elif config.teacher_size or config.teacher_budget:
             raise UserError("--teacher-size and --teacher-budget belong to --teacher train")
         self.tuning = {(name, lr): self.run(name, self.budgets[0], *self.settings[0], lr=lr)
                        for name in self.names for lr in self.lrs if len(self.lrs) > 1}
         self.runs = self.runs_at({name: self.lrs[0] for name in self.names})
-        self.yardsticks = [("random init", self.out / f"random/seed{seed}", seed) for seed in range(config.seeds)]
+        self.yardsticks = [("random init", self.out / f"random/seed{seed}", seed)
+                           for seed in range(config.seeds)]
         self.yardsticks.append(("teacher", self.out / "teacher", 0))
         for each in (*self.tuning.values(), *self.runs, *([self.teacher] if self.teacher else [])):
             each.check()
@@ -208,8 +219,9 @@ class Plan:
             strategy = "no_kd"
         other["ledger"] = "amortised" if "amortised" in suffixes else "full"
         return train.Config(**{k: getattr(self.config, k) for k in SHARED} | dict(
-            strategy=strategy, init="teacher" if "init" in suffixes else None, as_released="released" in suffixes,
-            teacher=self.teacher_model, unique_tokens=unique, static_masks=static, seed=seed, peak_lr=lr,
+            strategy=strategy, init="teacher" if "init" in suffixes else None,
+            as_released="released" in suffixes, teacher=self.teacher_model, unique_tokens=unique,
+            static_masks=static, seed=seed, peak_lr=lr,
             out=str(self.out / "runs" / name)) | {f"budget_{self.unit}": budget} | other)
 
     @property
@@ -223,7 +235,7 @@ class Plan:
             raise UserError("--arms: +cached needs the same masks in all runs: give --mask-seed 0 "
                             "--mask-variants 1 with it")
         same = dict(teacher=self.teacher_model, data=c.data, out=path, mask_seed=c.mask_seed or 0,
-                    seq_len=c.seq_len, unique_tokens=unique, device=c.device, bf16=c.bf16)
+                    seq_len=in_turn(c.seq_len, int)[-1][1], unique_tokens=unique, device=c.device, bf16=c.bf16)
         if kind == "cache":
             self.artefacts[path] = partial(offline.cache, offline.Cache(**same, variants=c.mask_variants))
         else:               # the reference has a third of the student's width, in whole heads of 64
@@ -234,7 +246,8 @@ class Plan:
         return path
 
     def runs_at(self, lrs):
-        """The compared runs, seeds outermost: stopped early, what is there is a whole comparison over fewer seeds."""
+        """The compared runs, seeds outermost: stopped early, what is there is a whole
+        comparison over fewer seeds."""
         return [self.run(name, budget, *setting, seed, lrs[name]) for seed in range(self.config.seeds)
                 for budget in self.budgets for setting in self.settings for name in self.names]
 
@@ -254,12 +267,12 @@ def finetuning(config, model, out, seed=0):
         compile=bool(config.compile), bf16=config.bf16)
 
 
-# -------------------------------------------------------------------------------------------- time and progress
+# ------------------------------------------------------------------------------------------ time and progress
 
 @memory_told
 def step_seconds(config, directory, teacher, tries=1):
-    """Seconds of one optimizer step of this run on this machine, the median of so many tries: with random weights,
-    on a CPU with a smaller micro-batch.  `teacher`: its BertConfig."""
+    """Seconds of one optimizer step of this run on this machine, the median of so many tries: with random
+    weights, on a CPU with a smaller micro-batch.  `teacher`: its BertConfig."""
     device = choose_device(config.device)
     ready_process(device)
     if config.teacher_cache:                                            # it need not be there yet
@@ -267,9 +280,10 @@ def step_seconds(config, directory, teacher, tries=1):
     micro = config.micro_batch if device.type == "cuda" else min(config.micro_batch, 16)
     arm = Arm(dataclasses.replace(config, batch_size=micro, micro_batch=micro),
               BertForMaskedLM(student_shape(config, directory)).to(device),
-              BertForMaskedLM(teacher).to(device) if config.needs_teacher else None, phase=len(config.phases) - 1)
+              BertForMaskedLM(teacher).to(device) if config.needs_teacher else None,
+              phase=len(config.phases) - 1)
     arm.make_optimizer()
-    batch = Blocks(directory, "train", config.seq_len, seed=0).batch(0, micro)
+    batch = Blocks(directory, "train", config.length, seed=0).batch(0, micro)
     seconds = []
     for _ in range(1 + tries):                                          # the first warms up
         began = time.perf_counter()
@@ -279,19 +293,21 @@ def step_seconds(config, directory, teacher, tries=1):
 
 
 class Progress:
-    """The plan's time, and one line of progress over all runs: estimates, corrected by what the finished ones took."""
+    """The plan's time, and one line of progress over all runs: estimates, corrected by what
+    the finished ones took."""
 
     def __init__(self, estimates, say=print):
         self.left, self.count = dict(estimates), len(estimates)         # {key: seconds}
         self.estimated = self.took = 0.0
         self.say_line, self.said, self.what = say, -math.inf, ""
 
-    def start(self, key, what):
-        self.key, self.what, self.began = key, what, time.monotonic()
-
-    def done(self):
-        """The run is finished (in no time if it was before: then it says nothing of how right the estimate was)."""
-        seconds, estimate = time.monotonic() - self.began, self.left.pop(self.key, 0.0)
+    @contextlib.contextmanager
+    def on(self, key, what):
+        """While this run is under way (for no time if it was finished before: that says
+        nothing of the estimate)."""
+        self.what, self.began = what, time.monotonic()
+        yield
+        seconds, estimate = time.monotonic() - self.began, self.left.pop(key, 0.0)
         if seconds > 0.1 * estimate:
             self.estimated, self.took = self.estimated + estimate, self.took + seconds
 
@@ -304,7 +320,8 @@ class Progress:
         self.said = time.monotonic()
         seconds = sum(self.left.values()) * (self.took / self.estimated if self.estimated else 1)
         seconds = max(0, seconds - (time.monotonic() - self.began))
-        self.say_line(f"[{self.count - len(self.left) + 1}/{self.count}, {duration(seconds)} left] {self.what}: {line}")
+        self.say_line(f"[{self.count - len(self.left) + 1}/{self.count}, {duration(seconds)} "
+                      f"left] {self.what}: {line}")
 
 
 def duration(seconds):
@@ -313,8 +330,8 @@ def duration(seconds):
 
 
 def finetuning_seconds(plan, directory, texts):
-    """Seconds of fine-tuning one student on every task with every trial, by trying a few batches of each task with
-    random weights."""
+    """Seconds of fine-tuning one student on every task with every trial, by trying a few batches of each
+    task with random weights."""
     config, tokenizer, device = plan.config, directory.read_tokenizer(), choose_device(plan.config.device)
     points = finetune_glue.grid(finetuning(config, "", ""))
     batch, trials = points[0][0], config.finetune_seeds + (len(points) if len(points) > 1 else 0)
@@ -323,10 +340,11 @@ def finetuning_seconds(plan, directory, texts):
         (sentences, _), *dev = parts.values()
         examples = finetune_glue.encode(tokenizer, sentences[:4 * batch], config.max_len)
         pad_id, bf16 = directory.special["[PAD]"], multiplies_in_bf16(device, config.bf16)
-        args = (examples, np.zeros(len(examples), np.int64), batch, 1, 1e-5, 0, pad_id, "", bf16, bool(config.compile))
+        args = (examples, np.zeros(len(examples), np.int64), batch, 1, 1e-5, 0, pad_id, "", bf16,
+                bool(config.compile))
         finetune_glue.finetune(model, *args)                            # the first time warms up
         began = time.perf_counter()
-        finetune_glue.finetune(model, *args)                            # reads its losses, so waits for the device
+        finetune_glue.finetune(model, *args)                       # reads its losses, so waits for the device
         trained = time.perf_counter()
         finetune_glue.predict(model, examples, pad_id)
         scored = time.perf_counter() - trained
@@ -335,40 +353,77 @@ def finetuning_seconds(plan, directory, texts):
     return seconds
 
 
+def within(config):
+    """The same with the budget of each run that --total-hours leaves after fine-tuning and a tenth in reserve."""
+    if given := [unit for unit in UNITS if getattr(config, f"budget_{unit}") is not None]:
+        raise UserError(f"give --total-hours or --budget-{given[0]}, not both")
+    file, hours = Path(config.out, "total.json"), config.total_hours
+    before = read_json(file) if file.exists() else {}
+    config = dataclasses.replace(config, total_hours=None, budget_hours="1")
+    if before.get("total_hours") == hours:                              # the same command goes on
+        return dataclasses.replace(config, budget_hours=before["budget_hours"])
+    plan = Plan(config.for_machine())
+    directory, texts = check_inputs(plan)
+    student, teacher = (c.num_hidden_layers * c.hidden_size ** 2
+                        for c in (student_shape(plan.runs[0], directory), plan.teacher_shape))
+    models = len(plan.runs) + config.seeds + teacher / student          # the random students and the teacher
+    tuned = models * finetuning_seconds(plan, directory, texts) / 3600
+    fixed, machines = tuned + (config.teacher_budget or 0), config.jobs or 1
+    left = 0.9 * machines * hours - fixed
+    if left <= 0:
+        raise UserError(f"--total-hours {hours:g}: fine-tuning {len(plan.runs) + config.seeds + 1} models on "
+                        f"{len(texts)} tasks alone takes about {duration(3600 * tuned / machines)}: give more hours, "
+                        f"--quick, or fewer tasks, arms or seeds")
+    left /= sum(each.budget_hours for each in plan.all) - (config.teacher_budget or 0)
+    scale = 10 ** (math.floor(math.log10(left)) - 1)
+    each = f"{math.floor(left / scale) * scale:.3g}"                    # two digits, rounded down
+    print(f"{hours:g} hours buy {len(plan.runs)} runs of {duration(3600 * float(each))}, after about "
+          f"{duration(3600 * tuned / machines)} of fine-tuning and with a tenth in reserve")
+    if not config.dry_run:
+        write_json(file, dict(total_hours=hours, budget_hours=each))
+    return dataclasses.replace(config, budget_hours=each)
+
+
 def estimate(plan, directory, teacher):
     """{run directory: seconds until it is finished}; `teacher`: a BertConfig."""
     seconds, rates = {}, {}
     for each in plan.all:
-        budget, kind = getattr(each, f"budget_{plan.unit}"), (each.arm, each.size)
+        budget = getattr(each, f"budget_{plan.unit}")
+        kind = each.size, plan.unit != "flops" and each.arm             # a FLOP takes every arm about as long
         if (Path(each.out) / "summary.json").exists():
             seconds[each.out] = 0.0
         elif plan.unit == "hours":
             seconds[each.out] = budget * 3600
         else:
             if kind not in rates:       # at the last phase's FLOP/s
-                flops = [each.batch_size * sum(flops_per_block(each, student_shape(each, directory), teacher, i))
+                shape = student_shape(each, directory)
+                flops = [each.batch_size * sum(flops_per_block(each, shape, teacher, i))
                          for i in range(len(each.phases))]
-                price = dict(steps=1, tokens=each.batch_size * each.seq_len).get(plan.unit)
+                price = dict(steps=1, tokens=each.batch_size * each.length).get(plan.unit)
                 rates[kind] = step_seconds(each, directory, teacher) / flops[-1] * sum(
-                    (p.end - p.begin) * (n / price if price else 1) for p, n in zip(each.phases, flops, strict=True))
+                    (p.end - p.begin) * (n / price if price else 1)
+                    for p, n in zip(each.phases, flops, strict=True))
             seconds[each.out] = budget * rates[kind]
     return seconds
 
 
-# ----------------------------------------------------------------------------------------------------------- work
+# ------------------------------------------------------------------------------------------------------- work
 
 def share_runs(directories, do):
-    """[do(i) for each], in any order: processes with the same --out take what no other one is working on, and wait."""
+    """[do(i) for each], in any order: processes with the same --out take what no other one is
+    working on, and wait."""
     for directory in directories:
         Path(directory).mkdir(parents=True, exist_ok=True)
     return share(directories, do)
 
 
 def same_inputs(plan, directory, texts):
-    """Notes in OUT/inputs.json what the runs are made from; refuses to mix them with runs from anything else."""
+    """Notes in OUT/inputs.json what the runs are made from; refuses to mix them with
+    runs from anything else."""
     varies = ("strategy", "init", "as_released", "peak_lr", "seed", "unique_tokens", "static_masks", "out")
     recipe = dataclasses.asdict(plan.run("no_kd", plan.budgets[0]))
-    now = {f"--{k.replace('_', '-')}": v for k, v in recipe.items() if k not in varies and not k.startswith("budget")}
+    now = {f"--{k.replace('_', '-')}": v for k, v in recipe.items()
+           if k not in varies and not k.startswith("budget")}
     now |= contents(directory, None if plan.teacher else plan.config.teacher)
     now |= {f"task {name}": hashlib.sha256(json.dumps(
         [(part, x, np.asarray(y).tolist()) for part, (x, y) in parts.items()]).encode()).hexdigest()
@@ -378,59 +433,56 @@ def same_inputs(plan, directory, texts):
     differ = [k for k, v in now.items() if before.get(k, v) != v]
     if differ:
         raise UserError(f"{plan.out} holds runs with another {', '.join(differ)}: give another --out")
-    write_whole(file, json.dumps(before | now, indent=1).encode())
+    write_json(file, before | now)
 
 
-def finetuned(config, model, out, say, seed=0):
-    """What finetune_glue.score finds, now or in an earlier run: {task: {mean, scores, collapsed, n, ...}}."""
-    return finetune_glue.score(finetuning(config, model, out, seed), say)["tasks"]
-
-
-def probed(config, model, out, say):
-    """With --probe what finetune_glue.probes finds, else nothing."""
-    return finetune_glue.probes(dataclasses.replace(
-        finetuning(config, model, out), data=config.data, probe=True), say) if config.probe else {}
-
-
-def scores(tasks):
-    """Means per task and over the tasks that are averaged."""
+def scored(config, model, out, say, seed):
+    """What finetune_glue finds of a model, now or in an earlier run: of each task and in short, and
+    with --probe the probes."""
+    tuning = finetuning(config, model, out, seed)
+    tasks = finetune_glue.score(tuning, say)["tasks"]
     means = {name: r["mean"] for name, r in tasks.items()}
-    return dict(scores=means, average=float(np.mean([means[name] for name in report.averaged(means)])))
+    probe = dataclasses.replace(tuning, data=config.data, probe=True)
+    return dict(tasks=tasks, scores=means, probes=finetune_glue.probes(probe, say) if config.probe else {},
+                average=float(np.mean([means[name] for name in report.averaged(means)])))
 
 
-def result_of(plan, each, summary, tasks):
-    """One run as report.py reads it."""
-    kept = ("offline", "seed", "peak_lr", "steps", "tokens", "epochs", "charged_seconds", "tokens_per_second",
+def result_of(plan, each, summary):
+    """What a run was and cost, as report.py reads it."""
+    kept = ("seed", "peak_lr", "steps", "tokens", "epochs", "charged_seconds", "tokens_per_second",
             "teacher_share", "val", "device")
-    curve = [(r["seconds"], r["val"]["mlm"]) for r in map(json.loads, (Path(each.out) / "log.jsonl").open())
+    curve = [dict(seconds=r["seconds"], tokens=r["step"] * summary["tokens"] // summary["steps"], mlm=r["val"]["mlm"],
+                  d_order=r.get("d_order")) for r in map(json.loads, (Path(each.out) / "log.jsonl").open())
              if "mlm" in r.get("val", {})]
     return dict({k: summary[k] for k in kept}, strategy=each.arm, budget=getattr(each, f"budget_{plan.unit}"),
                 unit=plan.unit, unique_tokens=each.unique_tokens, static_masks=each.static_masks,
-                model=f"{each.out}/model", curve=curve, tasks=tasks, **scores(tasks))
+                model=f"{each.out}/model", curve=curve,
+                offline=summary.get("offline", {}))             # of an older version's run: none
 
 
 def tuned(plan, progress):
-    """{strategy: peak LR} with the lowest own validation loss at the smallest budget, what was tried, what it cost."""
+    """{strategy: peak LR} with the lowest own validation loss at the smallest budget, what
+    was tried, what it cost."""
     def do(i):
         (name, lr), each = list(plan.tuning.items())[i]
-        progress.start(each.out, f"{name}, peak LR {lr:g}")
-        try:
-            summary = train.train(each, say=progress.say, status=progress.step)
-            terms = each.phases[-1].strategy.terms
-            loss = sum(terms[k].weight * v for k, v in summary["val"].items())
-        except train.NotFinite as e:
-            progress.say(str(e))
-            summary, loss = dict(charged_seconds=0.0), math.inf
-        progress.done()
+        with progress.on(each.out, f"{name}, peak LR {lr:g}"):
+            try:
+                summary = train.train(each, say=progress.say, status=progress.step)
+                terms = each.phases[-1].strategy.terms
+                loss = sum(terms[k].weight * v for k, v in summary["val"].items())
+            except train.NotFinite as e:
+                progress.say(str(e))
+                summary, loss = dict(charged_seconds=0.0), math.inf
         return name, lr, loss if math.isfinite(loss) else math.inf, summary
     found = share_runs([each.out for each in plan.tuning.values()], do)
     best = {name: min((loss, lr) for n, lr, loss, _ in found if n == name)[1] for name in plan.names}
     lines = [f"{name}: peak LR " + ", ".join(
-        f"{lr:g}: " + (f"{loss:.4f}" if math.isfinite(loss) else "not finite") + " (taken)" * (lr == best[name])
+        f"{lr:g}: " + (f"{loss:.4f}" if math.isfinite(loss) else "not finite")
+        + " (taken)" * (lr == best[name])
         for n, lr, loss, _ in found if n == name) for name in plan.names]
     spent = sum(s["charged_seconds"] for n, lr, _, s in found if lr != best[n])
-    return best, lines, (f"Choosing the peak LR took {len(found)} runs; the {len(found) - len(best)} that are not part "
-                         f"of the comparison were charged {duration(spent)}.")
+    return best, lines, (f"Choosing the peak LR took {len(found)} runs; the {len(found) - len(best)} that "
+                         f"are not part of the comparison were charged {duration(spent)}.")
 
 
 def teacher_shape(plan, directory):
@@ -449,18 +501,15 @@ def teacher_shape(plan, directory):
 
 
 def score_yardstick(plan, directory, progress, name, path, seed):
-    """{name, scores, average} of the untrained student of a seed, or of the teacher."""
+    """The untrained student of a seed, or the teacher, scored as the arms are."""
     model = path / "model"
     if name == "teacher":
         model = plan.runs[0].teacher
     elif not model.exists():
         student = initial_student(dataclasses.replace(plan.runs[0], seed=seed), directory)
         checkpoint.save_model(model, student, directory.read_tokenizer(), head=True)
-    progress.start(f"score {path}", f"{name} {seed}")
-    tasks = finetuned(plan.config, model, path / "glue", progress.say, seed)
-    probes = probed(plan.config, model, path / "glue", progress.say)
-    progress.done()
-    return dict(name=name, tasks=tasks, probes=probes, **scores(tasks))
+    with progress.on(f"score {path}", f"{name} {seed}"):
+        return dict(name=name, **scored(plan.config, model, path / "glue", progress.say, seed))
 
 
 def check_inputs(plan):
@@ -473,36 +522,32 @@ def check_inputs(plan):
     if config.max_len > longest:
         raise UserError(f"--max-len {config.max_len}: 8 to {longest} here")
     for unique, static in plan.settings:
-        Blocks(directory, "train", config.seq_len, 0, unique, static)               # refuses more than there are
-    train.validation_blocks(directory, config.seq_len)
+        Blocks(directory, "train", plan.runs[0].length, 0, unique, static)       # refuses more than there are
+    train.validation_blocks(directory, plan.runs[0].length)
     return directory, texts
 
 
 def execute(plan, directory, progress):
-    """Trains and scores every run and the yardsticks, and what is finished not again: (results, yardsticks, remarks,
-    costs)."""
+    """Trains and scores every run and the yardsticks, and what is finished not again: (results,
+    yardsticks, remarks, costs)."""
     config, remarks, costs = plan.config, [], []
 
     def teach(_):
-        progress.start(plan.teacher.out, f"teacher {plan.teacher.size}")
-        summary = train.train(plan.teacher, say=progress.say, status=progress.step)
-        progress.done()
-        return summary
+        with progress.on(plan.teacher.out, f"teacher {plan.teacher.size}"):
+            return train.train(plan.teacher, say=progress.say, status=progress.step)
 
     def run_one(each):
-        progress.start(each.out, Path(each.out).name)
-        summary, speed = timed(plan, directory, each, progress)
-        tasks = finetuned(config, f"{each.out}/model", f"{each.out}/glue", progress.say, each.seed)
-        probes = probed(config, f"{each.out}/model", f"{each.out}/glue", progress.say)
-        for file in Path(each.out).glob("checkpoint*.pt"):              # the model and the log stay
-            file.unlink()
-        progress.done()
-        return dict(result_of(plan, each, summary, tasks), speed=speed, probes=probes)
+        with progress.on(each.out, Path(each.out).name):
+            summary, speed = timed(plan, directory, each, progress)
+            found = scored(config, f"{each.out}/model", f"{each.out}/glue", progress.say, each.seed)
+            for file in Path(each.out).glob("checkpoint*.pt"):          # the model and the log stay
+                file.unlink()
+        return dict(result_of(plan, each, summary), **found, speed=speed)
 
     if plan.teacher:
         taught, = share_runs([plan.teacher.out], teach)
-        remarks.append(f"The teacher ({plan.teacher.size}) has a validation MLM loss of {taught['val']['mlm']:.2f}; "
-                       f"its own pretraining is charged to no arm"
+        remarks.append(f"The teacher ({plan.teacher.size}) has a validation MLM loss of "
+                       f"{taught['val']['mlm']:.2f}; its own pretraining is charged to no arm"
                        + (", and it has seen all of the data." if plan.settings != [(None, False)] else "."))
         costs.append(f"The teacher's pretraining took {duration(taught['charged_seconds'])}.")
     for make in plan.artefacts.values():
@@ -519,11 +564,12 @@ def execute(plan, directory, progress):
     todo += [partial(score_yardstick, plan, directory, progress, *yardstick) for yardstick in plan.yardsticks]
     done = share_runs([*(each.out for each in plan.runs), *(path for _, path, _ in plan.yardsticks)],
                       lambda i: todo[i]())
-    results, scored = done[:len(plan.runs)], done[len(plan.runs):]
-    costs.append(f"The compared runs were charged {duration(sum(r['charged_seconds'] for r in results))} in all.")
+    results, others = done[:len(plan.runs)], done[len(plan.runs):]
+    costs.append(f"The compared runs were charged "
+                 f"{duration(sum(r['charged_seconds'] for r in results))} in all.")
     yardsticks = [dict(name=name, averages=[m["average"] for m in of], runs=of,
                        scores={task: [m["scores"][task] for m in of] for task in of[0]["scores"]})
-                  for name in ("random init", "teacher") for of in [[m for m in scored if m["name"] == name]]]
+                  for name in ("random init", "teacher") for of in [[m for m in others if m["name"] == name]]]
     teacher = plan.teacher and dict(flops=taught["student_flops"], hours=taught["charged_seconds"] / 3600)
     return results, yardsticks, remarks + report.ledgers(results, (teacher or {}).get(plan.unit)), costs
 
@@ -536,12 +582,14 @@ def register(runs, directory):
 
 
 def timed(plan, directory, each, progress):
-    """(summary, speed) of a run.  Under a budget in hours a fixed step is timed before and after it, uncharged: the
-    machine's speed beside the first run's, since an hour of a busy machine buys less.  Else the speed is None."""
+    """(summary, speed) of a run.  Under a budget in hours a fixed step is timed before and after it,
+    uncharged: the machine's speed beside the first run's, since an hour of a busy machine buys less.
+    Else the speed is None."""
     note, first = Path(each.out) / "speed.json", plan.out / "speed.json"
     finished = (Path(each.out) / "summary.json").exists()
     reference = plan.run("no_kd", plan.budgets[0])
-    before = step_seconds(reference, directory, None, tries=5) if plan.unit == "hours" and not finished else None
+    times = plan.unit == "hours" and not finished
+    before = step_seconds(reference, directory, None, tries=5) if times else None
     summary = train.train(each, say=progress.say, status=progress.step)
     if before:
         seconds = (before + step_seconds(reference, directory, None, tries=5)) / 2
@@ -567,11 +615,12 @@ def compare(config, plan):
     if config.dry_run:
         return None
     share_runs([plan.out], lambda _: same_inputs(plan, directory, texts))
-    scored = {each.out for each in plan.runs}
-    progress = Progress({out: s + finetune_seconds * (out in scored) for out, s in seconds.items()}
+    compared = {each.out for each in plan.runs}
+    progress = Progress({out: s + finetune_seconds * (out in compared) for out, s in seconds.items()}
                         | {f"score {path}": finetune_seconds for _, path, _ in plan.yardsticks})
     if (config.jobs or 1) > 1:
-        jobs.run(config.jobs, work, config, plan.out, partial(over_all, plan, dict(progress.left), time.monotonic()))
+        status = partial(over_all, plan, dict(progress.left), time.monotonic())
+        jobs.run(config.jobs, work, config, plan.out, status)
         progress.say_line = lambda line: None                           # everything is finished
     return execute(plan, directory, progress)
 
@@ -594,8 +643,8 @@ def over_all(plan, estimates, began):
         done += share * estimate
     part = done / max(sum(estimates.values()), 1e-9)
     left = (time.monotonic() - began) * (1 - part) / part if part > 0.02 else None
-    return (f"[{len(finished)}/{len(folders)}" + (f", {duration(left)} left" if left is not None else "") + "] "
-            + ", ".join(under_way))
+    left = f", {duration(left)} left" if left is not None else ""
+    return f"[{len(finished)}/{len(folders)}{left}] {', '.join(under_way)}"
 
 
 def describe(plan, seconds, finetune_seconds, texts):
@@ -609,11 +658,13 @@ def describe(plan, seconds, finetune_seconds, texts):
           + (f", {len(plan.tuning)} of them to choose the peak LR" if plan.tuning else "")
           + (f", the teacher ({plan.teacher.size}, --teacher-budget {plan.teacher_budget:g}) with "
              f"{duration(seconds[plan.teacher.out])}" if plan.teacher else "")
-          + f"; {finished} are finished, the others take about {duration(sum(seconds.values()))} in one process")
+          + f"; {finished} are finished, the others take about "
+            f"{duration(sum(seconds.values()))} in one process")
     if plan.artefacts:
         print(f"  before them, once for all that use it, and charged to each: {', '.join(plan.artefacts)}")
     models = len(plan.runs) + config.seeds + 1                          # the random students and the teacher
-    print(f"  fine-tuning {models} models on {', '.join(texts)}: very roughly {duration(models * finetune_seconds)}")
+    print(f"  fine-tuning {models} models on {', '.join(texts)}: very roughly "
+          f"{duration(models * finetune_seconds)}")
     record = plan.out / "results.json"
     if record.exists() and (able := report.resolution(read_json(record)["results"], config.seeds)):
         print(f"  by the spread in {record}, {able}")
@@ -623,7 +674,8 @@ def papers_setting(plan):
     """The size whose rows of the paper's Table 2 may stand beside these, or None."""
     config, t = plan.config, plan.teacher_shape
     teachers = {"6L768": "12L768", "12L1024": "24L1024"}
-    same = ((config.seq_len, config.batch_size) == (128, 1024)
+    same = (all(getattr(config, name) == getattr(Config, name) for name in (
+                "seq_len", "batch_size", "mask_rate", "mask_variants", "init_std", "optimizer", "clip"))
             and teachers.get(config.size) == f"{t.num_hidden_layers}L{t.hidden_size}")
     return config.size if same else None
 
@@ -634,9 +686,9 @@ def recipe(config):
     inside = (set(finetune_glue.grid(finetuning(config, "", ""))) <= set(finetune_glue.grid(ours(""))) and
               (config.finetune_epochs, config.max_len) == (ours.epochs, ours.max_len))
     return [] if inside else [
-        f"Fine-tuning is outside the paper's grid (batch {ours.batch_sizes}, lr {ours.peak_lrs}, {ours.epochs} epochs, "
-        f"{ours.max_len} ids): here batch {config.finetune_batch_sizes}, lr {config.finetune_lrs}, "
-        f"{config.finetune_epochs} epochs, {config.max_len} ids."]
+        f"Fine-tuning is outside the paper's grid (batch {ours.batch_sizes}, lr {ours.peak_lrs}, "
+        f"{ours.epochs} epochs, {ours.max_len} ids): here batch {config.finetune_batch_sizes}, lr "
+        f"{config.finetune_lrs}, {config.finetune_epochs} epochs, {config.max_len} ids."]
 
 
 def main(config):
@@ -647,10 +699,12 @@ def main(config):
     elif config.teacher is None:
         raise UserError("--data needs --teacher with it: a model directory, a Hub id, or train")
     elif config.tasks is None and config.glue_dir is None:
-        raise UserError("--data needs tasks to score on: --glue-dir (GLUE's TSVs), or --tasks (name=PATH: your own "
-                        "labelled text; GLUE's names: from the Hub)")
-    elif config.tasks is None and config.glue_dir:
+        raise UserError("--data needs tasks to score on: --glue-dir (GLUE's TSVs), or --tasks (name=PATH: "
+                        "your own labelled text; GLUE's names: from the Hub)")
+    elif config.tasks is None:
         config = dataclasses.replace(config, tasks=finetune_glue.Config.tasks)
+    if config.total_hours:
+        config = within(config)
     config = config.for_machine()
     plan = Plan(config)
     found = compare(config, plan)
@@ -659,14 +713,16 @@ def main(config):
     results, yardsticks, remarks, costs = found
     yardsticks = [report.constant_answer(results), *yardsticks]
     said = report.verdict(results, yardsticks) + report.drift(results) + report.remarks(results) + remarks
-    text = "\n\n".join([*recipe(config), report.score_table(results, yardsticks, papers_setting(plan)), *said])
+    text = "\n\n".join([*recipe(config), report.score_table(results, yardsticks, papers_setting(plan)),
+                        *said])
     if config.probe:
         text += "\n\n" + report.probe_table(results, yardsticks)
     costs = "\n\n".join([report.cost_table(results), *costs])
     everything = dict(config=dataclasses.asdict(config), results=results, yardsticks=yardsticks, verdict=said)
 
     def write(_):
-        for name, content in (("table.md", text), ("costs.md", costs), ("results.csv", report.comma_separated(results)),
+        for name, content in (("table.md", text), ("costs.md", costs),
+                              ("results.csv", report.comma_separated(results)),
                               ("results.json", json.dumps(everything, indent=1))):
             write_whole(out / name, f"{content.rstrip()}\n".encode())
         report.figure(results, yardsticks, out / "figure.png")
@@ -674,7 +730,8 @@ def main(config):
     print(f"\n{text}\n\n{costs}\n")
     if demonstration:
         look(results, config)
-    print(f"\nalso in {out}/table.md, costs.md, results.json and results.csv; {time.monotonic() - began:.0f} s in all")
+    print(f"\nalso in {out}/table.md, costs.md, results.json and results.csv; "
+          f"{time.monotonic() - began:.0f} s in all")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,20 @@
 """From a token directory to batches: memmapped ids, blocks, masks.  Read it fifth.
 
 A token directory (made by prepare.py) holds train.bin and val.bin (flat ids, each document ended by [SEP]),
-tokenizer.json and manifest.json.  A block is [CLS] + S-2 consecutive ids + [SEP]: always full, so pretraining needs
-no padding and no attention mask.  k = round(0.15 S) positions are masked in every block: 80% [MASK], 10% a random
-token, 10% left as they are (Devlin 2018, arXiv 1810.04805, section 3.1); special tokens never.
+tokenizer.json and manifest.json.  A block is [CLS] + S-2 consecutive ids + [SEP]: always full, so pretraining
+needs no padding and no attention mask.  k = round(0.15 S) positions are masked in every block: 80% [MASK],
+10% a random token, 10% left as they are (Devlin 2018, arXiv 1810.04805, section 3.1); special tokens never.
 
-A batch is a pure function of (seed, i): which blocks it holds follows from a permutation of (seed, epoch), their
-masks from a hash of (seed, epoch, block, position).  So every arm sees the same data in the same order under the
-same masks, a resumed run needs no generator state, and each epoch masks afresh (static_masks: as in the first).
-Any sequence length reads the same files.
+A batch is a pure function of (seed, i): which blocks it holds follows from a permutation of (seed, epoch),
+their masks from a hash of (seed, epoch, block, position).  So every arm sees the same data in the same order
+under the same masks, a resumed run needs no generator state, and each epoch masks afresh (static_masks: as in
+the first).  Any sequence length reads the same files, in an order of its own: where it changes within a run,
+batch i comes after as many tokens as ever, but in another permutation of the epoch.
 
     python data.py data/wiki            # verify the files against the manifest, describe them
     python data.py data/wiki --show 3   # and show three blocks with their masks
     python data.py data/wiki --loader   # and measure how fast batches are made
+    python data.py data/wiki --baselines    # and say what counting reaches on train.py's validation blocks
 """
 import functools
 import hashlib
@@ -30,7 +32,8 @@ import numpy as np
 from plumbing.cli import Checked, Length, Natural, Seed, UserError, run
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-FILES, COUNTS = ("train.bin", "val.bin", "tokenizer.json"), ("vocab_size", "train_tokens", "val_tokens", "unknown")
+FILES = ("train.bin", "val.bin", "tokenizer.json")
+COUNTS = ("vocab_size", "train_tokens", "val_tokens", "unknown")
 SCAN = 2 ** 22              # ids looked at in one go, so that describing a large file takes no memory
 
 
@@ -40,17 +43,8 @@ class Batch(NamedTuple):
     labels: np.ndarray      # (B, k) int64, the ids that stood there
 
 
-class CachedBatch(NamedTuple):
-    """A Batch with what a teacher's cache holds for it (plumbing/artefact.py)."""
-    ids: np.ndarray
-    masked: np.ndarray
-    labels: np.ndarray
-    drawn: np.ndarray       # (B, k, n) int64, ids that were drawn from the teacher's distribution
-    shares: np.ndarray      # (B, k, n) float32, of the draws that fell on each; 0 beyond the last
-
-
 def mix(x):
-    """64-bit finaliser of splitmix64 (Steele 2014, doi 10.1145/2714064.2660195): an avalanche hash, vectorised."""
+    """64-bit finaliser of splitmix64 (Steele 2014, doi 10.1145/2714064.2660195): an avalanche hash."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -92,8 +86,8 @@ class TokenDirectory:
             except FileNotFoundError:
                 raise UserError(f"{self.path / name} is missing: run prepare.py again") from None
             except OSError as e:
-                raise UserError(f"{self.path / name} cannot be read ({e.strerror}): mend that, or run prepare.py "
-                                f"with another --out") from None
+                raise UserError(f"{self.path / name} cannot be read ({e.strerror}): mend that, or run "
+                                f"prepare.py with another --out") from None
             if found != size:
                 raise UserError(f"{self.path / name}: {found} bytes where manifest.json says {size}: "
                                 f"run prepare.py again")
@@ -103,8 +97,9 @@ class TokenDirectory:
         except Exception:       # tokenizers raises a bare one
             raise UserError(f"{self.path / 'tokenizer.json'} is damaged: run prepare.py again") from None
         if len(self.vocab) != self.manifest["vocab_size"]:
-            raise UserError(f"{self.path / 'tokenizer.json'} has {len(self.vocab)} tokens where manifest.json says "
-                            f"{self.manifest['vocab_size']}: it belongs to other files; run prepare.py again")
+            raise UserError(f"{self.path / 'tokenizer.json'} has {len(self.vocab)} tokens where "
+                            f"manifest.json says {self.manifest['vocab_size']}: it belongs to other files; "
+                            f"run prepare.py again")
 
     def read_tokenizer(self):
         from tokenizers import Tokenizer
@@ -136,15 +131,16 @@ class TokenDirectory:
 class Blocks:
     """Batches of masked blocks of one split.  batch(i, B) depends on (seed, i, B) and on nothing else.
 
-    unique_tokens: the split's first so many ids alone, again and again (the limited-data setting; the same ids for
-    every seed).  static_masks: the masks of the first epoch in each.  mask_seed: what the masks depend on
-    in place of the seed; mask_variants: so many masks of a block in turn, epoch by epoch.  keep: the only
-    blocks to train on, whose masks stay what they are without it."""
+    unique_tokens: the split's first so many ids alone, again and again (the limited-data setting; the same
+    ids for every seed).  static_masks: the masks of the first epoch in each.  causal: nothing is corrupted;
+    the labels stay, and `masked` is the position before each, from which it is predicted.  mask_seed: what
+    the masks depend on in place of the seed; mask_variants: so many masks of a block in turn, epoch by epoch.
+    keep: the only blocks to train on, whose masks stay what they are without it."""
 
     def __init__(self, directory, split, seq_len, seed, unique_tokens=None, static_masks=False,
-                 mask_seed=None, mask_variants=None, keep=None):
+                 mask_rate=0.15, causal=False, mask_seed=None, mask_variants=None, keep=None):
         self.tokens, self.seq_len, self.seed = directory.split(split), seq_len, seed
-        self.mask_seed = seed if mask_seed is None else mask_seed
+        self.causal, self.mask_seed = causal, seed if mask_seed is None else mask_seed
         self.mask_variants, self.keep, self.targets = 1 if static_masks else mask_variants, keep, None
         if unique_tokens is not None:
             if not seq_len <= unique_tokens <= len(self.tokens):
@@ -154,11 +150,12 @@ class Blocks:
         self.special, self.vocab_size = directory.special, len(directory.vocab)
         self.body = seq_len - 2                                         # ids between [CLS] and [SEP]
         self.there = self.count = len(self.tokens) // self.body
-        self.k = round(0.15 * seq_len)                                  # masked positions in every block
+        self.k = round(mask_rate * seq_len)                             # masked positions in every block
         if self.count < 1:
             todo = "a larger --val-fraction" if split == "val" else "more text"
-            raise UserError(f"{directory.path}/{split}.bin: {len(self.tokens)} ids do not make one block of length "
-                            f"{seq_len}: run prepare.py again with {todo}, or give a smaller --seq-len")
+            raise UserError(f"{directory.path}/{split}.bin: {len(self.tokens)} ids do not make one block "
+                            f"of length {seq_len}: run prepare.py again with {todo}, or give a smaller "
+                            f"--seq-len")
         if keep is not None:
             self.count = len(keep)
         self.order = functools.lru_cache(2)(                            # a batch can span two epochs
@@ -192,12 +189,14 @@ class Blocks:
         """Corrupts `ids` (B, S) in place; `key` (B,) is all that the masks depend on."""
         B, S = ids.shape
         draw = hashed(key[:, None], np.arange(S)) >> np.uint64(1)       # (B, S): the k smallest are masked
-        # Special tokens come last.  A block of unknown words alone still has k positions to offer: [UNK] ones.
+        # Special tokens come last; in a block of unknown words alone [UNK] ones are masked
         draw[ids == self.special["[UNK]"]] |= np.uint64(1 << 63)
         for token in ("[PAD]", "[CLS]", "[SEP]", "[MASK]"):
             draw[ids == self.special[token]] = np.uint64(2 ** 64 - 1)
         masked = np.sort(np.argpartition(draw, self.k, axis=1)[:, :self.k], axis=1)         # (B, k)
         labels = np.take_along_axis(ids, masked, 1)
+        if self.causal:
+            return Batch(ids, masked - 1, labels)
         action = hashed(key[:, None], masked, 1)                        # (B, k)
         tenth, token = action % np.uint64(10), hashed(action) % np.uint64(self.vocab_size - len(self.special))
         # A random token is any but a special one: specials are passed over by counting up from the smallest
@@ -212,8 +211,9 @@ class Blocks:
 def prefetch(blocks, start, batch_size, convert=lambda batch: batch):
     """convert(batch i) for i = start, start + 1, ...: the next one is made in a thread while one is used.
 
-    `convert` runs in that thread too: the place to pin memory.  NumPy works without Python's lock, so on CUDA, where
-    the main thread waits for the device, batches cost no time.  Close the generator to end the thread."""
+    `convert` runs in that thread too: the place to pin memory.  NumPy works without Python's lock, so on
+    CUDA, where the main thread waits for the device, batches cost no time.  Close the generator to end the
+    thread."""
     def make(i):
         return convert(blocks.batch(i, batch_size))
     with ThreadPoolExecutor(1) as pool:
@@ -243,13 +243,14 @@ def document_lengths(directory, split):
     return np.diff(np.concatenate(ends))
 
 
-# ------------------------------------------------------------------------------------------------------- script
+# ----------------------------------------------------------------------------------------------------- script
 
 @dataclass
 class Config(Checked):
     directory: list[str]    # token directories
     show: Natural = 0       # how many blocks to show with their masks
     loader: bool = False    # measure how fast batches of 1024 blocks are made
+    baselines: bool = False     # say what counting reaches on the validation blocks and masks of train.py
     seq_len: Length = 128   # block length
     seed: Seed = 0          # of the order and the masks of what is shown
 
@@ -273,7 +274,11 @@ def describe(path, config):
         if len(lengths):
             quantiles = np.quantile(lengths, (0, .1, .5, .9, 1)).astype(int)
             print(f"{split}_document_lengths: " + ", ".join(f"{name} {n:,}" for name, n in zip(
-                ("min", "10%", "median", "90%", "max"), quantiles, strict=True)) + f" ids; mean {lengths.mean():,.0f}")
+                ("min", "10%", "median", "90%", "max"), quantiles, strict=True))
+                + f" ids; mean {lengths.mean():,.0f}")
+    if config.baselines:
+        import diagnose  # which imports this file
+        diagnose.diagnose(directory, diagnose.Config([path], seq_len=config.seq_len))
     if not (config.show or config.loader):
         return
     blocks = Blocks(directory, "train", config.seq_len, config.seed)
@@ -283,7 +288,7 @@ def describe(path, config):
     token = {i: t for t, i in directory.vocab.items()}
     for ids, masked, labels in zip(*blocks.batch(0, config.show), strict=True):
         words = [token[i] for i in ids]
-        for at, label in zip(masked, labels, strict=True):              # {what stands there <- what stood there}
+        for at, label in zip(masked, labels, strict=True):      # {what stands there <- what stood there}
             words[at] = f"{{{words[at]} <- {token[label]}}}"
         print("\n" + "".join(w[2:] if w.startswith("##") else " " + w for w in words).strip())
 

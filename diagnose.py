@@ -1,15 +1,15 @@
-"""Where a masked LM stands: against counting, and without the order of its context.  Read it when a loss is a number.
+"""Where a masked LM stands, against counting and without the order of its context.  Read it to judge a loss.
 
-A masked LM stays for long at what counting does better, and leaves abruptly when attention structure forms.  Three
-measurements on validation's own blocks and masks tell on which side of that turn a model is:
+A masked LM stays for long at what counting does better, and leaves abruptly when attention structure forms.
+Three measurements on validation's own blocks and masks tell on which side of that turn a model is:
 
-  baselines    what counting over train.bin reaches: unigram, bigram (left neighbour), left and right neighbours
-  D_order      loss with the unmasked tokens of each block permuted, minus the loss: about 0 for a bag of words
-  induction    the loss at masked tokens that also occur unmasked in their block, and at the others
+  baselines   what counting over train.bin reaches: unigram, bigram (left neighbour), both neighbours
+  D_order     loss with each block's unmasked tokens permuted, minus the loss: about 0 for a bag of words
+  induction   the loss at masked tokens that also occur unmasked in their block, and at the others
 
-A baseline sees what a model sees, the corrupted block: a neighbour that is [MASK] tells nothing, and a token that
-stands at a masked position tells much (half of them were left as they are; at 10% of the positions that is worth more
-than half a nat, and a model learns it first of all).
+A baseline sees what a model sees, the corrupted block: a neighbour that is [MASK] tells nothing, and a token
+that stands at a masked position tells much (half of them were left as they are; at 10% of the positions that
+is worth more than half a nat, and a model learns it first of all).
 
 Legend: B blocks, S sequence, k masked positions per block, n positions in one go, V vocabulary.
 
@@ -29,13 +29,13 @@ from plumbing.cli import UserError, run
 D_ORDER_TURN = 0.3          # nat; under it a teacher has no attention structure to give
 COUNTED = 2 ** 26           # training ids that are counted over: the first ones
 CELLS = 2 ** 21             # probabilities made in one go
-# The two neighbours' joint evidence is tempered; 1 would take them as independent given the word.  Chosen among 0.7,
-# 0.8, 0.9 and 1 on blocks of the first 131,072 training ids of docstrings and of Wikipedia, counting over the rest of
-# train.bin; 1 costs 0.07 to 0.11 nat there.
+# The two neighbours' joint evidence is tempered; 1 would take them as independent given the word.  Chosen
+# among 0.7, 0.8, 0.9 and 1 on blocks of the first 131,072 training ids of docstrings and of Wikipedia,
+# counting over the rest of train.bin; 1 costs 0.07 to 0.11 nat there.
 EXPONENT = 0.8
 
 
-# ------------------------------------------------------------------------------------------------------ counting
+# --------------------------------------------------------------------------------------------------- counting
 
 class Followers:
     """How often each word stands in the `queries`, contexts as integers; -1 is a context that tells nothing.
@@ -59,8 +59,8 @@ class Followers:
         return row, self.contexts[row] == queries if len(self.contexts) else np.zeros(len(queries), bool)
 
     def probabilities(self, queries, lower):
-        """(n, V), interpolated with `lower` (n, V) after Witten and Bell (1991, doi 10.1109/18.87000, method C):
-        (count + types * lower) / (total + types), types = the different words seen in the context."""
+        """(n, V), interpolated with `lower` (n, V): (count + types * lower) / (total + types), types = the
+        different words seen in the context (Witten and Bell 1991, doi 10.1109/18.87000, method C)."""
         row, known = self.find(queries)
         length = np.where(known, np.diff(self.start)[row], 0) if known.any() else np.zeros(len(queries), int)
         at = np.arange(length.sum()) + np.repeat(self.start[row] - np.cumsum(length) + length, length)
@@ -74,7 +74,7 @@ def counting(directory, batch):
     """({name: (B, k) losses}, the same without the token that stands at the masked position itself)."""
     V, special, train = len(directory.vocab), directory.special, directory.split("train")[:COUNTED]
     seen = np.where(batch.ids == special["[MASK]"], -1, batch.ids)
-    seen[:, [0, -1]] = -1                                               # [CLS] and [SEP] stand there in every block
+    seen[:, [0, -1]] = -1                                               # always [CLS] and [SEP]
     left, own, right = (np.take_along_axis(seen, batch.masked + offset, 1).ravel() for offset in (-1, 0, 1))
     labels, both = batch.labels.ravel(), np.where((left >= 0) & (right >= 0), left * V + right, -1)
 
@@ -91,15 +91,16 @@ def counting(directory, batch):
         n, stands, uniform = np.arange(len(labels[s])), own[s], 1 / (V - len(special))
         alone = np.broadcast_to(unigram, (len(n), V))
         table = dict(unigram=alone, bigram=by_left.probabilities(left[s], alone))
-        # Bayes, neighbours independent given the word: p(w | l, r) ~ p(w | l) p(w | r) / p(w); then what was counted
+        # Bayes, neighbours independent given the word: p(w | l, r) ~ p(w | l) p(w | r) / p(w); then counts
         joint = table["bigram"] * by_right.probabilities(right[s], alone) / unigram
         joint **= np.where(both[s] >= 0, EXPONENT, 1)[:, None]
         table["neighbours"] = by_both.probabilities(both[s], joint / joint.sum(1, keepdims=True))
         for name, p in table.items():
             there = p[n, labels[s]]
             context.setdefault(name, []).append(-np.log(there))
-            # Kept and random tokens are equally frequent: p(w | stands there) ~ p(w) (1[w stands there] + uniform)
-            there = np.where(stands < 0, there, there * ((labels[s] == stands) + uniform) / (p[n, stands] + uniform))
+            # As many are kept as random: p(w | what stands there) ~ p(w) (1[it is w] + uniform)
+            given = there * ((labels[s] == stands) + uniform) / (p[n, stands] + uniform)
+            there = np.where(stands < 0, there, given)
             with_own.setdefault(name, []).append(-np.log(there))
     return tuple({name: np.concatenate(parts).reshape(batch.masked.shape) for name, parts in losses.items()}
                  for losses in (with_own, context))
@@ -115,7 +116,7 @@ def where_it_stands(loss, baselines):
     return f"between {min(beaten, key=baselines.get)} and {ahead}" if beaten else f"worse than {ahead}"
 
 
-# ------------------------------------------------------------------------------------------------------- a model
+# ---------------------------------------------------------------------------------------------------- a model
 
 def validation(blocks, val_blocks):
     """The blocks and masks that train.py validates on, as one batch."""
@@ -129,7 +130,8 @@ def token_losses(forward, batch, size=64):
     for at in range(0, len(batch.ids), size):
         ids, masked, labels = (torch.from_numpy(a[at:at + size]) for a in batch)
         logits = forward(ids, masked).float()
-        losses.append(F.cross_entropy(logits, labels.flatten().to(logits.device), reduction="none").cpu().numpy())
+        loss = F.cross_entropy(logits, labels.flatten().to(logits.device), reduction="none")
+        losses.append(loss.cpu().numpy())
     return np.concatenate(losses).reshape(batch.masked.shape)
 
 
@@ -149,7 +151,7 @@ def permuted(batch, special):
 
 
 def d_order(forward, batch, special, plain=None):
-    """What the order of the context is worth, in nats.  `plain`: the loss on the batch as it is, where known."""
+    """What the order of the context is worth, in nats.  `plain`: the loss on the batch itself, if known."""
     if plain is None:
         plain = token_losses(forward, batch).mean()
     return float(token_losses(forward, permuted(batch, special)).mean() - plain)
@@ -162,7 +164,7 @@ def repeated(batch):
     return (batch.labels[:, :, None] == context[:, None, :]).any(2)
 
 
-# -------------------------------------------------------------------------------------------------------- script
+# ----------------------------------------------------------------------------------------------------- script
 
 @dataclass
 class Config:
@@ -186,8 +188,8 @@ def diagnose(directory, config):
     def row(name, loss, last=""):
         split = [f"{part.mean():9.3f}" if part.size else "         " for part in (loss[again], loss[~again])]
         print(f"{name:<12}{loss.mean():8.3f}{split[0]}{split[1]}{last}")
-    print(f"{directory.path}: {len(batch.ids)} validation blocks of {config.seq_len}, {again.size:,} masked tokens, "
-          f"{again.mean():.0%} of them also unmasked in their block\n"
+    print(f"{directory.path}: {len(batch.ids)} validation blocks of {config.seq_len}, {again.size:,} masked "
+          f"tokens, {again.mean():.0%} of them also unmasked in their block\n"
           f"{'':12}    loss repeated   others   loss without the token that stands there")
     for name, loss in losses.items():
         row(name, loss, f"{context[name].mean():9.3f}")
@@ -196,7 +198,7 @@ def diagnose(directory, config):
         row("model", own)
         d = d_order(forward, batch, directory.special, own.mean())
         print(f"{config.model}: {where_it_stands(own.mean(), means)}, D_order {d:.2f}"
-              + ("" if d >= D_ORDER_TURN else f", under {D_ORDER_TURN}: it has no attention structure to give"))
+              + f", under {D_ORDER_TURN}: it has no attention structure to give" * (d < D_ORDER_TURN))
 
 
 def masked_lm(config, directory):
@@ -205,8 +207,8 @@ def masked_lm(config, directory):
     checkpoint.same_vocabulary(directory.read_tokenizer(), path)
     model, missing, _ = checkpoint.load_mlm(path, len(directory.vocab))
     if missing:
-        raise UserError(f"--model {config.model} has no LM head, so it has no masked-LM loss: give one saved by a "
-                        f"strategy that trains it")
+        raise UserError(f"--model {config.model} has no LM head, so it has no masked-LM loss: give one saved "
+                        f"by a strategy that trains it")
     if config.seq_len > model.config.max_position_embeddings:
         raise UserError(f"--seq-len {config.seq_len}: --model {config.model} ends at position "
                         f"{model.config.max_position_embeddings}")

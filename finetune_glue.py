@@ -1,24 +1,26 @@
 """Fine-tune a model directory on GLUE, or on labelled text of your own, and score it.  Read it sixth.
 
-    python finetune_glue.py --model runs/tinybert/model --glue-dir glue                 # the paper's grid, 3 seeds
+    python finetune_glue.py --model runs/tinybert/model --glue-dir glue            # the paper's grid, 3 seeds
     python finetune_glue.py --model runs/tinybert/model --glue-dir glue --tasks rte,cola --quick    # one grid point
     python finetune_glue.py --model runs/tinybert/model --tasks reviews=reviews.csv --save      # your own
     python finetune_glue.py --model runs/glue/.../trials/reviews-... --predict new.csv  # what it then says of others
-    python finetune_glue.py --model runs/tinybert/model --glue-dir glue --probe         # no fine-tuning: seconds
+    python finetune_glue.py --model runs/tinybert/model --glue-dir glue --probe      # no fine-tuning: seconds
 
-`--glue-dir` holds the official TSVs (CoLA/train.tsv, ...); a task absent there comes from the Hub (nyu-mll/glue).
-Your own labelled text is a file, or a directory with train and dev: TSV (no quotes), CSV, JSONL or parquet.  Its
-columns have names: one or two of text, and the label, a word or a whole number, or a score where that column is called
-`score`.  Which is which is guessed and printed, or said with --columns text,label; a column that numbers the rows (id,
-index, ...) is left out.  Of a single file a tenth is set apart as dev, by the hash of its text.
+`--glue-dir` holds the official TSVs (CoLA/train.tsv, ...); a task absent there comes from the Hub
+(nyu-mll/glue).  Your own labelled text is a file, or a directory with train and dev: TSV (no quotes), CSV,
+JSONL or parquet.  Its columns have names: one or two of text, and the label, a word or a whole number, or a
+score where that column is called `score`.  Which is which is guessed and printed, or said with --columns
+text,label; a column that numbers the rows (id, index, ...) is left out.  Of a single file a tenth is set
+apart as dev, by the hash of its text.
 
 The recipe is the paper's (arXiv 2404.19319): AdamW, batch {16, 32} x lr {1e-5, 3e-5, 5e-5, 8e-5}, 5 epochs,
-linear decay, 128 ids, dropout 0.1.  Ours: 6% warm-up, of which the paper says nothing; the grid runs on seed 0 and
-the point that it picks on other seeds, because the best of a grid on dev is too good to be true; the score is that
-of the last step.  A seed sets the new head, the order of the examples and dropout.
+linear decay, 128 ids, dropout 0.1.  Ours: 6% warm-up, of which the paper says nothing; the grid runs on seed
+0 and the point that it picks on other seeds, because the best of a grid on dev is too good to be true; the
+score is that of the last step.  A seed sets the new head, the order of the examples and dropout.
 
-Every trial (task, batch, lr, seed) is a file, OUT/trials/*.json, with the dev logits beside it (.npy).  What is
-finished never runs again, so the same command goes on after a kill, and processes that share OUT share the work.
+Every trial (task, batch, lr, seed) is a file, OUT/trials/*.json, with the dev logits beside it (.npy).  What
+is finished never runs again, so the same command goes on after a kill, and processes that
+share OUT share the work.
 """
 import hashlib
 import io
@@ -28,6 +30,7 @@ import math
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -39,32 +42,33 @@ from tqdm import tqdm
 
 from data import TokenDirectory, hashed
 from plumbing import checkpoint, probe
-from plumbing.cli import Checked, Count, Counts, Positives, Seed, Share, UserError, run, writable
+from plumbing.cli import Checked, Count, Counts, Positives, Seed, Share, UserError, numbers, run, writable
+from plumbing.device import choose_device, multiplies_in_bf16
 from plumbing.files import sha256, share, write_json, write_whole
 from plumbing.glue import BINARY, PAPER, TASKS, Task, evaluate, parse_tasks, read_task, rows_of_text
-from step import autocast, choose_device, decay_groups, moved, multiplies_in_bf16
+from step import autocast, decay_groups, moved
 from train import learning_rate
 
 
 @dataclass
 class Config(Checked):
     model: str                              # model directory or Hub id
-    glue_dir: str | None = None             # folder of the official TSVs; a task absent there comes from the Hub
+    glue_dir: str | None = None          # folder of the official TSVs; a task absent there comes from the Hub
     tasks: str = "cola,sst2,mrpc,stsb,qqp,mnli,qnli,rte"    # GLUE's names (wnli too); name=PATH: your own
     columns: str | None = None              # of your own: text,label or text,text,label; default: guessed
-    predict: str | None = None              # a file of text: --model, a classifier, labels it, one JSON line per row
+    predict: str | None = None       # a file of text: --model, a classifier, labels it, one JSON line per row
     batch_sizes: Counts = "16,32"           # the grid: examples per step ...
-    peak_lrs: Positives = "1e-5,3e-5,5e-5,8e-5"     # ... times learning rates, each reached after 6% of the steps
+    peak_lrs: Positives = "1e-5,3e-5,5e-5,8e-5"     # ... times learning rates, reached after 6% of the steps
     quick: bool = False                     # one grid point, batch 32 and lr 5e-5, in the grid's place
     seeds: Count = 3                        # runs of the chosen point: mean and standard deviation over them
-    first_seed: Seed | None = None          # of those runs; default: 1 after a grid, which runs on seed 0, else 0
+    first_seed: Seed | None = None      # of those runs; default: 1 after a grid, which runs on seed 0, else 0
     epochs: Count = 5                       # passes over the training examples
     max_len: Annotated[int, "[8, inf)"] = 128       # ids an example is cut to, [CLS] and [SEP] included
     dropout: Share = 0.1                    # in the encoder and before the classifier
     out: str | None = None                  # directory of trials and glue.json; default: runs/glue/MODEL
-    probe: bool = False                     # no fine-tuning: what the frozen encoder knows (plumbing/probe.py)
-    data: str | None = None                 # a token directory, for --probe: masked LM on its validation blocks too
-    save: bool = False                      # keep each trial's classifier too, a model directory beside its scores
+    probe: bool = False                    # no fine-tuning: what the frozen encoder knows (plumbing/probe.py)
+    data: str | None = None           # a token directory, for --probe: masked LM on its validation blocks too
+    save: bool = False                 # keep each trial's classifier too, a model directory beside its scores
     device: str | None = None               # cpu, cuda or cuda:N; default: cuda where there is one, else cpu
     compile: bool = False                   # torch.compile of the training step, once for all lengths
     bf16: bool | None = None                # bf16 autocast; default: where the hardware multiplies in bf16
@@ -73,7 +77,7 @@ class Config(Checked):
 QUICK = (32, 5e-5)         # --quick: batch and learning rate
 
 
-# ---------------------------------------------------------------------------------------------------- fine-tuning
+# ------------------------------------------------------------------------------------------------ fine-tuning
 
 def encode(tokenizer, sentences, max_len):
     """One (2, S) array per example: ids, [CLS] a [SEP] or [CLS] a [SEP] b [SEP], over token types, 0 or 1.
@@ -95,8 +99,8 @@ def cut(tokenizer, sentences, examples, max_len):
 
 
 def pad(examples, pad_id, multiple=1, limit=math.inf):
-    """(ids, real, token_types), each (B, S) with S the longest of these examples, or the next multiple up to the limit;
-    token_types None if all are 0."""
+    """(ids, real, token_types), each (B, S) with S the longest of these examples, or the next multiple up to
+    the limit; token_types None if all are 0."""
     lengths = np.array([e.shape[1] for e in examples])
     shape = len(examples), min(-(-lengths.max() // multiple) * multiple, limit)
     ids, types = np.full(shape, pad_id), np.zeros(shape, np.int64)
@@ -117,7 +121,8 @@ def batches(lengths, batch_size, epochs, seed):
     """Index arrays: every example once an epoch, examples of like length together, as `seed` draws them."""
     rng = np.random.default_rng(seed)
     for _ in range(epochs):
-        # shuffled, then sorted by length within windows of 50 batches: little padding, and still another order
+        # shuffled, then sorted by length within windows of 50 batches: little
+        # padding, and still another order
         order = rng.permutation(len(lengths))
         windows = [w[np.argsort(lengths[w], kind="stable")] for w in np.split(
             order, range(50 * batch_size, len(order), 50 * batch_size))]
@@ -125,8 +130,10 @@ def batches(lengths, batch_size, epochs, seed):
         yield from (epoch[at] for at in rng.permutation(len(epoch)))
 
 
-def finetune(model, examples, labels, batch_size, epochs, peak_lr, seed, pad_id, name="", bf16=False, compiled=False):
-    """Trains in place: cross-entropy for classes, mean squared error for scores.  Returns the loss of each step."""
+def finetune(model, examples, labels, batch_size, epochs, peak_lr, seed, pad_id, name="", bf16=False,
+             compiled=False):
+    """Trains in place: cross-entropy for classes, mean squared error for scores.  Returns
+    the loss of each step."""
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(decay_groups(model.parameters(), 0.01), lr=peak_lr, fused=True)
     total, losses = epochs * -(-len(examples) // batch_size), []
@@ -144,7 +151,7 @@ def finetune(model, examples, labels, batch_size, epochs, peak_lr, seed, pad_id,
             group["lr"] = learning_rate(step / total, peak_lr)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.detach())                    # read at the end: .item() here would wait for the device
+        losses.append(loss.detach())                 # read at the end: .item() here would wait for the device
     return torch.stack(losses).tolist()
 
 
@@ -155,10 +162,16 @@ def predict(model, examples, pad_id, batch_size=64):
     order = np.argsort([e.shape[1] for e in examples], kind="stable")
     rows = torch.cat([forward(model, [examples[i] for i in order[at:at + batch_size]], pad_id)
                       for at in range(0, len(order), batch_size)]).float().cpu().numpy()
-    return np.nan_to_num(rows[np.argsort(order)])       # a run that diverged predicts one class, and is flagged
+    return np.nan_to_num(rows[np.argsort(order)])     # a run that diverged predicts one class, and is flagged
 
 
-# --------------------------------------------------------------------------------------------------------- trials
+def embedded(model, tokenizer, texts, max_len):
+    """(n, D): the mean-pooled last hidden states of texts."""
+    return predict(probe.MeanPooled(model.bert), encode(tokenizer, [(text,) for text in texts], max_len),
+                   tokenizer.token_to_id("[PAD]"))
+
+
+# ----------------------------------------------------------------------------------------------------- trials
 
 def finished(file, settings, save=False):
     """The result of a trial that ran before, and with `save` has its classifier beside it; else None."""
@@ -181,10 +194,10 @@ class Setup(NamedTuple):
     digests: list           # of its config.json and weights
     tokenizer: Tokenizer
     device: torch.device
-    name: str
-    task: Task
-    parts: dict             # {file: (examples, labels)}, train first
-    say: object
+    name: str = ""
+    task: Task | None = None
+    parts: dict | None = None           # {file: (examples, labels)}, train first
+    say: object = print
 
 
 def fit(setup, file, batch, lr, seed):
@@ -208,10 +221,11 @@ def fit(setup, file, batch, lr, seed):
     if config.save:
         names = None if task.labels in (None, (), BINARY) else task.labels
         columns = task.columns or task.text
-        checkpoint.save_model(file.with_suffix(""), model, setup.tokenizer, True, max_len=config.max_len, names=names,
-                              columns=columns, card=(
-            f"---\nlibrary_name: transformers\ntags: [bert, nanokd]\n---\n\n`{config.model}` fine-tuned by nanoKD "
-            f"on {name} (batch {batch}, lr {lr:g}, seed {seed}): {text} on {len(dev[0][1]):,} dev examples.\n"))
+        checkpoint.save_model(file.with_suffix(""), model, setup.tokenizer, True, max_len=config.max_len,
+                              names=names, columns=columns, card=(
+            f"---\nlibrary_name: transformers\ntags: [bert, nanokd]\n---\n\n`{config.model}` fine-tuned by "
+            f"nanoKD on {name} (batch {batch}, lr {lr:g}, seed {seed}): {text} on "
+            f"{len(dev[0][1]):,} dev examples.\n"))
     return dict(scores=scores, collapsed=collapsed, seconds=seconds), np.concatenate(logits)
 
 
@@ -221,7 +235,8 @@ def run_trials(setup, out, points):
     # the examples as the model sees them: another TSV, tokenizer or max_len makes another trial
     examples = hashlib.sha256(b"".join(a.tobytes() for x, y in setup.parts.values() for a in (*x, y)))
     settings = dict(model=setup.digests, examples=examples.hexdigest()[:16],
-                    epochs=config.epochs, dropout=config.dropout, bf16=multiplies_in_bf16(setup.device, config.bf16))
+                    epochs=config.epochs, dropout=config.dropout,
+                    bf16=multiplies_in_bf16(setup.device, config.bf16))
     if setup.task.labels and not setup.task.columns:
         settings["labels"] = list(setup.task.labels)
     files = [out / f"{setup.name}-b{batch}-lr{lr:g}-seed{seed}.json" for batch, lr, seed in points]
@@ -252,7 +267,8 @@ def score_task(setup, out):
         chosen = run_trials(setup, out, [(*p, 0) for p in points])
         points = [max(points, key=lambda p: chosen[*p, 0]["scores"][metric])]
         trials = len(chosen)
-    results = run_trials(setup, out, [(*points[0], seed) for seed in range(first, first + setup.config.seeds)])
+    results = run_trials(setup, out, [(*points[0], seed)
+                                      for seed in range(first, first + setup.config.seeds)])
     results, (_, (_, y), *_) = list(results.values()), setup.parts.values()
     majority = np.full(len(y), 0 if setup.task.labels == () else np.bincount(y).argmax())
     mean = {m: dict(scores=[r["scores"][m] for r in results]) for m in results[0]["scores"]}
@@ -272,64 +288,47 @@ def line(name, r):
             + (f"; {r['collapsed']} of {len(r['scores'])} COLLAPSED" if r["collapsed"] else ""))
 
 
-# ------------------------------------------------------------------------------------------------------------ all
+# -------------------------------------------------------------------------------------------------------- all
 
 def grid(config):
     """[(batch size, peak lr)]"""
-    try:
-        sizes, lrs = map(int, config.batch_sizes.split(",")), map(float, config.peak_lrs.split(","))
-        points = list(itertools.product(sizes, lrs))
-    except ValueError:
-        raise UserError(f"--batch-sizes {config.batch_sizes} --peak-lrs {config.peak_lrs}: numbers separated by "
-                        f"commas belong there") from None
-    if min(min(p) for p in points) <= 0:
-        raise UserError("--batch-sizes and --peak-lrs must be above 0")
-    return [QUICK] if config.quick else points
-
-
-class Opened(NamedTuple):
-    """The model and the tasks of a Config, read and checked."""
-    path: Path              # the model directory
-    digests: list           # of its config.json and weights
-    tokenizer: Tokenizer
-    tasks: dict             # {name: Task}
-    texts: dict             # {name: {file: (sentences, labels)}}
-    device: torch.device
-    out: Path
+    if config.quick:
+        return [QUICK]
+    return list(itertools.product(numbers(config.batch_sizes, int), numbers(config.peak_lrs)))
 
 
 def opened(config, say):
+    """The model and the tasks of a Config, read and checked: (Setup of no task, {name: Task}, {name: {file:
+    (sentences, labels)}}, --out)."""
     path, tasks = checkpoint.find_model(config.model), parse_tasks(config.tasks, config.columns, say)
     model, tokenizer = checkpoint.read_config(path), checkpoint.read_tokenizer(path)
     digests = [sha256(f)[:16] for f in (path / "config.json", *checkpoint.weight_files(path))]
-    if not 8 <= config.max_len <= model.max_position_embeddings:
+    if config.max_len > model.max_position_embeddings:
         raise UserError(f"--max-len {config.max_len}: {path} takes 8 to {model.max_position_embeddings}")
     if tokenizer.get_vocab_size() > model.vocab_size:
         raise UserError(f"{path}: config.json has vocab_size {model.vocab_size}, its tokenizer "
                         f"{tokenizer.get_vocab_size()} tokens")
-    texts = {name: read_task(name, task, config.glue_dir, say) for name, task in tasks.items()}     # all before any
+    texts = {name: read_task(name, task, config.glue_dir, say) for name, task in tasks.items()}
     out = Path(config.out or Path("runs/glue", config.model.strip("/.").replace("/", "_")))
-    return Opened(path, digests, tokenizer, tasks, texts, choose_device(config.device), writable(out))
+    setup = Setup(config, path, digests, tokenizer, choose_device(config.device), say=say)
+    return setup, tasks, texts, writable(out)
 
 
 def score(config, say=print):
     """Fine-tunes and scores on every task; returns what glue.json holds, scores in percent."""
-    grid(config)
-    path, digests, tokenizer, tasks, texts, device, out = opened(config, say)
+    setup, tasks, texts, out = opened(config, say)
     (out / "trials").mkdir(parents=True, exist_ok=True)
-
     results = {}
     for name, task in tasks.items():
         parts, truncated = {}, {}
         for file, (x, y) in texts.pop(name).items():
-            parts[file] = encode(tokenizer, x, config.max_len), y
-            truncated[file] = cut(tokenizer, x, parts[file][0], config.max_len)
+            parts[file] = encode(setup.tokenizer, x, config.max_len), y
+            truncated[file] = cut(setup.tokenizer, x, parts[file][0], config.max_len)
         if any(truncated.values()):
             say(f"{name}: longer than --max-len {config.max_len} and cut: " + ", ".join(
                 f"{n:,} of {len(parts[file][1]):,} in {file}" for file, n in truncated.items()))
-        setup = Setup(config, path, digests, tokenizer, device, name, task, parts, say)
-        results[name] = score_task(setup, out / "trials")
-        results[name]["truncated"] = truncated
+        found = score_task(setup._replace(name=name, task=task, parts=parts), out / "trials")
+        results[name] = dict(found, truncated=truncated)
     averaged = [name for name in PAPER if name in results and tasks[name] is TASKS[name]]
     result = dict(model=config.model, tasks=results, averaged=averaged)
     for key, names in (("average", averaged), ("average_without_cola", [n for n in averaged if n != "cola"])):
@@ -339,25 +338,23 @@ def score(config, say=print):
 
 
 def probes(config, say=print):
-    """What probes.json holds: {tasks: {name: {linear, similarity}}, masked_lm: {mlm, repeated, others, d_order}}."""
-    path, digests, tokenizer, tasks, texts, device, out = opened(config, say)
-    loaded, directory = checkpoint.load_mlm(path), None
+    """What probes.json holds: {tasks: {name: {linear, similarity}}, masked_lm: {mlm,
+    repeated, others, d_order}}."""
+    setup, tasks, texts, out = opened(config, say)
+    loaded, directory = checkpoint.load_mlm(setup.path), None
     if config.data:
         directory = TokenDirectory(config.data)
-        checkpoint.same_vocabulary(directory.read_tokenizer(), path)
+        checkpoint.same_vocabulary(directory.read_tokenizer(), setup.path)
     seq_len = min(128, loaded.model.config.max_position_embeddings)
     examples = hashlib.sha256(repr([(name, x, y.tolist()) for name, parts in texts.items()
                                     for x, y in parts.values()]).encode())
-    settings = dict(model=digests, examples=examples.hexdigest()[:16], max_len=config.max_len, seq_len=seq_len,
-                    data=directory and directory.manifest["sha256"])
+    settings = dict(model=setup.digests, examples=examples.hexdigest()[:16], max_len=config.max_len,
+                    seq_len=seq_len, data=directory and directory.manifest["sha256"])
     out.mkdir(parents=True, exist_ok=True)
     result = finished(out / "probes.json", settings)
     if result:
         return result
-    encoder, pad_id = probe.MeanPooled(loaded.model.bert).to(device), tokenizer.token_to_id("[PAD]")
-
-    def embed(sentences):
-        return predict(encoder, encode(tokenizer, [(s,) for s in sentences], config.max_len), pad_id)
+    embed = partial(embedded, loaded.model.to(setup.device), setup.tokenizer, max_len=config.max_len)
     result = dict(tasks={}, masked_lm={}, settings=settings)
     for name, task in tasks.items():
         result["tasks"][name] = found = probe.probe_task(task, texts.pop(name), embed)
@@ -365,14 +362,15 @@ def probes(config, say=print):
     if directory and loaded.missing:
         say("no LM head, so no masked-LM probe")
     elif directory:
-        result["masked_lm"] = probe.probe_masked_lm(loaded.model.to(device), directory, seq_len)
+        result["masked_lm"] = probe.probe_masked_lm(loaded.model, directory, seq_len)
         say("masked LM: " + probe.in_words(result["masked_lm"]))
     write_json(out / "probes.json", result)
     return result
 
 
 def label_rows(config, out):
-    """Writes one JSON line per row of --predict to `out`: label and probabilities, or score; or what is wrong."""
+    """Writes one JSON line per row of --predict to `out`: label and probabilities, or
+    score; or what is wrong."""
     path = checkpoint.find_model(config.model)
     classifier, tokenizer = checkpoint.read_classifier(path), checkpoint.read_tokenizer(path)
     rows = rows_of_text(Path(config.predict), config.columns, classifier.columns)
@@ -382,7 +380,8 @@ def label_rows(config, out):
         good = [text for _, text, fault in some if not fault]
         found = iter(predict(model, encode(tokenizer, good, classifier.max_len), pad_id) if good else ())
         for place, _, fault in some:
-            out.write(json.dumps(dict(error=f"{place} {fault}") if fault else said(classifier, next(found))) + "\n")
+            out.write(json.dumps(dict(error=f"{place} {fault}") if fault else said(classifier, next(found)))
+                      + "\n")
         out.flush()
 
 
@@ -408,10 +407,11 @@ def main(config):
     for name, r in result["tasks"].items():
         print(line(name, r))
     if result["averaged"]:
-        of = "the paper's 7 tasks" if len(result["averaged"]) == 7 else "+".join(result["averaged"]) + " alone"
+        names = result["averaged"]
+        of = "the paper's 7 tasks" if len(names) == 7 else "+".join(names) + " alone"
         without = result["average_without_cola"]
         print(f"average over {of}: {result['average']:.1f}"
-              + (f"; without cola: {without:.1f}" if without is not None and "cola" in result["averaged"] else ""))
+              + (f"; without cola: {without:.1f}" if without is not None and "cola" in names else ""))
 
 
 if __name__ == "__main__":

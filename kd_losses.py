@@ -1,19 +1,21 @@
 """Every loss: one function = one equation; and every strategy: one entry of STRATEGIES.  Read it second.
 
-Pure functions of tensors: student first, teacher second, a scalar out.  tests/test_kd_losses.py holds each of them
-against the slowest possible transcription of its formula.
+Pure functions of tensors: student first, teacher second, a scalar out.  tests/test_kd_losses.py holds each of
+them against the slowest possible transcription of its formula.
 
     B batch, S sequence, M masked positions, V vocabulary, N heads, H head size, D hidden size; _s student,
     _t teacher; tau temperature; `real` (B, S): what is not padding, or None where blocks are full.
 
-Two rules hold everywhere.  A *distribution* is summed (over V, or over the keys) and then averaged over positions
-and heads; a *mean squared error* is averaged over every real element.  (`reduction="mean"` on a distribution divides
-by V as well: a factor of 30,522 that several public distillation codes carry.)  And a loss is computed in at least
-fp32 with autocast off: under autocast even the matmul of two fp32 tensors runs in bf16.
+Two rules hold everywhere.  A *distribution* is summed (over V, or over the keys) and then averaged over
+positions and heads; a *mean squared error* is averaged over every real element.  (`reduction="mean"` on a
+distribution divides by V as well: a factor of 30,522 that several public distillation codes carry.)  And a
+loss is computed in at least fp32 with autocast off: under autocast even the matmul of two fp32 tensors runs
+in bf16.
 
-To add a strategy: write its loss as a function, put it into a Term, which says what the two forward passes must leave
-behind and at which layers, and add a Strategy of such terms to STRATEGIES.  Nothing else has to change.  Strategies
-one after another are phases: an expression such as tinybert:0.3/no_kd, or a function in PHASED.
+To add a strategy: write its loss as a function, put it into a Term, which says what the two forward passes
+must leave behind and at which layers, and add a Strategy of such terms to STRATEGIES.  Nothing else has to
+change.  Strategies one after another are phases: an expression such as tinybert:0.3/no_kd, or a function in
+PHASED.
 """
 import contextlib
 import functools
@@ -32,7 +34,7 @@ def at_least_fp32(loss):
     """Decorator: autocast off, and 16-bit tensors promoted to fp32 (fp64 stays, so that gradcheck works)."""
     @functools.wraps(loss)
     def promoted(x, *args, **named):
-        off = (contextlib.nullcontext() if x.device.type == "meta"         # where FLOPs are counted: no autocast there
+        off = (contextlib.nullcontext() if x.device.type == "meta"         # FLOPs are counted there
                else torch.autocast(x.device.type, enabled=False))
         with off:
             return loss(promote(x), *map(promote, args), **{name: promote(a) for name, a in named.items()})
@@ -43,11 +45,13 @@ def promote(x):
     return x.float() if isinstance(x, torch.Tensor) and x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-# ---------------------------------------------------------------------------------------- losses on the logits
+# --------------------------------------------------------------------------------------- losses on the logits
 
 @at_least_fp32
 def masked_lm_loss(z_s, labels):
-    """Masked language modelling (Devlin 2018, arXiv 1810.04805, section 3.1): mean over M of -log softmax(z_s)[label].
+    """Masked language modelling (Devlin 2018, arXiv 1810.04805, section 3.1).
+
+        mean over M of  -log softmax(z_s)[label]
 
     z_s (M, V), labels (M,).  Summed over V (one-hot), averaged over the masked positions."""
     return F.cross_entropy(z_s, labels)
@@ -70,7 +74,7 @@ def soft_kl(z_s, z_t, tau=1.0):
 
         tau^2 * mean over M of  sum over V of  p_t * (log p_t - log p_s),   p = softmax(z / tau)
 
-    z_s, z_t (M, V).  Its gradient is soft_cross_entropy's; its value is 0 where the student equals the teacher.
+    z_s, z_t (M, V).  Its gradient is soft_cross_entropy's; it is 0 where the student equals the teacher.
     Departure: the original takes all tokens, ours the masked positions."""
     log_s, log_t = (z_s / tau).log_softmax(-1), (z_t / tau).log_softmax(-1)                 # (M, V)
     return tau ** 2 * (log_t.exp() * (log_t - log_s)).sum(-1).mean()
@@ -78,7 +82,7 @@ def soft_kl(z_s, z_t, tau=1.0):
 
 @at_least_fp32
 def soft_cross_entropy_over_v(z_s, z_t, tau=1.0, vocab_size=None):
-    """As released (code of arXiv 2404.19319): soft_cross_entropy, but a mean over V too: exactly V times smaller.
+    """As released (code of arXiv 2404.19319): soft_cross_entropy, but a mean over V too: V times smaller.
 
     V is `vocab_size` where the logits are wider, with columns of probability 0."""
     surplus = z_s.shape[-1] / (vocab_size or z_s.shape[-1])
@@ -96,30 +100,32 @@ def sampled_cross_entropy(z_s, drawn, shares, tau=1.0):
     return -tau ** 2 * (shares * log_s.gather(-1, drawn)).sum(-1).mean()
 
 
-# ------------------------------------------------------------------------------ losses on states: (B, S, D) each
+# --------------------------------------------------------------------------- losses on states: (B, S, D) each
 
 @at_least_fp32
 def hidden_mse(h_s, h_t, proj=None, real=None):
     """TinyBERT's L_hidn = MSE(H_s W_h, H_t) (Jiao 2020, arXiv 1909.10351, section 3).
 
-    h_s (B, S, D_s), h_t (B, S, D_t); W_h = `proj`, None for equal widths.  Averaged over the real positions and D_t."""
+    h_s (B, S, D_s), h_t (B, S, D_t); W_h = `proj`, None for equal widths.  Mean over real positions and
+    D_t."""
     error = ((h_s if proj is None else proj(h_s)) - h_t).square().mean(-1)                  # (B, S)
     return error.mean() if real is None else error.masked_select(real.bool()).mean()
 
 
 def embedding_mse(e_s, e_t, proj=None, real=None):
-    """TinyBERT's L_embd = MSE(E_s W_e, E_t) (arXiv 1909.10351, section 3).  Shapes and averages as hidden_mse.
+    """TinyBERT's L_embd = MSE(E_s W_e, E_t) (arXiv 1909.10351, section 3), else as hidden_mse.
 
-    Departure: the text says the embedding matrices; its code, like ours, matches the embedding block's output."""
+    Departure: the text says the embedding matrices; its code, like ours, the embedding block's output."""
     return hidden_mse(e_s, e_t, proj, real)
 
 
 @at_least_fp32
 def feature_map_transfer(h_s, h_t, proj=None, real=None):
-    """MobileBERT's feature map transfer (Sun 2020, arXiv 2004.02984, "Training Objectives"): MSE(LN0(h_s W), LN0(h_t)),
-    LN0 = LayerNorm without gain and bias.
+    """MobileBERT's feature map transfer (Sun 2020, arXiv 2004.02984, "Training Objectives").
 
-    h_s (B, S, D_s), h_t (B, S, D_t); W = `proj`, None for equal widths.  Averaged over the real positions and D_t."""
+        MSE(LN0(h_s W), LN0(h_t)),   LN0 = LayerNorm without gain and bias
+
+    h_s (B, S, D_s), h_t (B, S, D_t); W = `proj`, None for equal widths.  Mean over real positions and D_t."""
     normal = (F.layer_norm(h, h.shape[-1:], eps=1e-12) for h in (h_s if proj is None else proj(h_s), h_t))
     return hidden_mse(*normal, real=real)
 
@@ -133,7 +139,7 @@ def cosine_loss(h_s, h_t, real=None):
     return loss.mean() if real is None else loss.masked_select(real.bool()).mean()
 
 
-# --------------------------------------------------------------------- losses on attention: TinyBERT's and MiniLM's
+# --------------------------------------------------------------- losses on attention: TinyBERT's and MiniLM's
 
 def scores(q, k):
     """Attention scores before the softmax, q k^T / sqrt(H): (B, N, S, H) twice -> (B, N, S, S)."""
@@ -142,9 +148,11 @@ def scores(q, k):
 
 @at_least_fp32
 def attention_mse(q_s, k_s, q_t, k_t, real=None):
-    """TinyBERT's L_attn = 1/N * sum over heads of MSE(A_s, A_t), A before the softmax (arXiv 1909.10351, section 3).
+    """TinyBERT's L_attn (arXiv 1909.10351, section 3).
 
-    All (B, N, S, H), N equal on both sides.  Averaged over heads and over the pairs of a real query and a real key."""
+        1/N * sum over heads of MSE(A_s, A_t),   A = q k^T / sqrt(H), before the softmax
+
+    All (B, N, S, H), N equal on both sides.  Mean over heads and pairs of real query and real key."""
     error = (scores(q_s, k_s) - scores(q_t, k_t)).square().mean(1)                          # (B, S, S)
     if real is None:
         return error.mean()
@@ -154,14 +162,14 @@ def attention_mse(q_s, k_s, q_t, k_t, real=None):
 
 @at_least_fp32
 def attention_kl(q_s, k_s, q_t, k_t, real=None):
-    """MiniLM's L_AT (Wang 2020, arXiv 2002.10957, section 3.1): the divergence of the attention distributions,
+    """MiniLM's L_AT (Wang 2020, arXiv 2002.10957, section 3.1): divergence of attention distributions.
 
         1/(N * rows) * sum over heads, queries of  KL(A_t || A_s),   A = softmax(q k^T / sqrt(H))
 
-    All (B, N, S, H), N equal on both sides (H may differ).  Summed over the real keys, averaged over heads and real
-    queries (rows)."""
+    All (B, N, S, H), N equal on both sides (H may differ).  Summed over the real keys, averaged over heads
+    and real queries (rows)."""
     a_s, a_t = scores(q_s, k_s), scores(q_t, k_t)                                           # (B, N, S, S)
-    if real is not None:                        # padding keys: a finite minimum, so that no inf - inf can arise
+    if real is not None:            # padding keys: a finite minimum, so that no inf - inf can arise
         padding = ~real.bool()[:, None, None, :]
         a_s, a_t = (a.masked_fill(padding, torch.finfo(a.dtype).min) for a in (a_s, a_t))
     log_s, log_t = a_s.log_softmax(-1), a_t.log_softmax(-1)
@@ -181,38 +189,39 @@ def value_relation_kl(v_s, v_t, real=None):
 
 @at_least_fp32
 def relation_kl(x_s, x_t, relation_heads, real=None):
-    """One of MiniLMv2's three relations (Wang 2021, arXiv 2012.15828, section 3), for x = queries, keys or values:
+    """One of MiniLMv2's three relations (Wang 2021, arXiv 2012.15828, section 3): queries, keys or values x.
 
         1/(N_r * rows) * sum over relation heads, rows of  KL(R_t || R_s),   R = softmax(x x^T / sqrt(H_r))
 
-    x_s (B, S, D_s), x_t (B, S, D_t): the heads concatenated; both are split again into N_r = `relation_heads` heads
-    of H_r = D / N_r, so widths and head counts may differ.  Sums and averages as attention_kl."""
-    x_s, x_t = (x.unflatten(-1, (relation_heads, -1)).transpose(1, 2) for x in (x_s, x_t))      # (B, N_r, S, H_r)
+    x_s (B, S, D_s), x_t (B, S, D_t): the heads concatenated; both are split again into N_r = `relation_heads`
+    heads of H_r = D / N_r, so widths and head counts may differ.  Sums and averages as attention_kl."""
+    x_s, x_t = (x.unflatten(-1, (relation_heads, -1)).transpose(1, 2) for x in (x_s, x_t))  # (B, N_r, S, H_r)
     return attention_kl(x_s, x_s, x_t, x_t, real)
 
 
-# ---------------------------------------------------------------------------------------------------- strategies
+# ------------------------------------------------------------------------------------------------- strategies
 
 LAST, FIRST = ((-1, -1),), ((0, 0),)                # pairs of layers: (the student's, the teacher's)
 LOGITS = {"logits", "all_logits"}
 
 
 def uniform(depth_s, depth_t):
-    """TinyBERT's and MobileBERT's map: every layer l of the student with layer l * L_t / L_s of the teacher, counted
-    from 1 and rounded up, so that the last meets the last."""
+    """TinyBERT's and MobileBERT's map: every layer l of the student with layer l * L_t / L_s of the teacher,
+    counted from 1 and rounded up, so that the last meets the last."""
     return tuple((i, math.ceil((i + 1) * depth_t / depth_s) - 1) for i in range(depth_s))
 
 
 class Term(NamedTuple):
-    """One term of a strategy's loss: the sum of `of(s, t, c)` over the pairs of layers.  `s` and `t` hold what the two
-    forward passes left behind at one pair, under the names of `student` and `teacher`; `c` is a Context."""
+    """One term of a strategy's loss: the sum of `of(s, t, c)` over the pairs of layers.  `s` and `t` hold
+    what the two forward passes left behind at one pair, under the names of `student` and `teacher`; `c` is a
+    Context."""
     of: Callable
     student: tuple              # what the student's forward pass must leave behind, by the names in model.py
     teacher: tuple              # the same for the teacher; () for none
     about: str                  # where it looks and what is averaged: printed at the start of a run
     weight: float = 1.0
     projects: str = ""          # the output that needs a projection where the widths differ
-    layers: tuple | Callable = LAST     # the pairs, from 0 or -1, or a function of the two depths that gives them
+    layers: tuple | Callable = LAST     # the pairs, from 0 or -1, or a function of the two depths
 
 
 class Context(NamedTuple):
@@ -232,26 +241,28 @@ class Strategy(NamedTuple):
     same_width: bool = False    # compares hidden states without a projection
     train_layers: tuple = ()    # of the student, from 0: they train and nothing else does; () for everything
     dropout: bool = True        # whether the student's is on
+    causal: bool = False        # each position sees those before it alone, and predicts the next one
     ramp: tuple | None = None   # (part over which the learning rate rises, part of the peak left at the end)
     as_released: bool = False   # what the paper's released code computes, not what its text says
 
     def needs(self, side):
-        """What the forward pass of "student" or "teacher" must leave behind.  The released code computes everything,
-        for every method."""
+        """What the forward pass of "student" or "teacher" must leave behind.  The released code computes
+        everything, for every method."""
         if self.as_released:
             return ("embedding", "hidden", "logits", "qkv")
         return tuple(sorted({need for term in self.terms.values() for need in getattr(term, side)}))
 
     def between(self, depth_s, depth_t, teacher_layer=None):
-        """The strategy for these two depths: all pairs of layers are numbers.  `teacher_layer` is whose q, k, v the
-        student's last layer is compared with."""
+        """The strategy for these two depths: all pairs of layers are numbers.  `teacher_layer` is whose q, k,
+        v the student's last layer is compared with."""
         def fix(term):
             pairs, about = term.layers(depth_s, depth_t) if callable(term.layers) else term.layers, term.about
             if teacher_layer is not None and "qkv" in term.teacher:
                 pairs = ((l_s, teacher_layer if l_s == -1 else l_t) for l_s, l_t in pairs)
             pairs = tuple(pairs)
             if callable(term.layers):
-                about += "; layers " + " ".join(f"{l_s % depth_s + 1}-{l_t % depth_t + 1}" for l_s, l_t in pairs)
+                about += "; layers " + " ".join(f"{l_s % depth_s + 1}-{l_t % depth_t + 1}"
+                                                for l_s, l_t in pairs)
             return term._replace(layers=pairs, about=about)
         return self._replace(terms={name: fix(term) for name, term in self.terms.items()})
 
@@ -309,8 +320,8 @@ def relation_term(which, name):
     def of(s, t, c):
         x_s, x_t = (side["qkv"][which].transpose(1, 2).flatten(2) for side in (s, t))           # (B, S, D)
         return relation_kl(x_s, x_t, c.relation_heads)
-    return Term(of, ("qkv",), ("qkv",), f"{name} relation, student's last layer; sum over keys, mean over relation "
-                "heads and rows", layers=for_minilmv2)
+    return Term(of, ("qkv",), ("qkv",), f"{name} relation, student's last layer; sum over keys, mean over "
+                "relation heads and rows", layers=for_minilmv2)
 
 
 MLM = Term(lambda s, t, c: masked_lm_loss(s["logits"], c.labels), ("logits",), (),
@@ -321,13 +332,14 @@ SAMPLED_CE = Term(lambda s, t, c: sampled_cross_entropy(s["logits"], *t["samples
                   ("samples",), "cross-entropy with draws from the teacher's distribution; mean over masked "
                   "positions")
 SOFT_KL = Term(lambda s, t, c: soft_kl(s["logits"], t["logits"], c.tau), ("logits",), ("logits",),
-               "divergence from the teacher's distribution; sum over V, mean over masked positions", weight=5.0)
+               "divergence from the teacher's distribution; sum over V, mean over masked positions", 5.0)
 COSINE = Term(lambda s, t, c: cosine_loss(s["hidden"], t["hidden"]), ("hidden",), ("hidden",),
               "last hidden state; mean over positions")
 EMBD = Term(lambda s, t, c: embedding_mse(s["embedding"], t["embedding"], proj_of(c, "embedding")),
-            ("embedding",), ("embedding",), "embedding block; mean over positions and D", projects="embedding")
-HIDN = Term(lambda s, t, c: hidden_mse(s["hidden"], t["hidden"], proj_of(c, "hidden")), ("hidden",), ("hidden",),
-            "last hidden state; mean over positions and D", projects="hidden")
+            ("embedding",), ("embedding",), "embedding block; mean over positions and D",
+            projects="embedding")
+HIDN = Term(lambda s, t, c: hidden_mse(s["hidden"], t["hidden"], proj_of(c, "hidden")),
+            ("hidden",), ("hidden",), "last hidden state; mean over positions and D", projects="hidden")
 ATTN_KL = Term(attention_kl_of, ("qkv",), ("qkv",),
                "attention probabilities, last layer; sum over keys, mean over heads and queries")
 VALUE_KL = Term(lambda s, t, c: value_relation_kl(s["qkv"][2], t["qkv"][2]), ("qkv",), ("qkv",),
@@ -343,56 +355,77 @@ STRATEGIES = {
                          same_heads=True),
     "minilm": Strategy({"attn": ATTN_KL, "value": VALUE_KL}, same_heads=True),
     "minilmv2": Strategy(RELATIONS),
-    # TinyBERT's own, of which 2404.19319 takes the last layer alone: arXiv 1909.10351, eq. 6 to 11, one W_h for all
+    # TinyBERT's own (arXiv 1909.10351, eq. 6 to 11, one W_h), of which 2404.19319 takes the last layer alone
     "tinybert_layers": Strategy({
-        "embd": EMBD, "attn": attention_scores_term("sum over layers", uniform), "hidn": HIDN._replace(
-            about="hidden states, sum over layers; mean over positions and D", layers=uniform)}, same_heads=True),
+        "embd": EMBD, "attn": attention_scores_term("sum over layers", uniform),
+        "hidn": HIDN._replace(about="hidden states, sum over layers; mean over positions and D",
+                              layers=uniform)}, same_heads=True),
     "minilmv2_mlm": Strategy({"mlm": MLM, **RELATIONS}),
 }
 
 
-def from_cache(strategy):
-    """The strategy with a teacher's cache in the place of its teacher, where that will do: for soft_ce."""
-    return strategy._replace(terms={
-        name: SAMPLED_CE._replace(weight=term.weight) if term.of is SOFT_CE.of else term
-        for name, term in strategy.terms.items()})
-
-
 def mobilebert_stage(layer):
-    """MobileBERT's transfer to one layer of the student, from 0, which alone trains, without dropout: 100 FMT + 1 AT
-    (arXiv 2004.02984, "Training Strategies"; its code has 100 / L and 1 / L).  AT is MiniLM's L_AT."""
+    """MobileBERT's transfer to one layer of the student, from 0, which alone trains, without dropout: 100 FMT
+    + 1 AT (arXiv 2004.02984, "Training Strategies"; its code has 100 / L and 1 / L).  AT is MiniLM's L_AT."""
     def pair(depth_s, depth_t):
         return (uniform(depth_s, depth_t)[layer],)
     fmt = Term(lambda s, t, c: feature_map_transfer(s["hidden"], t["hidden"], proj_of(c, f"hidden{layer}")),
                ("hidden",), ("hidden",), "normalised hidden states; mean over positions and D", 100.0,
                f"hidden{layer}", pair)
-    attn = ATTN_KL._replace(about="attention probabilities; sum over keys, mean over heads and queries", layers=pair)
-    return Strategy({"fmt": fmt, "attn": attn}, same_heads=True, train_layers=(layer,), dropout=False, ramp=(0.1, 0.9))
+    attn = ATTN_KL._replace(layers=pair,
+                            about="attention probabilities; sum over keys, mean over heads and queries")
+    return Strategy({"fmt": fmt, "attn": attn}, same_heads=True, train_layers=(layer,), dropout=False,
+                    ramp=(0.1, 0.9))
 
 
 def mobilebert(depth):
-    """MobileBERT's transfer on a plain BERT of `depth` layers: stage by stage over the first 32% of the budget (240k of
-    740k steps), then MLM and soft targets.  Departures: in a stage the lower layers rest (there: a tenth of the
-    learning rate); no bottlenecks, stacked feed-forwards or NoNorm."""
+    """MobileBERT's transfer on a plain BERT of `depth` layers: stage by stage over the first 32% of the
+    budget (240k of 740k steps), then MLM and soft targets.  Departures: in a stage the lower layers rest
+    (there: a tenth of the learning rate); no bottlenecks, stacked feed-forwards or NoNorm."""
     stages = [(0.32 * (i + 1) / depth, f"layer {i + 1}", mobilebert_stage(i)._replace(init="embeddings"))
               for i in range(depth)]
     tail = Strategy({"mlm": MLM._replace(weight=0.5), "soft_ce": SOFT_CE._replace(weight=0.5)})
     return [*stages, (1.0, "tail", tail)]
 
 
-PHASED = {"mobilebert": mobilebert}     # name -> function of the student's depth: [(end, name of the phase, Strategy)]
+# Next-token prediction by the same encoder: a start for MLM, clm:0.3/no_kd (arXiv 2507.00994).  Predicted are
+# the ids that MLM would mask, not all of a block, so that the LM head costs what it costs there
+CLM = Strategy({"clm": MLM._replace(about="cross-entropy with the next id, causal; mean over k positions")},
+               peak_lr=1e-3, causal=True)
+# name -> function of the student's depth: [(end, title, Strategy)]
+PHASED = {"mobilebert": mobilebert, "clm": lambda depth: [(1.0, "", CLM)]}
 
 
 class Phase(NamedTuple):
-    """A part of the budget and the Strategy that spends it."""
+    """A part of the budget and the Strategy that spends it, at one block length and mask rate."""
     name: str
     begin: float                # as shares of the budget
     end: float
     strategy: Strategy
+    span: tuple = None          # (begin, end) of the optimizer and the learning rate, if not these
+    seq_len: int = 128          # S
+    mask_rate: float = 0.15     # k / S
+    times: int = 1              # so many blocks stand in for one of the run's last length
 
     def progress(self, of_run):
-        """Of the phase, from the run's."""
-        return min(1.0, (of_run - self.begin) / (self.end - self.begin))
+        """Of the span, from the run's."""
+        begin, end = self.span or (self.begin, self.end)
+        return min(1.0, (of_run - begin) / (end - begin))
+
+
+def parts(phases, lengths, rates):
+    """[Phase]: the phases, cut where the block length or the mask rate changes; both [(end, value)].
+
+    Every step has the same number of tokens: S blocks of the last length, or more of a shorter one."""
+    def at(end, turns):
+        return next(value for until, value in turns if until >= end)
+    ends, found = sorted({*(p.end for p in phases), *(end for end, _ in (*lengths, *rates))}), []
+    for begin, end in zip([0.0, *ends], ends, strict=False):
+        phase, S, rate = at(end, [(p.end, p) for p in phases]), at(end, lengths), at(end, rates)
+        name = phase.name + f" S {S}" * (len(lengths) > 1) + f" {rate:.0%} masked" * (len(rates) > 1)
+        found.append(Phase(name, begin, end, phase.strategy, (phase.begin, phase.end), S, rate,
+                           lengths[-1][1] // S))
+    return found
 
 
 def phases_of(text, depth, as_released=False):
@@ -411,9 +444,9 @@ def phases_of(text, depth, as_released=False):
         except ValueError:
             end = math.nan
         if colon if last else not begin < end < 1:
-            raise UserError(f"--strategy {text}: phase {part}: every phase but the last is NAME:END, END a share of "
-                            f"the budget between 0 and 1 that rises from phase to phase, the last one NAME alone: "
-                            f"such as tinybert:0.3/no_kd")
+            raise UserError(f"--strategy {text}: phase {part}: every phase but the last is NAME:END, END "
+                            f"a share of the budget between 0 and 1 that rises from phase to phase, the last "
+                            f"one NAME alone: such as tinybert:0.3/no_kd")
         inner = PHASED[name](depth) if name in PHASED else [(1.0, "", known[name])]
         for stop, title, strategy in inner:
             at = phases[-1].end if phases else 0.0
@@ -423,9 +456,9 @@ def phases_of(text, depth, as_released=False):
     return phases
 
 
-# For science only: what the paper's released code computes under the same names, where that is not what its text says
-SOFT_CE_OVER_V = Term(lambda s, t, c: soft_cross_entropy_over_v(s["logits"], t["logits"], c.tau, c.vocab_size),
-                      ("logits",), ("logits",),
+# For science only: what the paper's released code computes, where that is not what its text says
+SOFT_CE_OVER_V = Term(lambda s, t, c: soft_cross_entropy_over_v(
+                          s["logits"], t["logits"], c.tau, c.vocab_size), ("logits",), ("logits",),
                       "cross-entropy with the teacher's distribution; mean over masked positions AND V")
 AS_RELEASED = {name: STRATEGIES[name]._replace(as_released=True, **changes) for name, changes in {
     "vanilla_kd": dict(terms={"mlm": MLM, "soft_ce": SOFT_CE_OVER_V}),
@@ -438,24 +471,25 @@ AS_RELEASED = {name: STRATEGIES[name]._replace(as_released=True, **changes) for 
 
 
 def relation_head_count(width_s, width_t):
-    """N_r: relation heads of size 16 in the teacher, as the paper has (48 for a base teacher, 64 for a large one);
-    for other widths the largest count that divides both and keeps them no smaller than that."""
+    """N_r: relation heads of size 16 in the teacher, as the paper has (48 for a base teacher, 64 for a large
+    one); for other widths the largest count that divides both and keeps them no smaller than that."""
     common = math.gcd(width_s, width_t)
     return max(n for n in range(1, max(1, width_t // 16) + 1) if common % n == 0)
 
 
 def projections(strategy, width_s, width_t):
-    """The strategy's projections W: one (width_s -> width_t) matrix per projected output where the widths differ."""
+    """The strategy's projections W: one (width_s -> width_t) per projected output where widths differ."""
     names = [term.projects for term in strategy.terms.values() if term.projects and width_s != width_t]
     return nn.ModuleDict({name: nn.Linear(width_s, width_t, bias=False) for name in names})
 
 
 def loss_terms(strategy, s, t, c):
-    """(total, {name: value}): the weighted sum that is minimised and its terms as they are logged, unweighted.
+    """(total, {name: value}): the weighted sum that is minimised, and its terms, unweighted.
 
     s, t: what the two forward passes left behind, under the names of `want`."""
     def at(out, needs, layer):
         return {need: out[at_layer(need, layer)] for need in needs}
-    terms = {name: sum(term.of(at(s, term.student, l_s), at(t, term.teacher, l_t), c) for l_s, l_t in term.layers)
+    terms = {name: sum(term.of(at(s, term.student, l_s), at(t, term.teacher, l_t), c)
+                       for l_s, l_t in term.layers)
              for name, term in strategy.terms.items()}
     return sum(term.weight * terms[name] for name, term in strategy.terms.items()), terms

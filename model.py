@@ -1,10 +1,10 @@
 """The BERT encoder, its MLM head and its classification head, by hand.  Read it first.
 
-The module tree carries the tensor names of Hugging Face's BERT, so `state_dict()` is that format and nothing has
-to be exported.  A forward pass computes what it is asked for (`want`) and stops there:
+The module tree carries the tensor names of Hugging Face's BERT, so `state_dict()` is that format and nothing
+has to be exported.  A forward pass computes what it is asked for (`want`) and stops there:
 
     "embedding"         the embedding block's output, after its LayerNorm, before dropout      (B, S, D)
-    ("qkv", l)          queries, keys and values of layer l                                    (B, N, S, H) each
+    ("qkv", l)          queries, keys and values of layer l                                (B, N, S, H) each
     ("hidden", l)       the output of layer l, after its LayerNorm                             (B, S, D)
     "logits"            the MLM head's output, at the masked positions only                    (M, V)
     "all_logits"        the same at every position                                             (B, S, V)
@@ -12,8 +12,9 @@ to be exported.  A forward pass computes what it is asked for (`want`) and stops
 
 l counts from 0, or from -1 for the last layer; "qkv" and "hidden" alone are the last layer's.
 
-Legend, for all files: B batch, S sequence, M masked positions, V vocabulary, N heads, H head size, D hidden size,
-L layers; `_s` student, `_t` teacher; `tau` temperature.  `real` is a (B, S) mask of what is not padding, or None.
+Legend, for all files: B batch, S sequence, M masked positions, V vocabulary, N heads, H head size, D hidden
+size, L layers; `_s` student, `_t` teacher; `tau` temperature.  `real` is a (B, S) mask of what is not
+padding, or None.
 
 Sources: Devlin 2018 (arXiv 1810.04805); Vaswani 2017 (arXiv 1706.03762) for the post-LN layer.
 """
@@ -96,20 +97,20 @@ def dropout(x, p):
     """Each element 0 with probability p, else divided by 1 - p."""
     if x.device.type != "cpu" or not 0 < p < 1 or torch.compiler.is_compiling():
         return F.dropout(x, p)
-    # torch draws a whole random number for each element on CPU; 16 bits of one do, p rounded to a multiple of 2^-16
+    # torch draws a whole random number for each element; 16 bits of one do, p rounded to a multiple of 2^-16
     bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-2 ** 63, None).view(torch.int16)
     keep = bits[:x.numel()].view(x.shape) >= round(p * 2 ** 16) - 2 ** 15
     return x * keep.to(x.dtype).mul_(1 / (1 - p))
 
 
 def on_gpu(x):
-    """Where a product is laid out for a GPU: the same result, fewer and better aligned kernels, no gain on a CPU."""
+    """Where a product is laid out for a GPU: the same result in fewer and better aligned kernels."""
     return x.device.type == "cuda"
 
 
 def attention(q, k, v, mask, p):
-    """softmax(q k^T / sqrt(H)) v, all (B, N, S, H); `mask` (B, 1, 1, S) is true where a key is real; dropout p."""
-    if mask is not None and on_gpu(q):      # lengths vary: cuDNN, torch's first choice, would build a graph for each
+    """softmax(q k^T / sqrt(H)) v, all (B, N, S, H); `mask`, true where a query sees a key; dropout p."""
+    if mask is not None and on_gpu(q):  # lengths vary: cuDNN, torch's first choice, builds a graph for each
         with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
     if q.device.type != "cpu" or not (q.requires_grad or p):
@@ -135,8 +136,9 @@ class Layer(nn.Module):
     def qkv(self, x):
         """Queries, keys and values with the heads split: three tensors (B, N, S, H)."""
         (B, S, D), parts = x.shape, [self.attention["self"][name] for name in ("query", "key", "value")]
-        if on_gpu(x):                                                   # one product for the three: (B, S, 3 D)
-            y = F.linear(x, torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts]))
+        if on_gpu(x):                                                   # one product for the three
+            weight, bias = (torch.cat([getattr(p, name) for p in parts]) for name in ("weight", "bias"))
+            y = F.linear(x, weight, bias)                               # (B, S, 3 D)
             return y.view(B, S, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
         return tuple(part(x).view(B, S, self.heads, D // self.heads).transpose(1, 2) for part in parts)
 
@@ -159,13 +161,19 @@ class BertModel(nn.Module):
             self.pooler = nn.ModuleDict({"dense": nn.Linear(config.hidden_size, config.hidden_size)})
         initialise(self, config)
 
-    def forward(self, ids, real=None, token_types=None, want=("hidden",)):
-        """ids (B, S) -> a dict with what `want` names (see above), under the names that it has there."""
+    def forward(self, ids, real=None, token_types=None, want=("hidden",), causal=False):
+        """ids (B, S) -> a dict with what `want` names (see above), under the names that it has there.
+
+        causal: each position sees itself and those before it, and no other."""
         layers, found = self.encoder["layer"], {}
         places = [w if isinstance(w, tuple) else (w, -1) for w in want]
         places = [(kind, i % len(layers)) for kind, i in places]
-        to_qkv, to_hidden = (max([-1, *(i for kind, i in places if kind == last)]) for last in ("qkv", "hidden"))
+        to_qkv, to_hidden = (max([-1, *(i for kind, i in places if kind == last)])
+                             for last in ("qkv", "hidden"))
         mask = None if real is None else real[:, None, None, :].bool()                      # (B, 1, 1, S)
+        if causal:
+            seen = torch.ones(2 * ids.shape[1:], dtype=torch.bool, device=ids.device).tril()    # (S, S)
+            mask = seen if mask is None else mask & seen
 
         x = self.embeddings(ids, token_types)                                               # (B, S, D)
         if "embedding" in want:
@@ -183,7 +191,7 @@ class BertModel(nn.Module):
 
 
 class MLMHead(nn.Module):
-    """Transform and decode.  The decoder is the word embedding itself, so only its bias is a parameter here."""
+    """Transform and decode.  The decoder is the word embedding: only its bias is a parameter here."""
     def __init__(self, c):
         super().__init__()
         self.act = ACTIVATIONS[c.hidden_act]
@@ -195,7 +203,7 @@ class MLMHead(nn.Module):
     def forward(self, h, decoder):
         transform = self.predictions["transform"]
         h, bias = transform["LayerNorm"](self.act(transform["dense"](h))), self.predictions.bias
-        if on_gpu(h):       # rows of 30,522 logits are not aligned; columns of -1e4 have probability and gradient 0
+        if on_gpu(h):       # rows of 30,522 logits are not aligned; columns of -1e4 get no probability
             more = -len(decoder) % 64
             decoder, bias = F.pad(decoder, (0, 0, 0, more)), F.pad(bias, (0, more), value=-1e4)
         return F.linear(h, decoder, bias)                                                   # (..., V)
@@ -209,17 +217,19 @@ class BertForMaskedLM(nn.Module):
         self.cls = MLMHead(config)
         initialise(self.cls, config)
 
-    def forward(self, ids, masked=None, real=None, token_types=None, want=("logits",)):
-        """As BertModel, plus logits at the `masked` positions (B, k): (M, V), M = B k; all (B, S, V) if None."""
+    def forward(self, ids, masked=None, real=None, token_types=None, want=("logits",), causal=False):
+        """As BertModel, plus logits at `masked` (B, k): (M, V), M = B k; all (B, S, V) if None."""
         heads = [w for w in want if w in ("logits", "all_logits")]
-        out = self.bert(ids, real, token_types, [w for w in want if w not in heads] + ["hidden"] * bool(heads))
+        states = [w for w in want if w not in heads] + ["hidden"] * bool(heads)
+        out = self.bert(ids, real, token_types, states, causal)
         decoder = self.bert.embeddings.word_embeddings.weight
         if "all_logits" in want:
             out["all_logits"] = self.cls(out["hidden"], decoder)
         if "logits" in want:
             x = out["all_logits" if "all_logits" in want else "hidden"]
             if masked is not None:
-                x = x.gather(1, masked[..., None].expand(-1, -1, x.shape[-1])).flatten(0, 1)    # (M, D) or (M, V)
+                at = masked[..., None].expand(-1, -1, x.shape[-1])
+                x = x.gather(1, at).flatten(0, 1)                                           # (M, D) or (M, V)
             out["logits"] = x if "all_logits" in want else self.cls(x, decoder)
         return out
 
@@ -240,7 +250,7 @@ class BertForSequenceClassification(nn.Module):
 
 
 def initialise(module, config):
-    """BERT's initialisation: N(0, 0.02) for weights and embeddings, 0 for biases and [PAD], 1 for LayerNorm."""
+    """BERT's initialisation: N(0, 0.02) for weights and embeddings, 0 for biases and [PAD]."""
     for m in module.modules():
         if isinstance(m, nn.Linear | nn.Embedding):
             nn.init.normal_(m.weight, std=config.initializer_range)

@@ -41,9 +41,9 @@ from model import BertForMaskedLM
 from plumbing import checkpoint
 from plumbing.artefact import BLOCK, POSITION, fingerprint, hardware, pair
 from plumbing.cli import Checked, Count, Fraction, Length, Positive, Seed, UserError, fail, run, writable
+from plumbing.device import choose_device, multiplies_in_bf16, ready_process
 from plumbing.files import read_json, sha256, share, write_json
 from plumbing.rundir import contents
-from step import choose_device, multiplies_in_bf16, ready_process
 
 UNIT, HELD_OUT = 8, 20          # blocks in a unit; one unit in so many is the reference's
 CHUNK = 4096                    # blocks between two records of how far it is
@@ -170,18 +170,18 @@ def masked_lm(path, directory, config):
     @torch.no_grad()
     def forward(ids, masked):
         return model(ids.to(device), masked.to(device))["logits"][:, :V].float()
-    return forward, forward_flops(model.config, config.seq_len)
+    return forward, forward_flops(model.config, config.seq_len, blocks_to_mask(directory, config).k)
 
 
 def blocks_to_mask(directory, config):
     return Blocks(directory, "train", config.seq_len, 0, config.unique_tokens, mask_seed=config.mask_seed)
 
 
-def forward_flops(shape, seq_len):
+def forward_flops(shape, seq_len, k):
     """Of one block, logits at its masked positions alone: what train.py charges a teacher for."""
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counted:
-        BertForMaskedLM(shape).eval()(torch.zeros(1, seq_len, dtype=torch.long),
-                                      torch.zeros(1, round(0.15 * seq_len), dtype=torch.long))
+        ids, masked = (torch.zeros(1, n, dtype=torch.long) for n in (seq_len, k))
+        BertForMaskedLM(shape).eval()(ids, masked)
     return counted.get_total_flops()
 
 

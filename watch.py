@@ -3,12 +3,12 @@
     python watch.py runs/tinybert --follow              # one run, redrawn every few seconds until Ctrl-C
     python watch.py runs/* --x tokens                   # several, finished or under way, as one table
     python watch.py runs/table2 --out table2.html       # a comparison: tables, verdict, figure and curves in one file
-    python watch.py --model runs/teacher/model --sentence "the [MASK] sat"              # its five likeliest words
+    python watch.py --model runs/teacher/model --sentence "the [MASK] sat"          # its five likeliest words
     python watch.py --model runs/teacher/model --sentence "the cat sat" --nearest FILE  # the nearest lines of FILE
 
-It reads config.json, log.jsonl and summary.json and writes nothing but --out, so no run notices.  A page (.html) holds
-its data and its script and asks no server for anything; a figure (.png) needs matplotlib.  --nearest looks at the first
-10,000 different lines, by the cosine of mean-pooled last hidden states.
+It reads config.json, log.jsonl and summary.json and writes nothing but --out, so no run notices.  A page
+(.html) holds its data and its script and asks no server for anything; a figure (.png) needs matplotlib.
+--nearest looks at the first 10,000 different lines, by the cosine of mean-pooled last hidden states.
 """
 import base64
 import itertools
@@ -21,20 +21,23 @@ from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch.nn.functional import normalize
-from torch.nn.utils.rnn import pad_sequence
 
-from plumbing.checkpoint import find_model, load_mlm, read_tokenizer
-from plumbing.cli import UserError, run
+from finetune_glue import embedded
+from plumbing.checkpoint import find_model, framed, load_mlm, read_tokenizer
+from plumbing.cli import UserError, in_turn, run
+from plumbing.files import write_whole
+from plumbing.report import MARKERS, curve_look
 from plumbing.screen import RECENT, amount, changes, spent
 
 UNITS = {"hours": "charged hours", "flops": "FLOPs", "tokens": "tokens", "steps": "steps"}
-NOT_A_TERM = ("step progress seconds lr epoch loss gradient_norm val d_order flops tokens tokens_per_second memory "
-              "mfu").split()
+NOT_A_TERM = ("step progress seconds lr epoch loss gradient_norm val d_order flops tokens tokens_per_second "
+              "memory mfu").split()
 PAGE = Path(__file__).parent / "plumbing/page.html"
 POINTS, LINES = 500, 10_000      # records of a curve; lines of --nearest
-WARNING = "Losses of different strategies are different quantities: between runs, only the same term can be compared."
+WARNING = ("Losses of different strategies are different quantities: between runs, only the same term can be "
+           "compared.")
 
 
 @dataclass
@@ -48,10 +51,11 @@ class Config:
     nearest: str | None = None  # text file: which of its lines are nearest to the sentence?
 
 
-# ------------------------------------------------------------------------------------------------- reading runs
+# ----------------------------------------------------------------------------------------------- reading runs
 
 def plain(text):
-    """Names and lines come from users: what would move the cursor, or cannot be encoded, is a question mark."""
+    """Names and lines come from users: what would move the cursor, or cannot be
+    encoded, is a question mark."""
     return "".join(c if c.isprintable() else "?" for c in str(text))
 
 
@@ -67,7 +71,8 @@ def read_json(file):
 
 def read_log(file):
     """One record per step; the last line may be half-written, no other one."""
-    records, lines = {}, file.read_text(encoding="utf-8", errors="replace").split("\n") if file.exists() else []
+    text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
+    records, lines = {}, text.split("\n") if text else []
     for i, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
@@ -84,10 +89,12 @@ class Run:
     def __init__(self, path):
         self.path, self.name, self.config = path, path.name, read_json(path / "config.json")
         if "model_type" in self.config:
-            raise UserError(f"{path} is a model directory: give its run's directory, or  --model {path} --sentence ...")
+            raise UserError(f"{path} is a model directory: give its run's directory, or  --model "
+                            f"{path} --sentence ...")
         budgets = [unit for unit in UNITS if self.config.get(f"budget_{unit}")]
         if len(budgets) != 1 or not {"batch_size", "seq_len"} <= self.config.keys():
             raise UserError(f"{path}/config.json is not that of a run of train.py")
+        self.length = in_turn(self.config["seq_len"], int)[-1][1]        # S of the run's end: tokens of a step
         self.unit, self.total = budgets[0], self.config[f"budget_{budgets[0]}"]
         self.summary = read_json(path / "summary.json") if (path / "summary.json").exists() else {}
         self.records = read_log(path / "log.jsonl")
@@ -113,21 +120,24 @@ class Run:
     def at(self, record, unit):
         """Where on the axis a record stands; None where it cannot be known."""
         step, s = record["step"], self.summary
-        if unit == "flops":     # what the log says, else the finished run's price of a step, else the budget's share
+        if unit == "flops":     # what the log says, else the finished run's price of a step, else a share
             if "flops" in record or "student_flops" not in s:
-                return record.get("flops", self.total * record.get("progress", 0) if self.unit == "flops" else None)
+                share = self.total * record.get("progress", 0) if self.unit == "flops" else None
+                return record.get("flops", share)
             return step * (s["student_flops"] + s["teacher_flops"]) / s["steps"]
-        return dict(hours=record["seconds"] / 3600, tokens=step * self.config["batch_size"] * self.config["seq_len"],
-                    steps=step)[unit]
+        tokens = self.config["batch_size"] * self.length
+        return dict(hours=record["seconds"] / 3600, tokens=step * tokens, steps=step)[unit]
 
     def rate(self, unit):
         """Units per charged second, over the last RECENT seconds or more."""
         last, start = self.records[-1], dict(step=0, seconds=0.0)
         first = next((r for r in self.records[::-1] if last["seconds"] - r["seconds"] >= RECENT), start)
-        return (self.at(last, unit) - (self.at(first, unit) or 0)) / max(last["seconds"] - first["seconds"], 1e-9)
+        seconds = max(last["seconds"] - first["seconds"], 1e-9)
+        return (self.at(last, unit) - (self.at(first, unit) or 0)) / seconds
 
     def points(self, name, unit):
-        return [(x, y) for x, y in zip(self.axes[unit], self.curves.get(name, ()), strict=False) if y is not None]
+        both = zip(self.axes[unit], self.curves.get(name, ()), strict=False)
+        return [(x, y) for x, y in both if y is not None]
 
     def validations(self):
         """[(record, in words: each term's loss and its change since the last validation)]."""
@@ -147,19 +157,20 @@ def find(paths):
             runs.append(Run(path))
         elif (path / "results.json").is_file() or (path / "runs").is_dir():
             comparisons.append(path)
-            # its teacher while it is pretrained: afterwards the curve of a longer run would only squeeze the others
+            # its teacher while it is pretrained: afterwards the curve of a longer run
+            # would only squeeze the others
             teacher = [] if (path / "teacher/summary.json").exists() else path.glob("teacher/config.json")
             runs += [Run(file.parent) for file in (*teacher, *sorted(path.glob("runs/*/config.json")))]
         else:
-            raise UserError(f"{plain(path)} is neither a run's directory (no config.json) nor a comparison's (no "
-                            f"results.json, no runs): give directories that train.py or compare.py wrote")
+            raise UserError(f"{plain(path)} is neither a run's directory (no config.json) nor a comparison's "
+                            f"(no results.json, no runs): give directories that train.py or compare.py wrote")
     names = [each.path.name for each in runs]
     for each in runs:
         each.name = plain(each.name if names.count(each.path.name) == 1 and each.name else each.path)
     return runs, comparisons
 
 
-# ----------------------------------------------------------------------------------------------------- terminal
+# --------------------------------------------------------------------------------------------------- terminal
 
 def sparkline(points, end, width=24):
     """The means of y over `width` equal parts of 0..end, as far as the points reach."""
@@ -185,7 +196,8 @@ def facts(run, unit, end):
     return {"run": run.name, "state": "finished" if run.summary else f"last line {amount(age, 'hours')} ago",
             "spent": spent(used, run.total, run.unit),
             **({UNITS[unit]: amount(run.at(last, unit), unit)} if unit != run.unit else {}),
-            "left": "" if run.summary or speed <= 0 else amount(max(0, run.total - used) / speed / 3600, "hours"),
+            "left": "" if run.summary or speed <= 0 else
+                    amount(max(0, run.total - used) / speed / 3600, "hours"),
             "loss": f"{now['loss']:.5g}" if "loss" in now else "",
             "terms": ", ".join(f"{term} {value:.5g}" for term, value in run.terms.items()),
             "tokens/s": f"{rate:,.0f}",
@@ -204,13 +216,16 @@ def table(runs, unit):
 
 
 def in_terminal(runs, comparisons, unit, width):
-    """One run: a line per fact and per validation.  Several: a table, what does not fit into `width` below it."""
+    """One run: a line per fact and per validation.  Several: a table, what does not fit
+    into `width` below it."""
     rows, lines = table(runs, unit), []
     if len(runs) == 1:
         lines = [*(f"{name:14} {value}" for name, value in zip(*rows, strict=True)),
-                 *(f"  at {amount(runs[0].at(r, unit), unit):>14}  {val}" for r, val in runs[0].validations())]
+                 *(f"  at {amount(runs[0].at(r, unit), unit):>14}  {val}"
+                   for r, val in runs[0].validations())]
     else:
-        columns = [[f"{cell:{max(map(len, column))}}" for cell in column] for column in zip(*rows, strict=True)]
+        columns = [[f"{cell:{max(map(len, column))}}" for cell in column]
+                   for column in zip(*rows, strict=True)]
         part = columns[:1]
         for column in [*columns[1:], None]:
             if column is None or len(part) > 1 and sum(len(c[0]) + 2 for c in (*part, column)) - 2 > width:
@@ -222,18 +237,11 @@ def in_terminal(runs, comparisons, unit, width):
 
 # ------------------------------------------------------------------------------------------- files to pass on
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000", "#56B4E9")    # Okabe and Ito, no yellow
-DASHES = ((), (6, 2), (2, 2), (8, 2, 2, 2))
-MARKERS = {"o": "M-3,0a3,3 0 1,0 6,0a3,3 0 1,0 -6,0", "s": "M-3,-3h6v6h-6z", "^": "M0,-4L4,3H-4z",
-           "D": "M0,-4L4,0L0,4L-4,0z", "v": "M0,4L4,-3H-4z"}
-
-
 def styles(runs):
     """How each run is drawn: those that differ only by seed alike, of the first 140 others no two."""
     arms = list(dict.fromkeys(each.name.split("-seed")[0] for each in runs))
     at = [arms.index(each.name.split("-seed")[0]) for each in runs]
-    return [dict(colour=COLOURS[i % len(COLOURS)], dash=DASHES[i % len(DASHES)], marker=[*MARKERS][i % len(MARKERS)])
-            for i in at]
+    return list(map(curve_look, at))
 
 
 def verdict(path):
@@ -245,8 +253,8 @@ def figure(runs, names, unit, file):
     try:
         import matplotlib
     except ImportError:
-        raise UserError(f"--out {file} needs matplotlib: pip install matplotlib, or give a name that ends in .html, "
-                        f"which needs nothing") from None
+        raise UserError(f"--out {file} needs matplotlib: pip install matplotlib, or give a name that ends in "
+                        f".html, which needs nothing") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     rows = math.ceil(len(names) / 3)
@@ -269,19 +277,21 @@ def figure(runs, names, unit, file):
 
 def as_html(head, *rows):
     lines = (("th", head), *(("td", row) for row in rows))
-    return "<div><table>" + "\n".join("<tr>" + "".join(f"<{kind}>{escape(cell)}</{kind}>" for cell in row) + "</tr>"
-                                      for kind, row in lines) + "</table></div>"
+    rows = ("".join(f"<{kind}>{escape(cell)}</{kind}>" for cell in row) for kind, row in lines)
+    return "<div><table>" + "\n".join(f"<tr>{row}</tr>" for row in rows) + "</table></div>"
 
 
 def comparison(path):
-    """Verdict, tables and their remarks (markdown) and the figure of a comparison, as far as they are there."""
+    """Verdict, tables and their remarks (markdown) and the figure of a comparison, as
+    far as they are there."""
     said = verdict(path)
     yield f"<h2>{escape(plain(path.resolve().name))}</h2>"
     yield "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in said) + "</ul>"
     for file in (path / "table.md", path / "costs.md"):
         for block in file.read_text(encoding="utf-8").strip().split("\n\n") if file.exists() else ():
             if block.startswith("|"):
-                head, _, *rows = [[cell.strip() for cell in row.strip()[1:-1].split("|")] for row in block.split("\n")]
+                head, _, *rows = [[cell.strip() for cell in row.strip()[1:-1].split("|")]
+                                  for row in block.split("\n")]
                 yield as_html(head, *rows)
             elif block not in said:
                 yield f"<p>{escape(block)}</p>"
@@ -291,16 +301,19 @@ def comparison(path):
 
 
 def page(runs, comparisons, names, unit):
-    """The whole page as text: tables made here, curves drawn by its own script from the JSON that it holds."""
+    """The whole page as text: tables made here, curves drawn by its own script from
+    the JSON that it holds."""
     known = [u for u in UNITS if all(None not in each.axes[u] for each in runs)]
     data = [dict(name=each.name, axes=each.axes, curves=each.curves, **look)
             for each, look in zip(runs, styles(runs), strict=True)]
-    data = json.dumps(dict(runs=data, markers=MARKERS)).replace("<", "\\u003c")     # no name ends the script element
+    # Escaped: no name ends the script element
+    data = json.dumps(dict(runs=data, markers=MARKERS)).replace("<", "\\u003c")
     body = "\n".join((
         *(part for path in comparisons for part in comparison(path)),
         "<h2>Runs</h2>", as_html(*table(runs, unit)),
         f"<p>Written {time.strftime('%Y-%m-%d %H:%M')}. {WARNING}</p><p><label>against <select>",
-        *(f'<option value="{u}"{" selected" * (u == unit)}>{UNITS[u]}</option>' for u in known), "</select></label>",
+        *(f'<option value="{u}"{" selected" * (u == unit)}>{UNITS[u]}</option>' for u in known),
+        "</select></label>",
         *(f'<label><input type="checkbox" checked><svg class="key" width="40" height="12"></svg> {escape(each.name)}'
           f"</label>" for each in runs), '</p><div class="grid">',
         *(f'<figure data-curve="{escape(name)}"><figcaption>{escape(name)}</figcaption><svg viewBox="0 0 440 250">'
@@ -309,11 +322,12 @@ def page(runs, comparisons, names, unit):
     return PAGE.read_text(encoding="utf-8").replace("<!--body-->", body)
 
 
-# -------------------------------------------------------------------------------------------------------- main
+# ------------------------------------------------------------------------------------------------------- main
 
 def main(config, say=print):
     if bool(config.runs) == bool(config.model) or bool(config.model) != bool(config.sentence):
-        raise UserError("give run directories, as  python watch.py runs/*,  or --model MODEL and --sentence TEXT")
+        raise UserError("give run directories, as  python watch.py runs/*,  or --model "
+                        "MODEL and --sentence TEXT")
     (ask if config.model else watch)(config, say)
 
 
@@ -339,47 +353,36 @@ def look(config, file, say):
     runs, comparisons = find(config.runs)
     for each in runs:
         if None in each.axes[config.x]:
-            raise UserError(f"{each.path}: what it spends in FLOPs is known when it has finished: --x hours, tokens or "
-                            f"steps until then")
+            raise UserError(f"{each.path}: what it spends in FLOPs is known when it has finished: --x hours, "
+                            f"tokens or steps until then")
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else math.inf
     say("\033[H\033[2J" * config.follow + in_terminal(runs, comparisons, config.x, width))
     names = sorted(dict.fromkeys(name for each in runs for name, values in each.curves.items()
-                                 if any(y is not None for y in values)), key=lambda name: name.startswith("validation"))
+                                 if any(y is not None for y in values)),
+                   key=lambda name: name.startswith("validation"))
     try:
         if file and file.suffix == ".html":
-            file.write_text(page(runs, comparisons, names, config.x), encoding="utf-8")
+            write_whole(file, page(runs, comparisons, names, config.x).encode())
         elif file and names:
             figure(runs, names, config.x, file)
     except OSError as e:
         raise UserError(f"--out {config.out} cannot be written: {e.strerror}") from None
 
 
-# ----------------------------------------------------------------------------------------------------- a model
-
-def encode(tokenizer, texts, longest):
-    """Ids and the mask of what is not padding, both (B, S): [CLS] text [SEP], cut to `longest`."""
-    cls, sep = (tokenizer.token_to_id(token) for token in ("[CLS]", "[SEP]"))
-    found = tokenizer.encode_batch(texts, add_special_tokens=False)
-    ids = [torch.tensor([cls, *each.ids[:longest - 2], sep]) for each in found]
-    return (pad_sequence(ids, batch_first=True, padding_value=tokenizer.token_to_id("[PAD]")),
-            pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in ids], batch_first=True))
-
-
-def pooled(model, tokenizer, texts):
-    """(B, D): the last hidden states, averaged over what is not padding, of length 1."""
-    ids, real = encode(tokenizer, texts, model.config.max_position_embeddings)
-    return normalize((model.bert(ids, real)["hidden"] * real[..., None]).sum(1), dim=-1)
-
+# ---------------------------------------------------------------------------------------------------- a model
 
 def nearest(model, tokenizer, sentence, file, count=5):
     """([(cosine, line)], the nearest first; how many lines were looked at), read as they are needed."""
+    def pooled(texts):
+        rows = embedded(model, tokenizer, texts, model.config.max_position_embeddings)
+        return rows / np.linalg.norm(rows, axis=1, keepdims=True)                        # (B, D), of length 1
     try:
         with open(file, encoding="utf-8", errors="replace") as f:
-            seen, kept, target = {""}, [], pooled(model, tokenizer, [sentence])[0]
-            lines = (line.strip() for line in iter(lambda: f.readline(2000), ""))       # a longer one is several
+            seen, kept, target = {""}, [], pooled([sentence])[0]
+            lines = (line.strip() for line in iter(lambda: f.readline(2000), ""))    # a longer one is several
             new = itertools.islice((line for line in lines if not (line in seen or seen.add(line))), LINES)
-            while batch := list(itertools.islice(new, 32)):
-                cosines = (pooled(model, tokenizer, batch) @ target).tolist()
+            while batch := list(itertools.islice(new, 1000)):
+                cosines = (pooled(batch) @ target).tolist()
                 kept = sorted([*kept, *zip(cosines, batch, strict=True)], reverse=True)[:count]
     except OSError as e:
         raise UserError(f"--nearest {file} cannot be read: {e.strerror}") from None
@@ -390,21 +393,23 @@ def nearest(model, tokenizer, sentence, file, count=5):
 
 @torch.no_grad()
 def ask(config, say=print):
-    """Fills the sentence's masks, then finds what is near to it.  On the CPU: the GPU may be busy with a run."""
+    """Fills the sentence's masks, then finds what is near to it.  On the CPU: the GPU
+    may be busy with a run."""
     path = find_model(config.model)
     tokenizer = read_tokenizer(path)
     model, missing, _ = load_mlm(path, tokenizer.get_vocab_size())
     model.eval()
-    ids, _ = encode(tokenizer, [config.sentence], sys.maxsize)
+    ids = torch.tensor([framed(tokenizer).encode(config.sentence).ids])
     masked = (ids == tokenizer.token_to_id("[MASK]")).nonzero()[:, 1]
     if ids.shape[1] > model.config.max_position_embeddings:
-        raise UserError(f"--sentence has {ids.shape[1]:,} tokens, the model {model.config.max_position_embeddings} "
-                        f"positions: give a shorter one")
+        raise UserError(f"--sentence has {ids.shape[1]:,} tokens, the model "
+                        f"{model.config.max_position_embeddings} positions: give a shorter one")
     if not len(masked) and not config.nearest:
-        raise UserError('--sentence has no [MASK] to fill, as "the [MASK] sat" has: give one, or --nearest FILE')
+        raise UserError('--sentence has no [MASK] to fill, as "the [MASK] sat" has: give '
+                        'one, or --nearest FILE')
     if len(masked) and missing:
-        raise UserError(f"{config.model} has no LM head to fill a [MASK] with, as its strategy trains none: give a "
-                        f"--sentence without [MASK], and --nearest FILE")
+        raise UserError(f"{config.model} has no LM head to fill a [MASK] with, as its strategy trains none: "
+                        f"give a --sentence without [MASK], and --nearest FILE")
     if len(masked):
         for i, p in enumerate(model(ids, masked[None])["logits"].softmax(-1), 1):       # (M, V)
             best = p.topk(min(5, len(p))).indices.tolist()

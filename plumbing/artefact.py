@@ -12,11 +12,13 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from data import Blocks, CachedBatch, hashed
+from data import Blocks, hashed
+from kd_losses import SAMPLED_CE, SOFT_CE
 from plumbing.cli import UserError
 from plumbing.files import sha256, write_json
 from plumbing.rundir import NOT_THE_RUN, contents
@@ -24,6 +26,15 @@ from plumbing.rundir import NOT_THE_RUN, contents
 NOT_ANOTHER = ("ledger", "micro_batch", "device", "teacher_cache")     # the same run, all the same
 BLOCK = np.dtype([("offset", "<u8"), ("hash", "<u8")])
 POSITION = np.dtype([("number", "u1"), ("log_p", "<f2")])
+
+
+class CachedBatch(NamedTuple):
+    """A Batch with what a teacher's cache holds for it."""
+    ids: np.ndarray
+    masked: np.ndarray
+    labels: np.ndarray
+    drawn: np.ndarray       # (B, k, n) int64, ids that were drawn from the teacher's distribution
+    shares: np.ndarray      # (B, k, n) float32, of the draws that fell on each; 0 beyond the last
 
 
 def pair(vocab_size):
@@ -37,10 +48,52 @@ def fingerprint(batch):
     return hashed(hashed(ids, np.arange(ids.shape[1])).sum(1), of_positions)
 
 
-def width(path):
-    """How many different ids a cache holds for a position, at most; 1 where there is no cache yet."""
+def like_cached(path, batch):
+    """A flat Batch as it is, or, where a `path` is given, with as many draws of 0 as the cache there has at
+    most, and with one where there is no cache yet."""
+    if not path:
+        return batch
     file = Path(path) / "manifest.json"
-    return json.loads(file.read_text())["widest"] if file.exists() else 1
+    n = json.loads(file.read_text())["widest"] if file.exists() else 1
+    drawn = torch.zeros(len(batch.labels), n, dtype=torch.long, device=batch.ids.device)
+    return CachedBatch(*batch, drawn, drawn.float())
+
+
+def from_cache(strategy):
+    """The strategy with a teacher's cache in the place of its teacher, where that will do: for soft_ce."""
+    return strategy._replace(terms={
+        name: SAMPLED_CE._replace(weight=term.weight) if term.of is SOFT_CE.of else term
+        for name, term in strategy.terms.items()})
+
+
+def refuse(config, phases):
+    """What --teacher-cache and --keep cannot be used with."""
+    flags = [f"--{name.replace('_', '-')}" for name in ("teacher_cache", "keep") if getattr(config, name)]
+    for other, wrong in ((f"--seq-len {config.seq_len}", any(p.seq_len != config.length for p in phases)),
+                         (f"--mask-rate {config.mask_rate}", any(p.mask_rate != 0.15 for p in phases)),
+                         (f"--strategy {config.strategy}", any(p.strategy.causal for p in phases))):
+        if flags and wrong:
+            raise UserError(f"{flags[0]} holds blocks of one length with 0.15 of their positions masked, "
+                            f"for masked LM alone: leave it or {other} out")
+    for phase in phases if config.teacher_cache else ():
+        if more := set(phase.strategy.needs("teacher")) - {"samples"}:
+            raise UserError(f"--teacher-cache holds soft targets only; {phase.name} needs the teacher's "
+                            f"{', '.join(sorted(more))}: leave it out, or take --strategy vanilla_kd")
+    if config.teacher_cache and not any(phase.strategy.needs("teacher") for phase in phases):
+        raise UserError(f"--teacher-cache: {config.strategy} needs no teacher: leave it out")
+    if config.ledger != "full" and not flags:
+        raise UserError(f"--ledger {config.ledger} belongs to --teacher-cache or --keep")
+    if config.static_masks and config.mask_variants:
+        raise UserError(f"--static-masks is --mask-variants 1: leave out one of it and --mask-variants "
+                        f"{config.mask_variants}")
+
+
+def arm_of(config):
+    """What compare.py calls the run of a train.Config."""
+    kept = Path(config.keep or "").stem
+    name = "miniplm" + f"+{kept}" * (kept != "difference") if config.keep else config.strategy
+    return (name + "+init" * (config.init == "teacher") + "+released" * config.as_released
+            + "+cached" * bool(config.teacher_cache) + "+amortised" * (config.ledger == "amortised"))
 
 
 def hardware(device):
@@ -156,34 +209,37 @@ class Selection(Artefact):
 
 
 class Offline:
-    """The artefacts of one run, none for most: its blocks, and what of the budget is spent beforehand."""
+    """The artefacts of one run, none for most: its blocks, and what of the budget is spent beforehand.
+    `keep`: ids of the blocks to train on, in place of --keep's."""
 
     def __init__(self, config, directory, keep=None):
-        self.config, self.directory, self.keep = config, directory, keep
+        self.config, self.directory, self.given, self.keep = config, directory, keep, keep
+        self.charge, self.summary, self.lines = 0, {}, []
         self.cache = TeacherCache(config.teacher_cache) if config.teacher_cache else None
         self.selection = Selection(config.keep) if config.keep else None
         self.all = [a for a in (self.cache, self.selection) if a]
         for a in self.all:
             a.refuse_other(corpus=directory.manifest["sha256"])
+        if self.selection:
+            self.selection.refuse_other(seq_len=config.length)
+            self.keep = np.load(self.selection.file)
         if self.cache and config.teacher != type(config).teacher:       # without --teacher: the cache's own
             self.cache.refuse_other(teacher=contents(directory, config.teacher)["contents of teacher"])
-        self.blocks = self.make_blocks()
+        self.blocks(config.phases[-1])                                  # refuses what does not fit together
 
     def verify(self):
         for a in self.all:
             a.verify()
 
-    def make_blocks(self):
+    def blocks(self, phase):
+        """The Blocks of a phase."""
         config, m, keep = self.config, self.cache and self.cache.manifest, self.keep
-        if self.selection:
-            self.selection.refuse_other(seq_len=config.seq_len)
-            keep = np.load(self.selection.file)
         seed, variants = config.mask_seed, config.mask_variants
         if m:
             seed = m["mask_seed"] if seed is None else seed
             variants = m["variants"] if not (variants or config.static_masks) else variants
-        blocks = Blocks(self.directory, "train", config.seq_len, config.seed, config.unique_tokens,
-                        config.static_masks, seed, variants, keep)
+        blocks = Blocks(self.directory, "train", phase.seq_len, config.seed, config.unique_tokens,
+                        config.static_masks, phase.mask_rate, phase.strategy.causal, seed, variants, keep)
         if keep is not None and keep.max(initial=0) >= blocks.there:
             raise UserError(f"{self.selection.name}: block {keep.max()} in it, but with --unique-tokens "
                             f"{config.unique_tokens} there are {blocks.there}: score with it too")
@@ -198,13 +254,14 @@ class Offline:
 
     def record(self, before, device):
         """What config.json holds of them.  The charge stays what it was when the run began."""
-        if self.keep is not None:
-            return {"contents of keep": hashlib.sha256(np.ascontiguousarray(self.keep).tobytes()).hexdigest()}
+        if self.given is not None:
+            ids = np.ascontiguousarray(self.given).tobytes()
+            return {"contents of keep": hashlib.sha256(ids).hexdigest()}
         if not self.all:
             return {}
         found = {"contents of artefacts": [a.manifest["files"] for a in self.all]}
         if "charge" in before:
-            return found | {k: before[k] for k in ("charge", "sharing")}
+            return self.tell(found | {k: before[k] for k in ("charge", "sharing")})
         unit, total = self.config.budget
         share = self.config.ledger == "amortised"
         sharing = [a.register(self.config, note=False) if share and a.shares_cost() else 1 for a in self.all]
@@ -215,21 +272,19 @@ class Offline:
                             f"nothing: give a larger budget, or --unique-tokens, or fewer --variants")
         if not self.config.dry_run:
             self.register()
-        return found | dict(charge=charge, sharing=sharing)
+        return self.tell(found | dict(charge=charge, sharing=sharing))
 
     def register(self):
         for a in self.all:
             a.register(self.config)
 
-    def told(self, record):
-        """What the summary and the screen say of it."""
-        if "charge" not in record:
-            return {}
-        (unit, total), ledger = self.config.budget, self.config.ledger
+    def tell(self, record):
+        """The record; notes what the summary and the screen say of it."""
+        (unit, total), ledger, self.charge = self.config.budget, self.config.ledger, record["charge"]
         shared = f", shared by {', '.join(map(str, record['sharing']))} registered run(s)"
-        return dict(ledger=ledger, charge=record["charge"], sharing=record["sharing"],
-                    artefacts=[dict(path=str(a.path)) | {k: a.manifest[k] for k in ("flops", "seconds")}
-                               for a in self.all],
-                    lines=[f"offline: {record['charge']:g} of {total:g} {unit} are spent before the first "
-                           f"step, for {' and '.join(a.name for a in self.all)} ({ledger.upper()}"
-                           f"{shared * (ledger == 'amortised')})"])
+        self.summary = dict(ledger=ledger, charge=self.charge, sharing=record["sharing"], artefacts=[
+            dict(path=str(a.path)) | {k: a.manifest[k] for k in ("flops", "seconds")} for a in self.all])
+        self.lines = [f"offline: {self.charge:g} of {total:g} {unit} are spent before the first step, for "
+                      f"{' and '.join(a.name for a in self.all)} ({ledger.upper()}"
+                      f"{shared * (ledger == 'amortised')})"]
+        return record

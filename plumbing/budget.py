@@ -13,7 +13,7 @@ UNITS = ("hours", "flops", "tokens", "steps")
 
 def one_budget(config):
     """(unit, value) of the only --budget-UNIT that a configuration gives."""
-    given = {unit: getattr(config, f"budget_{unit}") for unit in UNITS if getattr(config, f"budget_{unit}") is not None}
+    given = {unit: value for unit in UNITS if (value := getattr(config, f"budget_{unit}")) is not None}
     if len(given) != 1:
         raise UserError(f"give exactly one budget: {' or '.join(f'--budget-{unit}' for unit in UNITS)}"
                         + (f" (not {' and '.join(f'--budget-{unit}' for unit in given)})" if given else ""))
@@ -21,8 +21,9 @@ def one_budget(config):
 
 
 class Budget:
-    """What a run may spend: hours on a clock that can be paused, or steps at a price each (in FLOPs, tokens, steps).
-    `now` is injected by tests; `seconds` and `uncharged` come from a checkpoint when a run goes on."""
+    """What a run may spend: hours on a clock that can be paused, or steps at a price each (in FLOPs, tokens,
+    steps).  `now` is injected by tests; `seconds` and `uncharged` come from a
+    checkpoint when a run goes on."""
     def __init__(self, total, unit, price=1, now=time.monotonic):
         self.total, self.unit, self.price, self.now = total, unit, price, now
         self.steps = 0
@@ -67,7 +68,8 @@ class Budget:
 
 
 class Stages:
-    """Seconds per stage: data, teacher, student, communication, optimizer.  On CUDA by events, read once a step."""
+    """Seconds per stage: data, teacher, student, communication, optimizer.  On CUDA by
+    events, read once a step."""
 
     def __init__(self, device):
         self.cuda, self.marks, self.seconds = device.type == "cuda", [], {}
@@ -83,7 +85,7 @@ class Stages:
     def read(self):
         """Adds the finished stages up; call it where the device has nothing left to do."""
         if self.cuda and self.marks:
-            self.marks[-1][1].synchronize()                             # its own event, which was recorded just now
+            self.marks[-1][1].synchronize()                       # its own event, which was recorded just now
         for (_, began), (stage, ended) in zip(self.marks, self.marks[1:], strict=False):
             if stage:
                 took = began.elapsed_time(ended) / 1000 if self.cuda else ended - began
@@ -97,12 +99,14 @@ class Stopped(Exception):
 
 @contextlib.contextmanager
 def stop_signals():
-    """A list that receives the signals that ask for a stop; they are acted on between steps, never in an update."""
+    """A list that receives the signals that ask for a stop; they are acted on between
+    steps, never in an update."""
     caught = []
     if threading.current_thread() is not threading.main_thread():
         yield caught
         return
-    before = {s: signal.signal(s, lambda number, frame: caught.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
+    before = {s: signal.signal(s, lambda number, frame: caught.append(number))
+              for s in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield caught
     finally:

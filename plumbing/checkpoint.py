@@ -1,12 +1,13 @@
 """Everything that is written to or read from disk about weights.  Read it when a file surprises you.
 
-A model directory is a Hugging Face BERT directory: config.json, weights under Hugging Face's tensor names, vocab.txt
-and tokenizer.json.  Any such directory, or a Hub id, is a teacher or a student to fine-tune: safetensors or
-pytorch_model.bin, whole or sharded, with or without the prefix `bert.`, the pooler and the LM head, in any precision.
-What a checkpoint holds is either used or listed as ignored; what it lacks is refused unless it is not needed.
+A model directory is a Hugging Face BERT directory: config.json, weights under Hugging Face's tensor names,
+vocab.txt and tokenizer.json.  Any such directory, or a Hub id, is a teacher or a student to fine-tune:
+safetensors or pytorch_model.bin, whole or sharded, with or without the prefix `bert.`, the pooler and the LM
+head, in any precision.  What a checkpoint holds is either used or listed as ignored; what it lacks is refused
+unless it is not needed.
 
-A student is written with its LM head (opens with AutoModelForMaskedLM) where its strategy trains one, else as an
-encoder (AutoModel).  Nothing is unpickled beyond tensors (`weights_only=True`).
+A student is written with its LM head (opens with AutoModelForMaskedLM) where its strategy trains one, else as
+an encoder (AutoModel).  Nothing is unpickled beyond tensors (`weights_only=True`).
 """
 import dataclasses
 import hashlib
@@ -34,21 +35,22 @@ DECODER = "cls.predictions.decoder.weight"              # tied: the word embeddi
 EMBEDDING = "bert.embeddings.word_embeddings.weight"
 
 
-# ------------------------------------------------------------------------------------------------------- reading
+# ---------------------------------------------------------------------------------------------------- reading
 
 def find_model(name):
-    """The model directory `name`: a directory on this disk, or HUB_ID[@REVISION] through huggingface_hub's cache."""
+    """The model directory `name`: a directory on this disk, or HUB_ID[@REVISION] through
+    huggingface_hub's cache."""
     path = Path(name)
     try:
-        if path.exists():
-            for file in sorted(path.iterdir()):
-                if file.is_file():
-                    open(file, "rb").close()            # here, where one message names whichever is locked away
-            if not (path / "config.json").exists():
-                raise UserError(f"{name} is not a model directory (no config.json)")
+        for file in sorted(path.iterdir()) if path.exists() else ():
+            if file.is_file():
+                open(file, "rb").close()              # here, where one message names whichever is locked away
+        if (path / "config.json").exists():
             return path
     except OSError as e:
         raise UserError(f"{name} cannot be read as a model directory: {e.filename}: {e.strerror}") from None
+    if path.exists():
+        raise UserError(f"{name} is not a model directory (no config.json)")
     repo, _, revision = name.partition("@")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo):
         raise UserError(f"{name} is neither a model directory nor a Hub id (no such directory)")
@@ -60,9 +62,9 @@ def find_model(name):
             if any(path.glob(weights)):
                 break
     except Exception as e:      # no network, no such model, no permission: whatever the Hub's client raises
-        raise UserError(f"{name}: not a directory on this disk, and not to be had from the Hub ({type(e).__name__}): "
-                        f"where there is a network, run  hf download {repo}  and bring its cache (HF_HOME), "
-                        f"or give the path of a model directory") from None
+        raise UserError(f"{name}: not a directory on this disk, and not to be had from the Hub "
+                        f"({type(e).__name__}): where there is a network, run  hf download {repo}  and bring "
+                        f"its cache (HF_HOME), or give the path of a model directory") from None
     return path
 
 
@@ -78,16 +80,20 @@ def read_config(path):
     for field in dataclasses.fields(config):
         value, least = getattr(config, field.name), int(field.name != "pad_token_id")
         if field.type is int and (type(value) is not int or value < least):
-            raise UserError(f"{path}/config.json: {field.name} is {value!r}: a whole number from {least} belongs there")
+            raise UserError(f"{path}/config.json: {field.name} is {value!r}: a whole number from "
+                            f"{least} belongs there")
         if field.type is float and (type(value) not in (int, float) or not 0 <= value <= 1):
-            raise UserError(f"{path}/config.json: {field.name} is {value!r}: a number from 0 to 1 belongs there")
+            raise UserError(f"{path}/config.json: {field.name} is {value!r}: a number "
+                            f"from 0 to 1 belongs there")
     if config.pad_token_id >= config.vocab_size:
         raise UserError(f"{path}/config.json: pad_token_id is {config.pad_token_id}, beyond a vocab_size of "
                         f"{config.vocab_size}")
     if config.hidden_act not in ACTIVATIONS:
-        raise UserError(f"{path}: hidden_act is {config.hidden_act!r}: one of {', '.join(ACTIVATIONS)} works here")
+        raise UserError(f"{path}: hidden_act is {config.hidden_act!r}: one of "
+                        f"{', '.join(ACTIVATIONS)} works here")
     if raw.get("position_embedding_type", "absolute") != "absolute":
-        raise UserError(f"{path}: position_embedding_type is {raw['position_embedding_type']!r}: only absolute works")
+        raise UserError(f"{path}: position_embedding_type is "
+                        f"{raw['position_embedding_type']!r}: only absolute works")
     if config.hidden_size % config.num_attention_heads:
         raise UserError(f"{path}/config.json: hidden_size {config.hidden_size} is not a multiple of "
                         f"{config.num_attention_heads} heads")
@@ -95,7 +101,8 @@ def read_config(path):
 
 
 def weight_files(path):
-    """The files that hold the weights: safetensors before pytorch_model.bin, whole or as an index lists them."""
+    """The files that hold the weights: safetensors before pytorch_model.bin, whole or
+    as an index lists them."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (path / name).exists():
             return [path / name]
@@ -104,7 +111,8 @@ def weight_files(path):
                 shards = json.loads((path / f"{name}.index.json").read_text())["weight_map"].values()
                 return [path / shard for shard in sorted(set(shards))]
             except (ValueError, KeyError, TypeError, AttributeError):
-                raise UserError(f"{path}/{name}.index.json is damaged: it names no files of weights") from None
+                raise UserError(f"{path}/{name}.index.json is damaged: it "
+                                f"names no files of weights") from None
     raise UserError(f"{path}: neither model.safetensors nor pytorch_model.bin is there, nor an index of them")
 
 
@@ -118,19 +126,7 @@ def read_weights(path):
             raise UserError(f"{file}: no such file, though {path} lists it")
         if file.name in expected and expected[file.name] != sha256(file):
             raise UserError(f"{file} is not the file that was written: its sha256 is not the one in {sums}")
-        try:
-            if file.suffix == ".safetensors":
-                from safetensors.torch import load_file
-                weights |= load_file(file)
-            else:
-                if zip_signature(file) and zipfile.ZipFile(file).testzip():      # torch skips the CRCs
-                    raise zipfile.BadZipFile
-                weights |= torch.load(file, map_location="cpu", weights_only=True)
-        except ImportError:
-            raise UserError(f"{file} needs safetensors: pip install safetensors") from None
-        except Exception as e:      # a cut or forged file: safetensors, zipfile and pickle each raise their own
-            raise UserError(f"{file} cannot be read as tensors ({type(e).__name__}): it is cut, damaged or not a "
-                            f"checkpoint") from None
+        weights |= tensors_in(file)
     named = {}
     for name, tensor in weights.items():
         for old, new in OLD_NAMES.items():
@@ -139,9 +135,21 @@ def read_weights(path):
     return named
 
 
-def zip_signature(file):
-    with open(file, "rb") as f:
-        return f.read(2) == b"PK"
+def tensors_in(file):
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+            return load_file(file)
+        with open(file, "rb") as f:
+            zipped = f.read(2) == b"PK"
+        if zipped and zipfile.ZipFile(file).testzip():                  # torch skips the CRCs
+            raise zipfile.BadZipFile
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except ImportError:
+        raise UserError(f"{file} needs safetensors: pip install safetensors") from None
+    except Exception as e:      # a cut or forged file: safetensors, zipfile and pickle each raise their own
+        raise UserError(f"{file} cannot be read as tensors ({type(e).__name__}): it is cut, damaged or not a "
+                        f"checkpoint") from None
 
 
 class Loaded(NamedTuple):
@@ -151,7 +159,8 @@ class Loaded(NamedTuple):
 
 
 def fill(model, path, optional=()):
-    """Loads the directory's weights into `model`; what is missing must lie under one of the prefixes `optional`."""
+    """Loads the directory's weights into `model`; what is missing must lie under one of
+    the prefixes `optional`."""
     weights, own = read_weights(path), model.state_dict()
     missing = [name for name in own if name not in weights]
     needed = [name for name in missing if not name.startswith(optional or "-")]
@@ -166,8 +175,8 @@ def fill(model, path, optional=()):
             raise UserError(f"{path}: {name} holds values that are not finite: the file is damaged")
     beyond = [name for name in weights if name.startswith("bert.encoder.layer.") and name not in own]
     if beyond:
-        raise UserError(f"{path}: config.json asks for {model.config.num_hidden_layers} layers, the weights hold more "
-                        f"({beyond[0]})")
+        raise UserError(f"{path}: config.json asks for {model.config.num_hidden_layers} layers, the weights "
+                        f"hold more ({beyond[0]})")
     if DECODER in weights and not torch.equal(weights[DECODER], weights[EMBEDDING]):
         raise UserError(f"{path}: {DECODER} is not the word embedding: an untied decoder does not work here")
     model.load_state_dict({name: weights[name] for name in own if name in weights}, strict=False)
@@ -190,7 +199,8 @@ def load_mlm(path, vocab_size=None):
 
 
 def load_classifier(path, num_labels, seed, dropout=None):
-    """A classifier on the directory's encoder; the head, and a pooler that was never trained, come from `seed`."""
+    """A classifier on the directory's encoder; the head, and a pooler that was never
+    trained, come from `seed`."""
     config = read_config(path)
     if dropout is not None:
         config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
@@ -215,11 +225,11 @@ def read_classifier(path):
     """What --save, or transformers, has written as a BertForSequenceClassification."""
     config, raw = read_config(path), json.loads((path / "config.json").read_text())
     if raw.get("architectures") != ["BertForSequenceClassification"]:
-        raise UserError(f"{path} is no classifier (its config.json says {raw.get('architectures')}): fine-tune one "
-                        f"with --save, and give the directory beside its trial's scores")
+        raise UserError(f"{path} is no classifier (its config.json says {raw.get('architectures')}): "
+                        f"fine-tune one with --save, and give the directory beside its trial's scores")
     if raw.get("problem_type") == "multi_label_classification":
-        raise UserError(f"{path} gives an example any number of labels: only one label of several, or a score, works "
-                        f"here")
+        raise UserError(f"{path} gives an example any number of labels: only one label of several, "
+                        f"or a score, works here")
     try:        # transformers leaves two classes without names of their own out
         names = [name for _, name in sorted((int(i), str(name)) for i, name in raw.get(
             "id2label", {"0": "LABEL_0", "1": "LABEL_1"}).items())]
@@ -227,7 +237,8 @@ def read_classifier(path):
         cut = int(json.loads(file.read_text()).get("model_max_length", 1e9)) if file.exists() else 10 ** 9
         model = BertForSequenceClassification(config, len(names))
     except (AttributeError, RuntimeError, TypeError, ValueError):
-        raise UserError(f"{path}: the id2label in config.json, or tokenizer_config.json, is damaged") from None
+        raise UserError(f"{path}: the id2label in config.json, or "
+                        f"tokenizer_config.json, is damaged") from None
     score = raw.get("problem_type") == "regression" or len(names) == 1
     return Classifier(fill(model, path).model.eval(), names, score, raw.get("text_columns", []),
                       min(cut, config.max_position_embeddings))
@@ -246,7 +257,8 @@ def read_tokenizer(path):
 
 
 def framed(tokenizer):
-    """A copy that neither cuts nor pads: [CLS] a [SEP], or [CLS] a [SEP] b [SEP] with 1 as the type of b [SEP]."""
+    """A copy that neither cuts nor pads: [CLS] a [SEP], or [CLS] a [SEP] b [SEP] with 1
+    as the type of b [SEP]."""
     tokenizer = Tokenizer.from_str(tokenizer.to_str())
     tokenizer.post_processor = BertProcessing(*((t, tokenizer.token_to_id(t)) for t in ("[SEP]", "[CLS]")))
     tokenizer.no_padding()
@@ -268,10 +280,11 @@ def same_vocabulary(tokenizer, path):
                         f"{len(theirs)} tokens")
 
 
-# ------------------------------------------------------------------------------------------------------ run state
+# -------------------------------------------------------------------------------------------------- run state
 
 def save_run(out, state):
-    """Everything a run needs to go on, in out/checkpoint.pt: tensors, then their sha256.  The one before is kept."""
+    """Everything a run needs to go on, in out/checkpoint.pt: tensors, then their sha256.
+    The one before is kept."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     data = buffer.getvalue()
@@ -283,7 +296,8 @@ def save_run(out, state):
 
 
 def load_run(out, say):
-    """The newest good state in `out`, or None where no checkpoint was ever written.  Damage is never a restart."""
+    """The newest good state in `out`, or None where no checkpoint was ever written.
+    Damage is never a restart."""
     files = [out / f"checkpoint.{name}pt" for name in ("", "new.", "before.")]
     files = [file for file in files if file.exists()]
     for file in files:
@@ -301,7 +315,8 @@ def load_run(out, say):
 
 
 def cut_log(file, step):
-    """Leaves the lines of log.jsonl up to `step`: what a killed run wrote beyond its checkpoint is done again."""
+    """Leaves the lines of log.jsonl up to `step`: what a killed run wrote beyond its
+    checkpoint is done again."""
     if not file.exists():
         return
     kept = []
@@ -314,13 +329,14 @@ def cut_log(file, step):
     write_whole(file, "".join(kept).encode())
 
 
-# ------------------------------------------------------------------------------------------------------- writing
+# ---------------------------------------------------------------------------------------------------- writing
 
 def save_model(directory, model, tokenizer, head=True, card="", max_len=None, names=None, columns=()):
-    """Writes a model directory: a BertForMaskedLM with its LM head if `head`, else as an encoder; or a classifier.
+    """Writes a model directory: a BertForMaskedLM with its LM head if `head`, else as an
+    encoder; or a classifier.
 
-    `card` is the text of its README.md; `max_len`: how many ids it was fine-tuned on, where its tokenizer is to cut.
-    `names`: of a classifier's labels; `columns`: those that its text stood in.
+    `card` is the text of its README.md; `max_len`: how many ids it was fine-tuned on, where its tokenizer is
+    to cut.  `names`: of a classifier's labels; `columns`: those that its text stood in.
     Written beside its place and moved there, so that a directory of that name is always whole."""
     directory, part = Path(directory), Path(f"{directory}.part")
     shutil.rmtree(part, ignore_errors=True)
@@ -335,7 +351,7 @@ def save_model(directory, model, tokenizer, head=True, card="", max_len=None, na
     if kind == "BertForSequenceClassification":
         names = names or [f"LABEL_{i}" for i in range(model.classifier.out_features)]
         extra = dict(id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)},
-                     text_columns=list(columns),                            # a pipeline's sigmoid is not for scores:
+                     text_columns=list(columns),                     # a pipeline's sigmoid is not for scores:
                      problem_type="regression" if len(names) == 1 else "single_label_classification")
     try:
         from safetensors.torch import save_file
@@ -344,35 +360,46 @@ def save_model(directory, model, tokenizer, head=True, card="", max_len=None, na
     except ImportError:
         file = part / "pytorch_model.bin"
         torch.save(weights, file)
-
-    def write(name, value):
-        text = value if isinstance(value, str) else json.dumps(value, indent=1) + "\n"
-        (part / name).write_text(text, encoding="utf-8")
-    write("SHA256SUMS", f"{sha256(file)}  {file.name}\n")
-    write("config.json", dict(model_type="bert", architectures=[kind], **dataclasses.asdict(c), **extra))
-    tokenizer = framed(tokenizer)
-    tokenizer.save(str(part / "tokenizer.json"))
-    vocab = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    write("vocab.txt", "".join(f"{token}\n" for token, _ in vocab))
-    normalizer = json.loads(tokenizer.to_str())["normalizer"] or {}
-    # PreTrainedTokenizerFast takes tokenizer.json as it is, but gives token types only where model_input_names has
-    # them.  BertTokenizer would build its own from the vocabulary and the settings of the normaliser.
-    write("tokenizer_config.json", dict(
-        tokenizer_class="PreTrainedTokenizerFast", model_input_names=["input_ids", "token_type_ids", "attention_mask"],
-        model_max_length=max_len or c.max_position_embeddings, do_lower_case=normalizer.get("lowercase", False),
-        strip_accents=normalizer.get("strip_accents"),
-        tokenize_chinese_chars=normalizer.get("handle_chinese_chars", True),
-        unk_token="[UNK]", sep_token="[SEP]", pad_token="[PAD]", cls_token="[CLS]", mask_token="[MASK]"))
-    write("modules.json", [dict(idx=i, name=str(i), path=where, type=f"sentence_transformers.models.{what}")
-                           for i, (where, what) in enumerate([("", "Transformer"), ("1_Pooling", "Pooling")])])
-    write("1_Pooling/config.json", dict(word_embedding_dimension=c.hidden_size, pooling_mode_mean_tokens=True))
-    write("README.md", card)
+    write(part / "SHA256SUMS", f"{sha256(file)}  {file.name}\n")
+    write(part / "config.json", dict(
+        model_type="bert", architectures=[kind], **dataclasses.asdict(c), **extra))
+    save_tokenizer(part, framed(tokenizer), max_len or c.max_position_embeddings)
+    write(part / "modules.json", [
+        dict(idx=i, name=str(i), path=where, type=f"sentence_transformers.models.{what}")
+        for i, (where, what) in enumerate([("", "Transformer"), ("1_Pooling", "Pooling")])])
+    write(part / "1_Pooling/config.json", dict(
+        word_embedding_dimension=c.hidden_size, pooling_mode_mean_tokens=True))
+    write(part / "README.md", card)
     shutil.rmtree(directory, ignore_errors=True)
     os.replace(part, directory)
 
 
+def write(file, value):
+    text = value if isinstance(value, str) else json.dumps(value, indent=1) + "\n"
+    file.write_text(text, encoding="utf-8")
+
+
+def save_tokenizer(directory, tokenizer, max_len):
+    """tokenizer.json, vocab.txt and what transformers has to be told of them."""
+    tokenizer.save(str(directory / "tokenizer.json"))
+    vocab = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    write(directory / "vocab.txt", "".join(f"{token}\n" for token, _ in vocab))
+    normalizer = json.loads(tokenizer.to_str())["normalizer"] or {}
+    # PreTrainedTokenizerFast takes tokenizer.json as it is, but gives token types only where
+    # model_input_names has them.  BertTokenizer would build its own from the vocabulary and the
+    # settings of the normaliser.
+    write(directory / "tokenizer_config.json", dict(
+        tokenizer_class="PreTrainedTokenizerFast",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+        model_max_length=max_len, do_lower_case=normalizer.get("lowercase", False),
+        strip_accents=normalizer.get("strip_accents"),
+        tokenize_chinese_chars=normalizer.get("handle_chinese_chars", True),
+        unk_token="[UNK]", sep_token="[SEP]", pad_token="[PAD]", cls_token="[CLS]", mask_token="[MASK]"))
+
+
 def untrained_pooler(config):
-    """The pooler that an encoder is saved with: pretraining has none.  Always the same, so it can be told apart."""
+    """The pooler that an encoder is saved with: pretraining has none.  Always the same, so
+    it can be told apart."""
     D, generator = config.hidden_size, torch.Generator().manual_seed(0)
     return {"pooler.dense.weight": torch.randn(D, D, generator=generator) * config.initializer_range,
             "pooler.dense.bias": torch.zeros(D)}

@@ -5,13 +5,14 @@ field into a long flag whose help is that comment (`peak_lr: float = 1e-3  # ...
 type `list` into positional arguments (at least one, unless it has a default).  Abbreviated and unknown
 flags are errors.
 
-What a field allows stands in its annotation, and a dataclass that inherits from `Checked` cannot be made with anything
-else, whether by a command line or in code:
+What a field allows stands in its annotation, and a dataclass that inherits from `Checked` cannot be made with
+anything else, whether by a command line or in code:
 
     Literal["random", "teacher"]        one of these words
     Annotated[str, STRATEGIES]   one of these words, from elsewhere
     Annotated[float, "[0, 1)"]          a number in this interval: 0 is, 1 is not; infinity and NaN never are
     Annotated[str, float, "(0, 1)"]     several of them, separated by commas (`numbers` reads them)
+    Annotated[str, "in turn", int, "[4, 65536]"]    one, or several in turn: 32:0.5,128 (`in_turn` reads them)
 
 Whatever a user can get wrong is raised as `UserError`: what was wrong, where, and what to do about it.  `run`
 prints it as one line on stderr and exits with status 2; any other exception is a bug and keeps its traceback.
@@ -41,16 +42,21 @@ Share = Annotated[float, "[0, 1)"]
 Fraction = Annotated[float, "(0, 1)"]
 Seed = Annotated[int, "[0, 1e18]"]
 Length = Annotated[int, "[4, 65536]"]           # of a block: [CLS], [SEP] and two ids, of which one is masked
+Lengths = Annotated[str, "in turn", int, "[4, 65536]"]
+GONE = {                                        # (script, flag): what to do in its place
+    ("compare.py", "--shard"): "processes with the same --out share the runs, and --jobs N starts several",
+    ("finetune_glue.py", "--shard"): "processes with the same --out share the trials"}
 
 
 class UserError(Exception):
     """A mistake in the input: one line that says what is wrong, where, and what to do."""
 
 
-# ------------------------------------------------------------------------------------------- what a field allows
+# ---------------------------------------------------------------------------------------- what a field allows
 
 class Checked:
-    """A dataclass whose fields hold what their annotations allow; text is read as the number that belongs there."""
+    """A dataclass whose fields hold what their annotations allow; text is read as the
+    number that belongs there."""
 
     def __post_init__(self):
         for field, kind in annotated(type(self)):
@@ -74,12 +80,12 @@ def flag_of(name):
 
 
 def allowed(kind):
-    """(type, whether several are, interval or words or None) of an annotation."""
+    """(type, whether several are or "in turn", interval or words or None) of an annotation."""
     if typing.get_origin(kind) is Literal:
         return str, False, typing.get_args(kind)
     if typing.get_origin(kind) is Annotated:
-        *_, of, limit = typing.get_args(kind)
-        return of, len(typing.get_args(kind)) > 2, limit
+        *how, of, limit = typing.get_args(kind)
+        return of, "in turn" if "in turn" in how else bool(how), limit
     return kind, False, None
 
 
@@ -89,18 +95,31 @@ def checked(flag, value, kind):
     if not (limit or of in (int, float)):
         return value
     try:
-        found = numbers(value, of) if several else [read(value, of)]
-        good = len(set(found)) == len(found) > 0 and all(inside(v, limit) for v in found)
+        if turns := several == "in turn":
+            found = [v for _, v in in_turn(value, of)]
+        else:
+            found = numbers(value, of) if several else [read(value, of)]
+        good = (turns or len(set(found)) == len(found) > 0) and all(inside(v, limit) for v in found)
     except (TypeError, ValueError):
         good = False
     if not good:
         raise UserError(f"{flag} {value}: must be {wanted(of, several, limit)}")
-    return value if several else found[0]
+    return found[0] if not several or turns and len(found) == 1 else value
 
 
 def numbers(text, of=float):
     """The values of a list such as "1,2,4"; none of an empty text."""
     return [read(part, of) for part in str(text).split(",") if text]
+
+
+def in_turn(text, of=float):
+    """[(END, VALUE)] of VALUE:END,...,VALUE: each to a share of the budget that rises, the last to 1."""
+    *before, last = str(text).split(",")
+    pairs = [part.split(":") for part in before] + [(last, 1)]
+    found = [(float(end), read(value, of)) for value, end in pairs]
+    if not all(a < b for (a, _), (b, _) in zip([(0, None), *found], found, strict=False)):
+        raise ValueError(text)
+    return found
 
 
 def read(value, of):
@@ -118,7 +137,7 @@ def inside(value, limit):
     if not isinstance(limit, str):
         return limit is None or value in limit
     low, high = map(float, limit[1:-1].split(","))
-    return (low < value or limit[0] == "[" and value == low) and (value < high or limit[-1] == "]" and value == high)
+    return low < value < high or limit[0] == "[" and value == low or limit[-1] == "]" and value == high
 
 
 def wanted(of, several, limit):
@@ -126,16 +145,21 @@ def wanted(of, several, limit):
     if limit and not isinstance(limit, str):
         text = ("names out of " if several else "one of " if len(limit) > 1 else "") + ", ".join(limit)
     else:
-        noun = "whole number" if of is int else "number"
+        noun, many = "whole number" if of is int else "number", several is True
         low, high = limit[1:-1].split(", ") if limit else ("-inf", "inf")
-        bounds = [word + " " + bound for word, bound in (("at least" if limit and limit[0] == "[" else "above", low),
-                  ("at most" if limit and limit[-1] == "]" else "below", high)) if "inf" not in bound]
-        text = (f"{noun}s" if several else f"a {noun}") + (f", {' and '.join(bounds)}" if bounds else "")
-    return text + ", separated by commas, none twice" * several
+        words = ("at least" if limit and limit[0] == "[" else "above",
+                 "at most" if limit and limit[-1] == "]" else "below")
+        bounds = [f"{word} {bound}" for word, bound in zip(words, (low, high), strict=True)
+                  if "inf" not in bound]
+        text = (f"{noun}s" if many else f"a {noun}") + (f", {' and '.join(bounds)}" if bounds else "")
+    return text + {True: ", separated by commas, none twice", False: "", "in turn":
+                   ", or several in turn, all but the last with the share of the budget at which they end, such as "
+                   "32:0.5,128"}[several]
 
 
 def writable(path, flag="--out"):
-    """The Path, if it is a directory, or can be made one, in which files can be written.  It makes nothing."""
+    """The Path, if it is a directory, or can be made one, in which files can be
+    written.  It makes nothing."""
     path = Path(path)
     there = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
     try:
@@ -145,7 +169,7 @@ def writable(path, flag="--out"):
     return path
 
 
-# -------------------------------------------------------------------------------------------------- command line
+# ----------------------------------------------------------------------------------------------- command line
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
@@ -155,7 +179,8 @@ class Parser(argparse.ArgumentParser):
 def parse(cls, doc, argv=None):
     """An instance of the dataclass `cls` from the command line; `doc` (a module's docstring) heads --help."""
     parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    # inspect, not dataclasses.field(metadata=...): the comment that a reader sees is the help that a user sees
+    # inspect, not dataclasses.field(metadata=...): the comment that a reader sees is
+    # the help that a user sees
     helps = dict(re.findall(r"^    (\w+):.*?  # (.*)$", inspect.getsource(cls), re.M))
     valued, others = set(), {"-h", "--help"}
     for field, kind in annotated(cls):
@@ -165,28 +190,31 @@ def parse(cls, doc, argv=None):
             text += f" [{field.default}]"
         if typing.get_origin(kind) is list:
             empty = field.default_factory is not dataclasses.MISSING
-            parser.add_argument(field.name, nargs="*" if empty else "+", metavar=field.name.upper(), help=text)
+            parser.add_argument(field.name, nargs="*" if empty else "+", metavar=field.name.upper(),
+                                help=text)
         elif kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help=text)
             others |= {flag, f"--no-{flag[2:]}"}
         else:
             required = field.default is dataclasses.MISSING
             parser.add_argument(flag, default=None if required else field.default, required=required,
-                                metavar=of.__name__.upper() + ",..." * several, help=text)
+                                metavar=of.__name__.upper() + ",..." * bool(several), help=text)
             valued.add(flag)
     argv = joined(sys.argv[1:] if argv is None else argv, valued, valued | others, parser)
     return cls(**vars(parser.parse_args(argv)))
 
 
 def joined(argv, valued, flags, parser):
-    """--flag VALUE as --flag=VALUE, since argparse takes a VALUE such as -1e-3 for a flag.  Unknown flags are refused
-    here: argparse would first complain of another one that is missing."""
+    """--flag VALUE as --flag=VALUE, since argparse takes a VALUE such as -1e-3 for a flag.  Unknown flags are
+    refused here: argparse would first complain of another one that is missing."""
     words = []
     for word in argv:
         flag = word.partition("=")[0]
         if words and words[-1] in valued and not word.startswith("--"):
             words[-1] += "=" + word
         elif word.startswith("-") and word != "-" and flag not in flags:
+            if (parser.prog, flag) in GONE:
+                raise UserError(f"{flag} is gone: {GONE[parser.prog, flag]}")
             close = difflib.get_close_matches(flag, flags, 1)
             parser.error(f"unknown flag {flag}" + (f": is {close[0]} meant?" if close else ""))
         else:

@@ -17,28 +17,29 @@ VAL_FRACTION = 0.1
 PACKAGES = ("torch", "sympy", "python", "networkx", "numpy")    # the labels of the task
 LABELLED, CHARACTERS = 500, 160                         # training examples, and how long each is
 # Chosen on two CPU cores: FLOPs, so that a busy machine changes how long it takes and not what comes out
-SETTING = dict(teacher=str(TEACHER), size="2L128", budget_flops="5e12", seq_len=64, batch_size=32, micro_batch=32,
-               dropout=0.0, peak_lrs="1e-3", val_times=1, val_blocks=256, finetune_batch_sizes="32",
-               finetune_lrs="7e-4", finetune_epochs=10, finetune_seeds=2, max_len=48)
+SETTING = dict(teacher=str(TEACHER), size="2L128", budget_flops="5e12", seq_len=64, batch_size=32,
+               micro_batch=32, dropout=0.0, peak_lrs="1e-3", val_times=1, val_blocks=256,
+               finetune_batch_sizes="32", finetune_lrs="7e-4", finetune_epochs=10, finetune_seeds=2, max_len=48)
 ARMS = "no_kd,vanilla_kd,tinybert,minilm,no_kd+init"        # the last one starts from the teacher
 MASKED = "returns a new [MASK] with the same shape as the input."
 QUERY = "compute the eigenvalues of a matrix"
 
 
 def package_task(task, documents):
-    """The built-in task: which package does a docstring come from?  Of the validation documents, by hash order.
+    """The built-in task: which package does a docstring come from?  Of validation documents, by hash order.
 
-    Rows are told apart as an uncased vocabulary sees them, after the cut; what occurs in two packages has no label, and
-    what begins a training document (a short text does, although longer ones are on the side of their beginning) has
-    been pretrained on: neither is a row."""
+    Rows are told apart as an uncased vocabulary sees them, after the cut; what occurs in two packages has no
+    label, and what begins a training document (a short text does, although longer ones are on the side of their
+    beginning) has been pretrained on: neither is a row."""
     packages, held_out, trained = {}, {}, []
     for package, text in documents:
         row = " ".join(text.split())[:CHARACTERS]
         seen = prepare.docstring_head(row)
         packages.setdefault(seen, set()).add(package)
-        key = prepare.docstring_key(text)
+        head = prepare.docstring_head(text)
+        key = prepare.document_key(head.encode("utf-8", "replace"))
         if not prepare.is_validation(key, VAL_FRACTION):
-            trained.append(prepare.docstring_head(text))
+            trained.append(head)
         elif package in PACKAGES:
             held_out.setdefault(seen, (key[::-1], f"{row}\t{PACKAGES.index(package)}\n"))
     trained.sort()
@@ -73,14 +74,16 @@ def written(out):
 def demonstrated(config):
     """The configuration of the demonstration, its text and task on disk.  Its sizes are its own."""
     free = ("out", "strategies", "arms", "seeds", "dry_run", "jobs", "device", "compile", "bf16")
-    given = [f.name for f in dataclasses.fields(config) if f.name not in free and getattr(config, f.name) != f.default]
+    given = [f.name for f in dataclasses.fields(config)
+             if f.name not in free and getattr(config, f.name) != f.default]
     if given:
-        raise UserError(f"--{given[0].replace('_', '-')} without --data: the demonstration, which runs without --data, "
-                        f"has its own sizes; give --data, --teacher and a budget")
+        raise UserError(f"--{given[0].replace('_', '-')} without --data: the demonstration, which runs without "
+                        f"--data, has its own sizes; give --data, --teacher and a budget")
     if config.arms is None and config.strategies == type(config).strategies:
         config = dataclasses.replace(config, arms=ARMS)
     data, tasks = written(config.out)
-    return dataclasses.replace(config, **SETTING, jobs=config.jobs or os.cpu_count() or 1, data=data, tasks=tasks)
+    jobs = config.jobs or os.cpu_count() or 1
+    return dataclasses.replace(config, **SETTING, jobs=jobs, data=data, tasks=tasks)
 
 
 def look(results, config):

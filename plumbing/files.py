@@ -1,6 +1,7 @@
 """Files that are whole or not there, and locks that end with their process.
 
-One atomic writer, one lock, one wait loop: for checkpoints, model directories, trials, tables and token directories.
+One atomic writer, one lock, one wait loop: for checkpoints, model directories, trials,
+tables and token directories.
 """
 import contextlib
 import errno
@@ -16,7 +17,8 @@ from plumbing.cli import UserError
 
 
 def write_whole(file, data):
-    """Writes bytes under a temporary name, syncs, renames: `file` is the old one or the new one, never a part."""
+    """Writes bytes under a temporary name, syncs, renames: `file` is the old one or the
+    new one, never a part."""
     part = file.with_name(f"{file.name}.{os.getpid()}.part")
     free = shutil.disk_usage(file.parent).free
     try:
@@ -29,8 +31,8 @@ def write_whole(file, data):
         os.replace(part, file)
     except OSError as e:
         part.unlink(missing_ok=True)
-        raise UserError(f"{file} could not be written ({e.strerror}): {len(data):,} bytes needed, {free:,} free; what "
-                        f"was there before is intact") from None
+        raise UserError(f"{file} could not be written ({e.strerror}): {len(data):,} bytes needed, {free:,} "
+                        f"free; what was there before is intact") from None
 
 
 def write_json(file, value):
@@ -42,8 +44,8 @@ def read_json(file):
     try:
         return dict(json.loads(file.read_text()))
     except (FileNotFoundError, TypeError, ValueError):
-        raise UserError(f"{file} is missing or damaged, so what {file.parent} holds cannot be told: give another "
-                        f"--out, or remove that directory") from None
+        raise UserError(f"{file} is missing or damaged, so what {file.parent} holds cannot be told: give "
+                        f"another --out, or remove that directory") from None
 
 
 def sha256(file):
@@ -53,8 +55,8 @@ def sha256(file):
 
 @contextlib.contextmanager
 def lock(path):
-    """Yields whether the file (made if it is not there) or directory is now ours.  The system unlocks it when its
-    process dies.  Where nothing can be locked, one line says so, and it is ours."""
+    """Yields whether the file (made if it is not there) or directory is now ours.  The system unlocks it when
+    its process dies.  Where nothing can be locked, one line says so, and it is ours."""
     path = Path(path)
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDONLY | os.O_CREAT, 0o666)
     try:
@@ -73,15 +75,15 @@ def lock(path):
 
 
 def share(paths, do):
-    """[do(i) for each path], in any order: processes with the same paths take what no other one works on, and wait
-    for the rest.  What another process has done, `do` finds finished."""
-    results, waiting = {}, list(enumerate(paths))
-    while waiting:
-        for job in list(waiting):
-            with lock(job[1]) as ours:
-                if ours:
-                    results[job[0]] = do(job[0])
-                    waiting.remove(job)
-        if waiting:
-            time.sleep(1)
+    """[do(i) for each path], in any order: processes with the same paths take what no other one works on, and
+    wait for the rest.  What another process has done, `do` finds finished."""
+    results, waiting = {}, range(len(paths))
+
+    def done(i):
+        with lock(paths[i]) as ours:
+            if ours:
+                results[i] = do(i)
+        return ours
+    while waiting := [i for i in waiting if not done(i)]:
+        time.sleep(1)
     return [results[i] for i in range(len(paths))]

@@ -13,14 +13,14 @@ import numpy as np
 
 from plumbing.cli import UserError
 
-# ---------------------------------------------------------------------------------------------------------- tasks
+# ------------------------------------------------------------------------------------------------------ tasks
 
 class Task(NamedTuple):
     folder: str             # of the official TSVs; one's own: a file or a folder
-    text: tuple             # columns of the sentences, counted from 0; of one's own: their names in the header
+    text: tuple            # columns of the sentences, counted from 0; of one's own: their names in the header
     label: int | str        # column of the label; -1: the last
     columns: tuple          # the sentences' names on the Hub; (): one's own
-    labels: tuple | None    # the labels in the order of their numbers; (): a score; None: whole numbers from 0
+    labels: tuple | None   # the labels in the order of their numbers; (): a score; None: whole numbers from 0
     metrics: tuple          # of METRICS; the first picks the grid point and stands for the task
     rows: dict              # {file: official number of examples}: train, then one dev set or two
     header: bool = True
@@ -28,7 +28,8 @@ class Task(NamedTuple):
 
 BINARY, ENTAILMENT = ("0", "1"), ("entailment", "not_entailment")
 TASKS = {
-    "cola": Task("CoLA", (3,), 1, ("sentence",), BINARY, ("matthews",), dict(train=8551, dev=1043), header=False),
+    "cola": Task("CoLA", (3,), 1, ("sentence",), BINARY, ("matthews",), dict(train=8551, dev=1043),
+                 header=False),
     "sst2": Task("SST-2", (0,), 1, ("sentence",), BINARY, ("accuracy",), dict(train=67349, dev=872)),
     "mrpc": Task("MRPC", (3, 4), 0, ("sentence1", "sentence2"), BINARY, ("f1", "accuracy"),
                  dict(train=3668, dev=408)),
@@ -42,12 +43,16 @@ TASKS = {
                  dict(train=104743, dev=5463)),
     "rte": Task("RTE", (1, 2), -1, ("sentence1", "sentence2"), ENTAILMENT, ("accuracy",),
                 dict(train=2490, dev=277)),
-    "wnli": Task("WNLI", (1, 2), -1, ("sentence1", "sentence2"), BINARY, ("accuracy",), dict(train=635, dev=71)),
+    "wnli": Task("WNLI", (1, 2), -1, ("sentence1", "sentence2"), BINARY, ("accuracy",),
+                 dict(train=635, dev=71)),
 }
-PAPER = ("qnli", "sst2", "mnli", "mrpc", "qqp", "rte", "cola")     # the columns of its Table 2, which it averages
+# The columns of the paper's Table 2, which it averages
+PAPER = ("qnli", "sst2", "mnli", "mrpc", "qqp", "rte", "cola")
 FORMATS = (".tsv", ".csv", ".jsonl", ".ndjson", ".json", ".parquet")
-LABELS = ("label", "labels", "class", "category", "target", "sentiment", "stars", "rating", "score")    # by name
-ROW_NUMBER = re.compile(r"(.*[\W_])?(id|idx|index|guid|uuid)|(unnamed: \d+)?")     # pandas' own index has no name
+# Names of a column of labels
+LABELS = ("label", "labels", "class", "category", "target", "sentiment", "stars", "rating", "score")
+# And of one that numbers the rows: pandas' own has no name
+ROW_NUMBER = re.compile(r"(.*[\W_])?(id|idx|index|guid|uuid)|(unnamed: \d+)?")
 
 
 def parse_tasks(names, columns=None, say=print):
@@ -55,11 +60,11 @@ def parse_tasks(names, columns=None, say=print):
     tasks = {}
     for name, _, own in (part.strip().partition("=") for part in names.split(",")):
         if not re.fullmatch(r"[\w.-]+", name) or name in tasks or (not own and name not in TASKS):
-            raise UserError(f"--tasks {name!r}: unknown or given twice; of {', '.join(TASKS)}, or name=PATH for your "
-                            f"own labelled text: a file, or a directory with train.tsv and dev.tsv")
+            raise UserError(f"--tasks {name!r}: unknown or given twice; of {', '.join(TASKS)}, or name=PATH "
+                            f"for your own labelled text: a file, or a directory with train.tsv and dev.tsv")
         if own and not os.path.exists(own):
-            raise UserError(f"--tasks {name}={own}: no such file or directory (a file of labelled text belongs there, "
-                            f"or a directory with train.tsv and dev.tsv)")
+            raise UserError(f"--tasks {name}={own}: no such file or directory (a file of labelled text "
+                            f"belongs there, or a directory with train.tsv and dev.tsv)")
         tasks[name] = TASKS[name] if not own else own_task(
             Path(own), columns, lambda line, name=name: say(f"{name}: {line}"))
     if columns and all(task.columns for task in tasks.values()):
@@ -94,8 +99,8 @@ def own_task(path, columns=None, say=print):
     labels = () if label == "score" else own_labels(file, rows, names.index(label), len(names))
     say(f"text from {quoted(text)}, {'scores' if labels == () else 'labels'} from {label!r} ({file.name})"
         + (f": {', '.join(labels)}" if labels else ""))
-    return Task(str(path), tuple(text), label, (), labels, ("accuracy",) if labels != () else ("pearson", "spearman"),
-                dict.fromkeys(own_files(path)))
+    return Task(str(path), tuple(text), label, (), labels,
+                ("accuracy",) if labels != () else ("pearson", "spearman"), dict.fromkeys(own_files(path)))
 
 
 def header(path, names):
@@ -114,14 +119,15 @@ def picked(path, names, columns):
     if columns:
         wanted = named(path, names, columns)
         if not 2 <= len(wanted) <= 3:
-            raise UserError(f"--columns {columns}: one or two columns of text and then the label belong there")
+            raise UserError(f"--columns {columns}: one or two columns of text and then "
+                            f"the label belong there")
         return wanted
     left = [n for n in names if not ROW_NUMBER.fullmatch(n)] or [""]
     label = next((n for n in (left[-1], *LABELS) if n in left and n in LABELS), left[-1])
     text = [n for n in left if n != label]
     if len(text) not in (1, 2) or {"label", "score"} & set(text):
-        raise UserError(f"{path}, line 1: the columns are {quoted(names)}: which are one or two columns of text and "
-                        f"which is the label? Say it with --columns text,label")
+        raise UserError(f"{path}, line 1: the columns are {quoted(names)}: which are one or two columns of "
+                        f"text and which is the label? Say it with --columns text,label")
     return [*text, label]
 
 
@@ -136,7 +142,8 @@ def named(path, names, columns):
 
 
 def own_labels(path, rows, at, width):
-    """None: whole numbers from 0; else the labels in the order of their numbers: words, or whole numbers from 1."""
+    """None: whole numbers from 0; else the labels in the order of their numbers: words, or
+    whole numbers from 1."""
     seen = Counter(fields[at].strip() for _, fields in rows if fields and len(fields) == width and fields[at])
     seen.pop("", None)
     numbers = {v for v in seen if re.fullmatch(r"[-+]?\d*\.?\d+(e[-+]?\d+)?", v.lower())}
@@ -147,7 +154,8 @@ def own_labels(path, rows, at, width):
         return tuple(map(str, whole)) if many else None
     if len(seen) < 2 or len(seen) > max(20, seen.total() / 2):
         raise UserError(f"{path}: {seen.total():,} rows have {len(seen):,} different labels, such as "
-                        f"{next(iter(seen))[:40]!r}: is that the column of labels? Say it with --columns text,label")
+                        f"{next(iter(seen))[:40]!r}: is that the column of labels? Say it "
+                        f"with --columns text,label")
     return tuple(sorted(seen))
 
 
@@ -165,7 +173,7 @@ def one_column(path, line):
             + (f", not {other}" if other else ""))
 
 
-# -------------------------------------------------------------------------------------------------------- reading
+# ---------------------------------------------------------------------------------------------------- reading
 
 def lines_of(path):
     """The lines of a text file, one after the other; blank ones at its end are none."""
@@ -212,8 +220,8 @@ def csv_rows(path):
         for fields in reader:
             yield f"line {reader.line_num}", fields
     except csv.Error as e:
-        raise UserError(f"{path}, line {reader.line_num}: no CSV ({e}): a field with quotes in it stands in quotes, "
-                        f"each of its own twice") from None
+        raise UserError(f"{path}, line {reader.line_num}: no CSV ({e}): a field with quotes in it stands in "
+                        f"quotes, each of its own twice") from None
 
 
 def json_rows(path):
@@ -247,7 +255,8 @@ def parquet_rows(path):
     except ImportError:
         raise UserError(f"{path} needs pyarrow: pip install pyarrow") from None
     except pyarrow.ArrowException as e:
-        raise UserError(f"{path} cannot be read as parquet ({type(e).__name__}): it is cut or damaged") from None
+        raise UserError(f"{path} cannot be read as parquet "
+                        f"({type(e).__name__}): it is cut or damaged") from None
 
 
 def as_text(value):
@@ -261,7 +270,7 @@ def number(task, field):
     """The label as a number; ValueError where it is none of the task's."""
     if task.labels:
         return task.labels.index(field)
-    if task.labels is None and not field.isdecimal() or not abs(float(field)) < 1e38:       # what float32 holds
+    if task.labels is None and not field.isdecimal() or not abs(float(field)) < 1e38:     # what float32 holds
         raise ValueError
     return float(field) if task.labels == () else int(field)
 
@@ -269,16 +278,16 @@ def number(task, field):
 def read_rows(path, task, say=print):
     """(sentences, labels, rows left out): tuples of one or two sentences, and numbers.
 
-    A row of another width than the first line's (an extra tab, a field missing) or with an unknown label is left
-    out and listed; more than 0.1% of them are refused."""
+    A row of another width than the first line's (an extra tab, a field missing) or with an unknown label is
+    left out and listed; more than 0.1% of them are refused."""
     names, rows = table(path)
     width, sentences, labels, bad, total = len(names), [], [], [], 0
     text, label = task.text, task.label
-    if not task.columns:                                # one's own: by name, whatever their order in this file
+    if not task.columns:                               # one's own: by name, whatever their order in this file
         names, wanted = header(path, names), (*text, label)
         if not set(wanted) <= set(names):
-            raise UserError(f"{path}, line 1: the columns are {quoted(names)}, but those of the training examples are "
-                            f"{quoted(wanted)}: give both files the same")
+            raise UserError(f"{path}, line 1: the columns are {quoted(names)}, but those of the training "
+                            f"examples are {quoted(wanted)}: give both files the same")
         if rest := [n for n in names if n not in wanted]:
             say(f"{path}: left out: the column{'s' * (len(rest) > 1)} {quoted(rest)}")
         text, label = [names.index(n) for n in text], names.index(label)
@@ -298,23 +307,25 @@ def read_rows(path, task, say=print):
     listed = "; ".join(bad[:10]) + (f"; and {len(bad) - 10} more" if len(bad) > 10 else "")
     if len(bad) > 0.001 * total:
         kind = (f"one of {', '.join(task.labels)}" if task.labels else "a number" if task.labels == () else
-                "a whole number, 0 for the first class, or a word; any number where the header calls the column "
-                "`score`")
+                "a whole number, 0 for the first class, or a word; any number where the header "
+                "calls the column `score`")
         raise UserError(f"{path}: {len(bad)} of {total:,} rows cannot be read: {listed}"
                         + f" (a label here is {kind})" * ("label" in listed))
     if bad:
         say(f"{path}: left out: {listed}")
     for name, column in () if task.columns else zip(task.text, zip(*sentences, strict=True), strict=False):
         if not any(c.isalpha() for sentence in column for c in sentence):
-            raise UserError(f"{path}: the column {name!r} holds no letter: is it text?  A column that is called id is "
-                            f"left out")
+            raise UserError(f"{path}: the column {name!r} holds no letter: is it text?  A column that "
+                            f"is called id is left out")
     return sentences, labels, len(bad)
 
 
 def rows_of_text(path, columns, known):
-    """What the text's columns are, in words; then (place, sentences, what is wrong with the row or None) of each row.
+    """What the text's columns are, in words; then (place, sentences, what is wrong with the
+    row or None) of each row.
 
-    The columns: those in --columns without the label, else the `known` ones, else all that are not like a label."""
+    The columns: those in --columns without the label, else the `known` ones, else all that
+    are not like a label."""
     if path.suffix.lower() not in FORMATS:
         raise UserError(f"--predict {path}: one of {', '.join(FORMATS)} can be read, by the end of its name")
     if not path.is_file():
@@ -329,7 +340,8 @@ def rows_of_text(path, columns, known):
         text = [n for n in names if not ROW_NUMBER.fullmatch(n) and n not in LABELS]
     if len(text) != (len(known) or len(text[:2])) or not text:
         raise UserError(f"--predict {path}: the columns are {quoted(names)}: which are "
-                        f"{'the ' + str(len(known)) if known else 'the one or two'} of text? Say it with --columns")
+                        f"{'the ' + str(len(known)) if known else 'the one or two'} of "
+                        f"text? Say it with --columns")
     yield quoted(text)
     at = [names.index(n) for n in text]
     for place, fields in rows:
@@ -359,13 +371,14 @@ def read_hub(name, task, file):
             "nyu-mll/glue", f"{name}/{split}-00000-of-00001.parquet", repo_type="dataset")
         table = pyarrow.parquet.read_table(parquet, columns=[*task.columns, "label"]).to_pydict()
     except ImportError:
-        raise UserError(f"{where} needs pyarrow: pip install pyarrow, or give --glue-dir with {task.folder}/ in "
-                        f"it") from None
+        raise UserError(f"{where} needs pyarrow: pip install pyarrow, or give --glue-dir "
+                        f"with {task.folder}/ in it") from None
     except Exception as e:      # no network, no such file, not a parquet: whatever the two libraries raise
-        raise UserError(f"{where} is not to be had ({type(e).__name__}): give --glue-dir with {task.folder}/ in "
-                        f"it, or leave {name} out of --tasks") from None
+        raise UserError(f"{where} is not to be had ({type(e).__name__}): give --glue-dir with {task.folder}/ "
+                        f"in it, or leave {name} out of --tasks") from None
     if task.labels and not set(table["label"]) <= set(range(len(task.labels))):     # -1 in the test splits
-        raise UserError(f"{where}: labels beyond 0 to {len(task.labels) - 1}: these are not the labelled examples")
+        raise UserError(f"{where}: labels beyond 0 to {len(task.labels) - 1}: these are "
+                        f"not the labelled examples")
     return list(zip(*(table[c] for c in task.columns), strict=True)), table["label"], 0
 
 
@@ -379,35 +392,37 @@ def read_task(name, task, glue_dir, say=print):
     for file, official in task.rows.items():
         where = own.get(file) or (f"nyu-mll/glue, {name}/{file}" if from_hub else folder / f"{file}.tsv")
         sentences, labels, bad = read_hub(name, task, file) if from_hub else read_rows(where, task, say)
-        n, slack = len(labels), 1e-5 * (official or 0)      # QQP's count differs by 3 rows between its readers
+        n, slack = len(labels), 1e-5 * (official or 0)     # QQP's count differs by 3 rows between its readers
         if not n:
             raise UserError(f"{where}: no examples in it")
         if official and not n - slack <= official <= n + bad + slack:
-            raise UserError(f"{where}: {n:,} examples, but GLUE's {task.folder} has {official:,}: the file is "
-                            f"cut, of another version, or without its header line")
+            raise UserError(f"{where}: {n:,} examples, but GLUE's {task.folder} has {official:,}: the file "
+                            f"is cut, of another version, or without its header line")
         parts[file] = sentences, labels
     if own and "dev" not in parts:
         parts = split(own["train"], *parts["train"])
     if task.labels is None:
         classes = set(parts["train"][1])
         if len(classes) < 2 or max(classes) >= len(classes) or not set(parts["dev"][1]) <= classes:
-            raise UserError(f"{folder}: the labels of the training examples are not 0, 1, ... without a gap, or dev "
-                            f"has others (a column of scores is called `score` in the header)")
-    return {file: (x, np.array(y, np.float32 if task.labels == () else np.int64)) for file, (x, y) in parts.items()}
+            raise UserError(f"{folder}: the labels of the training examples are not 0, 1, ... without a gap, "
+                            f"or dev has others (a column of scores is called `score` in the header)")
+    return {file: (x, np.array(y, np.float32 if task.labels == () else np.int64))
+            for file, (x, y) in parts.items()}
 
 
 def split(path, sentences, labels):
-    """A tenth of the examples as dev, by the hash of their text: the same each time, and no text on both sides."""
+    """A tenth of the examples as dev, by the hash of their text: the same each time, and
+    no text on both sides."""
     digests = [hashlib.sha256("\t".join(s).encode("utf-8", "surrogatepass")).digest() for s in sentences]
-    parts = {part: [i for i, d in enumerate(digests) if (int.from_bytes(d[:8], "big") % 10 == 0) == (part == "dev")]
-             for part in ("train", "dev")}
+    dev = [int.from_bytes(digest[:8], "big") % 10 == 0 for digest in digests]
+    parts = {part: [i for i, held in enumerate(dev) if held == (part == "dev")] for part in ("train", "dev")}
     if not all(parts.values()):
-        raise UserError(f"{path}: {len(labels)} examples are too few to set a tenth of them apart as dev: give a "
-                        f"directory with train.tsv and dev.tsv")
+        raise UserError(f"{path}: {len(labels)} examples are too few to set a tenth of them apart as dev: "
+                        f"give a directory with train.tsv and dev.tsv")
     return {part: ([sentences[i] for i in of], [labels[i] for i in of]) for part, of in parts.items()}
 
 
-# -------------------------------------------------------------------------------------------------------- metrics
+# ---------------------------------------------------------------------------------------------------- metrics
 
 def accuracy(p, y):
     return np.mean(p == y)
@@ -429,7 +444,7 @@ def matthews(p, y):
 def pearson(p, y):
     """Covariance over the product of standard deviations; 0 where one of them is 0 (undefined)."""
     p, y = np.asarray(p, np.float64), np.asarray(y, np.float64)
-    if np.ptp(p) == 0 or np.ptp(y) == 0:        # asked of the values: after p - mean(p) rounding may leave 1e-17
+    if np.ptp(p) == 0 or np.ptp(y) == 0:     # asked of the values: after p - mean(p) rounding may leave 1e-17
         return 0.0
     p, y = p - p.mean(), y - y.mean()
     return p @ y / np.sqrt((p @ p) * (y @ y))
@@ -447,6 +462,7 @@ METRICS = dict(accuracy=accuracy, f1=f1, matthews=matthews, pearson=pearson, spe
 
 
 def evaluate(task, p, labels):
-    """({metric: percent}, collapsed) of predictions; collapsed: all one class, or within 1% of the scores' range."""
+    """({metric: percent}, collapsed) of predictions; collapsed: all one class, or within 1%
+    of the scores' range."""
     return ({m: 100 * float(METRICS[m](p, labels)) for m in task.metrics},
             bool(np.ptp(p) <= 0.01 * np.ptp(labels)))

@@ -1,9 +1,8 @@
 """Worker processes over one plan: each takes the runs that no other one works on (plumbing.files.share).
 
-The workers write to OUT/jobs/N.log; this process shows one line over all of them.  Ctrl-C reaches them all, each leaves
-a checkpoint, and the same command goes on.  A worker that fails stops the others.
+The workers write to OUT/jobs/N.log; this process shows one line over all of them.  Ctrl-C reaches them all,
+each leaves a checkpoint, and the same command goes on.  A worker that fails stops the others.
 """
-import contextlib
 import multiprocessing
 import os
 import signal
@@ -20,7 +19,8 @@ SAY_EVERY = 10.0            # seconds
 
 
 def worker(do, config, log, threads):
-    """do(config) in a process of its own, what it prints in `log`; exits with the status that run() would give."""
+    """do(config) in a process of its own, what it prints in `log`; exits with the status
+    that run() would give."""
     sys.stdout = sys.stderr = open(log, "w", buffering=1, errors="replace")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     torch.set_num_threads(threads)
@@ -46,12 +46,14 @@ def run(jobs, do, config, out, status, say=print):
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",") if visible else [str(i) for i in range(gpus)]
     context, processes, said = multiprocessing.get_context("spawn"), [], time.monotonic()
+    before = dict(os.environ)
     try:
+        os.environ["OMP_NUM_THREADS"] = str(threads)    # for the workers, before they import torch
         for i in range(jobs):
-            changed = {"OMP_NUM_THREADS": str(threads)} | ({"CUDA_VISIBLE_DEVICES": names[i % gpus]} if gpus else {})
-            with environment(changed):
-                processes.append(context.Process(target=worker, args=(do, config, folder / f"{i}.log", threads)))
-                processes[-1].start()
+            if gpus:
+                os.environ["CUDA_VISIBLE_DEVICES"] = names[i % gpus]
+            processes.append(context.Process(target=worker, args=(do, config, folder / f"{i}.log", threads)))
+            processes[-1].start()
         while any(p.exitcode is None for p in processes):
             bad = [i for i, p in enumerate(processes) if p.exitcode]
             if bad:
@@ -63,20 +65,10 @@ def run(jobs, do, config, out, status, say=print):
                 said = time.monotonic()
                 say(status())
     finally:
+        os.environ.clear()
+        os.environ |= before
         for p in processes:
             if p.exitcode is None:
                 p.terminate()
         for p in processes:
             p.join()
-
-
-@contextlib.contextmanager
-def environment(changed):
-    """Variables that the processes started inside see."""
-    before = {name: os.environ.get(name) for name in changed}
-    os.environ.update(changed)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})

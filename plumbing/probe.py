@@ -1,13 +1,15 @@
-"""What a frozen encoder already knows, without fine-tuning: probes.  Read it when fine-tuning cannot see a difference.
+"""What a frozen encoder already knows, without fine-tuning: probes.  Read it when fine-tuning
+cannot see a difference.
 
   linear        logistic regression (ridge for scores) on the mean-pooled last hidden state; of a pair u, v:
                 [u, v, |u - v|, u v] (InferSent, arXiv 1705.02364), each sentence encoded by itself
   similarity    Spearman of cosine(u, v) with the score: nothing is trained
   masked LM     D_order and the induction split of diagnose.py, on a token directory's validation blocks
 
-Features are standardised on the training examples; the strength of L2 is the one that does best in cross-validation
-on them (five folds).  Nothing is drawn: folds and the examples taken, where there are more, go by their number's hash.
-Probes say what is there to be read off linearly, not what fine-tuning makes of it: they are no part of any average.
+Features are standardised on the training examples; the strength of L2 is the one that does best in
+cross-validation on them (five folds).  Nothing is drawn: folds and the examples taken, where there are more,
+go by their number's hash.  Probes say what is there to be read off linearly, not what fine-tuning makes of
+it: they are no part of any average.
 
 Legend: n examples, F features, K classes, D hidden size.
 """
@@ -20,18 +22,19 @@ from data import Blocks, hashed
 from plumbing import glue
 
 EXAMPLES = 10_000                               # of a task's training examples, at most: seconds per task
-STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)       # C of the logistic regression; its inverse is the ridge's alpha
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)     # C of the logistic regression; its inverse is the ridge's alpha
 FOLDS = 5
 
 
 class MeanPooled(torch.nn.Module):
-    """The encoder as sentence-transformers reads it: the mean over real positions, [CLS] and [SEP] included."""
+    """The encoder as sentence-transformers reads it: the mean over real positions,
+    [CLS] and [SEP] included."""
     def __init__(self, bert):
         super().__init__()
         self.bert, self.config = bert, bert.config
 
     def forward(self, ids, real, token_types):
-        h, real = self.bert(ids, real, token_types)["hidden"], real[..., None]              # (B, S, D), (B, S, 1)
+        h, real = self.bert(ids, real, token_types)["hidden"], real[..., None]          # (B, S, D), (B, S, 1)
         return (h * real).sum(1) / real.sum(1)                                              # (B, D)
 
 
@@ -45,7 +48,7 @@ def features(u, v=None):
     return u if v is None else np.concatenate([u, v, np.abs(u - v), u * v], 1)
 
 
-# ---------------------------------------------------------------------------------------------------- regressions
+# ------------------------------------------------------------------------------------------------ regressions
 
 def logistic(x, y, C, start=None):
     """(K, F + 1) weights, the intercept last: minimises C * sum of cross-entropies + |w|^2 / 2, by L-BFGS.
@@ -57,8 +60,8 @@ def logistic(x, y, C, start=None):
     if start is not None:
         w.copy_(torch.as_tensor(start))
     w.requires_grad_()
-    optimizer = torch.optim.LBFGS([w], max_iter=1000, history_size=20, tolerance_grad=1e-6, tolerance_change=1e-10,
-                                  line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([w], max_iter=1000, history_size=20, tolerance_grad=1e-6,
+                                  tolerance_change=1e-10, line_search_fn="strong_wolfe")
 
     def loss():
         optimizer.zero_grad()
@@ -71,11 +74,12 @@ def logistic(x, y, C, start=None):
 
 def logits(x, w):
     z = x @ w[:, :-1].T + w[:, -1]
-    return F.pad(z, (1, 0)) if len(w) == 1 else z                       # two classes: the first one's logit is 0
+    return F.pad(z, (1, 0)) if len(w) == 1 else z                    # two classes: the first one's logit is 0
 
 
 def ridge(x, y, alphas):
-    """{alpha: (1, F + 1) weights}, the intercept last: minimises sum of squared errors + alpha |w|^2, exactly."""
+    """{alpha: (1, F + 1) weights}, the intercept last: minimises sum of squared errors +
+    alpha |w|^2, exactly."""
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     mean, target = x.mean(0), y.mean()
     values, vectors = np.linalg.eigh((x - mean).T @ (x - mean))
@@ -104,7 +108,8 @@ def path(x, y, score):
 
 
 def linear(train, y, dev, score):
-    """(predictions on dev, the strength chosen): accuracy, or the squared error of scores, on left-out folds."""
+    """(predictions on dev, the strength chosen): accuracy, or the squared error of
+    scores, on left-out folds."""
     mean, std = train.mean(0), train.std(0)
     train, dev = ((x - mean) / np.where(std > 0, std, 1) for x in (train, dev))
     fold = np.argsort(np.argsort(hashed(1, np.arange(len(y))), kind="stable")) % FOLDS
@@ -116,18 +121,19 @@ def linear(train, y, dev, score):
         for C, w in path(train[rest], y[rest], score).items():
             p = predicted(train[out], w, score)
             quality[C] += -np.sum((p - y[out]) ** 2) if score else np.sum(p == y[out])
-    best = max(STRENGTHS, key=quality.get)                              # of equals the strongest regularisation
+    best = max(STRENGTHS, key=quality.get)                            # of equals the strongest regularisation
     return predicted(dev, path(train, y, score)[best], score), best
 
 
-# ---------------------------------------------------------------------------------------------------------- probes
+# ----------------------------------------------------------------------------------------------------- probes
 
 def probe_task(task, parts, embed):
     """{name: percent} for one task; `embed` makes (n, D) states of n texts."""
     (x, y), (dev, labels), *_ = parts.values()
     some = taken(len(y))
     x, y, score = [x[i] for i in some], y[some], task.labels == ()
-    (train_states, dev_states), found = ([embed([s[i] for s in of]) for i in range(len(of[0]))] for of in (x, dev)), {}
+    (train_states, dev_states), found = ([embed([s[i] for s in of]) for i in range(len(of[0]))]
+                                         for of in (x, dev)), {}
     predictions, C = linear(features(*train_states), y, features(*dev_states), score)
     found["linear"] = glue.evaluate(task, predictions, labels)[0][task.metrics[0]]
     if score and len(dev_states) == 2:
@@ -145,7 +151,8 @@ def probe_masked_lm(model, directory, seq_len, val_blocks=512):
         return model(ids.to(device), masked.to(device))["logits"][:, :len(directory.vocab)]
     model.eval()
     losses, again = diagnose.token_losses(forward, batch), diagnose.repeated(batch)
-    split = {name: float(part.mean()) for name, part in (("repeated", losses[again]), ("others", losses[~again]))
+    split = {name: float(part.mean()) for name, part in (("repeated", losses[again]),
+                                                         ("others", losses[~again]))
              if part.size}
     return dict(mlm=float(losses.mean()), **split, d_order=diagnose.d_order(
         forward, batch, directory.special, losses.mean()))

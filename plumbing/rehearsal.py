@@ -1,4 +1,5 @@
-"""train.py --dry-run: a few steps of the real thing, and what the budget will buy at their speed.  Writes nothing."""
+"""train.py --dry-run: a few steps of the real thing, and what the budget will buy at their
+speed.  Writes nothing."""
 import itertools
 import math
 import os
@@ -12,7 +13,7 @@ from plumbing.screen import amount
 SECONDS = 20                # of steps are measured; where one takes longer, it is the only one
 
 
-def rehearse(run, gradients, batches, blocks):
+def rehearse(run, gradients, blocks, batches):
     """`run`: a Run that was never started; `gradients`: train.py's, on the batches in their order."""
     arm, budget, config, took = run.arm, run.budget, run.config, []
     budget.price = arm.price(budget.unit)
@@ -27,16 +28,19 @@ def rehearse(run, gradients, batches, blocks):
         names, values = gradients(arm, next(batches), i, run.stages)
         arm.update(0.0, arm.ranks.sum(values / arm.ranks.size)[names.index("gradient_norm")])
         run.stages.read()
-        took.append(arm.ranks.sum(torch.tensor([time.monotonic() - began]))[0] / arm.ranks.size)    # alike on all
+        seconds = time.monotonic() - began
+        took.append(arm.ranks.sum(torch.tensor([seconds]))[0] / arm.ranks.size)             # alike on all
         if sum(took) >= SECONDS and len(took) > 2 or took[0] >= SECONDS:
             break
     seconds = sum(took[1:]) / len(took[1:]) if took[1:] else took[0]    # the first one allocates
-    steps = math.ceil(budget.total * 3600 / seconds if budget.unit == "hours" else budget.total / budget.price)
-    tokens, charged, say = config.batch_size * config.seq_len, steps * seconds, run.say
+    many = budget.total * 3600 / seconds if budget.unit == "hours" else budget.total / budget.price
+    steps = math.ceil(many)
+    tokens, charged, say = config.batch_size * config.length, steps * seconds, run.say
     say(f"memory: {memory(arm.device)}")
     say(f"speed: {tokens / seconds:,.0f} tokens/s, {seconds:.3g} s a step, measured over {len(took)}")
     say(f"--budget-{budget.unit} {budget.total:g} buys {steps:,} steps, {steps * tokens:,} tokens, "
-        f"{blocks.epochs(steps, config.batch_size):.3g} epochs in {amount(charged / 3600, 'hours')}, and "
+        f"{blocks.epochs(steps, config.batch_size * arm.phase.times):.3g} epochs in "
+        f"{amount(charged / 3600, 'hours')}, and "
         f"{amount(validations / 3600, 'hours')} go to {config.val_times} validations: begun now, it ends on "
         + time.strftime("%Y-%m-%d at %H:%M", time.localtime(time.time() + charged + validations)))
 
@@ -44,7 +48,8 @@ def rehearse(run, gradients, batches, blocks):
 def memory(device):
     """The most that was taken, of what there is."""
     if device.type == "cuda":
-        most, whole = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_properties(device).total_memory
+        most = torch.cuda.max_memory_allocated(device)
+        whole = torch.cuda.get_device_properties(device).total_memory
     else:
         try:
             import resource  # not on Windows

@@ -1,17 +1,18 @@
 """From the results of many runs to tables, a figure and a verdict: statistics only, nothing is trained here.
 
-Read it with compare.py.  A result is a dict, one per pretrained model: what it was (`strategy`, `budget`, `unit`,
-`unique_tokens`, `static_masks`, `seed`), what it cost (`tokens`, `epochs`, `charged_seconds`, `teacher_share`, ...) and
-what it scored (`scores`: {task: percent}, `average` over them; `tasks`: {task: {scores of each fine-tuning run, metric,
-n, majority: the constant answer's score, ...}}).
+Read it with compare.py.  A result is a dict, one per pretrained model: what it was (`strategy`, `budget`,
+`unit`, `unique_tokens`, `static_masks`, `seed`), what it cost (`tokens`, `epochs`, `charged_seconds`,
+`teacher_share`, ...) and what it scored (`scores`: {task: percent}, `average` over them; `tasks`: {task:
+{scores of each fine-tuning run, metric, n, majority: the constant answer's score, ...}}).
 
-The arms share their seeds (initial weights, data order, masks), so an arm's difference to the base arm is taken seed by
-seed, and its 95% interval is Student's t over those differences (n - 1 degrees of freedom).  It speaks of other seeds,
-on these dev sets.  The verdict looks at the best of several arms, so it asks more: an interval at 1 - 0.05 / k for k
-comparisons (Bonferroni).
+The arms share their seeds (initial weights, data order, masks), so an arm's difference to the base arm is
+taken seed by seed, and its 95% interval is Student's t over those differences (n - 1 degrees of freedom).  It
+speaks of other seeds, on these dev sets.  The verdict looks at the best of several arms, so it asks more: an
+interval at 1 - 0.05 / k for k comparisons (Bonferroni).
 
-An average is worth what its tasks measure: one on which neither the teacher nor any arm is above the constant answer
-and the untrained student outside the noise only adds noise, so it is named, and a second average leaves it out.
+An average is worth what its tasks measure: one on which neither the teacher nor any arm is above the constant
+answer and the untrained student outside the noise only adds noise, so it is named, and a
+second average leaves it out.
 """
 import csv
 import functools
@@ -21,7 +22,10 @@ from collections import Counter
 
 import numpy as np
 
-# arXiv 2404.19319, Table 2: GLUE dev, one seed, one A100; tokens, then QNLI, SST-2, MNLI, MRPC, QQP, RTE, CoLA, average
+from diagnose import D_ORDER_TURN
+
+# arXiv 2404.19319, Table 2: GLUE dev, one seed, one A100; tokens, then QNLI, SST-2, MNLI,
+# MRPC, QQP, RTE, CoLA, average
 PAPER_TASKS = ("qnli", "sst2", "mnli", "mrpc", "qqp", "rte", "cola")
 PAPERS_HOURS = {("6L768", False): 4, ("12L1024", False): 11.3, ("6L768", True): 24}
 PAPER = {                                                               # {(size, limited data): rows}
@@ -43,7 +47,7 @@ PAPER = {                                                               # {(size
 }
 
 
-# ---------------------------------------------------------------------------------------------------- statistics
+# ------------------------------------------------------------------------------------------------- statistics
 
 @functools.cache
 def t_quantile(p, df):
@@ -56,8 +60,8 @@ def t_quantile(p, df):
 
 
 def interval(differences, comparisons=1):
-    """(mean, half width) of the 95% interval of the mean of paired differences, Bonferroni-corrected for so many
-    comparisons; the half width is infinite for fewer than two."""
+    """(mean, half width) of the 95% interval of the mean of paired differences, Bonferroni-corrected for so
+    many comparisons; the half width is infinite for fewer than two."""
     n = len(differences)
     if n < 2:
         return float(np.mean(differences)), math.inf
@@ -75,7 +79,8 @@ def seeds_for(differences, points=1.0):
 
 
 def spread(values, digits=1):
-    return f"{np.mean(values):.{digits}f}" + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "")
+    std = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{std}"
 
 
 def signed(mean, half, digits=1):
@@ -83,12 +88,14 @@ def signed(mean, half, digits=1):
     return f"{mean:+.{digits}f}" + within
 
 
-# ------------------------------------------------------------------------------------------------------ grouping
+# --------------------------------------------------------------------------------------------------- grouping
 
 def groups(results):
-    """{(unique_tokens, static_masks, budget): {strategy: {seed: result}}}: all of the data first, budgets rising."""
+    """{(unique_tokens, static_masks, budget): {strategy: {seed: result}}}: all of the data
+    first, budgets rising."""
     found = {}
-    for r in sorted(results, key=lambda r: (-(r["unique_tokens"] or math.inf), r["static_masks"], r["budget"])):
+    for r in sorted(results, key=lambda r: (-(r["unique_tokens"] or math.inf), r["static_masks"],
+                                            r["budget"])):
         group = found.setdefault((r["unique_tokens"], r["static_masks"], r["budget"]), {})
         group.setdefault(r["strategy"], {})[r["seed"]] = r
     return found
@@ -130,7 +137,7 @@ def row_of(arm):
     return arm + " (MobileBERT's transfer on a plain BERT)" * ("mobilebert" in arm)
 
 
-# -------------------------------------------------------------------------------------------------------- floors
+# ----------------------------------------------------------------------------------------------------- floors
 
 def constant_answer(results):
     """The yardstick of no model at all: the class that is most frequent in dev, or one score for all."""
@@ -140,10 +147,11 @@ def constant_answer(results):
 
 
 def above(leads, error):
-    """The names whose mean lead is above 0 outside the noise, of {name: leads}; None where no spread is known.
+    """The names whose mean lead is above 0 outside the noise, of {name: leads}; None
+    where no spread is known.
 
-    The spread is pooled over the names (few seeds know their own badly), corrected for as many comparisons; to it
-    comes `error`, the standard error from the size of the dev set."""
+    The spread is pooled over the names (few seeds know their own badly), corrected for as many comparisons;
+    to it comes `error`, the standard error from the size of the dev set."""
     df = sum(len(values) - 1 for values in leads.values())
     if not df:
         return None
@@ -154,8 +162,8 @@ def above(leads, error):
 
 
 def measuring(results, yardsticks):
-    """(tasks that measure, tasks that do not): on these neither the teacher nor any arm is above the constant answer
-    and the untrained student outside the noise.  None where one run of each cannot tell."""
+    """(tasks that measure, tasks that do not): on these neither the teacher nor any arm is above the constant
+    answer and the untrained student outside the noise.  None where one run of each cannot tell."""
     runs_of = {y["name"]: y["runs"] for y in yardsticks if "runs" in y}
     if len(runs_of) < 2:
         return None
@@ -170,13 +178,37 @@ def measuring(results, yardsticks):
             over_constant[name] = [v - t["majority"] for v in values]
             over_untrained[name] = [v - u for v, u in zip(values, untrained, strict=False)]
         floor = max(t["majority"], np.mean(values_of(runs_of["random init"], [task]))) / 100
-        share = t["metric"] in ("accuracy", "f1")           # the others are correlations, whose error at 0 is this:
+        share = t["metric"] in ("accuracy", "f1")     # the others are correlations, whose error at 0 is this:
         error = 100 * math.sqrt((floor * (1 - floor) if share else 1) / t["n"])
         both = above(over_constant, error), above(over_untrained, error)
         if None in both:
             return None
         (measures if both[0] & both[1] else nothing).append(task)
     return measures, nothing
+
+
+def turned(r):
+    """Tokens at which D_order first passed 0.3, where the model began to use the order of its context, on the
+    line through the validations before and after; inf where it did not; None where it was not logged."""
+    points = [(p["tokens"], p["d_order"]) for p in r["curve"] if p.get("d_order") is not None]
+    before = (0, 0.0)
+    for tokens, d_order in points:
+        if d_order >= D_ORDER_TURN:
+            return before[0] + (tokens - before[0]) * (D_ORDER_TURN - before[1]) / (d_order - before[1])
+        before = tokens, d_order
+    return math.inf if points else None
+
+
+def turn_of(runs):
+    """The same of an arm's runs, for the table."""
+    at = [turned(r) for r in runs]
+    if None in at:
+        return ""
+    late = sum(map(math.isinf, at))
+    if late == len(at):
+        return f"> {min(r['tokens'] for r in runs) / 1e6:.2g}M"
+    mean = np.mean([x for x in at if math.isfinite(x)])
+    return f"{mean / 1e6:.2g}M" + f" ({late} of {len(at)} later)" * (late > 0)
 
 
 def setting(unique_tokens, static_masks):
@@ -190,16 +222,17 @@ def amount(budget, unit):
     return f"{budget:g} FLOPs".replace("e+", "e") if unit == "flops" else f"{budget:,.0f} {unit}"
 
 
-# -------------------------------------------------------------------------------------------------------- tables
+# ----------------------------------------------------------------------------------------------------- tables
 
 def markdown(head, rows):
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (head, ["---"] * len(head), *rows))
 
 
 def score_table(results, yardsticks=(), size=None):
-    """Scores, mean ± standard deviation over pretraining seeds (of a single one over its fine-tuning runs), and the
-    difference to the base arm, with the seeds that 1 point would need.  It holds nothing that depends on the machine's
-    speed.  `yardsticks`: {name, scores: {task: [percent]}, averages, runs: [as results, per seed]}."""
+    """Scores, mean ± standard deviation over pretraining seeds (of a single one over its fine-tuning runs),
+    and the difference to the base arm, with the seeds that 1 point would need.  It holds nothing that depends
+    on the machine's speed.  `yardsticks`: {name, scores: {task: [percent]}, averages, runs:
+    [as results, per seed]}."""
     tasks = list(results[0]["scores"])
     many, all_of = len(tasks) > 1, averaged(tasks)
     sets = [all_of, *second_average(results, yardsticks)]
@@ -210,38 +243,40 @@ def score_table(results, yardsticks=(), size=None):
         for name, runs in arms.items():
             first, of = next(iter(runs.values())), list(runs.values())
             val = [r["val"]["mlm"] for r in of if "mlm" in r["val"]]
-            rows.append([amount(budget, first["unit"]), setting(unique, static), row_of(name), f"{first['peak_lr']:g}",
-                         f"{np.mean([r['tokens'] for r in of]):,.0f}",
+            rows.append([amount(budget, first["unit"]), setting(unique, static), row_of(name),
+                         f"{first['peak_lr']:g}", f"{np.mean([r['tokens'] for r in of]):,.0f}",
                          f"{np.mean([r['epochs'] for r in of]):.2g}", f"{np.mean(val):.2f}" if val else "",
-                         *[spread(values_of(of, [task])) for task in tasks]])
+                         turn_of(of), *[spread(values_of(of, [task])) for task in tasks]])
             for names in sets:
                 lead = differences(runs, arms[base], over(names))
                 rows[-1] += [spread(values_of(of, names))] * many + (
-                    ["", ""] if name == base else [signed(*interval(lead)), seeds_for(lead) if len(lead) > 1 else ""])
+                    ["", ""] if name == base else [signed(*interval(lead)),
+                                                   seeds_for(lead) if len(lead) > 1 else ""])
     for limited in dict.fromkeys(unique is not None for unique, _, _ in groups(results)):
         paper = PAPER.get((size, limited), {}) if set(tasks) & set(PAPER_TASKS) else {}
         for name, (tokens, *values, average) in paper.items():
             of = dict(zip(PAPER_TASKS, values, strict=True))
             rows.append([f"the paper's: {PAPERS_HOURS[size, limited]} h, one A100, one seed",
-                         "limited" if limited else "all", name, "", f"{tokens:.2g}", "", "",
-                         *[of.get(task, "") for task in tasks], *([f"{average} (7 tasks)"] if many else []), "", "",
-                         *["", "", ""] * (len(sets) - 1)])
+                         "limited" if limited else "all", name, "", f"{tokens:.2g}", "", "", "",
+                         *[of.get(task, "") for task in tasks], *([f"{average} (7 tasks)"] if many else []),
+                         "", "", *["", "", ""] * (len(sets) - 1)])
     for y in yardsticks:
-        runs = y.get("runs", []) if seeds == 1 else []      # as the arms: fine-tuning runs of one pretrained model
-        rows.append(["", "", y["name"], "", "", "", "",
+        runs = y.get("runs", []) if seeds == 1 else []  # as the arms: fine-tuning runs of one model
+        rows.append(["", "", y["name"], "", "", "", "", "",
                      *[spread(values_of(runs, [task]) if runs else y["scores"][task]) for task in tasks]])
         for names in sets:
-            rows[-1] += [spread(values_of(runs, names) if runs else np.mean([y["scores"][task] for task in names], 0))
-                         ] * many + ["", ""]
+            values = values_of(runs, names) if runs else np.mean([y["scores"][task] for task in names], 0)
+            rows[-1] += [spread(values)] * many + ["", ""]
     base = base_of(next(iter(groups(results).values())))
-    head = ["budget", "data", "arm", "peak LR", "tokens", "epochs", "val MLM", *tasks]
+    head = ["budget", "data", "arm", "peak LR", "tokens", "epochs", "val MLM", "turn", *tasks]
     for i, names in enumerate(sets):
-        title = "average" + (" of " + "+".join(names) if i else " of the paper's 7" * (set(PAPER_TASKS) <= set(tasks)))
+        papers = " of the paper's 7" * (set(PAPER_TASKS) <= set(tasks))
+        title = "average" + (" of " + "+".join(names) if i else papers)
         head += [title] * many + [f"Δ to {base} [95%]", "n for 1 point"]
-    if all(r["unique_tokens"] is None for r in results):                # one setting needs no column
-        head.pop(1)
-        for row in rows:
-            row.pop(1)
+    unneeded = [1] * all(r["unique_tokens"] is None for r in results)   # one setting needs no column
+    unneeded += [head.index("turn")] * all(turned(r) is None for r in results)
+    for row in (head, *rows):
+        row[:] = [cell for i, cell in enumerate(row) if i not in unneeded]
     return markdown(head, rows)
 
 
@@ -261,7 +296,8 @@ def probes_of(r):
 
 
 def probe_table(results, yardsticks):
-    """What the frozen encoders know: mean ± standard deviation over pretraining seeds; then each probe's best arm."""
+    """What the frozen encoders know: mean ± standard deviation over pretraining seeds; then
+    each probe's best arm."""
     found = groups(results)
     columns = list(dict.fromkeys(name for r in results for name in probes_of(r)))
     rows, lines = [], []
@@ -277,10 +313,10 @@ def probe_table(results, yardsticks):
             lines += best_probe(arms, column, where)
     rows += [["", y["name"], *cells(y["runs"])] for y in yardsticks if "runs" in y]
     return "\n\n".join([
-        "Probes of the frozen encoders, no part of any average above. linear: a regression on the mean-pooled last "
-        "hidden state, scored as the task is; similarity: Spearman of the cosine with the score, untrained; MLM: "
-        "validation loss in nats, at masked tokens that also occur unmasked in their block (repeated) and at the "
-        "others; D_order: what the order of the context is worth, in nats.",
+        "Probes of the frozen encoders, no part of any average above. linear: a regression on the "
+        "mean-pooled last hidden state, scored as the task is; similarity: Spearman of the cosine with the "
+        "score, untrained; MLM: validation loss in nats, at masked tokens that also occur unmasked in their "
+        "block (repeated) and at the others; D_order: what the order of the context is worth, in nats.",
         markdown(["budget", "arm", *columns], rows), *lines])
 
 
@@ -289,9 +325,11 @@ def digits_of(column):
 
 
 def best_probe(arms, column, where):
-    """["Probe COLUMN at WHERE: the best arm and its lead over the base arm"], where there are two arms to compare."""
+    """["Probe COLUMN at WHERE: the best arm and its lead over the base arm"], where there
+    are two arms to compare."""
     def value(r):
-        return probes_of(r)[column] * (-1 if column.startswith("MLM") else 1)       # a loss: the lowest is the best
+        # a loss: the lowest is the best
+        return probes_of(r)[column] * (-1 if column.startswith("MLM") else 1)
     of = {name: runs for name, runs in arms.items() if all(column in probes_of(r) for r in runs.values())}
     if len(of) < 2:
         return []
@@ -309,8 +347,10 @@ def cost_table(results):
         for name, runs in arms.items():
             def mean(key, runs=runs):
                 return np.mean([r[key] for r in runs.values()])
-            rows.append([amount(budget, next(iter(runs.values()))["unit"]), setting(unique, static), row_of(name),
-                         f"{mean('tokens'):,.0f}", f"{mean('tokens') / tokens:.2f}", f"{mean('charged_seconds'):,.1f}",
+            unit = next(iter(runs.values()))["unit"]
+            rows.append([amount(budget, unit), setting(unique, static), row_of(name),
+                         f"{mean('tokens'):,.0f}", f"{mean('tokens') / tokens:.2f}",
+                         f"{mean('charged_seconds'):,.1f}",
                          f"{mean('tokens_per_second'):,.0f}", f"{mean('teacher_share'):.0%}",
                          *([f"{mean('speed'):.2f}"] if results[0].get("speed") else [])])
     return markdown(["budget", "data", "arm", "tokens", "x base", "charged s", "tokens/s", "in teacher",
@@ -319,27 +359,28 @@ def cost_table(results):
 
 def comma_separated(results):
     """One line per pretrained model, as CSV."""
-    fixed = ("strategy", "budget", "unit", "unique_tokens", "static_masks", "seed", "peak_lr", "steps", "tokens",
-             "epochs", "charged_seconds", "tokens_per_second", "teacher_share")
+    fixed = ("strategy", "budget", "unit", "unique_tokens", "static_masks", "seed", "peak_lr", "steps",
+             "tokens", "epochs", "charged_seconds", "tokens_per_second", "teacher_share")
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow([*fixed, "val_mlm", *results[0]["scores"], "average"])
     for r in results:
-        writer.writerow([*(r[key] for key in fixed), r["val"].get("mlm"), *r["scores"].values(), r["average"]])
+        writer.writerow([*(r[key] for key in fixed), r["val"].get("mlm"), *r["scores"].values(),
+                         r["average"]])
     return file.getvalue()
 
 
-# ------------------------------------------------------------------------------------------------------- verdict
+# ---------------------------------------------------------------------------------------------------- verdict
 
 def verdict(results, yardsticks=()):
-    """The table in plain words: the tasks that measure nothing; the best arm of each group and whether its lead is
-    noise, also over the untrained student, and the same over the tasks that measure; then where curves cross; then what
-    repeated data and static masks did."""
+    """The table in plain words: the tasks that measure nothing; the best arm of each group and whether its
+    lead is noise, also over the untrained student, and the same over the tasks that measure; then where
+    curves cross; then what repeated data and static masks did."""
     found, lines = groups(results), []
     told = measuring(results, yardsticks)
     if told and told[1]:
-        lines.append(f"Measures nothing here: {', '.join(told[1])}: neither the teacher nor any arm is above the "
-                     f"constant answer and the random init outside the noise." + (
+        lines.append(f"Measures nothing here: {', '.join(told[1])}: neither the teacher nor any arm is above "
+                     f"the constant answer and the random init outside the noise." + (
                          "" if told[0] else " That is every task: the averages below rank noise."))
     where = "At"
     for names in (averaged(results[0]["scores"]), *second_average(results, yardsticks)):
@@ -361,13 +402,14 @@ def best_arms(found, yardsticks, tasks, where):
         leads = [lead_in_words(differences(arms[best], runs, value), name, len(rivals | arms) - 1)
                  for name, runs in rivals.items()]
         runs = list(arms[best].values())
-        lines.append(f"{where} {amount(budget, runs[0]['unit'])} on {setting(unique, static)}, {best} scores highest: "
-                     f"{'; '.join([spread(values_of(runs, tasks)), *leads])}.")
+        lines.append(f"{where} {amount(budget, runs[0]['unit'])} on {setting(unique, static)}, {best} scores "
+                     f"highest: {'; '.join([spread(values_of(runs, tasks)), *leads])}.")
     return lines
 
 
 def resolution(results, seeds):
-    """What so many seeds can tell apart at the spread of these results, in words; "" where it is not known."""
+    """What so many seeds can tell apart at the spread of these results, in words; ""
+    where it is not known."""
     leads = [differences(runs, arms[base_of(arms)]) for arms in groups(results).values()
              for name, runs in arms.items() if name != base_of(arms)]
     stds = sorted(np.std(lead, ddof=1) for lead in leads if len(lead) > 1)
@@ -379,12 +421,14 @@ def resolution(results, seeds):
     else:
         low, mid, high = (t_quantile(0.975, seeds - 1) * std / math.sqrt(seeds)
                           for std in (stds[0], stds[len(stds) // 2], stds[-1]))
-        able = f"{seeds} seeds tell differences from {low:.1f} to {high:.1f} points from noise (median {mid:.1f})"
+        able = (f"{seeds} seeds tell differences from {low:.1f} to {high:.1f} points from noise "
+                f"(median {mid:.1f})")
     return f"{able}; a difference of 1 point needs {min(need)} to {max(need)}"
 
 
 def lead_in_words(lead, rival, comparisons, digits=1):
-    """'against no_kd +1.2 [+0.3, +2.1], outside the noise': the interval is the plain one, the judgement corrected."""
+    """'against no_kd +1.2 [+0.3, +2.1], outside the noise': the interval is the plain one,
+    the judgement corrected."""
     mean, half = interval(lead)
     text = f"against {rival} {signed(mean, half, digits)}, "
     if not math.isfinite(half):
@@ -397,49 +441,50 @@ def lead_in_words(lead, rival, comparisons, digits=1):
 
 
 def crossings(found, unit):
-    """Where an arm's mean overtakes the base arm's between two budgets, on the straight line over log budget."""
-    lines = []
-    budgets = {}
-    for (unique, static, budget), arms in found.items():
-        budgets.setdefault((unique, static), []).append((budget, arms))
-    for (unique, static), points in budgets.items():
-        for (low, before), (high, after) in zip(points, points[1:], strict=False):
-            for name in before:
-                base = base_of(before)
-                if name == base or name not in after or base not in after:
-                    continue
-                leads = [interval(differences(arms[name], arms[base])) for arms in (before, after)]
-                d0, d1 = (mean for mean, _ in leads)
-                half = max(half for _, half in leads)
-                noise = (" (of one seed)" if math.isinf(half) else " (inside the noise)" * any(
-                    abs(mean) <= half for mean, half in leads))
-                if d0 * d1 < 0:
-                    at = float(f"{low * (high / low) ** (d0 / (d0 - d1)):.2g}")
-                    lines.append(f"On {setting(unique, static)}, the mean of {name} "
-                                 f"{'overtakes' if d1 > 0 else 'falls behind'} {base}'s at about {amount(at, unit)}, "
-                                 f"between {amount(low, unit)} and {amount(high, unit)}{noise}.")
+    """Where an arm's mean overtakes the base arm's between two budgets, on the straight
+    line over log budget."""
+    lines, last = [], {}
+    for (unique, static, high), after in found.items():
+        low, before = last.get((unique, static), (high, {}))
+        last[unique, static] = high, after
+        for name in before:
+            base = base_of(before)
+            if name == base or name not in after or base not in after:
+                continue
+            leads = [interval(differences(arms[name], arms[base])) for arms in (before, after)]
+            (d0, _), (d1, _) = leads
+            noise = (" (of one seed)" if any(math.isinf(half) for _, half in leads) else
+                     " (inside the noise)" * any(abs(mean) <= half for mean, half in leads))
+            if d0 * d1 < 0:
+                at = float(f"{low * (high / low) ** (d0 / (d0 - d1)):.2g}")
+                lines.append(f"On {setting(unique, static)}, the mean of {name} "
+                             f"{'overtakes' if d1 > 0 else 'falls behind'} {base}'s at about "
+                             f"{amount(at, unit)}, between {amount(low, unit)} and "
+                             f"{amount(high, unit)}{noise}.")
     return lines
 
 
 def repetition(found):
-    """What fewer unique tokens and static masks did to the base arm and to the others' leads over it, seed by seed."""
+    """What fewer unique tokens and static masks did to the base arm and to the others' leads
+    over it, seed by seed."""
     lines = []
     for (unique, static, budget), arms in found.items():
         for other in ((None, False, budget), (unique, False, budget)):
             before = found.get(other, {})
             base = base_of(arms)
             if other == (unique, static, budget) or (other[0] is None) == static or base not in before:
-                continue            # the limited data against all of it, its static masks against its fresh ones
+                continue         # the limited data against all of it, its static masks against its fresh ones
             epochs = np.mean([r["epochs"] for r in arms[base].values()])
             parts = [f"{base} changes by {signed(*interval(differences(arms[base], before[base])))}"]
-            for name in arms:
-                if name != base and name in before:
-                    seeds = [s for s in arms[name] if all(s in a for a in (arms[base], before[name], before[base]))]
-                    change = [arms[name][s]["average"] - arms[base][s]["average"]
-                              - before[name][s]["average"] + before[base][s]["average"] for s in seeds]
-                    parts.append(f"the lead of {name} over it by {signed(*interval(change))}")
-            lines.append(f"At {amount(budget, next(iter(arms[base].values()))['unit'])}, {setting(unique, static)} "
-                         f"({epochs:.1f} epochs of {base}) against {setting(*other[:2])}: {', '.join(parts)}.")
+            for name in (name for name in arms if name != base and name in before):
+                seeds = [seed for seed in arms[name]
+                         if all(seed in runs for runs in (arms[base], before[name], before[base]))]
+                change = [arms[name][s]["average"] - arms[base][s]["average"]
+                          - before[name][s]["average"] + before[base][s]["average"] for s in seeds]
+                parts.append(f"the lead of {name} over it by {signed(*interval(change))}")
+            lines.append(f"At {amount(budget, next(iter(arms[base].values()))['unit'])}, "
+                         f"{setting(unique, static)} ({epochs:.1f} epochs of {base}) against "
+                         f"{setting(*other[:2])}: {', '.join(parts)}.")
     return lines
 
 
@@ -447,28 +492,32 @@ def remarks(results):
     """What the spreads and intervals mean here, and what went wrong in fine-tuning."""
     seeds, first = len({r["seed"] for r in results}), next(iter(results[0]["tasks"].values()))
     if seeds > 1:
-        lines = [f"± is the standard deviation over {seeds} pretraining seeds, each fine-tuned with its own; Δ is "
-                 f"the mean of the differences seed by seed, in brackets its 95% interval (Student's t, {seeds - 1} "
-                 f"degree{'s' * (seeds > 2)} of freedom). Both speak of other seeds, on the same teacher and dev sets. "
-                 f"\"n for 1 point\": with so many pretraining seeds a difference of 1 point would be outside that "
-                 f"interval at this spread, of which {seeds} seeds give a rough idea."]
+        lines = [f"± is the standard deviation over {seeds} pretraining seeds, each fine-tuned with its own; "
+                 f"Δ is the mean of the differences seed by seed, in brackets its 95% interval (Student's t, "
+                 f"{seeds - 1} degree{'s' * (seeds > 2)} of freedom). Both speak of other seeds, on the same "
+                 f"teacher and dev sets. \"n for 1 point\": with so many pretraining seeds a difference of 1 "
+                 f"point would be outside that interval at this spread, of which {seeds} "
+                 f"seeds give a rough idea."]
     elif len(results[0]["tasks"]) == 1 and first["metric"] == "accuracy" and len(first["scores"]) > 1:
         runs, p = len(first["scores"]), np.mean([r["average"] for r in results]) / 100
         dev = 100 * math.sqrt(p * (1 - p) / first["n"])
         tuning = math.sqrt(np.mean([t["std"] ** 2 for r in results for t in r["tasks"].values()]) / runs)
-        lines = [f"One pretraining seed per arm: ± is the standard deviation over {runs} fine-tuning seeds of one "
-                 f"pretrained model, so pretraining's own spread is not in it. A score's standard error is "
-                 f"{tuning:.1f} points from its {runs} fine-tuning seeds and {dev:.1f} from the {first['n']:,} dev "
-                 f"examples: a difference under {2 * math.sqrt(2 * (tuning ** 2 + dev ** 2)):.1f} points is noise, a "
-                 f"larger one is a hint at most."]
+        lines = [f"One pretraining seed per arm: ± is the standard deviation over {runs} fine-tuning seeds "
+                 f"of one pretrained model, so pretraining's own spread is not in it. A score's standard "
+                 f"error is {tuning:.1f} points from its {runs} fine-tuning seeds and {dev:.1f} from the "
+                 f"{first['n']:,} dev examples: a difference under "
+                 f"{2 * math.sqrt(2 * (tuning ** 2 + dev ** 2)):.1f} points is noise, a larger "
+                 f"one is a hint at most."]
     else:
         lines = ["One pretraining seed per arm" + (": ± is the standard deviation over fine-tuning seeds of one "
-                 "pretrained model" if len(first["scores"]) > 1 else "") + ": no difference here can be told from "
-                 "noise; give --seeds 3 or more."]
-    collapsed = Counter(task for r in results for task, t in r["tasks"].items() for _ in range(t["collapsed"]))
+                 "pretrained model" if len(first["scores"]) > 1 else "") + ": no difference here can be told "
+                 "from noise; give --seeds 3 or more."]
+    collapsed = Counter(task for r in results for task, t in r["tasks"].items()
+                        for _ in range(t["collapsed"]))
     if collapsed:
-        lines.append(f"Fine-tuning runs that predicted a single class, of {len(results) * len(first['scores'])} per "
-                     f"task: {', '.join(f'{task} {n}' for task, n in collapsed.items())}.")
+        lines.append(f"Fine-tuning runs that predicted a single class, of "
+                     f"{len(results) * len(first['scores'])} per task: "
+                     f"{', '.join(f'{task} {n}' for task, n in collapsed.items())}.")
     devices = {f"{r['device']}" for r in results}
     if len(devices) > 1:
         lines.append(f"Beware: the runs were made on different devices ({', '.join(sorted(devices))}).")
@@ -508,22 +557,29 @@ def drift(results):
     means = {name: float(np.mean(values)) for name, values in speeds.items()}
     if not means or max(means.values()) <= 1.05 * min(means.values()):
         return []
-    return ["Beware: these arms did not have the same budget. A fixed step, timed before and after each run, went at "
-            + ", ".join(f"{value:.2f} ({name})" for name, value in means.items())
+    return ["Beware: these arms did not have the same budget. A fixed step, timed before and after each run, "
+            "went at " + ", ".join(f"{value:.2f} ({name})" for name, value in means.items())
             + " times the first run's speed, so an hour was not the same for all: give --budget-flops."]
 
 
-# -------------------------------------------------------------------------------------------------------- figure
+# ----------------------------------------------------------------------------------------------------- figure
 
-STYLES = [dict(color=color, linestyle=line, marker=marker, markerfacecolor=face) for color, line, marker, face in (
-    ("black", "-", "o", "black"), ("0.45", "--", "s", "0.45"), ("black", ":", "^", "white"),
-    ("0.45", "-.", "D", "white"), ("0.2", (0, (1, 4)), "v", "0.2"), ("0.6", "-", "x", "0.6"))]
+# The colours of Okabe and Ito without the yellow, dashes, markers with their SVG paths: 7 x 4 x 5 curves differ
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000", "#56B4E9")
+DASHES = ((), (6, 2), (2, 2), (8, 2, 2, 2))
+MARKERS = {"o": "M-3,0a3,3 0 1,0 6,0a3,3 0 1,0 -6,0", "s": "M-3,-3h6v6h-6z", "^": "M0,-4L4,3H-4z",
+           "D": "M0,-4L4,0L0,4L-4,0z", "v": "M0,4L4,-3H-4z"}
+
+
+def curve_look(i):
+    """Colour, dash and marker of the i-th curve."""
+    return dict(colour=COLOURS[i % len(COLOURS)], dash=DASHES[i % len(DASHES)],
+                marker=[*MARKERS][i % len(MARKERS)])
 
 
 def figure(results, yardsticks, path):
-    """Left: score of each arm per budget and data setting, ± standard deviation over pretraining seeds.  Middle: score
-    against the tokens that the budget bought, in the first data setting.  Right: validation MLM loss against charged
-    seconds.  Black and white."""
+    """Left: the score of each arm, against the budget where there are several, ± standard deviation over
+    pretraining seeds.  Right, where it was logged: validation MLM loss against tokens, at the largest budget."""
     try:
         import matplotlib
     except ImportError:
@@ -532,42 +588,71 @@ def figure(results, yardsticks, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     found = groups(results)
+    kinds = list(dict.fromkeys(key[:2] for key in found))               # data settings
     names = list(dict.fromkeys(r["strategy"] for r in results))
-    style = {name: STYLES[i % len(STYLES)] for i, name in enumerate(names)}
-    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(12 + 0.5 * len(found), 4), layout="constrained",
-                                              width_ratios=(max(1.0, 0.45 * len(found)), 1, 1))
-    keys, unit = list(found), results[0]["unit"]
-    for i, name in enumerate(names):
-        for kind in dict.fromkeys(key[:2] for key in keys):             # a curve per data setting
-            at = [key for key in keys if key[:2] == kind and name in found[key]]
-            values = [[r["average"] for r in found[key][name].values()] for key in at]
-            mean, std = np.array([(np.mean(v), np.std(v, ddof=1) if len(v) > 1 else 0.0) for v in values]).T
-            x = np.array([keys.index(key) for key in at]) + 0.1 * (i - (len(names) - 1) / 2)
-            tokens = [np.mean([r["tokens"] for r in found[key][name].values()]) / 1e6 for key in at]
-            for axis, across in ((left, x), (middle, tokens))[:1 if kind != keys[0][:2] else 2]:
-                axis.plot(across, mean, label=name if kind == keys[0][:2] else None, **style[name])
-                if len(at) > 1:
-                    axis.fill_between(across, mean - std, mean + std, color="0.5", alpha=0.12, linewidth=0)
-                else:
-                    axis.errorbar(across, mean, yerr=std, capsize=3, color=style[name]["color"])
-    left.set_xticks(range(len(keys)), [
-        f"{amount(budget, unit)}\n" + ("all data" if unique is None else f"{unique / 1e6:g}M ids") + "\nstatic" * static
-        for unique, static, budget in keys], fontsize=8)
-    for y, line in zip(yardsticks, ("-.", ":", "--"), strict=False):
-        left.axhline(np.mean(y["averages"]), color="0.6", linestyle=line, linewidth=1)
-        left.annotate(y["name"], (0.01, np.mean(y["averages"])), xycoords=("axes fraction", "data"), fontsize=8,
-                      va="bottom", color="0.3")
-    left.set(ylabel="score, %", xlabel="budget and data; bands and bars: ± std over pretraining seeds")
-    left.legend(fontsize=8)
-    middle.set(xlabel="million tokens", ylabel="score, %")
-    budget = max(budget for _, _, budget in keys)
-    for r in results:
-        if (r["unique_tokens"], r["static_masks"], r["budget"]) == (*keys[0][:2], budget) and r["curve"]:
-            seconds, loss = zip(*r["curve"], strict=True)
-            right.plot(seconds, loss, linewidth=1, label=r["strategy"] if r["seed"] == results[0]["seed"] else None,
-                       **style[r["strategy"]] | dict(markersize=3))
-    right.set(xlabel=f"charged seconds of {amount(budget, unit)}", ylabel="validation MLM loss (arms with an LM head)")
-    if right.has_data():
-        right.legend(fontsize=8)
+    styles = {kind: {name: dict(color=of["colour"], marker=of["marker"], markersize=5, linewidth=1.5,
+                                linestyle=(0, of["dash"]) if of["dash"] else "-",
+                                markerfacecolor=of["colour"] if kind == kinds[0] else "white")
+                     for name, of in zip(names, map(curve_look, range(len(names))), strict=True)}
+              for kind in kinds}
+    largest = (*kinds[0], max(budget for *_, budget in found))
+    curves = [r for r in results if len(r["curve"]) > 1
+              and (r["unique_tokens"], r["static_masks"], r["budget"]) == largest]
+    single = len(found) == 1
+    height = max(3.6, 0.28 * len(names) + 1.2 if single else 0)
+    fig, panels = plt.subplots(1, 1 + bool(curves), layout="constrained", squeeze=False,
+                               figsize=(9 if curves else 6.5, height))
+    (one_budget if single else many_budgets)(panels[0, 0], found, kinds, names, styles)
+    for y in yardsticks:
+        mean, at = np.mean(y["averages"]), 0.02
+        (panels[0, 0].axvline if single else panels[0, 0].axhline)(mean, color="0.4", linewidth=0.8, zorder=0)
+        panels[0, 0].annotate(y["name"], (mean, at) if single else (at, mean), fontsize=8, color="0.3",
+                              xycoords=("data", "axes fraction") if single else ("axes fraction", "data"),
+                              rotation=90 if single else 0, ha="right" if single else "left", va="bottom")
+    for r in curves:
+        name, style = r["strategy"], styles[kinds[0]][r["strategy"]]
+        panels[0, 1].plot([p["tokens"] / 1e6 for p in r["curve"]], [p["mlm"] for p in r["curve"]],
+                          label=name if r["seed"] == results[0]["seed"] else None, **style | dict(markersize=3))
+    if curves:
+        panels[0, 1].set(xlabel="million tokens", ylabel="validation MLM loss, nats")
+        panels[0, 1].legend(fontsize=8)
+    for panel in panels[0]:
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(color="0.92")
+        panel.set_axisbelow(True)
     fig.savefig(path, dpi=150)
     plt.close(fig)
+
+
+def one_budget(axis, found, kinds, names, styles):
+    """A row per arm: a tick per seed, the mean and its standard deviation."""
+    arms, = found.values()
+    for i, name in enumerate(names):
+        values, style = [r["average"] for r in arms[name].values()], styles[kinds[0]][name]
+        axis.plot(values, [i] * len(values), linestyle="", marker="|", markersize=11, color=style["color"])
+        axis.errorbar(np.mean(values), i, xerr=np.std(values, ddof=1) if len(values) > 1 else None, capsize=3,
+                      **style | dict(linestyle=""))
+    axis.set_yticks(range(len(names)), names)
+    axis.invert_yaxis()
+    (_, _, budget), = found
+    unit = next(iter(arms[names[0]].values()))["unit"]
+    axis.set(xlabel=f"score, %, at {amount(budget, unit)}; ticks: seeds")
+
+
+def many_budgets(axis, found, kinds, names, styles):
+    """A curve per arm and data setting; lines beside each other, so that none hides another one's bars."""
+    for kind in kinds:
+        for i, name in enumerate(names):
+            at = [key for key in found if key[:2] == kind and name in found[key]]
+            of = [[r["average"] for r in found[key][name].values()] for key in at]
+            x = np.array([budget for *_, budget in at]) * 1.02 ** (i - (len(names) - 1) / 2)
+            spreads = [np.std(v, ddof=1) if len(v) > 1 else 0.0 for v in of]
+            axis.errorbar(x, list(map(np.mean, of)), spreads, capsize=2, elinewidth=0.8, **styles[kind][name],
+                          label=name + (f", {setting(*kind)}" if len(kinds) > 1 else ""))
+    axis.set_xscale("log")
+    budgets = sorted({budget for *_, budget in found})
+    unit = next(iter(next(iter(next(iter(found.values())).values())).values()))["unit"]
+    axis.set_xticks(budgets, [amount(budget, unit) for budget in budgets], fontsize=8)
+    axis.minorticks_off()
+    axis.set(xlabel="budget of a run; bars: ± std over pretraining seeds", ylabel="score, %")
+    axis.legend(fontsize=8, ncols=1 + (len(names) * len(kinds) > 8))

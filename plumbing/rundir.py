@@ -1,7 +1,8 @@
-"""A run directory: what is written beside the steps, and what is said about a run.  Nothing here is on the clock.
+"""A run directory: what is written beside the steps, and what is said about a run.
+Nothing here is on the clock.
 
-config.json (with the sha256 of what it was made from), log.jsonl, checkpoint.pt and the one before, model/, and, at the
-end, summary.json.
+config.json (with the sha256 of what it was made from), log.jsonl, checkpoint.pt and the one before, model/,
+and, at the end, summary.json.
 """
 import contextlib
 import dataclasses
@@ -20,8 +21,8 @@ from plumbing.screen import Screen, changes
 
 
 def contents(directory, teacher=None):
-    """What stands in the token files and in the teacher's weights, by sha256: under the same paths, something else may
-    stand tomorrow."""
+    """What stands in the token files and in the teacher's weights, by sha256: under the same paths, something
+    else may stand tomorrow."""
     found = {"contents of data": directory.manifest["sha256"]}
     if teacher:
         found["contents of teacher"] = [sha256(f) for f in
@@ -29,7 +30,8 @@ def contents(directory, teacher=None):
     return found
 
 
-NOT_THE_RUN = ("out", "checkpoint_minutes", "baselines", "tensorboard", "dry_run")   # may differ when it goes on
+# What may differ when a run goes on
+NOT_THE_RUN = ("out", "checkpoint_minutes", "baselines", "tensorboard", "dry_run")
 
 
 def begun(out):
@@ -39,15 +41,17 @@ def begun(out):
 
 
 def finished(record, out, defaults):
-    """The summary if the run of this very record has finished in `out`, None if it has not; another one is refused.
-    `defaults`: of what a configuration of an older version does not name."""
+    """The summary if the run of this very record has finished in `out`, None if it has not; another one is
+    refused.  `defaults`: of what a configuration of an older version does not name."""
     if not (before := begun(out)):
         return None
     before = defaults | before
-    differ = [k if k.startswith("contents") else f"{k} ({before.get(k)} there, {v} here)" for k, v in record.items()
+    differ = [k if k.startswith("contents") else f"{k} ({before.get(k)} there, {v} here)"
+              for k, v in record.items()
               if before.get(k, v if k.startswith("contents") else None) != v and k not in NOT_THE_RUN]
     if differ:
-        raise UserError(f"{out} holds a run of another configuration: {', '.join(differ)}: give another --out")
+        raise UserError(f"{out} holds a run of another configuration: "
+                        f"{', '.join(differ)}: give another --out")
     return read_json(out / "summary.json") if (out / "summary.json").exists() else None
 
 
@@ -63,13 +67,14 @@ def event_writer():
 class Run:
     """The run directory: what is written beside the steps, none of it on the clock, and only by rank 0."""
 
-    def __init__(self, config, out, arm, budget, stages, directory, val_blocks, say, status=None, writes=True,
-                 offline=None):
-        self.offline = offline or {}
+    def __init__(self, config, out, arm, budget, stages, directory, offline, val_blocks, say, status=None,
+                 writes=True):
         self.config, self.out, self.arm, self.budget, self.stages = config, out, arm, budget, stages
-        self.directory, self.val_blocks, self.screen = directory, val_blocks, Screen(arm, budget, say, status)
+        self.directory, self.offline, self.val_blocks = directory, offline, val_blocks
+        self.screen = Screen(arm, budget, say, status)
         self.validations, self.seconds, self.teacher_mlm, self.d_order = 0, 0.0, None, None
-        self.baselines, self.val, self.vals, self.say = {}, {}, [], self.screen.say     # vals: at the phases' ends
+        self.baselines, self.val, self.say = {}, {}, self.screen.say
+        self.vals = []                                                  # at the phases' ends
         self.saved, self.writes = time.monotonic(), writes
         self.event_writer = event_writer() if config.tensorboard else None
 
@@ -77,13 +82,15 @@ class Run:
         state = checkpoint.load_run(self.out, self.say)
         arm, budget = self.arm, self.budget
         if state:
-            budget.ended, self.vals = state.get("ended", []), state.get("vals", [])    # older ones have no phases
+            # Older checkpoints have no phases
+            budget.ended, self.vals = state.get("ended", []), state.get("vals", [])
             if budget.ended:
                 arm.enter(len(budget.ended))
                 arm.make_optimizer()
             arm.student.load_state_dict(state["student"])
             arm.proj.load_state_dict(state["proj"])
-            arm.optimizer.load_state_dict(state["optimizer"])
+            for name, optimizer in zip(("optimizer", "muon"), arm.optimizers, strict=False):
+                optimizer.load_state_dict(state[name])
             budget.steps, budget.seconds, self.seconds = state["steps"], state["seconds"], state["seconds"]
             budget.uncharged, self.stages.seconds = state["uncharged"], state["charged"]
             self.validations, self.teacher_mlm = state["validations"], state["teacher_mlm"]
@@ -98,17 +105,21 @@ class Run:
     def next_phase(self, signals):
         """Ends the phase and enters the next one that has a share left; nothing of it is on the clock."""
         arm, budget = self.arm, self.budget
-        val = self.validate(signals)
+        span, ended = arm.phase.span, [phase for phase in arm.phases if phase.end <= budget.progress]
+        val = self.validate(signals) if arm.phases[len(ended)].span != span else None
         while arm.phases[len(budget.ended)].end <= budget.progress:
             self.vals.append(val if len(budget.ended) == arm.number else None)
             budget.ended.append((budget.phase_steps, budget.price))
-        self.say(f"{arm.phase.name} ended after {budget.ended[arm.number][0]} steps: "
-                 + ", ".join(f"val_{name} {value:.4f}" for name, value in (val or {}).items()))
+        if val:
+            self.say(f"{arm.phase.name} ended after {budget.ended[arm.number][0]} steps: "
+                     + ", ".join(f"val_{name} {value:.4f}" for name, value in val.items()))
         with budget.pause("compile"):
-            arm.enter(len(budget.ended))
-            arm.make_optimizer()
+            new = arm.pass_on(len(budget.ended))
             budget.price = arm.price(budget.unit)
-        self.describe()
+        if new:
+            self.describe()
+        else:
+            self.say(f"now {arm.phase.name}, to {arm.phase.end:.0%}")
 
     def describe(self):
         if not self.writes:
@@ -118,12 +129,13 @@ class Run:
                 self.teacher_mlm = self.arm.validate(self.val_blocks, model=self.arm.teacher)["mlm"]
             self.val = self.arm.validate(self.val_blocks)
             describe(self.arm, self.val, self.budget.steps, self.teacher_mlm, self.say)
-            for line in self.offline.get("lines", ()):
+            for line in self.offline.lines:
                 self.say(line)
             if self.config.baselines:
                 losses, _ = counting(self.directory, validation(self.val_blocks, self.config.val_blocks))
                 self.baselines = {name: float(loss.mean()) for name, loss in losses.items()}
-                self.say("counting reaches: " + ", ".join(f"{name} {v:.3f}" for name, v in self.baselines.items()))
+                self.say("counting reaches: " + ", ".join(f"{name} {v:.3f}"
+                                                          for name, v in self.baselines.items()))
         self.screen.mark()
 
     def after_step(self, record, signals):
@@ -135,7 +147,8 @@ class Run:
             if record["step"] % self.config.log_every == 0:
                 self.write(record | self.screen.speed())
             self.screen.show(record)
-        due = min(int(self.config.val_times * self.budget.progress), self.config.val_times - 1)  # and the summary's
+        # One fewer: the last is the summary's
+        due = min(int(self.config.val_times * self.budget.progress), self.config.val_times - 1)
         if self.validations < due:
             val = self.validate(signals)
             self.validations = due                                      # one, also where a stall skipped some
@@ -144,18 +157,21 @@ class Run:
         with self.budget.pause("checkpoints"):
             for fraction in numbers(self.config.fractions):
                 if self.budget.progress >= fraction and not (self.out / f"model-{fraction:g}").exists():
-                    self.save_model(f"model-{fraction:g}", f"{fraction:g} of the budget of `{self.config.label}`.\n")
+                    self.save_model(f"model-{fraction:g}",
+                                    f"{fraction:g} of the budget of `{self.config.label}`.\n")
             if time.monotonic() - self.saved >= 60 * self.config.checkpoint_minutes:
                 self.checkpoint()
 
     def validate(self, signals=()):
-        """{term: mean over the validation blocks}; and the line that says it, with D_order of what has an LM head."""
+        """{term: mean over the validation blocks}; and the line that says it, with D_order
+        of what has an LM head."""
         if not self.writes:
             return None
         with self.budget.pause("validation"):
             before, self.val = self.val, self.arm.validate(self.val_blocks, signals)
-            if self.arm.strategy.trains_lm_head:
-                self.d_order = self.arm.d_order(self.val_blocks, self.directory.special, self.val.get("mlm"), signals)
+            if self.arm.strategy.trains_lm_head and not self.arm.strategy.causal:
+                self.d_order = self.arm.d_order(self.val_blocks, self.directory.special, self.val.get("mlm"),
+                                                signals)
             stands = self.baselines and "mlm" in self.val and where_it_stands(self.val["mlm"], self.baselines)
             self.say(f"at {self.budget.progress:.1%}, step {self.budget.steps:,}: {changes(self.val, before)}"
                      + (f", {stands}" if stands else "")
@@ -172,7 +188,8 @@ class Run:
         self.log.write(json.dumps(record) + "\n")
         if self.events:
             for name, value in (record | {f"val_{k}": v for k, v in record.get("val", {}).items()}).items():
-                if name not in ("step", "val") and ("val" not in record or name.startswith(("val_", "d_order"))):
+                measured = name.startswith(("val_", "d_order"))
+                if name not in ("step", "val") and (measured or "val" not in record):
                     self.events.add_scalar(name, value, record["step"])
 
     def checkpoint(self):
@@ -183,7 +200,8 @@ class Run:
             config=dataclasses.asdict(self.config), steps=self.budget.steps, seconds=self.seconds,
             uncharged=self.budget.uncharged, charged=self.stages.seconds, validations=self.validations,
             teacher_mlm=self.teacher_mlm, student=arm.student.state_dict(), proj=arm.proj.state_dict(),
-            optimizer=arm.optimizer.state_dict(), ended=self.budget.ended, vals=self.vals))
+            optimizer=arm.optimizer.state_dict(), muon=arm.muon and arm.muon.state_dict(),
+            ended=self.budget.ended, vals=self.vals))
         self.saved = time.monotonic()
 
     def save_model(self, name, card):
@@ -192,14 +210,15 @@ class Run:
 
     @contextlib.contextmanager
     def stopped_by(self, signals):
-        """Stopped inside becomes a checkpoint of the last finished step, and the exit status of the signal."""
+        """Stopped inside becomes a checkpoint of the last finished step, and the exit
+        status of the signal."""
         try:
             yield
         except Stopped:
             self.checkpoint()
             number = signals[0] if signals else signal.SIGTERM
-            self.say(f"stopped by signal {number:d} after step {self.budget.steps}: the same command goes on from "
-                     f"there")
+            self.say(f"stopped by signal {number:d} after step {self.budget.steps}: the same "
+                     f"command goes on from there")
             raise SystemExit(128 + number) from None
         finally:
             self.screen.close()
@@ -207,7 +226,7 @@ class Run:
     def finish(self, blocks, charged, val, processes):
         """Writes and returns the summary: what was trained, what it cost, what came out."""
         config, arm, budget = self.config, self.arm, self.budget
-        steps, tokens = budget.steps, budget.steps * config.batch_size * config.seq_len
+        steps, tokens = budget.steps, budget.steps * config.batch_size * config.length
         phases = [self.phase_summary(i) for i in range(len(arm.phases))]
         student, teacher = (sum(p[f"{side}_flops"] for p in phases) for side in ("student", "teacher"))
         spent = dict(hours=charged / 3600, flops=student + teacher, tokens=tokens, steps=steps)[budget.unit]
@@ -215,12 +234,12 @@ class Run:
             strategy=config.strategy, label=config.label, as_released=config.as_released, init=config.start,
             size=config.size, peak_lr=arm.peak_lr, seed=config.seed, steps=steps, tokens=tokens,
             student_flops=student, teacher_flops=teacher, epochs=blocks.epochs(steps, config.batch_size),
-            unique_tokens=min(blocks.count, steps * config.batch_size) * config.seq_len,
+            unique_tokens=min(blocks.count, steps * config.batch_size) * config.length,
             budget={budget.unit: budget.total}, overshoot=spent / budget.total - 1, charged_seconds=charged,
             tokens_per_second=tokens / charged, charged=self.stages.seconds, uncharged=budget.uncharged,
             teacher_share=self.stages.seconds.get("teacher", 0.0) / charged, **self.measured(val),
             teacher_mlm=self.teacher_mlm, baselines=self.baselines, device=str(arm.device), ranks=processes,
-            bf16=arm.bf16, torch=torch.__version__, phases=phases, offline=self.offline)
+            bf16=arm.bf16, torch=torch.__version__, phases=phases, offline=self.offline.summary)
         if self.writes:
             self.checkpoint()
             self.write(dict(step=steps, progress=1.0, seconds=charged, **self.measured(val)))
@@ -238,11 +257,12 @@ class Run:
         steps = [*(n for n, _ in self.budget.ended), self.budget.phase_steps, *[0] * len(arm.phases)][i]
         student, teacher = (steps * config.batch_size * flops for flops in arm.flops(i)) if steps else (0, 0)
         found = dict(name=phase.name, begin=phase.begin, end=phase.end, steps=steps, student_flops=student,
-                     teacher_flops=teacher, weights={k: term.weight for k, term in phase.strategy.terms.items()})
+                     teacher_flops=teacher,
+                     weights={k: term.weight for k, term in phase.strategy.terms.items()})
         if i < arm.number:
             found["val"] = self.vals[i]
             strategy = arm.between(phase.strategy)
-            if self.writes and not len(arm.projections(strategy)):              # which end with their phase
+            if self.writes and self.vals[i] and not len(arm.projections(strategy)):     # which end with their phase
                 with self.budget.pause("validation"):
                     found["val_at_end"] = arm.validate(self.val_blocks, strategy=strategy)
         return found
@@ -262,8 +282,7 @@ def model_card(config, summary):
     for f in dataclasses.fields(config):
         flag, value = f.name.replace("_", "-"), getattr(config, f.name)
         if value != f.default:
-            given += {True: f" --{flag}", False: f" --no-{flag}"}.get(value if isinstance(value, bool) else None,
-                                                                      f" --{flag} {value}")
+            given += {"True": f" --{flag}", "False": f" --no-{flag}"}.get(str(value), f" --{flag} {value}")
     teacher = f" from the teacher `{config.teacher}`" if config.needs_teacher else ""
     val = ", ".join(f"{name} {value:.4f}" for name, value in summary["val"].items())
     return (f"---\nlibrary_name: transformers\ntags: [bert, nanokd]\n---\n\n"
@@ -279,8 +298,9 @@ def describe(arm, val, step, teacher_mlm, say):
     several = f", {arm.phase.name} to {arm.phase.end:.0%}" if len(arm.phases) > 1 else ""
     say(f"{config.label}{several}: student {c.size}, {c.num_attention_heads} heads, V {c.vocab_size:,}, "
         f"{trained / 1e6:.1f}M parameters trained, from {arm.start}; "
-        f"peak LR {arm.peak_lr:g}; {config.batch_size} x {config.seq_len} tokens a step; {arm.device}, "
-        f"{'bf16' if arm.bf16 else 'fp32'}")
+        f"peak LR {arm.peak_lr:g}{' of AdamW and, times 0.2 sqrt(larger side), of Muon' * bool(arm.muon)}; "
+        f"{config.batch_size * arm.phase.times} x {arm.phase.seq_len} tokens a step; "
+        f"{arm.device}, {'bf16' if arm.bf16 else 'fp32'}")
     if arm.teacher:
         quality = f"validation MLM loss {teacher_mlm:.4f}" if teacher_mlm is not None else "no LM head"
         layers = [need[1] % arm.teacher.config.num_hidden_layers + 1 for need in strategy.want("teacher")

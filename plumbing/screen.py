@@ -1,4 +1,5 @@
-"""What a run says while it goes: one status line, rewritten in place on a terminal, once a minute elsewhere."""
+"""What a run says while it goes: one status line, rewritten in place on a terminal,
+once a minute elsewhere."""
 import re
 import sys
 import time
@@ -8,9 +9,10 @@ import torch
 from tqdm import tqdm
 
 RECENT = 30                 # charged seconds that a rate looks back
-# Dense bf16 TFLOP/s in the vendors' data sheets, by words of the device's name; the first entry that fits counts
-PEAKS = {"H100 PCIe": 756, "H100 NVL": 835, "H200 NVL": 835, "H100": 989, "H200": 989, "GH200": 989, "B200": 2250,
-         "A100": 312, "A30": 165, "A10": 125, "L40S": 362, "L4": 121}
+# Dense bf16 TFLOP/s in the vendors' data sheets, by words of the device's name; the
+# first entry that fits counts
+PEAKS = {"H100 PCIe": 756, "H100 NVL": 835, "H200 NVL": 835, "H100": 989, "H200": 989, "GH200": 989,
+         "B200": 2250, "A100": 312, "A30": 165, "A10": 125, "L40S": 362, "L4": 121}
 
 
 def peak_flops(device_name):
@@ -43,9 +45,10 @@ class Screen:
         return [(b - a) / max(now - began, 1e-9) for a, b in zip(before, after, strict=True)]
 
     def speed(self):
-        """What the log has of it: tokens per second, and on CUDA the most memory that was taken so far, and MFU."""
+        """What the log has of it: tokens per second, and on CUDA the most memory that was
+        taken so far, and MFU."""
         config, arm, (steps, _) = self.arm.config, self.arm, self.per_second()
-        found = {"tokens_per_second": round(steps * config.batch_size * config.seq_len, 1)}
+        found = {"tokens_per_second": round(steps * config.batch_size * config.length, 1)}
         if self.cuda:
             found["memory"] = torch.cuda.max_memory_allocated(arm.device)
             if self.peak:

@@ -1,9 +1,10 @@
-"""From files, directories, archives, standard input and the Hub to documents.  Read it when a source surprises you.
+"""From files, directories, archives, standard input and the Hub to documents.  Read it
+when a source surprises you.
 
-A source is a file, a directory (its readable files, sorted; linked folders too), a quoted glob, - for standard input, a
-data set on the Hub in parquet (OWNER/NAME[@REVISION][/FOLDER]; @~parquet: the Hub's own conversion), or the word
-docstrings: the English documentation on this disk, of the standard library and of the packages in requirements.txt with
-what those require, read by `ast` and never imported.
+A source is a file, a directory (its readable files, sorted; linked folders too), a quoted glob, - for
+standard input, a data set on the Hub in parquet (OWNER/NAME[@REVISION][/FOLDER]; @~parquet: the Hub's own
+conversion), or the word docstrings: the English documentation on this disk, of the standard library and of
+the packages in requirements.txt with what those require, read by `ast` and never imported.
 
 How a file is read follows from its first bytes, its name comes second:
 text        one paragraph per line, a blank line between documents (--document-per file: each file is one).  Two shapes
@@ -13,15 +14,16 @@ JSON        a document per line, its text in --field; a first row without it is 
 parquet     the same, one file of a Hub data set downloaded ahead of the one that is read
 gzip, xz, bzip2, zip, tar   around all but parquet; a damaged or cut file is refused, never half used
 
-Of a directory or an archive, .txt, .text, .json, .jsonl, .ndjson, .parquet, archives and files without a suffix are
-read; the others are counted as left out, but for dot files and __MACOSX.  PDF, Office, pickles, images and the like are
-refused by name; so are HTML, XML and tables (.csv, .tsv), whose markup and numbers are no sentences; so is what has
-more than 5% of bad lines or rows.
+Of a directory or an archive, .txt, .text, .json, .jsonl, .ndjson, .parquet, archives and files without a
+suffix are read; the others are counted as left out, but for dot files and __MACOSX.  PDF, Office, pickles,
+images and the like are refused by name; so are HTML, XML and tables (.csv, .tsv), whose markup and numbers
+are no sentences; so is what has more than 5% of bad lines or rows.
 
-What text can bring, and what is done, each counted in manifest.json: bytes that are no UTF-8 become U+FFFD (which
-BERT's normaliser drops, as it does control characters); a BOM at the start and NUL anywhere are removed; CRLF is LF, a
-lone CR a space; UTF-16 is refused; a line over 64 kB is cut at whitespace (the ids stay the same), a document over
-262,144 characters at a line, into pieces that stay on one side (see prepare.py).
+What text can bring, and what is done, each counted in manifest.json: bytes that are no UTF-8 become U+FFFD
+(which BERT's normaliser drops, as it does control characters); a BOM at the start and NUL anywhere are
+removed; CRLF is LF, a lone CR a space; UTF-16 is refused; a line over 64 kB is cut at whitespace (the ids
+stay the same), a document over 262,144 characters at a line, into pieces that stay on
+one side (see prepare.py).
 """
 import ast
 import bz2
@@ -44,7 +46,7 @@ import tarfile
 import textwrap
 import zipfile
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -53,13 +55,14 @@ from typing import NamedTuple
 from plumbing.cli import UserError
 
 LINE = 2 ** 16              # bytes after which a line is cut
-DOCUMENT = 2 ** 18          # characters after which a document is cut: whole books would be most of the memory
+DOCUMENT = 2 ** 18         # characters after which a document is cut: whole books would be most of the memory
 LOOK = 256                  # lines among which the shape of a text is looked for
-BAD = 0.05                  # share of bad lines or rows above which a file is refused, if there are some: these many
+BAD = 0.05           # share of bad lines or rows above which a file is refused, if there are some: these many
 BAD_BYTES, BAD_ROWS = 20, 10
 CONTROL = bytes({*range(32), 127} - {*b"\t\n\v\f\r\x1b\x1c\x1d\x1e\x1f"})
 SUFFIXES = ".txt, .text, .json, .jsonl, .ndjson, without suffix, also .gz .xz .bz2 .tar .tgz .zip, .parquet"
-EXPANDS = {".gz": 3, ".tgz": 3, ".xz": 4, ".bz2": 4, ".zip": 3, ".parquet": 2}  # text bytes per byte on disk, about
+# Bytes of text per byte on disk, about
+EXPANDS = {".gz": 3, ".tgz": 3, ".xz": 4, ".bz2": 4, ".zip": 3, ".parquet": 2}
 DAMAGED = (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error, zipfile.BadZipFile, tarfile.TarError,
            RuntimeError)    # ValueError is pyarrow's, RuntimeError that of an encrypted .zip
 READABLE = re.compile(r"(^[^.]+|\.(txt|text|jsonl?|ndjson|tar))(\.(gz|xz|bz2))?$|\.(zip|tgz|parquet)$", re.I)
@@ -87,7 +90,7 @@ TITLE, SECTION = re.compile(r"= [^=].* ="), re.compile(r"(= ){2,}[^=].*( =){2,}"
 HUB = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w.~-]+))?(?:/([\w./-]+?))?/?")
 
 
-# --------------------------------------------------------------------------------------------- sources -> files
+# ------------------------------------------------------------------------------------------- sources -> files
 
 class File(NamedTuple):
     name: str                       # what messages call it; its suffix says how to read it
@@ -96,8 +99,8 @@ class File(NamedTuple):
 
 
 def find_files(source, left_out):
-    """The files of one source, in an order that depends on their names alone.  `left_out` counts, by suffix, what a
-    directory has besides, and names what cannot be opened there."""
+    """The files of one source, in an order that depends on their names alone.  `left_out` counts, by suffix,
+    what a directory has besides, and names what cannot be opened there."""
     path = Path(source)
     if source in ("docstrings", "-"):
         return [File(source, 0, lambda: source)]
@@ -111,12 +114,15 @@ def find_files(source, left_out):
         elif HUB.fullmatch(source) and not (path.suffix and READABLE.search(source)) and source[0] != ".":
             return hub_files(source)
         else:
-            raise UserError(f"{source}: no such file: give files, directories, a Hub data set, or the word docstrings")
+            raise UserError(f"{source}: no such file: give files, directories, a Hub data set, "
+                            f"or the word docstrings")
         if not paths:
-            raise UserError(f"{source}: no file to read in it (read are {SUFFIXES}){listed('; left out: ', left_out)}")
+            raise UserError(f"{source}: no file to read in it (read are "
+                            f"{SUFFIXES}){listed('; left out: ', left_out)}")
         return [File(str(p), p.stat().st_size, lambda p=p: p) for p in sorted(paths)]
     except OSError as e:
-        raise UserError(f"{source} cannot be opened ({e.strerror or e}): give another, or the permission") from None
+        raise UserError(f"{source} cannot be opened ({e.strerror or e}): give "
+                        f"another, or the permission") from None
 
 
 def files_below(top, left_out):
@@ -162,30 +168,35 @@ def hub_files(source):
     revision = "refs/convert/parquet" if revision == "~parquet" else revision
     try:
         if hub.constants.HF_HUB_OFFLINE:
-            local = Path(hub.snapshot_download(name, repo_type="dataset", revision=revision, local_files_only=True))
+            local = Path(hub.snapshot_download(name, repo_type="dataset", revision=revision,
+                                               local_files_only=True))
             commit, sizes = local.name, {p.relative_to(local).as_posix(): p.stat().st_size
                                          for p in local.rglob("*.parquet")}
         else:
             info = hub.HfApi().dataset_info(name, revision=revision, files_metadata=True)
             commit, sizes = info.sha, {s.rfilename: s.size or 0 for s in info.siblings}
     except Exception as e:      # of many kinds: no network, no such data set, not allowed
-        raise UserError(f"{source}: neither on this disk nor a data set that the Hub gives ({one_line(e)})") from None
-    found = sorted(f for f in sizes if f.endswith(".parquet") and f.startswith(f"{folder}/" if folder else ""))
+        raise UserError(f"{source}: neither on this disk nor a data set that the Hub "
+                        f"gives ({one_line(e)})") from None
+    inside = f"{folder}/" if folder else ""
+    found = sorted(f for f in sizes if f.endswith(".parquet") and f.startswith(inside))
     found = [f for f in found if "train" in f.removeprefix(folder or "")] or found
     folders = sorted({f.split("/")[0] for f in found if "/" in f})
     if not found or not folder and len(folders) > 1:
-        raise UserError(f"{source}: no parquet file there" if not found else f"{source} has {len(folders)} folders: "
-                        f"name one, as in {name}/{folders[0]} (there are {', '.join(folders[:8])} ...)")
+        raise UserError(f"{source}: no parquet file there" if not found else
+                        f"{source} has {len(folders)} folders: name one, as in {name}/{folders[0]} (there "
+                        f"are {', '.join(folders[:8])} ...)")
     for f in found:             # only a part is in the cache
         if (of := re.search(r"-of-(\d+)", f)) and len(found) < int(of[1]):
-            raise UserError(f"{source}: {len(found)} of its {int(of[1])} files are there: download the rest first")
+            raise UserError(f"{source}: {len(found)} of its {int(of[1])} files are there: "
+                            f"download the rest first")
 
     def fetch(f):
         try:
             return hub.hf_hub_download(name, f, repo_type="dataset", revision=commit)
         except Exception as e:
-            raise UserError(f"{name}/{f}: download failed ({one_line(e)}): run the same command again, what has been "
-                            f"downloaded is kept") from None
+            raise UserError(f"{name}/{f}: download failed ({one_line(e)}): run the same command again, what "
+                            f"has been downloaded is kept") from None
     return [File(f"{name}@{commit}/{f}", sizes[f], lambda f=f: fetch(f)) for f in found]
 
 
@@ -198,11 +209,11 @@ def check_space(files, out):
     need = sum(f.size * EXPANDS.get(Path(f.name).suffix.lower(), 1) for f in files) // 2
     place = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
     if need > (free := shutil.disk_usage(place).free):
-        raise UserError(f"{out} will take about {need:,} bytes, {free:,} are free on its disk: make room, or give "
-                        f"another --out")
+        raise UserError(f"{out} will take about {need:,} bytes, {free:,} are free on its disk: make "
+                        f"room, or give another --out")
 
 
-# ------------------------------------------------------------------------------------------- files -> documents
+# ----------------------------------------------------------------------------------------- files -> documents
 
 class Piece(NamedTuple):
     """A document, or a part of one that is too long."""
@@ -212,7 +223,8 @@ class Piece(NamedTuple):
 
 
 def read_documents(files, met, field="text", rows_per_document=1, document_per="blank-line"):
-    """The documents of files, as Pieces.  `met` counts what was met on the way; what begins with _ is for us alone."""
+    """The documents of files, as Pieces.  `met` counts what was met on the way; what begins
+    with _ is for us alone."""
     with ThreadPoolExecutor(1) as pool:                                 # downloads one file ahead
         paths = [pool.submit(file.fetch) for file in files[:1]]
         for i, file in enumerate(files):
@@ -220,22 +232,30 @@ def read_documents(files, met, field="text", rows_per_document=1, document_per="
             paths += [pool.submit(f.fetch) for f in files[i + 1:i + 2]]
             if file.name == "docstrings":
                 yield from (Piece(text, docstring=True) for _, text in docstrings())
-                continue
-            try:
-                with contextlib.nullcontext(sys.stdin.buffer) if file.name == "-" else open(path, "rb") as raw:
-                    on_disk = file.name != "-" and os.path.isfile(path)
-                    for name, stream, whole in unpacked(file.name, raw, path if on_disk else None, met):
-                        lines = lines_of(name, stream, whole, field, rows_per_document, met)
-                        yield from pieces(shaped(watched(lines, name, raw, before, on_disk, met), document_per), met)
-            except DAMAGED as e:
-                raise UserError(f"{file.name} cannot be read ({e.strerror}): mend that, or leave it out"
-                                if getattr(e, "errno", None) else f"{file.name} cannot be read, it is damaged or cut "
-                                f"({one_line(e)}): get it again, or leave it out") from None
+            else:
+                yield from pieces_of(file.name, path, met, field, rows_per_document, document_per)
             met["_read"] = before + file.size
 
 
+def pieces_of(name, path, met, field, rows_per_document, document_per):
+    """The Pieces of one file, or of standard input."""
+    before, on_disk = met["_read"], name != "-" and os.path.isfile(path)
+    try:
+        with contextlib.nullcontext(sys.stdin.buffer) if name == "-" else open(path, "rb") as raw:
+            for inner, stream, whole in unpacked(name, raw, path if on_disk else None, met):
+                lines = lines_of(inner, stream, whole, field, rows_per_document, met)
+                lines = watched(lines, inner, raw, before, on_disk, met)
+                yield from pieces(shaped(lines, document_per), met)
+    except DAMAGED as e:
+        if getattr(e, "errno", None):
+            raise UserError(f"{name} cannot be read ({e.strerror}): mend that, or leave it out") from None
+        raise UserError(f"{name} cannot be read, it is damaged or cut ({one_line(e)}): get it again, or "
+                        f"leave it out") from None
+
+
 class Full(io.RawIOBase):
-    """A stream whose reads are full ones, so that the first look at it shows as much from a pipe as from a file."""
+    """A stream whose reads are full ones, so that the first look at it shows as much from
+    a pipe as from a file."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -265,7 +285,8 @@ class Member(tarfile.TarInfo):
 
 
 def unpacked(name, stream, path, met):
-    """(name, stream, path) of each text in a stream, archives opened.  path: None if the stream is no file on disk."""
+    """(name, stream, path) of each text in a stream, archives opened.  path: None if the
+    stream is no file on disk."""
     stream = io.BufferedReader(Full(stream), 2 ** 20)
     start = stream.peek()
     for begins, what, todo in NO_TEXT:
@@ -275,7 +296,8 @@ def unpacked(name, stream, path, met):
         if re.search(ends + r"(\.(gz|xz|bz2))?$", name, re.I):
             raise UserError(f"{name} is {what}, not text: {todo}")
     if not path and re.match(ZIP + rb"|PAR1", start):
-        raise UserError(f"{name} is a .zip or .parquet inside of an archive or a pipe: give it as a file of its own")
+        raise UserError(f"{name} is a .zip or .parquet inside of an archive or a pipe: give "
+                        f"it as a file of its own")
     for begins, unpack in PACKED:
         if re.match(begins, start):
             with unpack(stream) as f:
@@ -326,18 +348,20 @@ def lines_of(name, stream, path, field, rows_per_document, met):
 
 
 def watched(lines, name, raw, before, on_disk, met):
-    """The same lines; met["_read"] follows the position in the file on disk, and what is no text is refused."""
+    """The same lines; met["_read"] follows the position in the file on disk, and what
+    is no text is refused."""
     old = Counter(met)
 
     def check():
-        new = {key: met[key] - old[key] for key in ("_lines", "_bad_lines", "_bad_bytes", "_rows", "bad_rows")}
+        new = Counter(met)
+        new.subtract(old)
         if new["_bad_lines"] > BAD * new["_lines"] and new["_bad_bytes"] >= BAD_BYTES:
-            raise UserError(f"{name}: {new['_bad_lines'] / new['_lines']:.0%} of its lines hold control characters or "
-                            f"bytes that are no UTF-8: leave it out if it is no text, convert it first if it is "
-                            f"another encoding, as in  iconv -f LATIN1 -t UTF-8")
+            raise UserError(f"{name}: {new['_bad_lines'] / new['_lines']:.0%} of its lines hold control "
+                            f"characters or bytes that are no UTF-8: leave it out if it is no text, convert "
+                            f"it first if it is another encoding, as in  iconv -f LATIN1 -t UTF-8")
         if new["bad_rows"] > BAD * new["_rows"] and new["bad_rows"] >= BAD_ROWS:
-            raise UserError(f"{name}: {new['bad_rows'] / new['_rows']:.0%} of its rows are damaged or have no text in "
-                            f"the --field: mend it, or leave it out")
+            raise UserError(f"{name}: {new['bad_rows'] / new['_rows']:.0%} of its rows are damaged or have "
+                            f"no text in the --field: mend it, or leave it out")
 
     for i, line in enumerate(lines, 1):
         if on_disk and i % 256 == 0:
@@ -388,7 +412,7 @@ def paragraphs(stream, met):
                 yield piece
             continue
         text = decode(line, met).strip()
-        if text or not inside:                                          # the end of a long line is no blank line
+        if text or not inside:                                       # the end of a long line is no blank line
             yield text
         inside = False
     if rest:
@@ -426,12 +450,10 @@ def parquet_rows(path, field, name, met):
         if field not in (names := file.schema_arrow.names):
             raise UserError(f"{name}: no column {field!r}: give --field, one of {', '.join(names)}")
         for batch in file.iter_batches(batch_size=256, columns=[field]):
-            for text in batch.column(0).to_pylist():
-                if isinstance(text, str):
-                    yield text
-                else:
-                    met["bad_rows"] += 1
+            texts = [text for text in batch.column(0).to_pylist() if isinstance(text, str)]
             met["_rows"] += len(batch)
+            met["bad_rows"] += len(batch) - len(texts)
+            yield from texts
             met["_read"] += size * len(batch) // file.metadata.num_rows
 
 
@@ -481,30 +503,46 @@ def pieces(lines, met):
 def docstrings():
     """(package, docstring) of the standard library and the packages that requirements.txt brings, sorted."""
     stdlib = Path(sysconfig.get_path("stdlib"))
-    files = {"python": [p for p in stdlib.rglob("*.py") if not {"site-packages", "dist-packages"} & set(p.parts)]}
+    files = {"python": [path for path in stdlib.rglob("*.py")
+                        if not {"site-packages", "dist-packages"} & set(path.parts)]}
     for name in required_packages():
         files[name] = [Path(p.locate()) for p in importlib.metadata.files(name) or () if p.suffix == ".py"]
     for package in sorted(files):
         for path in sorted(files[package]):
-            if {"test", "tests"} & set(path.parts):
-                continue
-            try:
-                tree = ast.parse(path.read_bytes())
-            except (SyntaxError, ValueError, OSError):                  # templates, and files of other Pythons
-                continue
-            if path.parent.name == "pydoc_data":                        # one dict: topic -> text
-                texts = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
-            else:
-                texts = [ast.get_docstring(n) for n in ast.walk(tree) if isinstance(
-                    n, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)]
-            for text in texts:
-                lines = [line.strip() for line in inspect.cleandoc(text or "").splitlines() if line.strip()]
-                if sum(map(len, lines)) >= 20:
-                    yield package, "\n".join(lines)
+            if not {"test", "tests"} & set(path.parts):
+                yield from ((package, text) for text in docstrings_in(path))
+
+
+def docstrings_in(path):
+    """Those of 20 characters or more in one Python file."""
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError, OSError):                         # templates, and files of other Pythons
+        return
+    if path.parent.name == "pydoc_data":                                # one dict: topic -> text
+        texts = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+    else:
+        texts = [ast.get_docstring(n) for n in statements(tree)
+                 if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))]
+    for text in texts:
+        lines = [line.strip() for line in inspect.cleandoc(text or "").splitlines() if line.strip()]
+        if sum(map(len, lines)) >= 20:
+            yield "\n".join(lines)
+
+
+def statements(tree):
+    """ast.walk without what is inside expressions: in a quarter of the time."""
+    todo = deque([tree])
+    while todo:
+        node = todo.popleft()
+        if isinstance(node, (ast.mod, ast.stmt, ast.excepthandler, ast.match_case)):
+            todo.extend(ast.iter_child_nodes(node))
+            yield node
 
 
 def required_packages():
-    """The packages that requirements.txt names, with what they require in turn: no other that is installed."""
+    """The packages that requirements.txt names, with what they require in turn: no
+    other that is installed."""
     from packaging.requirements import Requirement  # comes with tokenizers, through huggingface_hub
     from packaging.utils import canonicalize_name
     todo = (Path(__file__).parents[1] / "requirements.txt").read_text().splitlines()

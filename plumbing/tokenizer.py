@@ -1,4 +1,5 @@
-"""BERT's WordPiece tokenizer: trained, or read from a file, a directory or the Hub.  All of it is tokenizers' own."""
+"""BERT's WordPiece tokenizer: trained, or read from a file, a directory or the Hub.  All of
+it is tokenizers' own."""
 import hashlib
 import json
 import re
@@ -31,15 +32,16 @@ def wordpiece(vocab, lowercase=True):
 def train_vocabulary(texts, size):
     """A WordPiece vocabulary, the same on each run: special tokens, then the rest in sorted order.
 
-    tokenizers breaks ties between merges by ids that follow a hash map's order, so two runs differ in ids and, where
-    there are ties, in tokens too.  Naming every character and its `##` form in advance fixes those ids."""
+    tokenizers breaks ties between merges by ids that follow a hash map's order, so two runs differ in ids
+    and, where there are ties, in tokens too.  Naming every character and its `##` form in
+    advance fixes those ids."""
     learner = wordpiece({})
     count = Counter()
     for text in texts:
         count.update(learner.normalizer.normalize_str(text))
     alphabet = sorted(sorted((c for c in count if not c.isspace()), key=lambda c: (-count[c], c))[:ALPHABET])
     forms = []
-    for vocab_size in (1, size):                        # a first pass without merges, to find the forms that occur
+    for vocab_size in (1, size):                   # a first pass without merges, to find the forms that occur
         learner.train_from_iterator(texts, trainers.WordPieceTrainer(
             vocab_size=vocab_size, special_tokens=[*SPECIAL, *forms], show_progress=False,
             initial_alphabet=alphabet, limit_alphabet=len(alphabet)))
@@ -53,8 +55,8 @@ def train_vocabulary(texts, size):
 def load_tokenizer(name):
     """A tokenizer from vocab.txt, tokenizer.json, a directory that holds one of them, or a Hub id.
 
-    Casing is what tokenizer_config.json beside it says; else what tokenizer.json says; a vocab.txt alone is cased if
-    it has tokens with capitals."""
+    Casing is what tokenizer_config.json beside it says; else what tokenizer.json says; a vocab.txt alone is
+    cased if it has tokens with capitals."""
     names, settings = ("tokenizer.json", "vocab.txt"), {}
     path = Path(name)
     try:
@@ -67,14 +69,7 @@ def load_tokenizer(name):
             path, config = hub_tokenizer(name)
         if config and config.exists():
             settings = json.loads(config.read_text(encoding="utf-8"))
-        if path.suffix == ".json":
-            tokenizer = Tokenizer.from_file(str(path))
-        else:
-            with open(path, encoding="utf-8") as f:     # not splitlines(): U+2028 may be a token
-                tokens = [line.rstrip("\n") for line in f]
-            cased = any(token != token.lower() for token in tokens if token not in SPECIAL)
-            check_special(name, set(tokens))
-            tokenizer = wordpiece({token: i for i, token in enumerate(tokens)}, lowercase=not cased)
+        tokenizer = Tokenizer.from_file(str(path)) if path.suffix == ".json" else from_vocab(name, path)
         if isinstance(normalizer := tokenizer.normalizer, normalizers.BertNormalizer):
             for theirs, ours in (("do_lower_case", "lowercase"), ("strip_accents", "strip_accents"),
                                  ("tokenize_chinese_chars", "handle_chinese_chars")):
@@ -84,20 +79,30 @@ def load_tokenizer(name):
     except UserError:
         raise
     except Exception as e:      # tokenizers raises a bare Exception for whatever it does not like
-        raise UserError(f"--vocab {name}: cannot be read ({getattr(e, 'strerror', None) or one_line(e)}): give a "
-                        f"vocab.txt or a tokenizer.json that can") from None
+        raise UserError(f"--vocab {name}: cannot be read ({getattr(e, 'strerror', None) or one_line(e)}): "
+                        f"give a vocab.txt or a tokenizer.json that can") from None
     vocab = tokenizer.get_vocab()
     check_special(name, vocab)
     if max(vocab.values()) >= len(vocab):
-        raise UserError(f"--vocab {name}: {len(vocab):,} tokens with ids up to {max(vocab.values()):,}: a token is "
-                        f"there twice, or one is missing")
+        raise UserError(f"--vocab {name}: {len(vocab):,} tokens with ids up to {max(vocab.values()):,}: a "
+                        f"token is there twice, or one is missing")
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
 
 
+def from_vocab(name, path):
+    """The tokenizer of a vocab.txt."""
+    with open(path, encoding="utf-8") as f:             # not splitlines(): U+2028 may be a token
+        tokens = [line.rstrip("\n") for line in f]
+    check_special(name, set(tokens))
+    cased = any(token != token.lower() for token in tokens if token not in SPECIAL)
+    return wordpiece({token: i for i, token in enumerate(tokens)}, lowercase=not cased)
+
+
 def hub_tokenizer(name):
-    """(tokenizer.json or vocab.txt, tokenizer_config.json or None) of a model on the Hub, as files on this disk."""
+    """(tokenizer.json or vocab.txt, tokenizer_config.json or None) of a model on the Hub,
+    as files on this disk."""
     if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) or name.endswith((".txt", ".json")):
         raise UserError(f"--vocab {name}: neither on this disk nor a name on the Hub: give a vocab.txt, a "
                         f"tokenizer.json, a directory that holds one, or a Hub id")
@@ -112,12 +117,13 @@ def hub_tokenizer(name):
             except hub.errors.EntryNotFoundError:
                 continue
             except Exception as e:      # of many kinds: no network, no such model, not allowed
-                raise UserError(f"--vocab {name}: neither a vocabulary on this disk nor one that the Hub or its cache "
-                                f"gives ({one_line(e)})") from None
+                raise UserError(f"--vocab {name}: neither a vocabulary on this disk nor one that the Hub or "
+                                f"its cache gives ({one_line(e)})") from None
         else:
             found.append(None)
     if not found[0]:
-        raise UserError(f"--vocab {name}: neither tokenizer.json nor vocab.txt is to be had from the Hub or its cache")
+        raise UserError(f"--vocab {name}: neither tokenizer.json nor vocab.txt is to be had "
+                        f"from the Hub or its cache")
     return found
 
 

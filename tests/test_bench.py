@@ -46,6 +46,7 @@ def test_an_arm_from_a_cache_has_a_row_and_no_teacher(capsys):
     assert float(row[4]) == 1.0                                         # its FLOPs are no_kd's
 
 
+@pytest.mark.slow
 def test_transformers_takes_its_turn(capsys):
     pytest.importorskip("transformers")
     bench.main(dataclasses.replace(TINY, strategies="no_kd", teacher_size="3L32", baseline="transformers"))
@@ -185,7 +186,8 @@ def test_a_step_is_three_whole_graphs_and_none_is_new_after_the_start(strategy, 
     assert counters["stats"]["unique_graphs"] == compiled and not counters["graph_break"]
 
 
-@pytest.mark.parametrize("strategy", ["tinybert", "minilm", "minilmv2"])
+@pytest.mark.parametrize("strategy", ["minilmv2", pytest.param("tinybert", marks=pytest.mark.slow),
+                                      pytest.param("minilm", marks=pytest.mark.slow)])
 def test_the_compiled_losses_gradient_is_as_precise_as_the_eager_one(strategy, tiny, corpus):
     """Against float64, from the same bf16 states: traced under autocast, its backward pass would run in bf16."""
     arm = make_arm(tiny(strategy=strategy, bf16=True), TokenDirectory(corpus))
@@ -257,6 +259,16 @@ def test_the_first_hour_on_a_gpu_still_runs_small_on_a_cpu(corpus, tmp_path, cap
     said, report = capsys.readouterr().out, (out / "report.md").read_text()
     assert said.count(": good, ") == len(gpu_first.PARTS) == report.count("\n## ")
     assert "PARITY holds" in report and "stopped and resumed: 0 of" in report and "four: " in report
+
+
+@pytest.mark.parametrize("strategy", ["no_kd", "minilm"])
+def test_the_first_hour_makes_its_arms(strategy):
+    config = gpu_first.Config(tiny=True)
+    arm, blocks = gpu_first.make_arm(config, strategy, config.device, compiled=False, bf16=False)
+    names, rows, graphs = gpu_first.five_steps(arm, blocks)
+    assert rows.shape == (5, len(names)) and rows.isfinite().all() and graphs == 0
+    assert bool(arm.teacher) == (strategy == "minilm")
+
 
 
 def test_the_first_hour_on_a_gpu_needs_one(tmp_path):

@@ -115,6 +115,10 @@ WRONG = [                                       # (command, its line on stderr, 
     (TRAIN + " --strategy minilm --teacher {tmp}", "{tmp} is not a model directory (no config.json)"),
     (TRAIN + " --batch-size 10 --micro-batch 4", "--batch-size 10 is not a multiple of --micro-batch 4"),
     ("train.py --budget-steps 4 --data {file}", "{file} is not a token directory"),
+    *((f"{TRAIN} {made} {other}", f"{made.split()[0]} holds blocks of one length with 0.15 of their positions masked, "
+       f"for masked LM alone: leave it or {other} out")
+      for made in ("--teacher-cache {file}", "--keep {file}")
+      for other in ("--seq-len 16:0.5,32", "--mask-rate 0.3", "--mask-rate 0.3:0.15", "--strategy clm:0.3/vanilla_kd")),
     ("prepare.py a.txt --vocab bert-base-uncased", "the following arguments are required: --out"),
     ("prepare.py a.txt --otu {tmp}", "unknown flag --otu: is --out meant?"),
     ("prepare.py a.txt --out {tmp} --vocab-size 0", "--vocab-size 0: must be a whole number, at least 1"),
@@ -144,6 +148,8 @@ WRONG = [                                       # (command, its line on stderr, 
     (COMPARE + " --out {file}", "--out {file}: no directory to write in: {file}: Not a directory"),
     ("compare.py --out {file}/x", "--out {file}/x: no directory to write in: {file}: Not a directory"),
     (COMPARE + " --budgt-steps 4", "unknown flag --budgt-steps: is --budget-steps meant?"),
+    ("compare.py --shard 0/2", "--shard is gone: processes with the same --out share the runs, and --jobs N starts "),
+    ("finetune_glue.py --shard=1/2", "--shard is gone: processes with the same --out share the trials"),
     ("compare.py --data nowhere", "--data needs --teacher"),
     *((f"{BENCH} --{flag}", f"--{flag}: must be {wanted}") for flag, wanted in [
         ("strategies magic", "names out of no_kd, "), ("baseline keras", "transformers"),

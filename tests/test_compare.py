@@ -1,6 +1,7 @@
 """The whole way at the smallest size, stopped and shared; the plan; what is refused before anything runs."""
 import dataclasses
 import json
+import math
 import os
 import random
 import signal
@@ -210,6 +211,7 @@ def test_a_peak_lr_that_diverges_is_not_taken(small, tmp_path, monkeypatch, caps
     assert "step 2: mlm not finite" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_stopped_three_times_the_table_is_the_same(small, tmp_path, monkeypatch, capsys):
     config = small(seeds=2, strategies="no_kd,minilm", budget_steps="4,8")
     compare.main(config)
@@ -233,6 +235,28 @@ def test_stopped_three_times_the_table_is_the_same(small, tmp_path, monkeypatch,
     assert (tmp_path / "again/table.md").read_text() == (tmp_path / "out/table.md").read_text()
 
 
+def test_total_hours_are_shared_among_the_runs_after_fine_tuning(small, tmp_path, monkeypatch, capsys):
+    """0.9 x 2 h, less fine-tuning 2 x 3 students, 3 random ones and a teacher of 3 (48 / 32)^2 / 2 times the size."""
+    monkeypatch.setattr(compare, "finetuning_seconds", lambda *_: 360.0)
+    config = small(total_hours=2.0, budget_steps=None, strategies="no_kd,minilm", seeds=3, dry_run=True)
+    compare.main(config)
+    each = (1.8 - (9 + 1.5 * 1.5 ** 2) * 0.1) / 6
+    assert f"buy 6 runs of {math.floor(each * 1000) / 1000 * 60:.0f} min" in capsys.readouterr().out
+    file = tmp_path / "out/total.json"
+    file.parent.mkdir(exist_ok=True)
+    assert not file.exists() and compare.within(config).budget_hours == "0.093"
+    given = dict(teacher="train", teacher_budget=0.3, dry_run=False)    # the random ones' teacher: 4L32
+    each = (1.8 - 0.3 - (9 + 2) * 0.1) / 6
+    assert compare.within(dataclasses.replace(config, **given)).budget_hours == f"{math.floor(each * 1000) / 1000:g}"
+    monkeypatch.setattr(compare, "finetuning_seconds", lambda *_: 0.0)
+    again = compare.within(dataclasses.replace(config, **given))        # the same command goes on with its budget
+    assert again.budget_hours == json.loads(file.read_text())["budget_hours"] and again.total_hours is None
+    for wrong, said in ((dict(budget_hours="1"), "not both"), (dict(total_hours=0.9), "fine-tuning 10 models on 1 ")):
+        monkeypatch.setattr(compare, "finetuning_seconds", lambda *_: 360.0)
+        with pytest.raises(UserError, match=said):
+            compare.main(dataclasses.replace(config, **wrong))
+
+
 def test_processes_share_the_runs_and_each_is_done_once(tmp_path):
     directories, done, found = [str(tmp_path / str(i)) for i in range(6)], [], []
 
@@ -251,6 +275,7 @@ def test_processes_share_the_runs_and_each_is_done_once(tmp_path):
     assert sorted(done) == list(range(6)) and found == [[i * i for i in range(6)]] * 3
 
 
+@pytest.mark.slow
 def test_two_jobs_make_the_table_of_one_and_a_job_that_fails_is_told(small, tmp_path, capsys):
     """--jobs: worker processes over the same plan; the table is that of one process, to the last digit."""
     config = small(budget_flops="2e9", budget_steps=None, strategies="no_kd,minilm")

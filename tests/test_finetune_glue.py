@@ -394,6 +394,7 @@ def test_every_example_is_used_once_an_epoch_beside_others_of_its_length():
     assert padded < 1.1 * lengths.sum()
 
 
+@pytest.mark.slow
 def test_a_compiled_step_is_one_graph_for_all_lengths_and_the_same_training(teacher, monkeypatch):
     from torch._dynamo.utils import counters
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))

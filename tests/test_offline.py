@@ -249,8 +249,10 @@ def test_a_run_from_the_cache_reads_no_teacher_and_ends_as_the_same_run_online(f
     assert np.mean(losses[1]) == pytest.approx(np.mean(losses[0]), abs=0.01)
 
 
-def test_a_run_from_the_cache_that_died_ends_bitwise_like_one_that_did_not(from_cache, tmp_path, monkeypatch):
-    common = dict(dropout=0.1, micro_batch=4, kd_every=2)
+@pytest.mark.parametrize("strategy", ["vanilla_kd", "vanilla_kd:0.2/no_kd"])
+def test_a_run_from_the_cache_that_died_ends_bitwise_like_one_that_did_not(from_cache, tmp_path, monkeypatch,
+                                                                           strategy):
+    common = dict(strategy=strategy, dropout=0.1, micro_batch=4, kd_every=2)
     train.train(from_cache(**common, out=str(tmp_path / "whole")), **QUIET)
     config = from_cache(**common, **OFTEN, out=str(tmp_path / "died"))
     for at in (3, 8):

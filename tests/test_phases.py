@@ -320,7 +320,10 @@ def test_a_student_with_a_head_starts_from_a_teacher_without_one(tiny, narrow_te
 
 
 @pytest.mark.slow
-def test_a_phases_graphs_are_compiled_at_its_start_uncharged(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("changes", [
+    dict(strategy="vanilla_kd:0.5/minilmv2_mlm", kd_every=2),
+    dict(strategy="clm:0.3/no_kd", seq_len="16:0.5,32", mask_rate="0.3:0.15")])
+def test_a_phases_graphs_are_compiled_at_its_start_uncharged(tiny, tmp_path, monkeypatch, changes):
     """No frame is compiled while the clock runs, in the steps between KD steps either; and the run is the eager one."""
     compiled, paused, pause = [], [], Budget.pause
 
@@ -334,7 +337,7 @@ def test_a_phases_graphs_are_compiled_at_its_start_uncharged(tiny, tmp_path, mon
     start = Budget.start
     monkeypatch.setattr(Budget, "start", lambda self: (
         compiled.append(torch._dynamo.utils.counters["stats"]["unique_graphs"]), paused.clear(), start(self)))
-    common = dict(strategy="vanilla_kd:0.5/minilmv2_mlm", budget_steps=8, kd_every=2)
+    common = dict(budget_steps=8, **changes)
     eager = train.train(tiny(**common, out=str(tmp_path / "eager")), **QUIET)
     summary = train.train(tiny(**common, compile=True, out=str(tmp_path / "compiled")), **QUIET)
     after = torch._dynamo.utils.counters["stats"]["unique_graphs"]

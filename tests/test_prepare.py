@@ -128,6 +128,8 @@ def test_parquet_and_rows_that_are_sentences(raw, vocab, tmp_path):
     assert manifest["sha256"] == first["sha256"] and manifest["met"] == {"bad_rows": 1}
     manifest = make(tmp_path / "out2", tmp_path / "a.parquet", vocab=vocab, rows_per_document=3)
     assert manifest["documents"] == 100 and manifest["characters"] == first["characters"] + 200
+    parquet(tmp_path / "c.parquet", [*[None] * 10, *["a line\n" * 600] * 120, *text(130)])
+    assert make(tmp_path / "out2", tmp_path / "c.parquet", vocab=vocab)["met"] == {"bad_rows": 10}
     with pytest.raises(UserError, match="no column 'body': give --field, one of id, text"):
         make(tmp_path / "out3", tmp_path / "a.parquet", vocab=vocab, field="body")
     (tmp_path / "a.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-1])
@@ -248,7 +250,7 @@ WORDS = b"some words, and more of them on a line\n" * 100
     ("wiki.xml", b"\xef\xbb\xbf<?xml version='1.0'?>" + WORDS, "is HTML or XML"),
     ("a.HTM", WORDS, "is HTML, not text"),
     ("a.csv", WORDS, "is a table, not text: write its text column as JSON lines"),
-    ("a.tsv.gz", gzip.compress(WORDS), "is a table, not text"),
+    ("a.tsv.gz", gzip.compress(WORDS, mtime=0), "is a table, not text"),
     ("a.json", b'[\n {"text": "a"}\n]', "one JSON array: make it one object per line first"),
     ("a.json", b'{\n "text": "a"\n}', "it is no JSON object: one per line belongs here"),
     ("a.jsonl", WORDS, "it is no JSON object: one per line belongs here"),

@@ -10,7 +10,8 @@ def result(strategy, seed, average, budget=1e12, unique=None, static=False, **ot
         strategy=strategy, seed=seed, budget=budget, unit="flops", unique_tokens=unique, static_masks=static,
         average=average, scores={"sst2": average + 10, "rte": average - 10}, peak_lr=1e-3, steps=10,
         tokens=1000, epochs=2.0, charged_seconds=5.0, tokens_per_second=200.0, teacher_share=0.25, val={"mlm": 6.0},
-        device="cpu", curve=[(1.0, 7.0), (5.0, 6.0)],
+        device="cpu",
+        curve=[dict(seconds=1.0, tokens=200, mlm=7.0), dict(seconds=5.0, tokens=1000, mlm=6.0)],
         tasks={task: dict(metric="accuracy", n=872, scores=[average + lead], std=0.0, collapsed=0, majority=50.0)
                for task, lead in (("sst2", 10), ("rte", -10))}), **other)
 
@@ -241,6 +242,17 @@ def test_with_one_pretraining_seed_the_remarks_give_the_size_of_the_noise():
         "other": tasks["mine"]}))[0]
     two = made_up({"no_kd": [5]}) + made_up({"minilm": [5]}, device="cuda")
     assert "different devices (cpu, cuda)" in report.remarks(two)[-1]
+
+
+def test_the_tokens_to_the_turn_are_where_d_order_passed_its_threshold():
+    def run(seed, *d_orders):
+        return result("no_kd", seed, 60.0, tokens=len(d_orders) * 1e6, curve=[
+            dict(seconds=1.0, tokens=(i + 1) * 1e6, mlm=6.0, d_order=d) for i, d in enumerate(d_orders)])
+    early, late, never = run(0, 0.1, 0.5), run(1, 0.0, 0.0, 0.0, 0.6), run(2, 0.0, 0.29)
+    assert [report.turned(r) for r in (early, late, never)] == [pytest.approx(1.5e6), pytest.approx(3.5e6), np.inf]
+    for runs, said in (([early, late], "2.5M"), ([early, never], "1.5M (1 of 2 later)"), ([never], "> 2M")):
+        assert f" | {said} | " in report.score_table(runs)
+    assert "turn" not in report.score_table([result("minilm", 0, 60.0)]) and report.turned(result("a", 0, 1)) is None
 
 
 def test_the_figure_is_drawn_for_one_budget_and_for_many(tmp_path):

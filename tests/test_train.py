@@ -155,9 +155,28 @@ def test_a_device_without_memory_is_one_line_that_names_the_micro_batch(tiny, mo
     def spoilt(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation")
     monkeypatch.setattr(Arm, method, spoilt)
-    for given, named in ((4, 4), (None, 8)):
-        with pytest.raises(UserError, match=rf"--micro-batch {named} .*smaller one \(CUDA out of memory.*GiB\.\)$"):
+    for given, said in ((4, "4 .*smaller one, or none: the largest that fits is found"), (None, "1 .*smaller one")):
+        with pytest.raises(UserError, match=rf"--micro-batch {said} \(CUDA out of memory.*GiB\.\)$"):
             train.train(tiny(micro_batch=given), **QUIET)
+
+
+def test_a_micro_batch_that_nobody_gave_is_halved_until_it_fits_and_then_kept(tiny, tmp_path, monkeypatch):
+    """Only before the run begins: afterwards another one would change its dropout masks."""
+    whole, room = Arm.forward, [2]
+
+    def forward(arm, ids, *rest, **named):
+        if len(ids) > room[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return whole(arm, ids, *rest, **named)
+    monkeypatch.setattr(Arm, "forward", forward)
+    config = tiny(micro_batch=None, budget_steps=3)
+    train.train(config, **QUIET)
+    kept = json.loads((tmp_path / "run/config.json").read_text())
+    assert kept["micro_batch"] == 2 and json.loads((tmp_path / "run/summary.json").read_text())["steps"] == 3
+    (tmp_path / "run/summary.json").unlink()
+    room[0] = 1
+    with pytest.raises(UserError, match="--micro-batch 2 does not fit"):
+        train.train(config, **QUIET)
 
 
 @pytest.mark.parametrize("memory, batch, ranks, micro", [
@@ -184,7 +203,7 @@ def test_a_run_keeps_its_micro_batch_on_another_device(tiny, tmp_path, monkeypat
 
 def test_two_runs_under_an_hour_budget_do_not_share_a_gpu(tiny, tmp_path, monkeypatch):
     """Told by its uuid; the second is refused before it writes anything.  Other budgets may share."""
-    monkeypatch.setattr(step_module, "gpu_uuid", lambda device: "GPU-of-a-test")
+    monkeypatch.setattr("plumbing.device.gpu_uuid", lambda device: "GPU-of-a-test")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     hours, refused = dict(budget_steps=None, budget_hours=1e-5, out=str(tmp_path / "hours")), []
 
@@ -397,7 +416,7 @@ PAPER = {("6L768", "12L768"): (283.5, 181.8, dict(vanilla_kd=1.64, distilbert=1.
                                                     minilmv2_mlm=1.55, tinybert_layers=1.63))}
 
 
-@pytest.mark.parametrize("sizes", PAPER)
+@pytest.mark.parametrize("sizes", [("6L768", "12L768"), pytest.param(("12L1024", "24L1024"), marks=pytest.mark.slow)])
 def test_each_strategy_costs_no_more_flops_than_its_loss_needs(sizes):
     no_kd, teacher_forward, ratios = PAPER[sizes]
     student, teacher = (BertConfig.of_size(size, vocab_size=30528) for size in sizes)

@@ -1,0 +1,75 @@
+"""Which device a process works on, and what it needs there: chosen, alone under hours, made ready."""
+import contextlib
+import ctypes
+import os
+import re
+import tempfile
+from pathlib import Path
+
+import torch
+
+from plumbing.cli import UserError
+from plumbing.files import lock
+
+
+def choose_device(name=None):
+    """The device of --device, made the current one; without a name CUDA where there is one.  Under torchrun
+    each process has a GPU of its own."""
+    gpus, ranks = torch.cuda.device_count(), int(os.environ.get("WORLD_SIZE", 1))
+    name = name or ("cuda" if gpus else "cpu")
+    found = re.fullmatch(r"cpu|cuda(:\d+)?", name)
+    if not found:
+        raise UserError(f"--device {name}: must be cpu, cuda or cuda:N")
+    if name == "cpu":
+        return torch.device(name)
+    if found[1] and ranks > 1:
+        raise UserError(f"--device {name}: {ranks} processes would share one GPU: --device cuda gives each "
+                        f"its own")
+    index = int(found[1][1:] if found[1] else os.environ.get("LOCAL_RANK", 0))
+    if index >= gpus:
+        raise UserError(f"--device {name}: torch sees {gpus} CUDA device(s) here: give "
+                        + (f"one below cuda:{gpus}, or fewer processes" if gpus else "--device cpu"))
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def gpu_uuid(device):
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
+
+
+@contextlib.contextmanager
+def alone(device, unit):
+    """Under an hour budget: of two runs of one user on one GPU each would get a part of its hours, so the
+    second is refused.  Not on a CPU, whose cores can be shared out."""
+    uuid = gpu_uuid(device) if unit == "hours" else None
+    file = Path(tempfile.gettempdir(), f"nanokd-{getattr(os, 'getuid', int)()}-{uuid}.lock")
+    with lock(file) if uuid else contextlib.nullcontext(True) as ours:
+        if not ours:
+            raise UserError(f"--budget-hours: another run under an hour budget is on {device} ({uuid}), and "
+                            f"each would get a part of its hours: wait for it, or give another --device, or "
+                            f"--budget-flops")
+        yield
+
+
+def multiplies_in_bf16(device, asked=None):
+    """What --bf16 asks for; else whether the hardware multiplies in bf16."""
+    if asked is not None:
+        return asked
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
+
+
+def ready_process(device):
+    """What holds for the whole process, not for one arm."""
+    torch._dynamo.config.recompile_limit = 64    # arms share a forward pass's code: 8 variants are too few
+    if device.type == "cpu":
+        keep_freed_memory()
+
+
+def keep_freed_memory():
+    """glibc hands large freed tensors back to the system and takes them again in every step."""
+    with contextlib.suppress(OSError, AttributeError):                  # another C library: as it likes
+        mallopt, trim_threshold, mmap_max = ctypes.CDLL("libc.so.6").mallopt, -1, -4        # malloc.h
+        mallopt(trim_threshold, -1)
+        mallopt(mmap_max, 0)

@@ -1,0 +1,172 @@
+"""What README.md and docs/ say, held against the code: python tests/check_docs.py prints what is wrong.
+
+Commands: each one is parsed by its program's own flags and is in tests/commands.txt, with the test that runs it so
+or the reason why none does.  Links and anchors lead somewhere.  Nothing is left to be filled in.  Each figure of
+README.md stands in RECORDS.md or docs/, those of one row of a table in one line there.
+"""
+import dataclasses
+import importlib
+import re
+import shlex
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from plumbing.cli import UserError, flag_of, parse
+
+ROOT = Path(__file__).parents[1]
+PLACEHOLDER = re.compile(r"\b(TODO|FIXME|XXX|TBD|[A-Z]+_(SECONDS|TABLE|WORDS))\b")
+NUMBER = r"\d+(?:,\d{3})+|[-+]?\d+\.\d+"
+
+
+PROGRAMS = ("train", "prepare", "data", "finetune_glue", "compare", "bench_throughput", "watch", "diagnose",
+            "plumbing.gpu_first", "offline cache", "offline score")
+FOREIGN = ("--nproc-per-node", "--logdir")          # torchrun's, tensorboard's
+
+
+def pages(root):
+    return [root / "README.md", *sorted((root / "docs").glob("*.md")), root / "teacher/README.md"]
+
+
+# ------------------------------------------------------------------------------------------------ commands
+
+def documented(text):
+    """The shell commands of a page: indented lines, continued ones joined, and what stands in backticks."""
+    blocks = re.sub(r" *\\\n *", " ", text)
+    for line in re.findall(r"^    *(?:\$ )?(.*)$", blocks, re.M):
+        yield from (part.strip() for part in re.split(r"&&|\||>", re.sub(r"  +#.*", "", line)))
+    yield from re.findall(r"`((?:[A-Z_]+=\S+ )*(?:python|torchrun) [^`\n]+)`", text)
+
+
+def program(command):
+    """(program, its arguments) of `[VARIABLE=...] python|torchrun [-m] PROGRAM ...`, or None."""
+    words = shlex.split(command)
+    while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+        words = words[1:]
+    if words[:1] == ["torchrun"]:
+        at = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    elif words[:1] == ["python"]:
+        at = 2 if words[1] == "-m" else 1
+    else:
+        return None
+    if words[at] == "offline.py":                   # its first word says what to make
+        words[at:at + 2] = [" ".join(words[at:at + 2])]
+    return words[at], words[at + 1:]
+
+
+def config_of(name):
+    """(dataclass, help) behind a program's flags; None for one that has no such parser."""
+    if (name := name.replace(".py", "")) not in PROGRAMS:
+        return None
+    name, _, word = name.partition(" ")
+    module = importlib.import_module(name)
+    return getattr(module, word.title() or "Config"), module.__doc__
+
+
+def flags_of(config):
+    """Every flag that a dataclass gives its program."""
+    names = {flag_of(f.name) for f in dataclasses.fields(config)}
+    return names | {"--no-" + name[2:] for name in names} | {"--help"}
+
+
+def command_faults(root):
+    lines = (root / "tests/commands.txt").read_text().splitlines()
+    listed = dict(re.split(r"  +", line, maxsplit=1) for line in lines if not line.startswith("#"))
+    every, found = set(FOREIGN), set()
+    for name in PROGRAMS:
+        every |= flags_of(config_of(name)[0])
+    for page in pages(root):
+        text = page.read_text()
+        for command in re.findall(r"^((?:[A-Z_]+=\S+ )*(?:python|torchrun) .*\.py.*)$", text, re.M):
+            yield f"{page.name}: not indented, so not shown as a command: {command}"
+        for code in re.findall(r"`([^`\n]+)`", text):
+            for flag in re.findall(r"(?<!\w)--[a-z][a-z0-9-]*", code):
+                if flag not in every:
+                    yield f"{page.name}: {flag} is a flag of no program here"
+        for command in documented(text):
+            name, arguments = program(command) or (None, ())
+            if not name:
+                continue
+            flags = sorted({word.partition("=")[0] for word in arguments if word.startswith("-")})
+            found.add(shape := " ".join([name, *(arguments if name == "pytest" else flags)]))
+            if shape not in listed:
+                yield f"{page.name}: {command}: tests/commands.txt has no line for: {shape}"
+            if (config := config_of(name)) and "--help" not in flags:
+                try:
+                    parse(*config, arguments)
+                except UserError as e:
+                    yield f"{page.name}: {command}: {e}"
+    shared = (root / "tests/conftest.py").read_text()
+    for shape, why in listed.items():
+        if shape not in found:
+            yield f"commands.txt: no page has a command such as: {shape}"
+        files = re.findall(r"(\S+)::(\w+)", why)
+        sources = [(root / f"tests/test_{file}.py").read_text() + shared for file, _ in files]
+        for (file, test), source in zip(files, sources, strict=True):
+            if f"def test_{test}(" not in source:
+                yield f"commands.txt: {shape}: test_{file}.py has no test_{test}"
+        for flag in re.findall(r" (--\S+)", shape):
+            used = rf"{flag}\b|\b{flag[2:].replace('-', '_')}="
+            if re.match(r"\w+::", why) and not re.search(used, "".join(sources)):
+                yield f"commands.txt: {shape}: no test that is named there has {flag}"
+
+
+# ---------------------------------------------------------------------------- links, placeholders, figures
+
+def anchors(page):
+    """As GitHub makes them from the headings."""
+    heads = re.findall(r"^#+ +(.*)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+def link_faults(root):
+    for page in [*pages(root), root / "RECORDS.md"]:
+        for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+            path, _, anchor = link.partition("#")
+            target = page.parent / path if path else page
+            if re.match(r"https?:", link):
+                continue
+            if not target.exists():
+                yield f"{page.name}: the link {link} leads nowhere"
+            elif anchor and anchor not in anchors(target):
+                yield f"{page.name}: {target.name} has no heading #{anchor}"
+
+
+def placeholder_faults(root):
+    for directory in (".", "docs", "exercises", "plumbing", "teacher"):
+        for path in (p for p in (root / directory).glob("*.*") if p.suffix in (".md", ".py")):
+            for i, line in enumerate(path.read_text().splitlines(), 1):
+                if PLACEHOLDER.search(line):
+                    yield f"{path.relative_to(root)}:{i}: a placeholder is left: {line.strip()}"
+
+
+def figure_faults(root):
+    """Of README.md: every number with a point or a thousands comma, and each row of a table as a whole."""
+    def numbers(text):
+        return set(re.findall(NUMBER, text.replace("**", "")))
+    text = (root / "README.md").read_text()
+    others = [root / "RECORDS.md", *pages(root)[1:]]
+    lines = [line for page in others for line in page.read_text().splitlines()]
+    known = [numbers(line) for line in lines]
+    for line in re.sub(r"arxiv[ .:/\w]*\d{4}\.\d+|[\d,]+ lines", "", text, flags=re.I).splitlines():
+        if missing := numbers(line) - set().union(*known):
+            yield f"README.md: {' and '.join(sorted(missing))} not in RECORDS.md or docs/: {line.strip()}"
+        if line.startswith("|"):
+            cells = line.strip("|").split("|")
+            name = cells[0].split("(")[0].strip(" `*")
+            for part in line.split(";") if ";" in cells[0] else [line]:
+                if len(numbers(part)) > 1 and not any(
+                        numbers(part) <= of and (";" in cells[0] or name in there)
+                        for of, there in zip(known, lines, strict=True)):
+                    yield f"README.md: these figures are in no line of RECORDS.md or docs/ together: {part}"
+
+
+def faults(root=ROOT):
+    return [*command_faults(root), *link_faults(root), *placeholder_faults(root), *figure_faults(root)]
+
+
+if __name__ == "__main__":
+    found = faults()
+    print("\n".join(found), end="\n" if found else "")
+    sys.exit(bool(found))

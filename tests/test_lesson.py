@@ -1,0 +1,99 @@
+"""The tour, the exercises with their solutions and without, and what the pages say."""
+import dataclasses
+import re
+import runpy
+import shutil
+import sys
+from pathlib import Path
+
+import check_docs
+import pytest
+
+import prepare
+import train
+from conftest import text
+from plumbing.cli import parse
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_tour_runs_with_the_four_packages(monkeypatch, capsys):
+    for other in ("safetensors", "transformers", "scipy", "sklearn", "matplotlib", "pyarrow"):
+        monkeypatch.setitem(sys.modules, other, None)                   # an import of it fails
+    monkeypatch.chdir(ROOT)
+    seen = runpy.run_path("tour.py")
+    assert capsys.readouterr().out.count(" by hand ") > len(seen["done"]) and seen["loss"] > seen["entropy"]
+
+
+class Outcomes:
+    def __init__(self):
+        self.seen = []
+
+    def pytest_runtest_logreport(self, report):
+        if report.when == "call":
+            self.seen.append(report.outcome)
+
+
+@pytest.mark.parametrize("solved", [False, True])
+def test_every_exercise_fails_until_it_is_solved(tmp_path, monkeypatch, capsys, solved):
+    """In a copy, so that the solutions need not stand beside the stubs."""
+    shutil.copytree(ROOT / "exercises", tmp_path / "exercises", ignore=shutil.ignore_patterns("__pycache__"))
+    if solved:
+        shutil.copytree(ROOT / "tests/solutions", tmp_path / "exercises", dirs_exist_ok=True)
+    for name in ("session1", "session2", "broken", "test_session1", "test_session2"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    outcomes = Outcomes()
+    pytest.main(["-q", "-p", "no:cacheprovider", str(tmp_path / "exercises")], plugins=[outcomes])
+    assert len(outcomes.seen) > 20 and set(outcomes.seen) == {"passed" if solved else "failed"}
+
+
+def test_the_commands_of_the_exercises_run(tmp_path, monkeypatch):
+    """Every train.py command of docs/exercises.md, two steps, on made-up text in the teacher's vocabulary."""
+    monkeypatch.chdir(ROOT)
+    data = str(tmp_path / "data")
+    prepare.prepare(prepare.Config(["made up"], data, "teacher", val_fraction=0.3), text(400))
+    commands = map(check_docs.program, check_docs.documented(Path("docs/exercises.md").read_text()))
+    commands = [arguments for name, arguments in filter(None, commands) if name == "train.py"]
+    for i, arguments in enumerate(commands):
+        config = dataclasses.replace(parse(train.Config, "", arguments), data=data, budget_steps=2,
+                                     out=str(tmp_path / f"run{i}"), budget_flops=None, val_blocks=2)
+        assert train.train(config, say=lambda line: None)["steps"] == 2
+    assert len(commands) == 2
+
+
+def test_what_the_exercises_break_is_there_to_be_broken():
+    changes = re.findall(r"`(\w+\.py)`: `([^`]+)`\s+becomes `", (ROOT / "docs/exercises.md").read_text())
+    assert len(changes) == 3 and all((ROOT / file).read_text().count(old) == 1 for file, old in changes)
+
+
+def test_the_plain_test_command_does_not_collect_the_exercises(request):
+    assert request.config.getini("testpaths") == ["tests"]
+
+
+def test_the_pages_hold():
+    assert check_docs.faults() == []
+
+
+def test_the_checker_finds_what_is_wrong(tmp_path):
+    for part in ("README.md", "RECORDS.md", "docs", "tests", "teacher"):
+        copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copyfile
+        copy(ROOT / part, tmp_path / part)
+    wrong = [
+        ("README.md", "python compare.py --data", "python compare.py --datum", "unknown flag --datum"),
+        ("README.md", "watch.py runs/", "watch.py --x steps runs/", "no line for: watch.py --follow --x"),
+        ("README.md", "(docs/gpu.md)", "(docs/gpus.md)", "the link docs/gpus.md leads nowhere"),
+        ("README.md", "(docs/running.md)", "(docs/running.md#ram)", "running.md has no heading #ram"),
+        ("README.md", "72.0 ± 1.2", "72.1 ± 1.2", "72.1 ± 1.2 | **+5.0 [+1.0, +9.0]** |"),
+        ("README.md", "1,634,304 | 5.15", "1,634,304 | 5.26", "1,634,304 | 5.26 |"),           # another arm's
+        ("docs/data.md", "`--static-masks`", "`--static-mask`", "--static-mask is a flag of no program here"),
+        ("docs/data.md", "# Text in", "# Text in DEMO_SECONDS", "docs/data.md:1: a placeholder is left"),
+        ("tests/commands.txt", "data::the_script", "data::no_script", "test_data.py has no test_no_script"),
+        ("tests/commands.txt", "watch::follow_redraws_until_ctrl_c", "data::the_script_shows_what_was_masked",
+         "no test that is named there has --follow")]
+    for page, old, new, _ in wrong:
+        said = (tmp_path / page).read_text()
+        assert old in said, old
+        (tmp_path / page).write_text(said.replace(old, new, 1))
+    found = check_docs.faults(tmp_path)
+    assert [fault for *_, fault in wrong if not any(fault in line for line in found)] == []

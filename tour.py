@@ -1,0 +1,235 @@
+"""The tour: one sentence through teacher, student and every loss, with real numbers.  Run it before you read
+the rest: as a whole, or cell by cell in an editor that knows `# %%`.
+
+    python tour.py
+
+Each loss is computed twice: by kd_losses.py, and here by hand in a line or two.  The two must agree to ten
+digits, or the tour stops.  It reads the teacher in teacher/, downloads nothing and takes seconds.
+"""
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+
+from data import SPECIAL, Blocks
+from kd_losses import (
+    AS_RELEASED,
+    PHASED,
+    STRATEGIES,
+    Context,
+    loss_terms,
+    relation_head_count,
+    soft_cross_entropy,
+)
+from model import BertConfig, BertForMaskedLM
+from train import learning_rate
+
+TEACHER = Path("teacher")
+
+# %% 1. A sentence becomes numbers.  The tokenizer cuts it into pieces, and each piece has a number, its id.
+text = ("Returns a new tensor with the same shape as the input, "
+        "filled with random numbers from a normal distribution.")
+tokenizer = Tokenizer.from_file(str(TEACHER / "tokenizer.json"))
+vocab = tokenizer.get_vocab()
+pieces = tokenizer.encode(text, add_special_tokens=False)
+print(f"{text}\n{len(pieces.ids)} pieces out of a vocabulary of V = {len(vocab):,}:")
+print("  ".join(f"{piece} {i}" for piece, i in zip(pieces.tokens, pieces.ids, strict=True)))
+
+# %% 2. A block is [CLS], ids, [SEP].  15% of its positions become questions.  Of these 80% show [MASK], 10%
+# show a random piece and 10% show the right one.  The model cannot know which piece is wrong, so it must
+# doubt each.
+V, S = len(vocab), len(pieces.ids) + 2
+directory = SimpleNamespace(path=TEACHER, split=lambda name: np.array(pieces.ids), vocab=vocab,
+                            special={token: vocab[token] for token in SPECIAL})
+ids, masked, labels = map(torch.from_numpy, Blocks(directory, "train", S, seed=11).batch(0, 1))
+labels, M = labels.flatten(), masked.shape[1]
+print(f"\nThe block, S = {S}, with M = {M} questions:")
+print(" ".join(map(tokenizer.id_to_token, ids[0].tolist())))
+for at, label in zip(masked[0].tolist(), labels.tolist(), strict=True):
+    shown, answer = map(tokenizer.id_to_token, (ids[0, at].item(), label))
+    print(f"  position {at:2} shows {shown:8} the answer is {answer}")
+
+# %% 3. The teacher: 4 layers of width 128.  The student: 2 layers of width 64, as many heads, random weights.
+# Numbers have 64 bits here, so that two ways of computing the same thing agree to many digits.
+shape = {k: v for k, v in json.loads((TEACHER / "config.json").read_text()).items() if hasattr(BertConfig, k)}
+teacher = BertForMaskedLM(BertConfig(**shape)).double().eval().requires_grad_(False)
+teacher.load_state_dict(torch.load(TEACHER / "pytorch_model.bin", weights_only=True))
+torch.manual_seed(0)
+student, wide = (BertForMaskedLM(BertConfig.of_size(size, heads=2, vocab_size=V)).double().eval()
+                 for size in ("2L64", "2L128"))                     # `wide` is for what needs equal widths
+W = torch.nn.ModuleDict({name: torch.nn.Linear(64, 128, bias=False)     # the student's width to the teacher's
+                         for name in ("embedding", "hidden", "hidden0", "hidden1")}).double()
+
+# %% 4. A forward pass leaves behind what it is asked for, by `want`, and stops there.
+want = ("embedding", ("qkv", -1), ("hidden", -1), "logits", "all_logits")
+print(f"\n{'want':16}{'student':22}{'teacher':22}   B = 1 block, N = 2 heads, H = D / N")
+for w in want:
+    shapes = [model(ids, masked, want=(w,))[w] for model in (student, teacher)]
+    shapes = [f"{3} x {tuple(x[0].shape)}" if isinstance(x, tuple) else str(tuple(x.shape)) for x in shapes]
+    print(f"{str(w):16}{shapes[0]:22}{shapes[1]:22}   "
+          + {"embedding": "(B, S, D)", "logits": "(M, V)", "all_logits": "(B, S, V)"}.get(
+              w, "(B, N, S, H): queries, keys, values" if w[0] == "qkv" else "(B, S, D)"))
+
+
+# %% 5. By hand.  All that the losses are made of are these few lines.
+def softmax(z):
+    return z.exp() / z.exp().sum(-1, keepdim=True)
+
+
+def kl(p, q):       # how much worse q is than p: summed over the choices, averaged over everything else
+    return (p * (p / q).log()).sum(-1).mean()
+
+
+def mse(x, y):
+    return ((x - y) ** 2).mean()
+
+
+def scores(q, k):   # who looks at whom, before the softmax
+    return q @ k.mT / q.shape[-1] ** 0.5
+
+
+def relation(x):    # heads put together, then cut into N_r new ones: each row says which positions are alike
+    x = torch.stack(torch.cat(x.unbind(1), -1).chunk(N_r, -1), 1)                           # (B, N_r, S, H_r)
+    return softmax(scores(x, x))
+
+
+def normal(h):      # mean 0 and deviation 1 at each position
+    return (h - h.mean(-1, keepdim=True)) / h.std(-1, correction=0, keepdim=True)
+
+
+def outputs(model):
+    layers = range(model.config.num_hidden_layers)
+    inside = [(kind, i) for kind in ("qkv", "hidden") for i in layers]
+    return model(ids, masked, want=["embedding", "logits", *inside])
+
+
+def check(name, strategy, by_hand, model=student):
+    """kd_losses' terms beside those by hand; their weighted sum, which is what training makes smaller."""
+    strategy = strategy.between(2, 4)
+    s = model(ids, masked, want=strategy.want("student"))
+    t = teacher(ids, masked, want=strategy.want("teacher"))
+    total, terms = loss_terms(strategy, s, t, Context(labels, strategy.tau, N_r, W))
+    assert terms.keys() == by_hand.keys(), (name, *terms)
+    for term, value in terms.items():
+        assert abs(value - by_hand[term]) <= 1e-10 * abs(value), (name, term, value, by_hand[term])
+        weight = strategy.terms[term].weight
+        print(f"{name:20}{weight:5g} x {term:8}{value:10.6f}   by hand {by_hand[term]:10.6f}")
+    done.add(name.split()[0])
+    return total
+
+
+done, N_r = set(), relation_head_count(64, 128)
+s, t = outputs(student), outputs(teacher)
+z_s, z_t = s["logits"], t["logits"]                                                         # (M, V)
+p_s, p_t = softmax(z_s), softmax(z_t)
+(q0_s, k0_s, _), (q_s, k_s, v_s) = (s["qkv", i] for i in (0, 1))                         # (B, N, S, H)
+(q1_t, k1_t, _), (q_t, k_t, v_t) = (t["qkv", i] for i in (1, 3))
+h0_s, h_s, h1_t, h_t = s["hidden", 0], s["hidden", 1], t["hidden", 1], t["hidden", 3]       # (B, S, D)
+
+# %% 6. Questions with one right answer: the masked language model.  An untrained student gives every piece
+# about the same chance, 1 / V, so its loss is about ln V.
+mlm = -p_s[range(M), labels].log().mean()
+print(f"\nln V = {np.log(V):.3f}; the untrained student's loss is {mlm:.3f}")
+check("no_kd", STRATEGIES["no_kd"], dict(mlm=mlm))
+
+# %% 7. Soft targets: the teacher's whole opinion, not one right answer.  Here it is, at each question.
+for at, label, p in zip(masked[0].tolist(), labels.tolist(), p_t, strict=True):
+    print(f"  position {at:2}, {tokenizer.id_to_token(label)!r:9}: teacher says "
+          + ", ".join(f"{tokenizer.id_to_token(i)} {p[i]:.0%}" for i in p.topk(4).indices.tolist()))
+soft_ce = -(p_t * p_s.log()).sum(-1).mean()
+check("vanilla_kd", STRATEGIES["vanilla_kd"], dict(mlm=mlm, soft_ce=soft_ce))
+entropy = -(p_t * p_t.log()).sum(-1).mean()
+assert abs(soft_ce - kl(p_t, p_s) - entropy) < 1e-12
+print(f"cross-entropy {soft_ce:.4f} - KL {kl(p_t, p_s):.4f} = {entropy:.4f}, the teacher's entropy")
+
+# So that entropy is the floor: no student gets lower.  Now a fault: the paper's released code takes a mean
+# over V, too.  Its soft targets weigh V times less, which is next to nothing.
+check("vanilla_kd released", AS_RELEASED["vanilla_kd"], dict(mlm=mlm, soft_ce=soft_ce / V))
+
+# %% 8. DistilBERT: softer targets (tau = 2), the true answer, and the direction of the last hidden state.
+w, tau = outputs(wide), 2
+p_w, h_w = softmax(w["logits"]), w["hidden", 1]
+cosine = (h_w * h_t).sum(-1) / (h_w.norm(dim=-1) * h_t.norm(dim=-1))                        # (B, S)
+check("distilbert", STRATEGIES["distilbert"], dict(
+    soft_kl=tau ** 2 * kl(softmax(z_t / tau), softmax(w["logits"] / tau)),
+    mlm=-p_w[range(M), labels].log().mean(), cosine=(1 - cosine).mean()), wide)
+
+# %% 9. TinyBERT: be equal inside.  W makes 128 numbers of the student's 64; it is trained, then thrown away.
+embd = mse(s["embedding"] @ W["embedding"].weight.T, t["embedding"])
+attn, attn_middle = mse(scores(q_s, k_s), scores(q_t, k_t)), mse(scores(q0_s, k0_s), scores(q1_t, k1_t))
+hidn, hidn_middle = (mse(a @ W["hidden"].weight.T, b) for a, b in ((h_s, h_t), (h0_s, h1_t)))
+check("tinybert", STRATEGIES["tinybert"], dict(embd=embd, attn=attn, hidn=hidn))
+check("tinybert_layers", STRATEGIES["tinybert_layers"], dict(           # layers 1, 2 with the teacher's 2, 4
+    embd=embd, attn=attn_middle + attn, hidn=hidn_middle + hidn))
+
+# %% 10. MiniLM: look where the teacher looks.  Only distributions are compared, so no W is needed.
+attn_kl = kl(softmax(scores(q_t, k_t)), softmax(scores(q_s, k_s)))
+value = kl(softmax(scores(v_t, v_t)), softmax(scores(v_s, v_s)))
+minilm = check("minilm", STRATEGIES["minilm"], dict(attn=attn_kl, value=value))
+relations = {name: kl(relation(b), relation(a))
+             for name, a, b in (("qq", q_s, q_t), ("kk", k_s, k_t), ("vv", v_s, v_t))}
+check("minilmv2", STRATEGIES["minilmv2"], relations)
+check("minilmv2_mlm", STRATEGIES["minilmv2_mlm"], dict(mlm=mlm, **relations))
+
+# %% 11. MobileBERT: one layer after another, then everything.
+stages = [strategy for _, _, strategy in PHASED["mobilebert"](2)]
+for i, (a, b, q_a, k_a, q_b, k_b) in enumerate((
+        (h0_s, h1_t, q0_s, k0_s, q1_t, k1_t), (h_s, h_t, q_s, k_s, q_t, k_t))):
+    check(f"mobilebert layer {i + 1}", stages[i], dict(
+        fmt=mse(normal(a @ W[f"hidden{i}"].weight.T), normal(b)),
+        attn=kl(softmax(scores(q_b, k_b)), softmax(scores(q_a, k_a)))))
+check("mobilebert tail", stages[2], dict(mlm=mlm, soft_ce=soft_ce))
+assert done == {*STRATEGIES, *PHASED}, "a strategy is missing from the tour"
+
+# %% 12. What a soft target asks of the student: the gradient is (p_s - p_t) / M.  A probability that is too
+# high goes down, one that is too low goes up.
+z = z_s.detach().requires_grad_()
+gradient, = torch.autograd.grad(soft_cross_entropy(z, z_t), z)
+assert torch.allclose(gradient, (p_s - p_t) / M, rtol=0, atol=1e-15)
+print(f"\nAt position {masked[0, 0]}, the gradient of the soft cross-entropy:")
+for i in [*gradient[0].topk(4, largest=False).indices.tolist(), gradient[0].argmax().item()]:
+    print(f"  {tokenizer.id_to_token(i):8}  student {p_s[0, i]:.4f}  teacher {p_t[0, i]:.4f}  "
+          f"gradient {gradient[0, i]:+.4f}")
+# A temperature makes it smaller by about tau^2 (from tau = 4 on, here).  The factor tau^2 gives that back.
+for tau in (1, 2, 4, 8):
+    size = torch.autograd.grad(soft_cross_entropy(z, z_t, tau), z)[0].norm()
+    print(f"  tau = {tau}: length of the gradient {size:.4f}, without the factor tau^2 {size / tau ** 2:.4f}")
+
+# %% 13. What MiniLM does not teach.  It stops at the last layer's queries, keys and values.  What comes after
+# them gets no gradient.  And one bias gets a gradient of zero: it adds the same number to all the scores of a
+# row, and the softmax does not see that.
+minilm.backward()
+silent = {name: p.numel() for name, p in student.named_parameters() if p.grad is None}
+matrices = {name: p.numel() for name, p in student.named_parameters() if "layer." in name and p.ndim == 2}
+share = sum(n for name, n in silent.items() if name in matrices) / sum(matrices.values())
+print("\nwithout a gradient under minilm:", *sorted({name.rpartition(".")[0] for name in silent}), sep="\n  ")
+print(f"that is {2 * share:.0%} of the last layer: {share:.1%} of 2 layers, {share / 3:.1%} of 6")
+last = student.bert.encoder["layer"][1].attention["self"]
+largest = {name: last[name].bias.grad.abs().max() for name in ("query", "key", "value")}
+print("largest gradient of its biases: " + ", ".join(f"{name} {g:.1e}" for name, g in largest.items()))
+assert share == 0.375 and largest["key"] < 1e-12 * largest["query"]
+
+# %% 14. The learning rate depends on what is spent: up over the first 6% of the budget, then down to zero.
+print("\nof a budget of 4 hours, peak 1e-3:")
+for hours in (0, 0.12, 0.24, 1, 2, 3.9, 4):
+    x = hours / 4
+    lr = 1e-3 * min(x / 0.06, (1 - x) / (1 - 0.06))
+    assert abs(learning_rate(x, 1e-3) - lr) < 1e-18
+    print(f"  {hours:4} h: {lr:.6f}")
+
+# %% 15. All of it together: 60 steps on this one block.  The loss falls towards the teacher's entropy, and
+# stays above it.
+optimizer, steps = torch.optim.AdamW(student.parameters(), betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01), 60
+print(f"\nsoft cross-entropy on this block; the teacher's entropy is {entropy:.4f}")
+for step in range(steps):
+    optimizer.param_groups[0]["lr"] = learning_rate(step / steps, 5e-3)
+    loss = soft_cross_entropy(student(ids, masked)["logits"], z_t)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    if step % 10 == 0 or step == steps - 1:
+        print(f"  step {step:2}: {loss:.4f}")
+assert loss > entropy
