@@ -442,7 +442,8 @@ def scored(config, model, out, say, seed):
     tuning = finetuning(config, model, out, seed)
     tasks = finetune_glue.score(tuning, say)["tasks"]
     means = {name: r["mean"] for name, r in tasks.items()}
-    probe = dataclasses.replace(tuning, data=config.data, probe=True)
+    probe = dataclasses.replace(tuning, data=config.data, probe=True,
+                                seq_len=in_turn(config.seq_len, int)[-1][1])
     return dict(tasks=tasks, scores=means, probes=finetune_glue.probes(probe, say) if config.probe else {},
                 average=float(np.mean([means[name] for name in report.averaged(means)])))
 

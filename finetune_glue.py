@@ -42,7 +42,19 @@ from tqdm import tqdm
 
 from data import TokenDirectory, hashed
 from plumbing import checkpoint, probe
-from plumbing.cli import Checked, Count, Counts, Positives, Seed, Share, UserError, numbers, run, writable
+from plumbing.cli import (
+    Checked,
+    Count,
+    Counts,
+    Length,
+    Positives,
+    Seed,
+    Share,
+    UserError,
+    numbers,
+    run,
+    writable,
+)
 from plumbing.device import choose_device, multiplies_in_bf16
 from plumbing.files import sha256, share, write_json, write_whole
 from plumbing.glue import BINARY, PAPER, TASKS, Task, evaluate, parse_tasks, read_task, rows_of_text
@@ -68,6 +80,7 @@ class Config(Checked):
     out: str | None = None                  # directory of trials and glue.json; default: runs/glue/MODEL
     probe: bool = False                    # no fine-tuning: what the frozen encoder knows (plumbing/probe.py)
     data: str | None = None           # a token directory, for --probe: masked LM on its validation blocks too
+    seq_len: Length = 128               # of --data's blocks
     save: bool = False                 # keep each trial's classifier too, a model directory beside its scores
     device: str | None = None               # cpu, cuda or cuda:N; default: cuda where there is one, else cpu
     compile: bool = False                   # torch.compile of the training step, once for all lengths
@@ -345,7 +358,7 @@ def probes(config, say=print):
     if config.data:
         directory = TokenDirectory(config.data)
         checkpoint.same_vocabulary(directory.read_tokenizer(), setup.path)
-    seq_len = min(128, loaded.model.config.max_position_embeddings)
+    seq_len = min(config.seq_len, loaded.model.config.max_position_embeddings)
     examples = hashlib.sha256(repr([(name, x, y.tolist()) for name, parts in texts.items()
                                     for x, y in parts.values()]).encode())
     settings = dict(model=setup.digests, examples=examples.hexdigest()[:16], max_len=config.max_len,

@@ -182,9 +182,20 @@ for i, (a, b, q_a, k_a, q_b, k_b) in enumerate((
         fmt=mse(normal(a @ W[f"hidden{i}"].weight.T), normal(b)),
         attn=kl(softmax(scores(q_b, k_b)), softmax(scores(q_a, k_a)))))
 check("mobilebert tail", stages[2], dict(mlm=mlm, soft_ce=soft_ce))
+
+# %% 12. Without a teacher: clm.  Nothing is hidden, but each position sees only what stands before it, and predicts
+# what comes next.  A start for no_kd: `--strategy clm:0.3/no_kd`.
+(_, _, clm), = PHASED["clm"](2)
+plain, before, _ = map(torch.from_numpy, Blocks(directory, "train", S, seed=11, causal=True).batch(0, 1))
+left = student(plain, before, want=clm.want("student"), causal=True)
+_, terms = loss_terms(clm, left, None, Context(labels, clm.tau, N_r, W))
+by_hand = -softmax(left["logits"])[range(M), labels].log().mean()
+assert abs(terms["clm"] - by_hand) <= 1e-10 * by_hand and torch.equal(before, masked - 1)
+print(f"{'clm':20}{1:5} x {'clm':8}{terms['clm']:10.6f}   by hand {by_hand:10.6f}")
+done.add("clm")
 assert done == {*STRATEGIES, *PHASED}, "a strategy is missing from the tour"
 
-# %% 12. What a soft target asks of the student: the gradient is (p_s - p_t) / M.  A probability that is too
+# %% 13. What a soft target asks of the student: the gradient is (p_s - p_t) / M.  A probability that is too
 # high goes down, one that is too low goes up.
 z = z_s.detach().requires_grad_()
 gradient, = torch.autograd.grad(soft_cross_entropy(z, z_t), z)
@@ -198,7 +209,7 @@ for tau in (1, 2, 4, 8):
     size = torch.autograd.grad(soft_cross_entropy(z, z_t, tau), z)[0].norm()
     print(f"  tau = {tau}: length of the gradient {size:.4f}, without the factor tau^2 {size / tau ** 2:.4f}")
 
-# %% 13. What MiniLM does not teach.  It stops at the last layer's queries, keys and values.  What comes after
+# %% 14. What MiniLM does not teach.  It stops at the last layer's queries, keys and values.  What comes after
 # them gets no gradient.  And one bias gets a gradient of zero: it adds the same number to all the scores of a
 # row, and the softmax does not see that.
 minilm.backward()
@@ -212,7 +223,7 @@ largest = {name: last[name].bias.grad.abs().max() for name in ("query", "key", "
 print("largest gradient of its biases: " + ", ".join(f"{name} {g:.1e}" for name, g in largest.items()))
 assert share == 0.375 and largest["key"] < 1e-12 * largest["query"]
 
-# %% 14. The learning rate depends on what is spent: up over the first 6% of the budget, then down to zero.
+# %% 15. The learning rate depends on what is spent: up over the first 6% of the budget, then down to zero.
 print("\nof a budget of 4 hours, peak 1e-3:")
 for hours in (0, 0.12, 0.24, 1, 2, 3.9, 4):
     x = hours / 4
@@ -220,7 +231,7 @@ for hours in (0, 0.12, 0.24, 1, 2, 3.9, 4):
     assert abs(learning_rate(x, 1e-3) - lr) < 1e-18
     print(f"  {hours:4} h: {lr:.6f}")
 
-# %% 15. All of it together: 60 steps on this one block.  The loss falls towards the teacher's entropy, and
+# %% 16. All of it together: 60 steps on this one block.  The loss falls towards the teacher's entropy, and
 # stays above it.
 optimizer, steps = torch.optim.AdamW(student.parameters(), betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01), 60
 print(f"\nsoft cross-entropy on this block; the teacher's entropy is {entropy:.4f}")

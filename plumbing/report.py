@@ -189,11 +189,14 @@ def measuring(results, yardsticks):
 
 def turned(r):
     """Tokens at which D_order first passed 0.3, where the model began to use the order of its context, on the
-    line through the validations before and after; inf where it did not; None where it was not logged."""
+    line through the validations before and after; the first validation's where that is past it; inf where it
+    did not; None where it was not logged."""
     points = [(p["tokens"], p["d_order"]) for p in r["curve"] if p.get("d_order") is not None]
-    before = (0, 0.0)
+    before = None
     for tokens, d_order in points:
         if d_order >= D_ORDER_TURN:
+            if before is None:
+                return tokens
             return before[0] + (tokens - before[0]) * (D_ORDER_TURN - before[1]) / (d_order - before[1])
         before = tokens, d_order
     return math.inf if points else None
@@ -208,7 +211,8 @@ def turn_of(runs):
     if late == len(at):
         return f"> {min(r['tokens'] for r in runs) / 1e6:.2g}M"
     mean = np.mean([x for x in at if math.isfinite(x)])
-    return f"{mean / 1e6:.2g}M" + f" ({late} of {len(at)} later)" * (late > 0)
+    first = any(r["curve"][0].get("d_order", 0) >= D_ORDER_TURN for r in runs)
+    return "< " * first + f"{mean / 1e6:.2g}M" + f" ({late} of {len(at)} later)" * (late > 0)
 
 
 def setting(unique_tokens, static_masks):

@@ -32,8 +32,8 @@ from cosmic_ray.mutating import mutate_code
 SCOPE = {
     "kd_losses.py": ("test_kd_losses test_promises", "test_kd_losses or compares or learning_rate or projection", None),
     "data.py": ("test_data test_promises", "test_data or reach_the_loop or reads or same_blocks", "-describe|main"),
-    "step.py": ("test_promises test_train test_bench", "test", None),
-    "train.py": ("test_promises test_train test_reliability", "test", "-describe|status|model_card"),
+    "step.py": ("test_promises test_train test_switches test_phases test_bench", "test", None),
+    "train.py": ("test_promises test_train test_switches test_reliability", "test", None),
     "plumbing/report.py": ("test_report test_promises", "test_report or by_seed", "-figure|"),    # nor constants
     "plumbing/glue.py": ("test_finetune_glue", "metrics or constant or collapsed",
                          "accuracy|f1|matthews|pearson|spearman|ranks|evaluate"),
@@ -74,7 +74,7 @@ def tested(tree, arguments):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
         os.dup2(null, 2)
-        status = pytest.main(["-x", "--tb=no", "-p", "no:cacheprovider", *arguments])
+        status = pytest.main(["-x", "--tb=no", "-n", "0", "-p", "no:cacheprovider", *arguments])
         os._exit(int(status))
     end = time.monotonic() + WALL_SECONDS
     while (found := os.waitpid(child, os.WNOHANG))[0] == 0:

@@ -250,7 +250,9 @@ def test_the_tokens_to_the_turn_are_where_d_order_passed_its_threshold():
             dict(seconds=1.0, tokens=(i + 1) * 1e6, mlm=6.0, d_order=d) for i, d in enumerate(d_orders)])
     early, late, never = run(0, 0.1, 0.5), run(1, 0.0, 0.0, 0.0, 0.6), run(2, 0.0, 0.29)
     assert [report.turned(r) for r in (early, late, never)] == [pytest.approx(1.5e6), pytest.approx(3.5e6), np.inf]
-    for runs, said in (([early, late], "2.5M"), ([early, never], "1.5M (1 of 2 later)"), ([never], "> 2M")):
+    at_once = run(3, 0.9)
+    for runs, said in (([early, late], "2.5M"), ([at_once], "< 1M"), ([early, never], "1.5M (1 of 2 later)"),
+                       ([never], "> 2M")):
         assert f" | {said} | " in report.score_table(runs)
     assert "turn" not in report.score_table([result("minilm", 0, 60.0)]) and report.turned(result("a", 0, 1)) is None
 
