@@ -99,6 +99,7 @@ class Config(Checked):
     peak_lrs: Positives | None = None   # of every arm; several: its best at the smallest budget; default: the paper's
     out: str = "runs/compare"     # directory for the runs, table.md, results.json, results.csv and figure.png
     dry_run: bool = False               # print the plan and its time only
+    merge: str | None = None         # instead: earlier comparisons (directories or results.json), one report of all
     size: str = "6L768"                 # student: layers L width
     heads: Count | None = None          # attention heads; default: width / 64
     seq_len: Lengths = 128              # positions in a block; or in turn, each to a share: 32:0.5,128
@@ -692,8 +693,73 @@ def recipe(config):
         f"{config.finetune_lrs}, {config.finetune_epochs} epochs, {config.max_len} ids."]
 
 
+# What earlier comparisons must share to be merged: the student, its masks, the recipe of fine-tuning
+SAME = ("size", "heads", "seq_len", "mask_rate", "mask_seed", "mask_variants", "init_std", "optimizer", "clip",
+        "batch_size", "dropout", "finetune_seeds", "finetune_batch_sizes", "finetune_lrs", "quick",
+        "finetune_epochs", "max_len")
+
+
+def merged(config):
+    """(config, results, yardsticks) of earlier comparisons of one student, recipe, teacher and tasks.  Of the last two
+    the yardsticks tell: the untrained student of a seed and the teacher score the same."""
+    records = {}
+    for path in config.merge.split(","):
+        file = Path(path, "results.json") if Path(path).is_dir() else Path(path)
+        if not file.is_file():
+            raise UserError(f"--merge: {file} is not there: give directories that compare.py has finished, or their "
+                            f"results.json")
+        records[path] = read_json(file)
+    first, results, yardsticks = next(iter(records)), {}, {}
+    for path, record in records.items():
+        differ = [f"--{key.replace('_', '-')}" for key in SAME if len({
+            str(r["config"].get(key, getattr(Config, key))) for r in (record, records[first])}) > 1]
+        if differ:
+            raise UserError(f"--merge: {path} was made with another {', '.join(differ)} than {first}")
+        for y in record["yardsticks"]:
+            before = yardsticks.setdefault(y["name"], y)
+            n = min(len(y["averages"]), len(before["averages"]))
+            if {t: of[:n] for t, of in y["scores"].items()} != {t: of[:n] for t, of in before["scores"].items()}:
+                raise UserError(f"--merge: {y['name']} has other scores in {path} than in {first}: another "
+                                f"teacher, other tasks, or another machine")
+            yardsticks[y["name"]] = max(before, y, key=lambda y: len(y["averages"]))
+        for r in record["results"]:
+            key = tuple(r[k] for k in ("strategy", "budget", "unit", "unique_tokens", "static_masks", "seed"))
+            before = results.setdefault(key, r)
+            if (before["scores"], before["peak_lr"]) != (r["scores"], r["peak_lr"]):
+                raise UserError(f"--merge: {r['strategy']} at {report.amount(r['budget'], r['unit'])}, seed "
+                                f"{r['seed']}, has other scores or another peak LR in {path}")
+    if len({r["unit"] for r in results.values()}) > 1:
+        raise UserError(f"--merge: {config.merge}: budgets in different units have no common table")
+    names = {f.name for f in dataclasses.fields(Config)}
+    recipe = {k: v for k, v in records[first]["config"].items() if k in names}
+    config = Config(**recipe | dict(out=config.out, probe=all(r["config"].get("probe") for r in records.values())))
+    return config, list(results.values()), list(yardsticks.values())
+
+
+def write_report(config, results, yardsticks, remarks=(), costs=(), size=None):
+    """The tables, the verdict and the figure, under OUT and on the screen."""
+    out = Path(config.out)
+    said = [*report.verdict(results, yardsticks), *report.drift(results), *report.remarks(results), *remarks]
+    text = "\n\n".join([*recipe(config), report.score_table(results, yardsticks, size), *said])
+    if config.probe:
+        text += "\n\n" + report.probe_table(results, yardsticks)
+    costs = "\n\n".join([report.cost_table(results), *costs])
+    everything = dict(config=dataclasses.asdict(config), results=results, yardsticks=yardsticks, verdict=said)
+
+    def write(_):
+        for name, content in (("table.md", text), ("costs.md", costs),
+                              ("results.csv", report.comma_separated(results)),
+                              ("results.json", json.dumps(everything, indent=1))):
+            write_whole(out / name, f"{content.rstrip()}\n".encode())
+        report.figure(results, yardsticks, out / "figure.png")
+    share_runs([config.out], write)
+    print(f"\n{text}\n\n{costs}\n")
+
+
 def main(config):
     began, out = time.monotonic(), writable(config.out)
+    if config.merge:
+        return write_report(*merged(config))
     demonstration = config.data is None
     if demonstration:
         config = demonstrated(config)
@@ -712,23 +778,8 @@ def main(config):
     if found is None:
         return
     results, yardsticks, remarks, costs = found
-    yardsticks = [report.constant_answer(results), *yardsticks]
-    said = report.verdict(results, yardsticks) + report.drift(results) + report.remarks(results) + remarks
-    text = "\n\n".join([*recipe(config), report.score_table(results, yardsticks, papers_setting(plan)),
-                        *said])
-    if config.probe:
-        text += "\n\n" + report.probe_table(results, yardsticks)
-    costs = "\n\n".join([report.cost_table(results), *costs])
-    everything = dict(config=dataclasses.asdict(config), results=results, yardsticks=yardsticks, verdict=said)
-
-    def write(_):
-        for name, content in (("table.md", text), ("costs.md", costs),
-                              ("results.csv", report.comma_separated(results)),
-                              ("results.json", json.dumps(everything, indent=1))):
-            write_whole(out / name, f"{content.rstrip()}\n".encode())
-        report.figure(results, yardsticks, out / "figure.png")
-    share_runs([config.out], write)
-    print(f"\n{text}\n\n{costs}\n")
+    write_report(config, results, [report.constant_answer(results), *yardsticks], remarks, costs,
+                 papers_setting(plan))
     if demonstration:
         look(results, config)
     print(f"\nalso in {out}/table.md, costs.md, results.json and results.csv; "

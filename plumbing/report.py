@@ -444,28 +444,51 @@ def lead_in_words(lead, rival, comparisons, digits=1):
     return text + "inside the noise"
 
 
-def crossings(found, unit):
-    """Where an arm's mean overtakes the base arm's between two budgets, on the straight
-    line over log budget."""
-    lines, last = [], {}
-    for (unique, static, high), after in found.items():
-        low, before = last.get((unique, static), (high, {}))
-        last[unique, static] = high, after
-        for name in before:
-            base = base_of(before)
-            if name == base or name not in after or base not in after:
+def crossings(found, unit, resamples=2000):
+    """Where an arm's mean overtakes the base arm's, or falls behind it, on the straight line between two budgets
+    over log budget; with the 95% interval of resampled seeds (bootstrap, each budget's leads on their own)."""
+    rng, lines, kinds = np.random.default_rng(0), [], {}
+    for (*kind, budget), arms in found.items():
+        base = base_of(arms)
+        for name in arms:
+            if name != base:
+                leads = differences(arms[name], arms[base])
+                kinds.setdefault((*kind, name, base), []).append((budget, leads))
+    for (unique, static, name, base), points in kinds.items():
+        budgets, means = [b for b, _ in points], np.array([[np.mean(leads) for _, leads in points]])
+        drawn = np.array([rng.choice(leads, (resamples, len(leads))).mean(1) for _, leads in points]).T
+        for i, at in enumerate(crossed(budgets, means)[0]):
+            if math.isnan(at):
                 continue
-            leads = [interval(differences(arms[name], arms[base])) for arms in (before, after)]
-            (d0, _), (d1, _) = leads
-            noise = (" (of one seed)" if any(math.isinf(half) for _, half in leads) else
-                     " (inside the noise)" * any(abs(mean) <= half for mean, half in leads))
-            if d0 * d1 < 0:
-                at = float(f"{low * (high / low) ** (d0 / (d0 - d1)):.2g}")
-                lines.append(f"On {setting(unique, static)}, the mean of {name} "
-                             f"{'overtakes' if d1 > 0 else 'falls behind'} {base}'s at about "
-                             f"{amount(at, unit)}, between {amount(low, unit)} and "
-                             f"{amount(high, unit)}{noise}.")
+            up = means[0, i] < 0
+            again = crossed(budgets, drawn, up)
+            again = again[np.isfinite(again).any(1)]
+            low, high = np.exp(np.quantile(np.log(np.nanmin(again, 1)), (0.025, 0.975)))
+            noise = (" (of one seed)" if any(len(leads) < 2 for _, leads in points[i:i + 2]) else
+                     f" [{amount(two_digits(low), unit)}, {amount(two_digits(high), unit)}], in "
+                     f"{len(again) / resamples:.0%} of resampled seeds")
+            noise += " (inside the noise)" * any(abs(m) <= half for m, half in (
+                interval(leads) for _, leads in points[i:i + 2]) if math.isfinite(half))
+            lines.append(f"On {setting(unique, static)}, the mean of {name} "
+                         f"{'overtakes' if up else 'falls behind'} {base}'s at about "
+                         f"{amount(two_digits(at), unit)}{noise}, between {amount(budgets[i], unit)} and "
+                         f"{amount(budgets[i + 1], unit)}.")
     return lines
+
+
+def crossed(budgets, leads, up=None):
+    """Where rows of leads (n, budgets) change their sign (to above 0 alone, or below, by `up`): (n, budgets - 1),
+    NaN where they do not."""
+    before, after, log = leads[:, :-1], leads[:, 1:], np.log(budgets)
+    changes = before * after < 0
+    if up is not None:
+        changes &= (before < 0) == up
+    part = before / np.where(changes, before - after, 1)
+    return np.where(changes, np.exp(log[:-1] + np.diff(log) * part), np.nan)
+
+
+def two_digits(x):
+    return float(f"{x:.2g}")
 
 
 def repetition(found):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_report import made_up
 
 import compare
 import finetune_glue
@@ -235,6 +236,43 @@ def test_stopped_three_times_the_table_is_the_same(small, tmp_path, monkeypatch,
     compare.main(again)
     assert capsys.readouterr().out.count("going on after step") == 3
     assert (tmp_path / "again/table.md").read_text() == (tmp_path / "out/table.md").read_text()
+
+
+def record(folder, averages, budget, teacher=70.0, **config):
+    """A finished comparison's directory, of made-up scores."""
+    of = dict(dataclasses.asdict(compare.Config()), seeds=len(averages["no_kd"]), **config)
+    yardsticks = [dict(name=name, averages=values, scores=dict(sst2=values)) for name, values in (
+        ("constant answer", [50.0]), ("random init", [55.0, 56.0, 57.0][:of["seeds"]]), ("teacher", [teacher]))]
+    results = [dict(r, scores=dict(sst2=r["average"]), tasks=dict(sst2=r["tasks"]["sst2"]))
+               for r in made_up(averages, budget=budget)]
+    folder.mkdir()
+    (folder / "results.json").write_text(json.dumps(dict(config=of, results=results, yardsticks=yardsticks)))
+    return str(folder)
+
+
+def test_earlier_comparisons_of_one_plan_are_merged_into_one_report(tmp_path, capsys):
+    low = record(tmp_path / "low", {"no_kd": [60, 61, 62], "minilm": [63, 64, 66]}, 1e12)
+    more = record(tmp_path / "more", {"no_kd": [60, 61], "tinybert": [65, 66]}, 1e12)       # the same no_kd again
+    high = record(tmp_path / "high", {"no_kd": [66, 67], "minilm": [65, 65]}, 4e12)
+    compare.main(compare.Config(merge=f"{low},{more},{high}/results.json", out=str(tmp_path / "all")))
+    kept = json.loads((tmp_path / "all/results.json").read_text())
+    assert len(kept["results"]) == 6 + 2 + 4 and {len(y["averages"]) for y in kept["yardsticks"]} == {1, 3}
+    said = capsys.readouterr().out
+    assert "the mean of minilm falls behind no_kd's" in said and "| 1e12 FLOPs | tinybert |" in said
+    assert (tmp_path / "all/table.md").read_text() in said + "\n"
+
+
+@pytest.mark.parametrize("change, says", [
+    (dict(teacher=71.0), "teacher has other scores"), (dict(max_len=32), "was made with another --max-len than"),
+    (dict(averages={"no_kd": [59]}), "no_kd at 1e12 FLOPs, seed 0, has other scores or another peak LR in"),
+    (None, "is not there")])
+def test_comparisons_of_different_plans_are_not_merged(tmp_path, change, says):
+    first, second = record(tmp_path / "a", {"no_kd": [60, 61]}, 1e12), tmp_path / "b"
+    if change is not None:
+        record(second, **dict(averages={"no_kd": [60, 61]}, budget=1e12) | change)
+    with pytest.raises(UserError, match=says):
+        compare.main(compare.Config(merge=f"{first},{second}", out=str(tmp_path / "all")))
+    assert not (tmp_path / "all/table.md").exists()
 
 
 def test_total_hours_are_shared_among_the_runs_after_fine_tuning(small, tmp_path, monkeypatch, capsys):
