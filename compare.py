@@ -68,6 +68,7 @@ from step import (
     flops_per_block,
     initial_student,
     memory_told,
+    start_from,
     student_shape,
 )
 
@@ -192,8 +193,10 @@ class Plan:
         self.tuning = {(name, lr): self.run(name, self.budgets[0], *self.settings[0], lr=lr)
                        for name in self.names for lr in self.lrs if len(self.lrs) > 1}
         self.runs = self.runs_at({name: self.lrs[0] for name in self.names})
-        self.yardsticks = [("random init", self.out / f"random/seed{seed}", seed)
-                           for seed in range(config.seeds)]
+        untrained = [("random init", "random"), *[(report.LAYERS, "layers")] * any(
+            each.start == "teacher" for each in self.runs)]
+        self.yardsticks = [(name, self.out / f"{folder}/seed{seed}", seed)
+                           for name, folder in untrained for seed in range(config.seeds)]
         self.yardsticks.append(("teacher", self.out / "teacher", 0))
         for each in (*self.tuning.values(), *self.runs, *([self.teacher] if self.teacher else [])):
             each.check()
@@ -367,13 +370,13 @@ def within(config):
     directory, texts = check_inputs(plan)
     student, teacher = (c.num_hidden_layers * c.hidden_size ** 2
                         for c in (student_shape(plan.runs[0], directory), plan.teacher_shape))
-    models = len(plan.runs) + config.seeds + teacher / student          # the random students and the teacher
+    models = len(plan.runs) + len(plan.yardsticks) - 1 + teacher / student
     tuned = models * finetuning_seconds(plan, directory, texts) / 3600
     fixed, machines = tuned + (config.teacher_budget or 0), config.jobs or 1
     left = 0.9 * machines * hours - fixed
     if left <= 0:
-        raise UserError(f"--total-hours {hours:g}: fine-tuning {len(plan.runs) + config.seeds + 1} models on "
-                        f"{len(texts)} tasks alone takes about {duration(3600 * tuned / machines)}: give more hours, "
+        raise UserError(f"--total-hours {hours:g}: fine-tuning {len(plan.runs) + len(plan.yardsticks)} models "
+                        f"on {len(texts)} tasks alone takes about {duration(3600 * tuned / machines)}: give more hours, "
                         f"--quick, or fewer tasks, arms or seeds")
     left /= sum(each.budget_hours for each in plan.all) - (config.teacher_budget or 0)
     scale = 10 ** (math.floor(math.log10(left)) - 1)
@@ -503,12 +506,16 @@ def teacher_shape(plan, directory):
 
 
 def score_yardstick(plan, directory, progress, name, path, seed):
-    """The untrained student of a seed, or the teacher, scored as the arms are."""
+    """The untrained student of a seed, or one of the teacher's layers, or the teacher, scored as the arms are."""
     model = path / "model"
     if name == "teacher":
         model = plan.runs[0].teacher
     elif not model.exists():
         student = initial_student(dataclasses.replace(plan.runs[0], seed=seed), directory)
+        if name == report.LAYERS:
+            teacher, missing, _ = checkpoint.load_mlm(checkpoint.find_model(plan.runs[0].teacher),
+                                                      len(directory.vocab))
+            start_from(student, teacher, head=not missing)
         checkpoint.save_model(model, student, directory.read_tokenizer(), head=True)
     with progress.on(f"score {path}", f"{name} {seed}"):
         return dict(name=name, **scored(plan.config, model, path / "glue", progress.say, seed))
@@ -571,7 +578,8 @@ def execute(plan, directory, progress):
                  f"{duration(sum(r['charged_seconds'] for r in results))} in all.")
     yardsticks = [dict(name=name, averages=[m["average"] for m in of], runs=of,
                        scores={task: [m["scores"][task] for m in of] for task in of[0]["scores"]})
-                  for name in ("random init", "teacher") for of in [[m for m in others if m["name"] == name]]]
+                  for name in dict.fromkeys(m["name"] for m in others)
+                  for of in [[m for m in others if m["name"] == name]]]
     teacher = plan.teacher and dict(flops=taught["student_flops"], hours=taught["charged_seconds"] / 3600)
     return results, yardsticks, remarks + report.ledgers(results, (teacher or {}).get(plan.unit)), costs
 
@@ -664,7 +672,7 @@ def describe(plan, seconds, finetune_seconds, texts):
             f"{duration(sum(seconds.values()))} in one process")
     if plan.artefacts:
         print(f"  before them, once for all that use it, and charged to each: {', '.join(plan.artefacts)}")
-    models = len(plan.runs) + config.seeds + 1                          # the random students and the teacher
+    models = len(plan.runs) + len(plan.yardsticks)
     print(f"  fine-tuning {models} models on {', '.join(texts)}: very roughly "
           f"{duration(models * finetune_seconds)}")
     record = plan.out / "results.json"

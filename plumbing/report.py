@@ -27,6 +27,7 @@ from diagnose import D_ORDER_TURN
 # arXiv 2404.19319, Table 2: GLUE dev, one seed, one A100; tokens, then QNLI, SST-2, MNLI,
 # MRPC, QQP, RTE, CoLA, average
 PAPER_TASKS = ("qnli", "sst2", "mnli", "mrpc", "qqp", "rte", "cola")
+LAYERS = "the teacher's layers, untrained"          # the yardstick of every arm that starts from them
 PAPERS_HOURS = {("6L768", False): 4, ("12L1024", False): 11.3, ("6L768", True): 24}
 PAPER = {                                                               # {(size, limited data): rows}
     ("6L768", False): {
@@ -395,14 +396,15 @@ def verdict(results, yardsticks=()):
 
 def best_arms(found, yardsticks, tasks, where):
     """One line per group: its best arm by the mean over these tasks, and its leads."""
-    untrained = {seed: dict(scores={task: y["scores"][task][seed] for task in tasks}) for y in yardsticks
-                 if y["name"] == "random init" for seed in range(len(y["averages"]))}
+    untrained = {y["name"]: {seed: dict(scores={task: y["scores"][task][seed] for task in tasks})
+                             for seed in range(len(y["averages"]))}
+                 for y in yardsticks if y["name"] in ("random init", LAYERS)}
     value, lines = over(tasks), []
     for (unique, static, budget), arms in found.items():
         ranked = sorted(arms, key=lambda name: -np.mean([value(r) for r in arms[name].values()]))
         best, base = ranked[0], base_of(arms)
         rivals = {name: arms[name] for name in (base, *ranked[1:2]) if name != best}      # and the runner-up
-        rivals |= {"random init": untrained} if untrained else {}
+        rivals |= untrained
         leads = [lead_in_words(differences(arms[best], runs, value), name, len(rivals | arms) - 1)
                  for name, runs in rivals.items()]
         runs = list(arms[best].values())

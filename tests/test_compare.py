@@ -21,7 +21,7 @@ import prepare
 import train
 from conftest import TINY, text
 from data import TokenDirectory
-from plumbing import demonstration, glue
+from plumbing import checkpoint, demonstration, glue, report
 from plumbing.cli import UserError
 
 
@@ -114,6 +114,11 @@ def test_arms_are_strategies_phases_and_starts_and_stand_in_the_results_as_they_
     assert "| no_kd+init |" in table and "| tinybert:0.5/no_kd |" in table and "Δ to no_kd" in table
     assert "| mobilebert (MobileBERT's transfer on a plain BERT) |" in table
     summary = json.loads((tmp_path / "out/runs/no_kd+init-4steps-seed0/summary.json").read_text())
+    untrained, teacher = (checkpoint.load_mlm(path, 64)[0].state_dict() for path in (
+        tmp_path / "out/layers/seed0/model", narrow_teacher))
+    assert [y["name"] for y in kept["yardsticks"]] == ["constant answer", "random init", report.LAYERS, "teacher"]
+    assert all(torch.equal(untrained[name], teacher[name]) for name in untrained if ".layer." not in name)
+    assert f"|  | {report.LAYERS} |" in table and (tmp_path / "out/layers/seed0/glue/glue.json").exists()
     assert summary["init"] == "teacher" and compare.Plan(small()).names == compare.Config.strategies.split(",")
     capsys.readouterr()
 
