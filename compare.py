@@ -376,8 +376,8 @@ def within(config):
     left = 0.9 * machines * hours - fixed
     if left <= 0:
         raise UserError(f"--total-hours {hours:g}: fine-tuning {len(plan.runs) + len(plan.yardsticks)} models "
-                        f"on {len(texts)} tasks alone takes about {duration(3600 * tuned / machines)}: give more hours, "
-                        f"--quick, or fewer tasks, arms or seeds")
+                        f"on {len(texts)} tasks alone takes about {duration(3600 * tuned / machines)}: give more "
+                        f"hours, --quick, or fewer tasks, arms or seeds")
     left /= sum(each.budget_hours for each in plan.all) - (config.teacher_budget or 0)
     scale = 10 ** (math.floor(math.log10(left)) - 1)
     each = f"{math.floor(left / scale) * scale:.3g}"                    # two digits, rounded down
