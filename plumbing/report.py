@@ -608,7 +608,8 @@ def curve_look(i):
 
 def figure(results, yardsticks, path):
     """Left: the score of each arm, against the budget where there are several, ± standard deviation over
-    pretraining seeds.  Right, where it was logged: validation MLM loss against tokens, at the largest budget."""
+    pretraining seeds.  Beside it, where they were logged: validation MLM loss and D_order against tokens, at the
+    largest budget."""
     try:
         import matplotlib
     except ImportError:
@@ -627,10 +628,12 @@ def figure(results, yardsticks, path):
     largest = (*kinds[0], max(budget for *_, budget in found))
     curves = [r for r in results if len(r["curve"]) > 1
               and (r["unique_tokens"], r["static_masks"], r["budget"]) == largest]
+    logged = [(key, label) for key, label in (("mlm", "validation MLM loss, nats"), ("d_order", "D_order, nats"))
+              if any(p.get(key) is not None for r in curves for p in r["curve"])]
     single = len(found) == 1
     height = max(3.6, 0.28 * len(names) + 1.2 if single else 0)
-    fig, panels = plt.subplots(1, 1 + bool(curves), layout="constrained", squeeze=False,
-                               figsize=(9 if curves else 6.5, height))
+    fig, panels = plt.subplots(1, 1 + len(logged), layout="constrained", squeeze=False,
+                               figsize=((6.5, 9, 12)[len(logged)], height))
     (one_budget if single else many_budgets)(panels[0, 0], found, kinds, names, styles)
     for y in yardsticks:
         mean, at = np.mean(y["averages"]), 0.02
@@ -638,13 +641,16 @@ def figure(results, yardsticks, path):
         panels[0, 0].annotate(y["name"], (mean, at) if single else (at, mean), fontsize=8, color="0.3",
                               xycoords=("data", "axes fraction") if single else ("axes fraction", "data"),
                               rotation=90 if single else 0, ha="right" if single else "left", va="bottom")
-    for r in curves:
-        name, style = r["strategy"], styles[kinds[0]][r["strategy"]]
-        panels[0, 1].plot([p["tokens"] / 1e6 for p in r["curve"]], [p["mlm"] for p in r["curve"]],
-                          label=name if r["seed"] == results[0]["seed"] else None, **style | dict(markersize=3))
-    if curves:
-        panels[0, 1].set(xlabel="million tokens", ylabel="validation MLM loss, nats")
+    for panel, (key, label) in zip(panels[0, 1:], logged, strict=True):
+        for r in curves:
+            points = [(p["tokens"] / 1e6, p[key]) for p in r["curve"] if p.get(key) is not None]
+            panel.plot(*zip(*points, strict=True), **styles[kinds[0]][r["strategy"]] | dict(markersize=3),
+                       label=r["strategy"] if r["seed"] == results[0]["seed"] else None)
+        panel.set(xlabel="million tokens", ylabel=label)
+    if logged:
         panels[0, 1].legend(fontsize=8)
+        if logged[-1][0] == "d_order":
+            panels[0, -1].axhline(D_ORDER_TURN, color="0.4", linewidth=0.8, zorder=0)
     for panel in panels[0]:
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(color="0.92")
