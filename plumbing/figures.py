@@ -1,0 +1,97 @@
+"""The pictures of docs/, drawn from docs/records.
+
+    python -m plumbing.figures                                  # needs matplotlib
+"""
+from dataclasses import dataclass
+from pathlib import Path
+
+from diagnose import D_ORDER_TURN
+from plumbing import report
+from plumbing.cli import Checked, UserError, run, writable
+from plumbing.files import read_json
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+@dataclass
+class Config(Checked):
+    out: str = str(DOCS)            # folder for the pictures
+
+
+def record(name):
+    return read_json(DOCS / f"records/{name}.json")
+
+
+def of_record(name, path):
+    """compare.py's figure of one record."""
+    of = record(name)
+    report.figure(of["results"], of["yardsticks"], path)
+
+
+def of_teachers(plt, path):
+    """What each strategy gains over no_kd, with its 95% interval, against how good its teacher is."""
+    of = record("teachers")
+    base, leads = {r["seed"]: r for r in of["no_kd"]}, {}
+    for teacher in of["teachers"]:
+        arms = report.groups(teacher["results"])
+        for name, runs in next(iter(arms.values())).items():
+            lead = report.interval(report.differences(runs, base))
+            leads.setdefault(name, []).append((teacher["mlm"], *lead))
+    fig, axis = plt.subplots(layout="constrained", figsize=(6.5, 4))
+    for i, (name, points) in enumerate(leads.items()):
+        mlm, lead, half = zip(*sorted(points), strict=True)
+        look = report.curve_look(i)
+        axis.errorbar([x + 0.015 * i for x in mlm], lead, half, label=name, capsize=3, color=look["colour"],
+                      marker=look["marker"], linestyle=(0, look["dash"]) if look["dash"] else "-")
+    axis.axhline(0, color="0.4", linewidth=0.8)
+    axis.invert_xaxis()
+    axis.set(xlabel="the teacher's validation MLM loss, nats (better to the right)",
+             ylabel="lead over no_kd, points; 95% intervals")
+    finish(plt, fig, [axis], path)
+
+
+def of_switches(plt, path):
+    """Validation MLM loss and D_order against tokens of every switch alone and together."""
+    of = record("plateau")
+    fig, axes = plt.subplots(1, 2, layout="constrained", figsize=(11, 4.2))
+    for i, each in enumerate(of["runs"]):
+        look = report.curve_look(i)
+        for axis, key in zip(axes, ("mlm", "d_order"), strict=True):
+            axis.plot([p["tokens"] / 1e6 for p in each["curve"]], [p[key] for p in each["curve"]],
+                      label=each["name"], color=look["colour"], marker=look["marker"], markersize=3,
+                      linestyle=(0, look["dash"]) if look["dash"] else "-")
+    for name, value in of["baselines"].items():
+        axes[0].axhline(value, color="0.4", linewidth=0.8, zorder=0)
+        axes[0].annotate(name, (0.01, value), xycoords=("axes fraction", "data"), fontsize=8, va="bottom")
+    axes[1].axhline(D_ORDER_TURN, color="0.4", linewidth=0.8, zorder=0)
+    axes[0].set(xlabel="million tokens", ylabel="validation MLM loss, nats")
+    axes[1].set(xlabel="million tokens", ylabel="D_order, nats")
+    finish(plt, fig, axes, path)
+
+
+def finish(plt, fig, axes, path):
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(color="0.92")
+        axis.set_axisbelow(True)
+    axes[-1].legend(fontsize=8)
+    fig.savefig(path, dpi=150)
+    plt.close(fig)
+
+
+def main(config):
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise UserError("the figures need matplotlib: pip install matplotlib") from None
+    out = writable(config.out)
+    for name, picture in (("fourteen_arms", "arms"), ("budgets", "budgets"), ("published", "published")):
+        of_record(name, out / f"{picture}.png")
+    of_teachers(plt, out / "teachers.png")
+    of_switches(plt, out / "switches.png")
+
+
+if __name__ == "__main__":
+    run(main, Config, __doc__)
