@@ -17,7 +17,6 @@ seeds, one process per core, and fine-tunes every student on the built-in task: 
 come from?  The task's docstrings are validation documents of that corpus, so neither a student nor the
 teacher has been pretrained on them.
 """
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -36,8 +35,8 @@ import offline
 import train
 from data import Blocks, TokenDirectory
 from kd_losses import PHASED, STRATEGIES
-from model import BertConfig, BertForMaskedLM, BertForSequenceClassification
-from plumbing import checkpoint, glue, jobs, report
+from model import BertConfig
+from plumbing import checkpoint, glue, jobs, report, timing
 from plumbing.artefact import Offline
 from plumbing.budget import UNITS, one_budget
 from plumbing.cli import (
@@ -58,19 +57,12 @@ from plumbing.cli import (
     writable,
 )
 from plumbing.demonstration import demonstrated, look
-from plumbing.device import choose_device, multiplies_in_bf16, ready_process
+from plumbing.device import choose_device
 from plumbing.files import read_json, share, write_json, write_whole
+from plumbing.merge import merged
 from plumbing.rundir import contents
-from step import (
-    Arm,
-    check_teacher,
-    fitting_micro_batch,
-    flops_per_block,
-    initial_student,
-    memory_told,
-    start_from,
-    student_shape,
-)
+from plumbing.timing import Progress, duration
+from step import check_teacher, fitting_micro_batch, initial_student, start_from, student_shape
 
 
 @dataclass
@@ -134,6 +126,14 @@ class Config(Checked):
         before = read_json(file).get("--micro-batch") if file.exists() else None
         micro = before or fitting_micro_batch(choose_device(self.device), self.batch_size)
         return dataclasses.replace(self, micro_batch=micro)
+
+    def finetuning(self, model, out, seed=0):
+        """The finetune_glue.Config for one model: fresh fine-tuning seeds for each pretraining seed."""
+        return finetune_glue.Config(
+            model=str(model), glue_dir=self.glue_dir, tasks=self.tasks, columns=self.columns,
+            batch_sizes=self.finetune_batch_sizes, peak_lrs=self.finetune_lrs, quick=self.quick,
+            seeds=self.finetune_seeds, first_seed=1 + seed * self.finetune_seeds, epochs=self.finetune_epochs,
+            max_len=self.max_len, out=str(out), device=self.device, compile=bool(self.compile), bf16=self.bf16)
 
 
 # What every run of a comparison takes from its command line as it stands there
@@ -261,102 +261,6 @@ class Plan:
                 *{r.out: r for r in (*self.tuning.values(), *self.runs)}.values()]
 
 
-def finetuning(config, model, out, seed=0):
-    """The finetune_glue.Config for one model: fresh fine-tuning seeds for each pretraining seed."""
-    return finetune_glue.Config(
-        model=str(model), glue_dir=config.glue_dir, tasks=config.tasks, columns=config.columns,
-        batch_sizes=config.finetune_batch_sizes, peak_lrs=config.finetune_lrs, quick=config.quick,
-        seeds=config.finetune_seeds, first_seed=1 + seed * config.finetune_seeds,
-        epochs=config.finetune_epochs, max_len=config.max_len, out=str(out), device=config.device,
-        compile=bool(config.compile), bf16=config.bf16)
-
-
-# ------------------------------------------------------------------------------------------ time and progress
-
-@memory_told
-def step_seconds(config, directory, teacher, tries=1):
-    """Seconds of one optimizer step of this run on this machine, the median of so many tries: with random
-    weights, on a CPU with a smaller micro-batch.  `teacher`: its BertConfig."""
-    device = choose_device(config.device)
-    ready_process(device)
-    if config.teacher_cache:                                            # it need not be there yet
-        config = dataclasses.replace(config, strategy="no_kd", teacher_cache=None, ledger="full")
-    micro = config.micro_batch if device.type == "cuda" else min(config.micro_batch, 16)
-    arm = Arm(dataclasses.replace(config, batch_size=micro, micro_batch=micro),
-              BertForMaskedLM(student_shape(config, directory)).to(device),
-              BertForMaskedLM(teacher).to(device) if config.needs_teacher else None,
-              phase=len(config.phases) - 1)
-    arm.make_optimizer()
-    batch = Blocks(directory, "train", config.length, seed=0).batch(0, micro)
-    seconds = []
-    for _ in range(1 + tries):                                          # the first warms up
-        began = time.perf_counter()
-        train.gradients(arm, batch, 0, train.Stages(arm.device))[1].tolist()        # waits for the device
-        seconds.append(time.perf_counter() - began)
-    return float(np.median(seconds[1:])) * config.batch_size / micro
-
-
-class Progress:
-    """The plan's time, and one line of progress over all runs: estimates, corrected by what
-    the finished ones took."""
-
-    def __init__(self, estimates, say=print):
-        self.left, self.count = dict(estimates), len(estimates)         # {key: seconds}
-        self.estimated = self.took = 0.0
-        self.say_line, self.said, self.what = say, -math.inf, ""
-
-    @contextlib.contextmanager
-    def on(self, key, what):
-        """While this run is under way (for no time if it was finished before: that says
-        nothing of the estimate)."""
-        self.what, self.began = what, time.monotonic()
-        yield
-        seconds, estimate = time.monotonic() - self.began, self.left.pop(key, 0.0)
-        if seconds > 0.1 * estimate:
-            self.estimated, self.took = self.estimated + estimate, self.took + seconds
-
-    def step(self, record):
-        """What train.py tells of a step, at most every 10 seconds."""
-        if time.monotonic() - self.said >= 10:
-            self.say(f"{record['progress']:.0%}, loss {record['loss']:.4f}")
-
-    def say(self, line):
-        self.said = time.monotonic()
-        seconds = sum(self.left.values()) * (self.took / self.estimated if self.estimated else 1)
-        seconds = max(0, seconds - (time.monotonic() - self.began))
-        self.say_line(f"[{self.count - len(self.left) + 1}/{self.count}, {duration(seconds)} "
-                      f"left] {self.what}: {line}")
-
-
-def duration(seconds):
-    return (f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200
-            else f"{seconds / 3600:.1f} h")
-
-
-def finetuning_seconds(plan, directory, texts):
-    """Seconds of fine-tuning one student on every task with every trial, by trying a few batches of each
-    task with random weights."""
-    config, tokenizer, device = plan.config, directory.read_tokenizer(), choose_device(plan.config.device)
-    points = finetune_glue.grid(finetuning(config, "", ""))
-    batch, trials = points[0][0], config.finetune_seeds + (len(points) if len(points) > 1 else 0)
-    model, seconds = BertForSequenceClassification(student_shape(plan.runs[0], directory), 2).to(device), 0.0
-    for parts in texts.values():
-        (sentences, _), *dev = parts.values()
-        examples = finetune_glue.encode(tokenizer, sentences[:4 * batch], config.max_len)
-        pad_id, bf16 = directory.special["[PAD]"], multiplies_in_bf16(device, config.bf16)
-        args = (examples, np.zeros(len(examples), np.int64), batch, 1, 1e-5, 0, pad_id, "", bf16,
-                bool(config.compile))
-        finetune_glue.finetune(model, *args)                            # the first time warms up
-        began = time.perf_counter()
-        finetune_glue.finetune(model, *args)                       # reads its losses, so waits for the device
-        trained = time.perf_counter()
-        finetune_glue.predict(model, examples, pad_id)
-        scored = time.perf_counter() - trained
-        seconds += trials / len(examples) * (len(sentences) * config.finetune_epochs * (trained - began)
-                                             + sum(len(x) for x, _ in dev) * scored)
-    return seconds
-
-
 def within(config):
     """The same with the budget of each run that --total-hours leaves after fine-tuning and a tenth in reserve."""
     if given := [unit for unit in UNITS if getattr(config, f"budget_{unit}") is not None]:
@@ -367,48 +271,10 @@ def within(config):
     if before.get("total_hours") == hours:                              # the same command goes on
         return dataclasses.replace(config, budget_hours=before["budget_hours"])
     plan = Plan(config.for_machine())
-    directory, texts = check_inputs(plan)
-    student, teacher = (c.num_hidden_layers * c.hidden_size ** 2
-                        for c in (student_shape(plan.runs[0], directory), plan.teacher_shape))
-    models = len(plan.runs) + len(plan.yardsticks) - 1 + teacher / student
-    tuned = models * finetuning_seconds(plan, directory, texts) / 3600
-    fixed, machines = tuned + (config.teacher_budget or 0), config.jobs or 1
-    left = 0.9 * machines * hours - fixed
-    if left <= 0:
-        raise UserError(f"--total-hours {hours:g}: fine-tuning {len(plan.runs) + len(plan.yardsticks)} models "
-                        f"on {len(texts)} tasks alone takes about {duration(3600 * tuned / machines)}: give more "
-                        f"hours, --quick, or fewer tasks, arms or seeds")
-    left /= sum(each.budget_hours for each in plan.all) - (config.teacher_budget or 0)
-    scale = 10 ** (math.floor(math.log10(left)) - 1)
-    each = f"{math.floor(left / scale) * scale:.3g}"                    # two digits, rounded down
-    print(f"{hours:g} hours buy {len(plan.runs)} runs of {duration(3600 * float(each))}, after about "
-          f"{duration(3600 * tuned / machines)} of fine-tuning and with a tenth in reserve")
+    each = timing.hours_each(plan, hours, *check_inputs(plan))
     if not config.dry_run:
         write_json(file, dict(total_hours=hours, budget_hours=each))
     return dataclasses.replace(config, budget_hours=each)
-
-
-def estimate(plan, directory, teacher):
-    """{run directory: seconds until it is finished}; `teacher`: a BertConfig."""
-    seconds, rates = {}, {}
-    for each in plan.all:
-        budget = getattr(each, f"budget_{plan.unit}")
-        kind = each.size, plan.unit != "flops" and each.arm             # a FLOP takes every arm about as long
-        if (Path(each.out) / "summary.json").exists():
-            seconds[each.out] = 0.0
-        elif plan.unit == "hours":
-            seconds[each.out] = budget * 3600
-        else:
-            if kind not in rates:       # at the last phase's FLOP/s
-                shape = student_shape(each, directory)
-                flops = [each.batch_size * sum(flops_per_block(each, shape, teacher, i))
-                         for i in range(len(each.phases))]
-                price = dict(steps=1, tokens=each.batch_size * each.length).get(plan.unit)
-                rates[kind] = step_seconds(each, directory, teacher) / flops[-1] * sum(
-                    (p.end - p.begin) * (n / price if price else 1)
-                    for p, n in zip(each.phases, flops, strict=True))
-            seconds[each.out] = budget * rates[kind]
-    return seconds
 
 
 # ------------------------------------------------------------------------------------------------------- work
@@ -443,7 +309,7 @@ def same_inputs(plan, directory, texts):
 def scored(config, model, out, say, seed):
     """What finetune_glue finds of a model, now or in an earlier run: of each task and in short, and
     with --probe the probes."""
-    tuning = finetuning(config, model, out, seed)
+    tuning = config.finetuning(model, out, seed)
     tasks = finetune_glue.score(tuning, say)["tasks"]
     means = {name: r["mean"] for name, r in tasks.items()}
     probe = dataclasses.replace(tuning, data=config.data, probe=True,
@@ -547,7 +413,8 @@ def execute(plan, directory, progress):
 
     def run_one(each):
         with progress.on(each.out, Path(each.out).name):
-            summary, speed = timed(plan, directory, each, progress)
+            summary, speed = timing.timed(plan, directory, each, partial(
+                train.train, each, say=progress.say, status=progress.step))
             found = scored(config, f"{each.out}/model", f"{each.out}/glue", progress.say, each.seed)
             for file in Path(each.out).glob("checkpoint*.pt"):          # the model and the log stay
                 file.unlink()
@@ -591,24 +458,6 @@ def register(runs, directory):
             Offline(each, directory).register()
 
 
-def timed(plan, directory, each, progress):
-    """(summary, speed) of a run.  Under a budget in hours a fixed step is timed before and after it,
-    uncharged: the machine's speed beside the first run's, since an hour of a busy machine buys less.
-    Else the speed is None."""
-    note, first = Path(each.out) / "speed.json", plan.out / "speed.json"
-    finished = (Path(each.out) / "summary.json").exists()
-    reference = plan.run("no_kd", plan.budgets[0])
-    times = plan.unit == "hours" and not finished
-    before = step_seconds(reference, directory, None, tries=5) if times else None
-    summary = train.train(each, say=progress.say, status=progress.step)
-    if before:
-        seconds = (before + step_seconds(reference, directory, None, tries=5)) / 2
-        write_json(note, dict(seconds=seconds))
-        if not first.exists():
-            write_json(first, dict(seconds=seconds))
-    return summary, read_json(first)["seconds"] / read_json(note)["seconds"] if note.exists() else None
-
-
 def work(config):
     """What one of several processes does: its share of the runs."""
     plan = Plan(config)
@@ -619,8 +468,8 @@ def work(config):
 def compare(config, plan):
     """(results, yardsticks, remarks, costs) of the whole plan; None for a dry run."""
     directory, texts = check_inputs(plan)
-    seconds = estimate(plan, directory, plan.teacher_shape)
-    finetune_seconds = finetuning_seconds(plan, directory, texts)
+    seconds = timing.estimate(plan, directory, plan.teacher_shape)
+    finetune_seconds = timing.finetuning_seconds(plan, directory, texts)
     describe(plan, seconds, finetune_seconds, texts)
     if config.dry_run:
         return None
@@ -629,32 +478,10 @@ def compare(config, plan):
     progress = Progress({out: s + finetune_seconds * (out in compared) for out, s in seconds.items()}
                         | {f"score {path}": finetune_seconds for _, path, _ in plan.yardsticks})
     if (config.jobs or 1) > 1:
-        status = partial(over_all, plan, dict(progress.left), time.monotonic())
+        status = partial(timing.over_all, plan, dict(progress.left), time.monotonic())
         jobs.run(config.jobs, work, config, plan.out, status)
         progress.say_line = lambda line: None                           # everything is finished
     return execute(plan, directory, progress)
-
-
-def over_all(plan, estimates, began):
-    """One line over all processes: what is finished, what is under way, and the time left."""
-    folders = {each.out: Path(each.out).name for each in plan.all}
-    folders |= {str(path): f"{name} {seed}" for name, path, seed in plan.yardsticks}
-    done, under_way = 0.0, []
-    finished = {out for out in folders if (Path(out) / "glue/glue.json").exists()
-                or out not in estimates and f"score {out}" not in estimates}
-    for out, name in folders.items():
-        estimate, log = estimates.get(out, estimates.get(f"score {out}", 0.0)), Path(out) / "log.jsonl"
-        share = 1.0 if out in finished else 0.0
-        if out not in finished and log.exists():
-            line = log.read_text().splitlines()[-1:] or ["{}"]
-            with contextlib.suppress(ValueError):                       # half a line
-                share = 0.8 * json.loads(line[0]).get("progress", 0.0)
-                under_way.append(f"{name} {share / 0.8:.0%}" if share < 0.8 else f"{name} is scored")
-        done += share * estimate
-    part = done / max(sum(estimates.values()), 1e-9)
-    left = (time.monotonic() - began) * (1 - part) / part if part > 0.02 else None
-    left = f", {duration(left)} left" if left is not None else ""
-    return f"[{len(finished)}/{len(folders)}{left}] {', '.join(under_way)}"
 
 
 def describe(plan, seconds, finetune_seconds, texts):
@@ -693,55 +520,12 @@ def papers_setting(plan):
 def recipe(config):
     """[a line on fine-tuning], where it is not the paper's grid or a part of it."""
     ours = finetune_glue.Config
-    inside = (set(finetune_glue.grid(finetuning(config, "", ""))) <= set(finetune_glue.grid(ours(""))) and
+    inside = (set(finetune_glue.grid(config.finetuning("", ""))) <= set(finetune_glue.grid(ours(""))) and
               (config.finetune_epochs, config.max_len) == (ours.epochs, ours.max_len))
     return [] if inside else [
         f"Fine-tuning is outside the paper's grid (batch {ours.batch_sizes}, lr {ours.peak_lrs}, "
         f"{ours.epochs} epochs, {ours.max_len} ids): here batch {config.finetune_batch_sizes}, lr "
         f"{config.finetune_lrs}, {config.finetune_epochs} epochs, {config.max_len} ids."]
-
-
-# What earlier comparisons must share to be merged: the student, its masks, the recipe of fine-tuning
-SAME = ("size", "heads", "seq_len", "mask_rate", "mask_seed", "mask_variants", "init_std", "optimizer", "clip",
-        "batch_size", "dropout", "finetune_seeds", "finetune_batch_sizes", "finetune_lrs", "quick",
-        "finetune_epochs", "max_len")
-
-
-def merged(config):
-    """(config, results, yardsticks) of earlier comparisons of one student, recipe, teacher and tasks.  Of the last two
-    the yardsticks tell: the untrained student of a seed and the teacher score the same."""
-    records = {}
-    for path in config.merge.split(","):
-        file = Path(path, "results.json") if Path(path).is_dir() else Path(path)
-        if not file.is_file():
-            raise UserError(f"--merge: {file} is not there: give directories that compare.py has finished, or their "
-                            f"results.json")
-        records[path] = read_json(file)
-    first, results, yardsticks = next(iter(records)), {}, {}
-    for path, record in records.items():
-        differ = [f"--{key.replace('_', '-')}" for key in SAME if len({
-            str(r["config"].get(key, getattr(Config, key))) for r in (record, records[first])}) > 1]
-        if differ:
-            raise UserError(f"--merge: {path} was made with another {', '.join(differ)} than {first}")
-        for y in record["yardsticks"]:
-            before = yardsticks.setdefault(y["name"], y)
-            n = min(len(y["averages"]), len(before["averages"]))
-            if {t: of[:n] for t, of in y["scores"].items()} != {t: of[:n] for t, of in before["scores"].items()}:
-                raise UserError(f"--merge: {y['name']} has other scores in {path} than in {first}: another "
-                                f"teacher, other tasks, or another machine")
-            yardsticks[y["name"]] = max(before, y, key=lambda y: len(y["averages"]))
-        for r in record["results"]:
-            key = tuple(r[k] for k in ("strategy", "budget", "unit", "unique_tokens", "static_masks", "seed"))
-            before = results.setdefault(key, r)
-            if (before["scores"], before["peak_lr"]) != (r["scores"], r["peak_lr"]):
-                raise UserError(f"--merge: {r['strategy']} at {report.amount(r['budget'], r['unit'])}, seed "
-                                f"{r['seed']}, has other scores or another peak LR in {path}")
-    if len({r["unit"] for r in results.values()}) > 1:
-        raise UserError(f"--merge: {config.merge}: budgets in different units have no common table")
-    names = {f.name for f in dataclasses.fields(Config)}
-    recipe = {k: v for k, v in records[first]["config"].items() if k in names}
-    config = Config(**recipe | dict(out=config.out, probe=all(r["config"].get("probe") for r in records.values())))
-    return config, list(results.values()), list(yardsticks.values())
 
 
 def write_report(config, results, yardsticks, remarks=(), costs=(), size=None):
