@@ -37,7 +37,7 @@ from data import Blocks, TokenDirectory
 from kd_losses import PHASED, STRATEGIES
 from model import BertConfig
 from plumbing import checkpoint, glue, jobs, report, timing
-from plumbing.artefact import Offline
+from plumbing.artefact import register
 from plumbing.budget import UNITS, one_budget
 from plumbing.cli import (
     Checked,
@@ -51,6 +51,7 @@ from plumbing.cli import (
     Share,
     UserError,
     checked,
+    flag_of,
     in_turn,
     numbers,
     run,
@@ -58,7 +59,7 @@ from plumbing.cli import (
 )
 from plumbing.demonstration import demonstrated, look
 from plumbing.device import choose_device
-from plumbing.files import read_json, share, write_json, write_whole
+from plumbing.files import read_json, share_runs, write_json, write_whole
 from plumbing.merge import merged
 from plumbing.rundir import contents
 from plumbing.timing import Progress, duration
@@ -133,7 +134,8 @@ class Config(Checked):
             model=str(model), glue_dir=self.glue_dir, tasks=self.tasks, columns=self.columns,
             batch_sizes=self.finetune_batch_sizes, peak_lrs=self.finetune_lrs, quick=self.quick,
             seeds=self.finetune_seeds, first_seed=1 + seed * self.finetune_seeds, epochs=self.finetune_epochs,
-            max_len=self.max_len, out=str(out), device=self.device, compile=bool(self.compile), bf16=self.bf16)
+            max_len=self.max_len, out=str(out), device=self.device, compile=bool(self.compile),
+            bf16=self.bf16)
 
 
 # What every run of a comparison takes from its command line as it stands there
@@ -158,47 +160,44 @@ class Plan:
         if twice := [name for name in self.names if self.names.count(name) > 1]:
             raise UserError(f"--arms {config.arms}: {twice[0]} is given twice")
         if self.unit in ("flops", "hours"):                             # what was paid once: in both ledgers
-            both = [name for name in self.names if name == "miniplm" or "+cached" in name]
-            self.names = list(dict.fromkeys(
-                part for name in self.names for part in (name, f"{name}+amortised")[:1 + (name in both)]))
+            self.names = list(dict.fromkeys(part for name in self.names for part in (
+                name, *[f"{name}+amortised"] * (name == "miniplm" or "+cached" in name))))
         uniques = [None if part == "all" else checked("--unique-tokens", part, Count)
                    for part in config.unique_tokens.split(",")]
         limited = [n for n in uniques if n]
         if len(set(uniques)) < len(uniques):
             raise UserError(f"--unique-tokens {config.unique_tokens}: one is given twice")
         if config.static_masks and not limited:
-            raise UserError("--static-masks compares masks where data repeat: give "
-                            "--unique-tokens all,N with it")
+            raise UserError("--static-masks compares masks where data repeat: give --unique-tokens all,N "
+                            "with it")
         self.settings = [(None, False)] * (None in uniques) + [
-            (n, static) for n in limited for static in ((False, True) if config.static_masks else (False,))]
+            (n, static) for n in limited for static in (False, True)[:1 + config.static_masks]]
         if self.unit == "hours" and (config.jobs or 1) > max(1, torch.cuda.device_count()):
             raise UserError(f"--jobs {config.jobs} under --budget-hours: runs that share a device would take "
                             f"each other's time: give --budget-flops, or one job per GPU")
-        self.lrs, self.artefacts = numbers(config.peak_lrs) if config.peak_lrs else [None], {}
         try:
-            shape = BertConfig.of_size(config.size, config.heads)
+            self.shape = BertConfig.of_size(config.size, config.heads)
         except ValueError as e:
             raise UserError(f"--size: {e}") from None
-        self.teacher = None
+        self.lrs, self.artefacts, self.teacher = numbers(config.peak_lrs or "") or [None], {}, None
         if config.teacher == "train":
-            size = config.teacher_size or f"{2 * shape.num_hidden_layers}L{shape.hidden_size}"
+            size = config.teacher_size or f"{2 * self.shape.num_hidden_layers}L{self.shape.hidden_size}"
             self.teacher_budget = config.teacher_budget or 4 * self.budgets[-1]
             if whole is int:
                 self.teacher_budget = math.ceil(self.teacher_budget)
-            self.teacher = self.run("no_kd", self.teacher_budget, size=size,
-                                    peak_lr=self.lrs[0] if len(self.lrs) == 1 else None,
-                                    out=str(self.out / "teacher"))
+            self.teacher = self.run("no_kd", self.teacher_budget, size=size, out=str(self.out / "teacher"),
+                                    peak_lr=self.lrs[0] if len(self.lrs) == 1 else None)
         elif config.teacher_size or config.teacher_budget:
             raise UserError("--teacher-size and --teacher-budget belong to --teacher train")
         self.tuning = {(name, lr): self.run(name, self.budgets[0], *self.settings[0], lr=lr)
                        for name in self.names for lr in self.lrs if len(self.lrs) > 1}
-        self.runs = self.runs_at({name: self.lrs[0] for name in self.names})
+        self.runs = self.runs_at(dict.fromkeys(self.names, self.lrs[0]))
         untrained = [("random init", "random"), *[(report.LAYERS, "layers")] * any(
             each.start == "teacher" for each in self.runs)]
         self.yardsticks = [(name, self.out / f"{folder}/seed{seed}", seed)
                            for name, folder in untrained for seed in range(config.seeds)]
         self.yardsticks.append(("teacher", self.out / "teacher", 0))
-        for each in (*self.tuning.values(), *self.runs, *([self.teacher] if self.teacher else [])):
+        for each in self.all:
             each.check()
 
     def run(self, arm, budget, unique=None, static=False, seed=0, lr=None, **other):
@@ -215,17 +214,16 @@ class Plan:
                 + "-static" * static + (f"-lr{lr:g}" if lr else "") + f"-seed{seed}")
         if "cached" in suffixes:
             other["teacher_cache"] = self.config.teacher_cache or self.artefact("cache", unique)
-        if strategy in OFFLINE:
+        if controls:
             kept = [name for name in suffixes if name in controls]
             if len(kept) > 1:
                 raise UserError(f"--arms {arm}: one control at a time")
             other["keep"] = f"{self.artefact('miniplm', unique)}/{(*kept, 'difference')[0]}.npy"
             strategy = "no_kd"
-        other["ledger"] = "amortised" if "amortised" in suffixes else "full"
         return train.Config(**{k: getattr(self.config, k) for k in SHARED} | dict(
             strategy=strategy, init="teacher" if "init" in suffixes else None,
-            as_released="released" in suffixes, teacher=self.teacher_model, unique_tokens=unique,
-            static_masks=static, seed=seed, peak_lr=lr,
+            ledger="amortised" if "amortised" in suffixes else "full", as_released="released" in suffixes,
+            teacher=self.teacher_model, unique_tokens=unique, static_masks=static, seed=seed, peak_lr=lr,
             out=str(self.out / "runs" / name)) | {f"budget_{self.unit}": budget} | other)
 
     @property
@@ -243,22 +241,51 @@ class Plan:
         if kind == "cache":
             self.artefacts[path] = partial(offline.cache, offline.Cache(**same, variants=c.mask_variants))
         else:               # the reference has a third of the student's width, in whole heads of 64
-            width = max(64, BertConfig.of_size(c.size, c.heads).hidden_size // 3 // 64 * 64)
             self.artefacts[path] = partial(offline.score, offline.Score(
-                **same, reference_size=f"2L{width}", reference_epochs=c.reference_epochs, draws=c.score_draws,
-                batch_size=c.batch_size))
+                **same, reference_size=f"2L{max(64, self.shape.hidden_size // 3 // 64 * 64)}",
+                reference_epochs=c.reference_epochs, draws=c.score_draws, batch_size=c.batch_size))
         return path
 
     def runs_at(self, lrs):
-        """The compared runs, seeds outermost: stopped early, what is there is a whole
-        comparison over fewer seeds."""
+        """The compared runs, seeds outermost: stopped early, what is there compares all, over fewer seeds."""
         return [self.run(name, budget, *setting, seed, lrs[name]) for seed in range(self.config.seeds)
                 for budget in self.budgets for setting in self.settings for name in self.names]
 
     @property
     def all(self):
-        return [*([self.teacher] if self.teacher else []),
-                *{r.out: r for r in (*self.tuning.values(), *self.runs)}.values()]
+        of_the_arms = {each.out: each for each in (*self.tuning.values(), *self.runs)}      # some are of both
+        return [*([self.teacher] if self.teacher else []), *of_the_arms.values()]
+
+
+def check_inputs(plan):
+    """(token directory, {task: its examples}): everything that can be refused before hours of training is."""
+    config, directory = plan.config, TokenDirectory(plan.config.data)
+    texts = {name: glue.read_task(name, task, config.glue_dir)
+             for name, task in glue.parse_tasks(config.tasks, config.columns).items()}
+    plan.teacher_shape = teacher_shape(plan, directory)
+    shapes = plan.teacher_shape, student_shape(plan.runs[0], directory)
+    longest = min(c.max_position_embeddings for c in shapes)
+    if config.max_len > longest:
+        raise UserError(f"--max-len {config.max_len}: 8 to {longest} here")
+    for unique, static in plan.settings:
+        Blocks(directory, "train", plan.runs[0].length, 0, unique, static)       # refuses more than there are
+    train.validation_blocks(directory, plan.runs[0].length)
+    return directory, texts
+
+
+def teacher_shape(plan, directory):
+    """The teacher's BertConfig.  Refuses a teacher that one of the arms cannot use."""
+    if plan.teacher:
+        teacher, head = student_shape(plan.teacher, directory), True
+    else:
+        path = checkpoint.find_model(plan.config.teacher)
+        checkpoint.same_vocabulary(directory.read_tokenizer(), path)
+        loaded, missing, _ = checkpoint.load_mlm(path, len(directory.vocab))
+        teacher, head = loaded.config, not missing
+    for each in plan.runs[:len(plan.names)]:
+        if each.reads_teacher:
+            check_teacher(each, student_shape(each, directory), teacher, head)
+    return teacher
 
 
 def within(config):
@@ -277,22 +304,32 @@ def within(config):
     return dataclasses.replace(config, budget_hours=each)
 
 
-# ------------------------------------------------------------------------------------------------------- work
-
-def share_runs(directories, do):
-    """[do(i) for each], in any order: processes with the same --out take what no other one is
-    working on, and wait."""
-    for directory in directories:
-        Path(directory).mkdir(parents=True, exist_ok=True)
-    return share(directories, do)
+def describe(plan, seconds, finetune_seconds, texts):
+    """The plan in a few lines, before anything starts."""
+    config = plan.config
+    print(f"plan: {', '.join(plan.names)}; student {config.size}; "
+          f"budgets {', '.join(report.amount(b, plan.unit) for b in plan.budgets)}; "
+          f"{'; '.join(report.setting(*s) for s in plan.settings)}; seeds 0 to {config.seeds - 1}")
+    print(f"  {len(seconds)} pretraining runs"
+          + (f", {len(plan.tuning)} of them to choose the peak LR" if plan.tuning else "")
+          + (f", the teacher ({plan.teacher.size}, --teacher-budget {plan.teacher_budget:g}) with "
+             f"{duration(seconds[plan.teacher.out])}" if plan.teacher else "")
+          + f"; {[*seconds.values()].count(0)} are finished, the others take about "
+            f"{duration(sum(seconds.values()))} in one process")
+    if plan.artefacts:
+        print(f"  before them, once for all that use it, and charged to each: {', '.join(plan.artefacts)}")
+    models = len(plan.runs) + len(plan.yardsticks)
+    print(f"  fine-tuning {models} models on {', '.join(texts)}: very roughly "
+          f"{duration(models * finetune_seconds)}")
+    record = plan.out / "results.json"
+    if record.exists() and (able := report.resolution(read_json(record)["results"], config.seeds)):
+        print(f"  by the spread in {record}, {able}")
 
 
 def same_inputs(plan, directory, texts):
-    """Notes in OUT/inputs.json what the runs are made from; refuses to mix them with
-    runs from anything else."""
+    """Notes in OUT/inputs.json what the runs are made from; refuses to mix them with others."""
     varies = ("strategy", "init", "as_released", "peak_lr", "seed", "unique_tokens", "static_masks", "out")
-    recipe = dataclasses.asdict(plan.run("no_kd", plan.budgets[0]))
-    now = {f"--{k.replace('_', '-')}": v for k, v in recipe.items()
+    now = {flag_of(k): v for k, v in dataclasses.asdict(plan.run("no_kd", plan.budgets[0])).items()
            if k not in varies and not k.startswith("budget")}
     now |= contents(directory, None if plan.teacher else plan.config.teacher)
     now |= {f"task {name}": hashlib.sha256(json.dumps(
@@ -300,174 +337,16 @@ def same_inputs(plan, directory, texts):
         for name, parts in texts.items()}
     file = plan.out / "inputs.json"
     before = read_json(file) if file.exists() else {}
-    differ = [k for k, v in now.items() if before.get(k, v) != v]
-    if differ:
+    if differ := [k for k, v in now.items() if before.get(k, v) != v]:
         raise UserError(f"{plan.out} holds runs with another {', '.join(differ)}: give another --out")
     write_json(file, before | now)
 
 
-def scored(config, model, out, say, seed):
-    """What finetune_glue finds of a model, now or in an earlier run: of each task and in short, and
-    with --probe the probes."""
-    tuning = config.finetuning(model, out, seed)
-    tasks = finetune_glue.score(tuning, say)["tasks"]
-    means = {name: r["mean"] for name, r in tasks.items()}
-    probe = dataclasses.replace(tuning, data=config.data, probe=True,
-                                seq_len=in_turn(config.seq_len, int)[-1][1])
-    return dict(tasks=tasks, scores=means, probes=finetune_glue.probes(probe, say) if config.probe else {},
-                average=float(np.mean([means[name] for name in report.averaged(means)])))
+# -------------------------------------------------------------------------------------------------------- run
 
-
-def result_of(plan, each, summary):
-    """What a run was and cost, as report.py reads it."""
-    kept = ("seed", "peak_lr", "steps", "tokens", "epochs", "charged_seconds", "tokens_per_second",
-            "teacher_share", "val", "device")
-    curve = [dict(seconds=r["seconds"], tokens=r["step"] * summary["tokens"] // summary["steps"], mlm=r["val"]["mlm"],
-                  d_order=r.get("d_order")) for r in map(json.loads, (Path(each.out) / "log.jsonl").open())
-             if "mlm" in r.get("val", {})]
-    return dict({k: summary[k] for k in kept}, strategy=each.arm, budget=getattr(each, f"budget_{plan.unit}"),
-                unit=plan.unit, unique_tokens=each.unique_tokens, static_masks=each.static_masks,
-                model=f"{each.out}/model", curve=curve,
-                offline=summary.get("offline", {}))             # of an older version's run: none
-
-
-def tuned(plan, progress):
-    """{strategy: peak LR} with the lowest own validation loss at the smallest budget, what
-    was tried, what it cost."""
-    def do(i):
-        (name, lr), each = list(plan.tuning.items())[i]
-        with progress.on(each.out, f"{name}, peak LR {lr:g}"):
-            try:
-                summary = train.train(each, say=progress.say, status=progress.step)
-                terms = each.phases[-1].strategy.terms
-                loss = sum(terms[k].weight * v for k, v in summary["val"].items())
-            except train.NotFinite as e:
-                progress.say(str(e))
-                summary, loss = dict(charged_seconds=0.0), math.inf
-        return name, lr, loss if math.isfinite(loss) else math.inf, summary
-    found = share_runs([each.out for each in plan.tuning.values()], do)
-    best = {name: min((loss, lr) for n, lr, loss, _ in found if n == name)[1] for name in plan.names}
-    lines = [f"{name}: peak LR " + ", ".join(
-        f"{lr:g}: " + (f"{loss:.4f}" if math.isfinite(loss) else "not finite")
-        + " (taken)" * (lr == best[name])
-        for n, lr, loss, _ in found if n == name) for name in plan.names]
-    spent = sum(s["charged_seconds"] for n, lr, _, s in found if lr != best[n])
-    return best, lines, (f"Choosing the peak LR took {len(found)} runs; the {len(found) - len(best)} that "
-                         f"are not part of the comparison were charged {duration(spent)}.")
-
-
-def teacher_shape(plan, directory):
-    """The teacher's BertConfig.  Refuses a teacher that one of the arms cannot use."""
-    if plan.teacher:
-        teacher, head = student_shape(plan.teacher, directory), True
-    else:
-        path = checkpoint.find_model(plan.config.teacher)
-        checkpoint.same_vocabulary(directory.read_tokenizer(), path)
-        loaded, missing, _ = checkpoint.load_mlm(path, len(directory.vocab))
-        teacher, head = loaded.config, not missing
-    for each in plan.runs[:len(plan.names)]:
-        if each.reads_teacher:
-            check_teacher(each, student_shape(each, directory), teacher, head)
-    return teacher
-
-
-def score_yardstick(plan, directory, progress, name, path, seed):
-    """The untrained student of a seed, or one of the teacher's layers, or the teacher, scored as the arms are."""
-    model = path / "model"
-    if name == "teacher":
-        model = plan.runs[0].teacher
-    elif not model.exists():
-        student = initial_student(dataclasses.replace(plan.runs[0], seed=seed), directory)
-        if name == report.LAYERS:
-            teacher, missing, _ = checkpoint.load_mlm(checkpoint.find_model(plan.runs[0].teacher),
-                                                      len(directory.vocab))
-            start_from(student, teacher, head=not missing)
-        checkpoint.save_model(model, student, directory.read_tokenizer(), head=True)
-    with progress.on(f"score {path}", f"{name} {seed}"):
-        return dict(name=name, **scored(plan.config, model, path / "glue", progress.say, seed))
-
-
-def check_inputs(plan):
-    """(token directory, {task: its examples}): everything that can be refused before hours of training is."""
-    config, directory = plan.config, TokenDirectory(plan.config.data)
-    texts = {name: glue.read_task(name, task, config.glue_dir)
-             for name, task in glue.parse_tasks(config.tasks, config.columns).items()}
-    plan.teacher_shape = teacher = teacher_shape(plan, directory)
-    longest = min(c.max_position_embeddings for c in (teacher, student_shape(plan.runs[0], directory)))
-    if config.max_len > longest:
-        raise UserError(f"--max-len {config.max_len}: 8 to {longest} here")
-    for unique, static in plan.settings:
-        Blocks(directory, "train", plan.runs[0].length, 0, unique, static)       # refuses more than there are
-    train.validation_blocks(directory, plan.runs[0].length)
-    return directory, texts
-
-
-def execute(plan, directory, progress):
-    """Trains and scores every run and the yardsticks, and what is finished not again: (results,
-    yardsticks, remarks, costs)."""
-    config, remarks, costs = plan.config, [], []
-
-    def teach(_):
-        with progress.on(plan.teacher.out, f"teacher {plan.teacher.size}"):
-            return train.train(plan.teacher, say=progress.say, status=progress.step)
-
-    def run_one(each):
-        with progress.on(each.out, Path(each.out).name):
-            summary, speed = timing.timed(plan, directory, each, partial(
-                train.train, each, say=progress.say, status=progress.step))
-            found = scored(config, f"{each.out}/model", f"{each.out}/glue", progress.say, each.seed)
-            for file in Path(each.out).glob("checkpoint*.pt"):          # the model and the log stay
-                file.unlink()
-        return dict(result_of(plan, each, summary), **found, speed=speed)
-
-    if plan.teacher:
-        taught, = share_runs([plan.teacher.out], teach)
-        remarks.append(f"The teacher ({plan.teacher.size}) has a validation MLM loss of "
-                       f"{taught['val']['mlm']:.2f}; its own pretraining is charged to no arm"
-                       + (", and it has seen all of the data." if plan.settings != [(None, False)] else "."))
-        costs.append(f"The teacher's pretraining took {duration(taught['charged_seconds'])}.")
-    for make in plan.artefacts.values():
-        make(say=progress.say_line)
-    register(plan.tuning.values(), directory)
-    if plan.tuning:
-        lrs, tried, cost = tuned(plan, progress)
-        before, plan.runs = plan.runs, plan.runs_at(lrs)
-        renamed = {a.out: b.out for a, b in zip(before, plan.runs, strict=True)}
-        progress.left = {renamed.get(out, out): seconds for out, seconds in progress.left.items()}
-        remarks, costs = remarks + tried, costs + [cost]
-    register(plan.runs, directory)
-    todo = [partial(run_one, each) for each in plan.runs]
-    todo += [partial(score_yardstick, plan, directory, progress, *yardstick) for yardstick in plan.yardsticks]
-    done = share_runs([*(each.out for each in plan.runs), *(path for _, path, _ in plan.yardsticks)],
-                      lambda i: todo[i]())
-    results, others = done[:len(plan.runs)], done[len(plan.runs):]
-    costs.append(f"The compared runs were charged "
-                 f"{duration(sum(r['charged_seconds'] for r in results))} in all.")
-    yardsticks = [dict(name=name, averages=[m["average"] for m in of], runs=of,
-                       scores={task: [m["scores"][task] for m in of] for task in of[0]["scores"]})
-                  for name in dict.fromkeys(m["name"] for m in others)
-                  for of in [[m for m in others if m["name"] == name]]]
-    teacher = plan.teacher and dict(flops=taught["student_flops"], hours=taught["charged_seconds"] / 3600)
-    return results, yardsticks, remarks + report.ledgers(results, (teacher or {}).get(plan.unit)), costs
-
-
-def register(runs, directory):
-    """Notes all the runs with the artefacts that they share, before the first of them is charged its part."""
-    for each in runs:
-        if each.teacher_cache or each.keep:
-            Offline(each, directory).register()
-
-
-def work(config):
-    """What one of several processes does: its share of the runs."""
-    plan = Plan(config)
-    directory, _ = check_inputs(plan)
-    execute(plan, directory, Progress({}))
-
-
-def compare(config, plan):
+def compare(plan):
     """(results, yardsticks, remarks, costs) of the whole plan; None for a dry run."""
-    directory, texts = check_inputs(plan)
+    config, (directory, texts) = plan.config, check_inputs(plan)
     seconds = timing.estimate(plan, directory, plan.teacher_shape)
     finetune_seconds = timing.finetuning_seconds(plan, directory, texts)
     describe(plan, seconds, finetune_seconds, texts)
@@ -484,48 +363,149 @@ def compare(config, plan):
     return execute(plan, directory, progress)
 
 
-def describe(plan, seconds, finetune_seconds, texts):
-    """The plan in a few lines, before anything starts."""
-    config = plan.config
-    print(f"plan: {', '.join(plan.names)}; student {config.size}; "
-          f"budgets {', '.join(report.amount(b, plan.unit) for b in plan.budgets)}; "
-          f"{'; '.join(report.setting(*s) for s in plan.settings)}; seeds 0 to {config.seeds - 1}")
-    finished = sum(s == 0 for s in seconds.values())
-    print(f"  {len(seconds)} pretraining runs"
-          + (f", {len(plan.tuning)} of them to choose the peak LR" if plan.tuning else "")
-          + (f", the teacher ({plan.teacher.size}, --teacher-budget {plan.teacher_budget:g}) with "
-             f"{duration(seconds[plan.teacher.out])}" if plan.teacher else "")
-          + f"; {finished} are finished, the others take about "
-            f"{duration(sum(seconds.values()))} in one process")
-    if plan.artefacts:
-        print(f"  before them, once for all that use it, and charged to each: {', '.join(plan.artefacts)}")
-    models = len(plan.runs) + len(plan.yardsticks)
-    print(f"  fine-tuning {models} models on {', '.join(texts)}: very roughly "
-          f"{duration(models * finetune_seconds)}")
-    record = plan.out / "results.json"
-    if record.exists() and (able := report.resolution(read_json(record)["results"], config.seeds)):
-        print(f"  by the spread in {record}, {able}")
+def work(config):
+    """What one of several processes does: its share of the runs."""
+    plan = Plan(config)
+    directory, _ = check_inputs(plan)
+    execute(plan, directory, Progress({}))
 
 
-def papers_setting(plan):
-    """The size whose rows of the paper's Table 2 may stand beside these, or None."""
-    config, t = plan.config, plan.teacher_shape
-    teachers = {"6L768": "12L768", "12L1024": "24L1024"}
-    same = (all(getattr(config, name) == getattr(Config, name) for name in (
-                "seq_len", "batch_size", "mask_rate", "mask_variants", "init_std", "optimizer", "clip"))
-            and teachers.get(config.size) == f"{t.num_hidden_layers}L{t.hidden_size}")
-    return config.size if same else None
+def execute(plan, directory, progress):
+    """Trains and scores every run and the yardsticks, and what is finished not again: (results,
+    yardsticks, remarks, costs)."""
+    remarks, costs, teachers_cost = [], [], None
 
+    def trained(each):
+        return train.train(each, say=progress.say, status=progress.step)
+
+    def teach(_):
+        with progress.on(plan.teacher.out, f"teacher {plan.teacher.size}"):
+            return trained(plan.teacher)
+
+    def run_one(each):
+        with progress.on(each.out, Path(each.out).name):
+            summary, speed = timing.timed(plan, directory, each, trained)
+            found = scored(plan, f"{each.out}/model", f"{each.out}/glue", progress.say, each.seed)
+            for file in Path(each.out).glob("checkpoint*.pt"):          # the model and the log stay
+                file.unlink()
+        return dict(result_of(plan, each, summary), **found, speed=speed)
+
+    if plan.teacher:
+        taught, = share_runs([plan.teacher.out], teach)
+        remarks.append(f"The teacher ({plan.teacher.size}) has a validation MLM loss of "
+                       f"{taught['val']['mlm']:.2f}; its own pretraining is charged to no arm"
+                       + (", and it has seen all of the data." if plan.settings != [(None, False)] else "."))
+        costs.append(f"The teacher's pretraining took {duration(taught['charged_seconds'])}.")
+        teachers_cost = dict(flops=taught["student_flops"],
+                             hours=taught["charged_seconds"] / 3600).get(plan.unit)
+    for make in plan.artefacts.values():
+        make(say=progress.say_line)
+    register(plan.tuning.values(), directory)
+    if plan.tuning:
+        lrs, tried, cost = tuned(plan, progress, trained)
+        before, plan.runs = plan.runs, plan.runs_at(lrs)
+        renamed = {a.out: b.out for a, b in zip(before, plan.runs, strict=True)}
+        progress.left = {renamed.get(out, out): seconds for out, seconds in progress.left.items()}
+        remarks, costs = remarks + tried, costs + [cost]
+    register(plan.runs, directory)
+    todo = {each.out: partial(run_one, each) for each in plan.runs}
+    todo |= {path: partial(score_yardstick, plan, directory, progress, name, path, seed)
+             for name, path, seed in plan.yardsticks}
+    done = share_runs([*todo], lambda i: [*todo.values()][i]())
+    results, others = done[:len(plan.runs)], done[len(plan.runs):]
+    costs.append(f"The compared runs were charged "
+                 f"{duration(sum(r['charged_seconds'] for r in results))} in all.")
+    yardsticks = [report.constant_answer(results)]
+    for name in dict.fromkeys(m["name"] for m in others):
+        of = [m for m in others if m["name"] == name]
+        yardsticks.append(dict(name=name, averages=[m["average"] for m in of], runs=of,
+                               scores={task: [m["scores"][task] for m in of] for task in of[0]["scores"]}))
+    return results, yardsticks, remarks + report.ledgers(results, teachers_cost), costs
+
+
+def tuned(plan, progress, trained):
+    """({strategy: peak LR} of the lowest own validation loss at the smallest budget, what was tried, cost)"""
+    def do(i):
+        (name, lr), each = list(plan.tuning.items())[i]
+        with progress.on(each.out, f"{name}, peak LR {lr:g}"):
+            try:
+                summary = trained(each)
+                terms = each.phases[-1].strategy.terms
+                loss = sum(terms[k].weight * v for k, v in summary["val"].items())
+            except train.NotFinite as e:
+                progress.say(str(e))
+                summary, loss = dict(charged_seconds=0.0), math.inf
+        return name, lr, loss if math.isfinite(loss) else math.inf, summary["charged_seconds"]
+    found = share_runs([each.out for each in plan.tuning.values()], do)
+    best = {name: min((loss, lr) for n, lr, loss, _ in found if n == name)[1] for name in plan.names}
+    lines = [f"{name}: peak LR " + ", ".join(
+        f"{lr:g}: " + (f"{loss:.4f}" if loss < math.inf else "not finite") + " (taken)" * (lr == best[name])
+        for n, lr, loss, _ in found if n == name) for name in plan.names]
+    spent = sum(seconds for n, lr, _, seconds in found if lr != best[n])
+    return best, lines, (f"Choosing the peak LR took {len(found)} runs; the {len(found) - len(best)} that "
+                         f"are not part of the comparison were charged {duration(spent)}.")
+
+
+# ------------------------------------------------------------------------------------------------------ score
+
+def scored(plan, model, out, say, seed):
+    """What finetune_glue finds of a model, now or in an earlier run: of each task and in short, and
+    with --probe the probes."""
+    config, tuning = plan.config, plan.config.finetuning(model, out, seed)
+    tasks = finetune_glue.score(tuning, say)["tasks"]
+    means = {name: r["mean"] for name, r in tasks.items()}
+    probe = dataclasses.replace(tuning, data=config.data, probe=True, seq_len=plan.runs[0].length)
+    return dict(tasks=tasks, scores=means, probes=finetune_glue.probes(probe, say) if config.probe else {},
+                average=float(np.mean([means[name] for name in report.averaged(means)])))
+
+
+def score_yardstick(plan, directory, progress, name, path, seed):
+    """The untrained student of a seed, one of the teacher's layers, or the teacher, scored as an arm is."""
+    model = path / "model"
+    if name == "teacher":
+        model = plan.teacher_model
+    elif not model.exists():
+        student = initial_student(dataclasses.replace(plan.runs[0], seed=seed), directory)
+        if name == report.LAYERS:
+            source = checkpoint.find_model(plan.teacher_model)
+            teacher, missing, _ = checkpoint.load_mlm(source, len(directory.vocab))
+            start_from(student, teacher, head=not missing)
+        checkpoint.save_model(model, student, directory.read_tokenizer(), head=True)
+    with progress.on(f"score {path}", f"{name} {seed}"):
+        return dict(name=name, **scored(plan, model, path / "glue", progress.say, seed))
+
+
+def result_of(plan, each, summary):
+    """What a run was and cost, as report.py reads it."""
+    kept = ("seed", "peak_lr", "steps", "tokens", "epochs", "charged_seconds", "tokens_per_second",
+            "teacher_share", "val", "device")
+    log = map(json.loads, Path(each.out, "log.jsonl").open())
+    curve = [dict(seconds=r["seconds"], tokens=r["step"] * summary["tokens"] // summary["steps"],
+                  mlm=r["val"]["mlm"], d_order=r.get("d_order")) for r in log if "mlm" in r.get("val", {})]
+    return dict({k: summary[k] for k in kept}, strategy=each.arm, budget=each.budget[1], unit=plan.unit,
+                unique_tokens=each.unique_tokens, static_masks=each.static_masks, model=f"{each.out}/model",
+                curve=curve, offline=summary.get("offline", {}))        # of an older version's run: none
+
+
+# ----------------------------------------------------------------------------------------------------- report
 
 def recipe(config):
     """[a line on fine-tuning], where it is not the paper's grid or a part of it."""
     ours = finetune_glue.Config
-    inside = (set(finetune_glue.grid(config.finetuning("", ""))) <= set(finetune_glue.grid(ours(""))) and
-              (config.finetune_epochs, config.max_len) == (ours.epochs, ours.max_len))
-    return [] if inside else [
-        f"Fine-tuning is outside the paper's grid (batch {ours.batch_sizes}, lr {ours.peak_lrs}, "
-        f"{ours.epochs} epochs, {ours.max_len} ids): here batch {config.finetune_batch_sizes}, lr "
-        f"{config.finetune_lrs}, {config.finetune_epochs} epochs, {config.max_len} ids."]
+    if (set(finetune_glue.grid(config.finetuning("", ""))) <= set(finetune_glue.grid(ours("")))
+            and (config.finetune_epochs, config.max_len) == (ours.epochs, ours.max_len)):
+        return []
+    return [f"Fine-tuning is outside the paper's grid (batch {ours.batch_sizes}, lr {ours.peak_lrs}, "
+            f"{ours.epochs} epochs, {ours.max_len} ids): here batch {config.finetune_batch_sizes}, lr "
+            f"{config.finetune_lrs}, {config.finetune_epochs} epochs, {config.max_len} ids."]
+
+
+def papers_setting(plan):
+    """The size whose rows of the paper's Table 2 may stand beside these, or None."""
+    config, teachers = plan.config, {"6L768": "12L768", "12L1024": "24L1024"}
+    same = all(getattr(config, name) == getattr(Config, name) for name in (
+        "seq_len", "batch_size", "mask_rate", "mask_variants", "init_std", "optimizer", "clip"))
+    return config.size if same and teachers.get(config.size) == plan.teacher_shape.size else None
 
 
 def write_report(config, results, yardsticks, remarks=(), costs=(), size=None):
@@ -544,7 +524,7 @@ def write_report(config, results, yardsticks, remarks=(), costs=(), size=None):
                               ("results.json", json.dumps(everything, indent=1))):
             write_whole(out / name, f"{content.rstrip()}\n".encode())
         report.figure(results, yardsticks, out / "figure.png")
-    share_runs([config.out], write)
+    share_runs([out], write)
     print(f"\n{text}\n\n{costs}\n")
 
 
@@ -566,14 +546,11 @@ def main(config):
         config = within(config)
     config = config.for_machine()
     plan = Plan(config)
-    found = compare(config, plan)
-    if found is None:
+    if not (found := compare(plan)):
         return
-    results, yardsticks, remarks, costs = found
-    write_report(config, results, [report.constant_answer(results), *yardsticks], remarks, costs,
-                 papers_setting(plan))
+    write_report(config, *found, papers_setting(plan))
     if demonstration:
-        look(results, config)
+        look(found[0], config)
     print(f"\nalso in {out}/table.md, costs.md, results.json and results.csv; "
           f"{time.monotonic() - began:.0f} s in all")
 

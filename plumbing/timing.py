@@ -96,8 +96,7 @@ def estimate(plan, directory, teacher):
 
 
 def hours_each(plan, hours, directory, texts):
-    """The budget of a run, in words, of which all runs and all fine-tuning fit into so many hours, with a tenth in
-    reserve."""
+    """The budget of a run, as text, with which all of it takes so many hours, a tenth of them in reserve."""
     student, teacher = (c.num_hidden_layers * c.hidden_size ** 2
                         for c in (student_shape(plan.runs[0], directory), plan.teacher_shape))
     models, machines = len(plan.runs) + len(plan.yardsticks), plan.config.jobs or 1
@@ -105,9 +104,9 @@ def hours_each(plan, hours, directory, texts):
     taught = plan.config.teacher_budget or 0
     left = 0.9 * machines * hours - (tuned + taught)
     if left <= 0:
-        raise UserError(f"--total-hours {hours:g}: fine-tuning {models} models on {len(texts)} tasks alone takes "
-                        f"about {duration(3600 * tuned / machines)}: give more hours, --quick, or fewer tasks, "
-                        f"arms or seeds")
+        raise UserError(f"--total-hours {hours:g}: fine-tuning {models} models on {len(texts)} tasks alone "
+                        f"takes about {duration(3600 * tuned / machines)}: give more hours, --quick, or "
+                        f"fewer tasks, arms or seeds")
     left /= sum(each.budget_hours for each in plan.all) - taught
     scale = 10 ** (math.floor(math.log10(left)) - 1)
     each = f"{math.floor(left / scale) * scale:.3g}"                    # two digits, rounded down
@@ -117,20 +116,20 @@ def hours_each(plan, hours, directory, texts):
 
 
 def timed(plan, directory, each, train):
-    """(what train() returns, speed) of a run.  Under a budget in hours a fixed step is timed before and after it,
-    uncharged: the machine's speed beside the first run's, since an hour of a busy machine buys less.
-    Else the speed is None."""
+    """(what train(each) returns, speed) of a run.  Under a budget in hours a fixed step is timed before and
+    after it, uncharged: the machine's speed beside the first run's, since an hour of a busy machine buys
+    less.  Else the speed is None."""
     note, first = Path(each.out, "speed.json"), plan.out / "speed.json"
     if plan.unit == "hours" and not Path(each.out, "summary.json").exists():
         reference = plan.run("no_kd", plan.budgets[0])
         before = step_seconds(reference, directory, None, tries=5)
-        summary = train()
+        summary = train(each)
         seconds = (before + step_seconds(reference, directory, None, tries=5)) / 2
         write_json(note, dict(seconds=seconds))
         if not first.exists():
             write_json(first, dict(seconds=seconds))
     else:
-        summary = train()
+        summary = train(each)
     return summary, read_json(first)["seconds"] / read_json(note)["seconds"] if note.exists() else None
 
 
