@@ -182,10 +182,9 @@ class Plan:
         self.lrs, self.artefacts, self.teacher = numbers(config.peak_lrs or "") or [None], {}, None
         if config.teacher == "train":
             size = config.teacher_size or f"{2 * self.shape.num_hidden_layers}L{self.shape.hidden_size}"
-            self.teacher_budget = config.teacher_budget or 4 * self.budgets[-1]
-            if whole is int:
-                self.teacher_budget = math.ceil(self.teacher_budget)
-            self.teacher = self.run("no_kd", self.teacher_budget, size=size, out=str(self.out / "teacher"),
+            budget = config.teacher_budget or 4 * self.budgets[-1]
+            self.teacher = self.run("no_kd", math.ceil(budget) if whole is int else budget, size=size,
+                                    out=str(self.out / "teacher"),
                                     peak_lr=self.lrs[0] if len(self.lrs) == 1 else None)
         elif config.teacher_size or config.teacher_budget:
             raise UserError("--teacher-size and --teacher-budget belong to --teacher train")
@@ -312,7 +311,7 @@ def describe(plan, seconds, finetune_seconds, texts):
           f"{'; '.join(report.setting(*s) for s in plan.settings)}; seeds 0 to {config.seeds - 1}")
     print(f"  {len(seconds)} pretraining runs"
           + (f", {len(plan.tuning)} of them to choose the peak LR" if plan.tuning else "")
-          + (f", the teacher ({plan.teacher.size}, --teacher-budget {plan.teacher_budget:g}) with "
+          + (f", the teacher ({plan.teacher.size}, --teacher-budget {plan.teacher.budget[1]:g}) with "
              f"{duration(seconds[plan.teacher.out])}" if plan.teacher else "")
           + f"; {[*seconds.values()].count(0)} are finished, the others take about "
             f"{duration(sum(seconds.values()))} in one process")

@@ -7,20 +7,20 @@ from plumbing.cli import UserError, flag_of
 from plumbing.files import read_json
 
 # What earlier comparisons must share to be merged: the student, its masks, the recipe of fine-tuning
-SAME = ("size", "heads", "seq_len", "mask_rate", "mask_seed", "mask_variants", "init_std", "optimizer", "clip",
-        "batch_size", "dropout", "finetune_seeds", "finetune_batch_sizes", "finetune_lrs", "quick",
+SAME = ("size", "heads", "seq_len", "mask_rate", "mask_seed", "mask_variants", "init_std", "optimizer",
+        "clip", "batch_size", "dropout", "finetune_seeds", "finetune_batch_sizes", "finetune_lrs", "quick",
         "finetune_epochs", "max_len")
 
 
 def merged(config):
-    """(config, results, yardsticks) of earlier comparisons of one student, recipe, teacher and tasks.  Of the last two
-    the yardsticks tell: the untrained student of a seed and the teacher score the same."""
+    """(config, results, yardsticks) of earlier comparisons of one student, recipe, teacher and tasks.  Of the
+    last two the yardsticks tell: the untrained student of a seed and the teacher score the same."""
     Config, records = type(config), {}
     for path in config.merge.split(","):
         file = Path(path, "results.json") if Path(path).is_dir() else Path(path)
         if not file.is_file():
-            raise UserError(f"--merge: {file} is not there: give directories that compare.py has finished, or their "
-                            f"results.json")
+            raise UserError(f"--merge: {file} is not there: give directories that compare.py has finished, "
+                            f"or their results.json")
         records[path] = read_json(file)
     first, results, yardsticks = next(iter(records)), {}, {}
     for path, record in records.items():
@@ -29,12 +29,13 @@ def merged(config):
         if differ:
             raise UserError(f"--merge: {path} was made with another {', '.join(differ)} than {first}")
         for y in record["yardsticks"]:
-            before = yardsticks.setdefault(y["name"], y)
-            n = min(len(y["averages"]), len(before["averages"]))
-            if {t: of[:n] for t, of in y["scores"].items()} != {t: of[:n] for t, of in before["scores"].items()}:
+            both = yardsticks.get(y["name"], y), y
+            n = min(len(of["averages"]) for of in both)
+            one, other = ({task: scores[:n] for task, scores in of["scores"].items()} for of in both)
+            if one != other:
                 raise UserError(f"--merge: {y['name']} has other scores in {path} than in {first}: another "
                                 f"teacher, other tasks, or another machine")
-            yardsticks[y["name"]] = max(before, y, key=lambda y: len(y["averages"]))
+            yardsticks[y["name"]] = max(both, key=lambda of: len(of["averages"]))
         for r in record["results"]:
             key = tuple(r[k] for k in ("strategy", "budget", "unit", "unique_tokens", "static_masks", "seed"))
             before = results.setdefault(key, r)
@@ -45,5 +46,5 @@ def merged(config):
         raise UserError(f"--merge: {config.merge}: budgets in different units have no common table")
     names = {f.name for f in dataclasses.fields(Config)}
     recipe = {k: v for k, v in records[first]["config"].items() if k in names}
-    config = Config(**recipe | dict(out=config.out, probe=all(r["config"].get("probe") for r in records.values())))
-    return config, list(results.values()), list(yardsticks.values())
+    recipe |= dict(out=config.out, probe=all(r["config"].get("probe") for r in records.values()))
+    return Config(**recipe), list(results.values()), list(yardsticks.values())

@@ -128,6 +128,12 @@ def differences(arm, other, value=lambda r: r["average"]):
     return [value(arm[seed]) - value(other[seed]) for seed in arm if seed in other]
 
 
+def leads_of(found):
+    """(group, arm, base arm, their differences) of each arm but the base."""
+    return [(key, name, base_of(arms), differences(runs, arms[base_of(arms)])) for key, arms in found.items()
+            for name, runs in arms.items() if name != base_of(arms)]
+
+
 def row_of(arm):
     """The arm's name as a row has it, with the ledger of what was paid before it began."""
     if arm.endswith("+amortised"):
@@ -141,9 +147,9 @@ def row_of(arm):
 
 def constant_answer(results):
     """The yardstick of no model at all: the class that is most frequent in dev, or one score for all."""
-    scores = {task: [t["majority"]] for task, t in results[0]["tasks"].items()}
-    return dict(name="constant answer", scores=scores,
-                averages=[float(np.mean([scores[task] for task in averaged(scores)]))])
+    scores = {task: t["majority"] for task, t in results[0]["tasks"].items()}
+    return dict(name="constant answer", scores={task: [score] for task, score in scores.items()},
+                averages=[over(averaged(scores))(dict(scores=scores))])
 
 
 def above(leads, error):
@@ -276,8 +282,7 @@ def score_table(results, yardsticks=(), size=None):
         head += ["average" + f" of {of}" * bool(of)] * many + [f"Δ to {base} [95%]", "n for 1 point"]
     unneeded = [1] * all(r["unique_tokens"] is None for r in results)   # one setting needs no column
     unneeded += [head.index("turn")] * all(turned(r) is None for r in results)
-    for row in (head, *rows):
-        row[:] = [cell for i, cell in enumerate(row) if i not in unneeded]
+    head, *rows = ([cell for i, cell in enumerate(row) if i not in unneeded] for row in (head, *rows))
     return markdown(head, rows)
 
 
@@ -327,8 +332,8 @@ def best_probe(arms, column, where):
     of = {name: runs for name, runs in arms.items() if all(column in probes_of(r) for r in runs.values())}
     if len(of) < 2:
         return []
-    best, *_ = ranked = sorted(of, key=lambda name: -np.mean([value(r) for r in of[name].values()]))
-    rival = base_of(of) if base_of(of) != best else ranked[1]
+    best, second, *_ = sorted(of, key=lambda name: -np.mean([value(r) for r in of[name].values()]))
+    rival = base_of(of) if base_of(of) != best else second
     lead = lead_in_words(differences(of[best], of[rival], value), rival, len(of) - 1, digits_of(column))
     return [f"Probe {column} at {where}: {best}; {lead}."]
 
@@ -387,24 +392,20 @@ def best_arms(found, yardsticks, tasks, where):
                              for seed in range(len(y["averages"]))}
                  for y in yardsticks if y["name"] in ("random init", LAYERS)}
     value, lines = over(tasks), []
-    for (unique, static, budget), arms in found.items():
-        ranked = sorted(arms, key=lambda name: -np.mean([value(r) for r in arms[name].values()]))
-        best, base = ranked[0], base_of(arms)
-        rivals = {name: arms[name] for name in (base, *ranked[1:2]) if name != best}      # and the runner-up
-        rivals |= untrained
+    for (*kind, budget), arms in found.items():
+        best, *others = sorted(arms, key=lambda name: -np.mean([value(r) for r in arms[name].values()]))
+        rivals = {name: arms[name] for name in (base_of(arms), *others[:1]) if name != best} | untrained
         leads = [lead_in_words(differences(arms[best], runs, value), name, len(rivals | arms) - 1)
                  for name, runs in rivals.items()]
         runs = list(arms[best].values())
-        lines.append(f"{where} {amount(budget, runs[0]['unit'])} on {setting(unique, static)}, {best} scores "
-                     f"highest: {'; '.join([spread(values_of(runs, tasks)), *leads])}.")
+        lines.append(f"{where} {amount(budget, runs[0]['unit'])} on {setting(*kind)}, {best} scores highest: "
+                     f"{'; '.join([spread(values_of(runs, tasks)), *leads])}.")
     return lines
 
 
 def resolution(results, seeds):
     """What so many seeds can tell apart at the spread of these results, in words; "" where none is known."""
-    leads = [lead for arms in groups(results).values() for name, runs in arms.items() if name != base_of(arms)
-             if len(lead := differences(runs, arms[base_of(arms)])) > 1]
-    if not leads:
+    if not (leads := [lead for *_, lead in leads_of(groups(results)) if len(lead) > 1]):
         return ""
     stds, need = sorted(np.std(lead, ddof=1) for lead in leads), [seeds_for(lead) for lead in leads]
     if seeds == 1:
@@ -433,12 +434,8 @@ def crossings(found, unit, resamples=2000):
     """Where an arm's mean overtakes the base arm's, or falls behind it, on the straight line between two budgets
     over log budget; with the 95% interval of resampled seeds (bootstrap, each budget's leads on their own)."""
     rng, lines, kinds = np.random.default_rng(0), [], {}
-    for (*kind, budget), arms in found.items():
-        base = base_of(arms)
-        for name in arms:
-            if name != base:
-                leads = differences(arms[name], arms[base])
-                kinds.setdefault((*kind, name, base), []).append((budget, leads))
+    for (*kind, budget), name, base, leads in leads_of(found):
+        kinds.setdefault((*kind, name, base), []).append((budget, leads))
     for (unique, static, name, base), points in kinds.items():
         budgets, means = [b for b, _ in points], np.array([[np.mean(leads) for _, leads in points]])
         drawn = np.array([rng.choice(leads, (resamples, len(leads))).mean(1) for _, leads in points]).T
@@ -449,15 +446,14 @@ def crossings(found, unit, resamples=2000):
             again = crossed(budgets, drawn, up)
             again = again[np.isfinite(again).any(1)]
             low, high = np.exp(np.quantile(np.log(np.nanmin(again, 1)), (0.025, 0.975)))
-            noise = (" (of one seed)" if any(len(leads) < 2 for _, leads in points[i:i + 2]) else
-                     f" [{amount(two_digits(low), unit)}, {amount(two_digits(high), unit)}], in "
-                     f"{len(again) / resamples:.0%} of resampled seeds")
-            noise += " (inside the noise)" * any(abs(m) <= half for m, half in (
-                interval(leads) for _, leads in points[i:i + 2]) if math.isfinite(half))
+            at, low, high = (amount(float(f"{x:.2g}"), unit) for x in (at, low, high))
+            both = [interval(leads) for _, leads in points[i:i + 2]]
+            noise = (f" [{low}, {high}], in {len(again) / resamples:.0%} of resampled seeds"
+                     if all(math.isfinite(half) for _, half in both) else " (of one seed)")
+            noise += " (inside the noise)" * any(abs(mean) <= half < math.inf for mean, half in both)
             lines.append(f"On {setting(unique, static)}, the mean of {name} "
-                         f"{'overtakes' if up else 'falls behind'} {base}'s at about "
-                         f"{amount(two_digits(at), unit)}{noise}, between {amount(budgets[i], unit)} and "
-                         f"{amount(budgets[i + 1], unit)}.")
+                         f"{'overtakes' if up else 'falls behind'} {base}'s at about {at}{noise}, between "
+                         f"{amount(budgets[i], unit)} and {amount(budgets[i + 1], unit)}.")
     return lines
 
 
@@ -472,30 +468,26 @@ def crossed(budgets, leads, up=None):
     return np.where(changes, np.exp(log[:-1] + np.diff(log) * part), np.nan)
 
 
-def two_digits(x):
-    return float(f"{x:.2g}")
-
-
 def repetition(found):
     """What fewer unique tokens and static masks did to the base arm and the others' leads, seed by seed."""
     lines = []
     for (unique, static, budget), arms in found.items():
-        for other in ((None, False, budget), (unique, False, budget)):
-            before = found.get(other, {})
-            base = base_of(arms)
-            if other == (unique, static, budget) or (other[0] is None) == static or base not in before:
-                continue         # the limited data against all of it, its static masks against its fresh ones
-            epochs = np.mean([r["epochs"] for r in arms[base].values()])
-            parts = [f"{base} changes by {signed(*interval(differences(arms[base], before[base])))}"]
-            for name in (name for name in arms if name != base and name in before):
-                seeds = [seed for seed in arms[name]
-                         if all(seed in runs for runs in (arms[base], before[name], before[base]))]
-                change = [arms[name][s]["average"] - arms[base][s]["average"]
-                          - before[name][s]["average"] + before[base][s]["average"] for s in seeds]
-                parts.append(f"the lead of {name} over it by {signed(*interval(change))}")
-            lines.append(f"At {amount(budget, next(iter(arms[base].values()))['unit'])}, "
-                         f"{setting(unique, static)} ({epochs:.1f} epochs of {base}) against "
-                         f"{setting(*other[:2])}: {', '.join(parts)}.")
+        # the limited data against all of it, its static masks against its fresh ones
+        other, base = (unique if static else None, False, budget), base_of(arms)
+        before = found.get(other, {})
+        if other == (unique, static, budget) or base not in before:
+            continue
+        runs = list(arms[base].values())
+        parts = [f"{base} changes by {signed(*interval(differences(arms[base], before[base])))}"]
+        for name in (name for name in arms if name != base and name in before):
+            seeds = [seed for seed in arms[name]
+                     if all(seed in of for of in (arms[base], before[name], before[base]))]
+            change = [arms[name][s]["average"] - arms[base][s]["average"]
+                      - before[name][s]["average"] + before[base][s]["average"] for s in seeds]
+            parts.append(f"the lead of {name} over it by {signed(*interval(change))}")
+        lines.append(f"At {amount(budget, runs[0]['unit'])}, {setting(unique, static)} "
+                     f"({np.mean([r['epochs'] for r in runs]):.1f} epochs of {base}) against "
+                     f"{setting(*other[:2])}: {', '.join(parts)}.")
     return lines
 
 

@@ -76,7 +76,7 @@ def estimate(plan, directory, teacher):
     """{run directory: seconds until it is finished}; `teacher`: a BertConfig."""
     seconds, rates = {}, {}
     for each in plan.all:
-        budget = getattr(each, f"budget_{plan.unit}")
+        _, budget = each.budget
         kind = each.size, plan.unit != "flops" and each.arm             # a FLOP takes every arm about as long
         if (Path(each.out) / "summary.json").exists():
             seconds[each.out] = 0.0
@@ -84,9 +84,8 @@ def estimate(plan, directory, teacher):
             seconds[each.out] = budget * 3600
         else:
             if kind not in rates:       # at the last phase's FLOP/s
-                shape = student_shape(each, directory)
-                flops = [each.batch_size * sum(flops_per_block(each, shape, teacher, i))
-                         for i in range(len(each.phases))]
+                shape, phases = student_shape(each, directory), range(len(each.phases))
+                flops = [each.batch_size * sum(flops_per_block(each, shape, teacher, i)) for i in phases]
                 price = dict(steps=1, tokens=each.batch_size * each.length).get(plan.unit)
                 rates[kind] = step_seconds(each, directory, teacher) / flops[-1] * sum(
                     (p.end - p.begin) * (n / price if price else 1)
