@@ -17,7 +17,6 @@ seeds, one process per core, and fine-tunes every student on the built-in task: 
 come from?  The task's docstrings are validation documents of that corpus, so neither a student nor the
 teacher has been pretrained on them.
 """
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -36,9 +35,9 @@ import offline
 import train
 from data import Blocks, TokenDirectory
 from kd_losses import PHASED, STRATEGIES
-from model import BertConfig, BertForMaskedLM, BertForSequenceClassification
-from plumbing import checkpoint, glue, jobs, report
-from plumbing.artefact import Offline
+from model import BertConfig
+from plumbing import checkpoint, glue, jobs, report, timing
+from plumbing.artefact import register
 from plumbing.budget import UNITS, one_budget
 from plumbing.cli import (
     Checked,
@@ -52,25 +51,19 @@ from plumbing.cli import (
     Share,
     UserError,
     checked,
+    flag_of,
     in_turn,
     numbers,
     run,
     writable,
 )
 from plumbing.demonstration import demonstrated, look
-from plumbing.device import choose_device, multiplies_in_bf16, ready_process
-from plumbing.files import read_json, share, write_json, write_whole
+from plumbing.device import choose_device
+from plumbing.files import read_json, share_runs, write_json, write_whole
+from plumbing.merge import merged
 from plumbing.rundir import contents
-from step import (
-    Arm,
-    check_teacher,
-    fitting_micro_batch,
-    flops_per_block,
-    initial_student,
-    memory_told,
-    start_from,
-    student_shape,
-)
+from plumbing.timing import Progress, duration
+from step import check_teacher, fitting_micro_batch, initial_student, start_from, student_shape
 
 
 @dataclass
@@ -135,6 +128,15 @@ class Config(Checked):
         micro = before or fitting_micro_batch(choose_device(self.device), self.batch_size)
         return dataclasses.replace(self, micro_batch=micro)
 
+    def finetuning(self, model, out, seed=0):
+        """The finetune_glue.Config for one model: fresh fine-tuning seeds for each pretraining seed."""
+        return finetune_glue.Config(
+            model=str(model), glue_dir=self.glue_dir, tasks=self.tasks, columns=self.columns,
+            batch_sizes=self.finetune_batch_sizes, peak_lrs=self.finetune_lrs, quick=self.quick,
+            seeds=self.finetune_seeds, first_seed=1 + seed * self.finetune_seeds, epochs=self.finetune_epochs,
+            max_len=self.max_len, out=str(out), device=self.device, compile=bool(self.compile),
+            bf16=self.bf16)
+
 
 # What every run of a comparison takes from its command line as it stands there
 SHARED = ("data", "size", "heads", "seq_len", "mask_rate", "mask_seed", "mask_variants", "init_std", "optimizer",
@@ -158,47 +160,43 @@ class Plan:
         if twice := [name for name in self.names if self.names.count(name) > 1]:
             raise UserError(f"--arms {config.arms}: {twice[0]} is given twice")
         if self.unit in ("flops", "hours"):                             # what was paid once: in both ledgers
-            both = [name for name in self.names if name == "miniplm" or "+cached" in name]
-            self.names = list(dict.fromkeys(
-                part for name in self.names for part in (name, f"{name}+amortised")[:1 + (name in both)]))
+            self.names = list(dict.fromkeys(part for name in self.names for part in (
+                name, *[f"{name}+amortised"] * (name == "miniplm" or "+cached" in name))))
         uniques = [None if part == "all" else checked("--unique-tokens", part, Count)
                    for part in config.unique_tokens.split(",")]
         limited = [n for n in uniques if n]
         if len(set(uniques)) < len(uniques):
             raise UserError(f"--unique-tokens {config.unique_tokens}: one is given twice")
         if config.static_masks and not limited:
-            raise UserError("--static-masks compares masks where data repeat: give "
-                            "--unique-tokens all,N with it")
+            raise UserError("--static-masks compares masks where data repeat: give --unique-tokens all,N "
+                            "with it")
         self.settings = [(None, False)] * (None in uniques) + [
-            (n, static) for n in limited for static in ((False, True) if config.static_masks else (False,))]
+            (n, static) for n in limited for static in (False, True)[:1 + config.static_masks]]
         if self.unit == "hours" and (config.jobs or 1) > max(1, torch.cuda.device_count()):
             raise UserError(f"--jobs {config.jobs} under --budget-hours: runs that share a device would take "
                             f"each other's time: give --budget-flops, or one job per GPU")
-        self.lrs, self.artefacts = numbers(config.peak_lrs) if config.peak_lrs else [None], {}
         try:
-            shape = BertConfig.of_size(config.size, config.heads)
+            self.shape = BertConfig.of_size(config.size, config.heads)
         except ValueError as e:
             raise UserError(f"--size: {e}") from None
-        self.teacher = None
+        self.lrs, self.artefacts, self.teacher = numbers(config.peak_lrs or "") or [None], {}, None
         if config.teacher == "train":
-            size = config.teacher_size or f"{2 * shape.num_hidden_layers}L{shape.hidden_size}"
-            self.teacher_budget = config.teacher_budget or 4 * self.budgets[-1]
-            if whole is int:
-                self.teacher_budget = math.ceil(self.teacher_budget)
-            self.teacher = self.run("no_kd", self.teacher_budget, size=size,
-                                    peak_lr=self.lrs[0] if len(self.lrs) == 1 else None,
-                                    out=str(self.out / "teacher"))
+            size = config.teacher_size or f"{2 * self.shape.num_hidden_layers}L{self.shape.hidden_size}"
+            budget = config.teacher_budget or 4 * self.budgets[-1]
+            self.teacher = self.run("no_kd", math.ceil(budget) if whole is int else budget, size=size,
+                                    out=str(self.out / "teacher"),
+                                    peak_lr=self.lrs[0] if len(self.lrs) == 1 else None)
         elif config.teacher_size or config.teacher_budget:
             raise UserError("--teacher-size and --teacher-budget belong to --teacher train")
         self.tuning = {(name, lr): self.run(name, self.budgets[0], *self.settings[0], lr=lr)
                        for name in self.names for lr in self.lrs if len(self.lrs) > 1}
-        self.runs = self.runs_at({name: self.lrs[0] for name in self.names})
+        self.runs = self.runs_at(dict.fromkeys(self.names, self.lrs[0]))
         untrained = [("random init", "random"), *[(report.LAYERS, "layers")] * any(
             each.start == "teacher" for each in self.runs)]
         self.yardsticks = [(name, self.out / f"{folder}/seed{seed}", seed)
                            for name, folder in untrained for seed in range(config.seeds)]
         self.yardsticks.append(("teacher", self.out / "teacher", 0))
-        for each in (*self.tuning.values(), *self.runs, *([self.teacher] if self.teacher else [])):
+        for each in self.all:
             each.check()
 
     def run(self, arm, budget, unique=None, static=False, seed=0, lr=None, **other):
@@ -215,17 +213,16 @@ class Plan:
                 + "-static" * static + (f"-lr{lr:g}" if lr else "") + f"-seed{seed}")
         if "cached" in suffixes:
             other["teacher_cache"] = self.config.teacher_cache or self.artefact("cache", unique)
-        if strategy in OFFLINE:
+        if controls:
             kept = [name for name in suffixes if name in controls]
             if len(kept) > 1:
                 raise UserError(f"--arms {arm}: one control at a time")
             other["keep"] = f"{self.artefact('miniplm', unique)}/{(*kept, 'difference')[0]}.npy"
             strategy = "no_kd"
-        other["ledger"] = "amortised" if "amortised" in suffixes else "full"
         return train.Config(**{k: getattr(self.config, k) for k in SHARED} | dict(
             strategy=strategy, init="teacher" if "init" in suffixes else None,
-            as_released="released" in suffixes, teacher=self.teacher_model, unique_tokens=unique,
-            static_masks=static, seed=seed, peak_lr=lr,
+            ledger="amortised" if "amortised" in suffixes else "full", as_released="released" in suffixes,
+            teacher=self.teacher_model, unique_tokens=unique, static_masks=static, seed=seed, peak_lr=lr,
             out=str(self.out / "runs" / name)) | {f"budget_{self.unit}": budget} | other)
 
     @property
@@ -243,251 +240,36 @@ class Plan:
         if kind == "cache":
             self.artefacts[path] = partial(offline.cache, offline.Cache(**same, variants=c.mask_variants))
         else:               # the reference has a third of the student's width, in whole heads of 64
-            width = max(64, BertConfig.of_size(c.size, c.heads).hidden_size // 3 // 64 * 64)
             self.artefacts[path] = partial(offline.score, offline.Score(
-                **same, reference_size=f"2L{width}", reference_epochs=c.reference_epochs, draws=c.score_draws,
-                batch_size=c.batch_size))
+                **same, reference_size=f"2L{max(64, self.shape.hidden_size // 3 // 64 * 64)}",
+                reference_epochs=c.reference_epochs, draws=c.score_draws, batch_size=c.batch_size))
         return path
 
     def runs_at(self, lrs):
-        """The compared runs, seeds outermost: stopped early, what is there is a whole
-        comparison over fewer seeds."""
+        """The compared runs, seeds outermost: stopped early, what is there compares all, over fewer seeds."""
         return [self.run(name, budget, *setting, seed, lrs[name]) for seed in range(self.config.seeds)
                 for budget in self.budgets for setting in self.settings for name in self.names]
 
     @property
     def all(self):
-        return [*([self.teacher] if self.teacher else []),
-                *{r.out: r for r in (*self.tuning.values(), *self.runs)}.values()]
+        of_the_arms = {each.out: each for each in (*self.tuning.values(), *self.runs)}      # some are of both
+        return [*([self.teacher] if self.teacher else []), *of_the_arms.values()]
 
 
-def finetuning(config, model, out, seed=0):
-    """The finetune_glue.Config for one model: fresh fine-tuning seeds for each pretraining seed."""
-    return finetune_glue.Config(
-        model=str(model), glue_dir=config.glue_dir, tasks=config.tasks, columns=config.columns,
-        batch_sizes=config.finetune_batch_sizes, peak_lrs=config.finetune_lrs, quick=config.quick,
-        seeds=config.finetune_seeds, first_seed=1 + seed * config.finetune_seeds,
-        epochs=config.finetune_epochs, max_len=config.max_len, out=str(out), device=config.device,
-        compile=bool(config.compile), bf16=config.bf16)
-
-
-# ------------------------------------------------------------------------------------------ time and progress
-
-@memory_told
-def step_seconds(config, directory, teacher, tries=1):
-    """Seconds of one optimizer step of this run on this machine, the median of so many tries: with random
-    weights, on a CPU with a smaller micro-batch.  `teacher`: its BertConfig."""
-    device = choose_device(config.device)
-    ready_process(device)
-    if config.teacher_cache:                                            # it need not be there yet
-        config = dataclasses.replace(config, strategy="no_kd", teacher_cache=None, ledger="full")
-    micro = config.micro_batch if device.type == "cuda" else min(config.micro_batch, 16)
-    arm = Arm(dataclasses.replace(config, batch_size=micro, micro_batch=micro),
-              BertForMaskedLM(student_shape(config, directory)).to(device),
-              BertForMaskedLM(teacher).to(device) if config.needs_teacher else None,
-              phase=len(config.phases) - 1)
-    arm.make_optimizer()
-    batch = Blocks(directory, "train", config.length, seed=0).batch(0, micro)
-    seconds = []
-    for _ in range(1 + tries):                                          # the first warms up
-        began = time.perf_counter()
-        train.gradients(arm, batch, 0, train.Stages(arm.device))[1].tolist()        # waits for the device
-        seconds.append(time.perf_counter() - began)
-    return float(np.median(seconds[1:])) * config.batch_size / micro
-
-
-class Progress:
-    """The plan's time, and one line of progress over all runs: estimates, corrected by what
-    the finished ones took."""
-
-    def __init__(self, estimates, say=print):
-        self.left, self.count = dict(estimates), len(estimates)         # {key: seconds}
-        self.estimated = self.took = 0.0
-        self.say_line, self.said, self.what = say, -math.inf, ""
-
-    @contextlib.contextmanager
-    def on(self, key, what):
-        """While this run is under way (for no time if it was finished before: that says
-        nothing of the estimate)."""
-        self.what, self.began = what, time.monotonic()
-        yield
-        seconds, estimate = time.monotonic() - self.began, self.left.pop(key, 0.0)
-        if seconds > 0.1 * estimate:
-            self.estimated, self.took = self.estimated + estimate, self.took + seconds
-
-    def step(self, record):
-        """What train.py tells of a step, at most every 10 seconds."""
-        if time.monotonic() - self.said >= 10:
-            self.say(f"{record['progress']:.0%}, loss {record['loss']:.4f}")
-
-    def say(self, line):
-        self.said = time.monotonic()
-        seconds = sum(self.left.values()) * (self.took / self.estimated if self.estimated else 1)
-        seconds = max(0, seconds - (time.monotonic() - self.began))
-        self.say_line(f"[{self.count - len(self.left) + 1}/{self.count}, {duration(seconds)} "
-                      f"left] {self.what}: {line}")
-
-
-def duration(seconds):
-    return (f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200
-            else f"{seconds / 3600:.1f} h")
-
-
-def finetuning_seconds(plan, directory, texts):
-    """Seconds of fine-tuning one student on every task with every trial, by trying a few batches of each
-    task with random weights."""
-    config, tokenizer, device = plan.config, directory.read_tokenizer(), choose_device(plan.config.device)
-    points = finetune_glue.grid(finetuning(config, "", ""))
-    batch, trials = points[0][0], config.finetune_seeds + (len(points) if len(points) > 1 else 0)
-    model, seconds = BertForSequenceClassification(student_shape(plan.runs[0], directory), 2).to(device), 0.0
-    for parts in texts.values():
-        (sentences, _), *dev = parts.values()
-        examples = finetune_glue.encode(tokenizer, sentences[:4 * batch], config.max_len)
-        pad_id, bf16 = directory.special["[PAD]"], multiplies_in_bf16(device, config.bf16)
-        args = (examples, np.zeros(len(examples), np.int64), batch, 1, 1e-5, 0, pad_id, "", bf16,
-                bool(config.compile))
-        finetune_glue.finetune(model, *args)                            # the first time warms up
-        began = time.perf_counter()
-        finetune_glue.finetune(model, *args)                       # reads its losses, so waits for the device
-        trained = time.perf_counter()
-        finetune_glue.predict(model, examples, pad_id)
-        scored = time.perf_counter() - trained
-        seconds += trials / len(examples) * (len(sentences) * config.finetune_epochs * (trained - began)
-                                             + sum(len(x) for x, _ in dev) * scored)
-    return seconds
-
-
-def within(config):
-    """The same with the budget of each run that --total-hours leaves after fine-tuning and a tenth in reserve."""
-    if given := [unit for unit in UNITS if getattr(config, f"budget_{unit}") is not None]:
-        raise UserError(f"give --total-hours or --budget-{given[0]}, not both")
-    file, hours = Path(config.out, "total.json"), config.total_hours
-    before = read_json(file) if file.exists() else {}
-    config = dataclasses.replace(config, total_hours=None, budget_hours="1")
-    if before.get("total_hours") == hours:                              # the same command goes on
-        return dataclasses.replace(config, budget_hours=before["budget_hours"])
-    plan = Plan(config.for_machine())
-    directory, texts = check_inputs(plan)
-    student, teacher = (c.num_hidden_layers * c.hidden_size ** 2
-                        for c in (student_shape(plan.runs[0], directory), plan.teacher_shape))
-    models = len(plan.runs) + len(plan.yardsticks) - 1 + teacher / student
-    tuned = models * finetuning_seconds(plan, directory, texts) / 3600
-    fixed, machines = tuned + (config.teacher_budget or 0), config.jobs or 1
-    left = 0.9 * machines * hours - fixed
-    if left <= 0:
-        raise UserError(f"--total-hours {hours:g}: fine-tuning {len(plan.runs) + len(plan.yardsticks)} models "
-                        f"on {len(texts)} tasks alone takes about {duration(3600 * tuned / machines)}: give more "
-                        f"hours, --quick, or fewer tasks, arms or seeds")
-    left /= sum(each.budget_hours for each in plan.all) - (config.teacher_budget or 0)
-    scale = 10 ** (math.floor(math.log10(left)) - 1)
-    each = f"{math.floor(left / scale) * scale:.3g}"                    # two digits, rounded down
-    print(f"{hours:g} hours buy {len(plan.runs)} runs of {duration(3600 * float(each))}, after about "
-          f"{duration(3600 * tuned / machines)} of fine-tuning and with a tenth in reserve")
-    if not config.dry_run:
-        write_json(file, dict(total_hours=hours, budget_hours=each))
-    return dataclasses.replace(config, budget_hours=each)
-
-
-def estimate(plan, directory, teacher):
-    """{run directory: seconds until it is finished}; `teacher`: a BertConfig."""
-    seconds, rates = {}, {}
-    for each in plan.all:
-        budget = getattr(each, f"budget_{plan.unit}")
-        kind = each.size, plan.unit != "flops" and each.arm             # a FLOP takes every arm about as long
-        if (Path(each.out) / "summary.json").exists():
-            seconds[each.out] = 0.0
-        elif plan.unit == "hours":
-            seconds[each.out] = budget * 3600
-        else:
-            if kind not in rates:       # at the last phase's FLOP/s
-                shape = student_shape(each, directory)
-                flops = [each.batch_size * sum(flops_per_block(each, shape, teacher, i))
-                         for i in range(len(each.phases))]
-                price = dict(steps=1, tokens=each.batch_size * each.length).get(plan.unit)
-                rates[kind] = step_seconds(each, directory, teacher) / flops[-1] * sum(
-                    (p.end - p.begin) * (n / price if price else 1)
-                    for p, n in zip(each.phases, flops, strict=True))
-            seconds[each.out] = budget * rates[kind]
-    return seconds
-
-
-# ------------------------------------------------------------------------------------------------------- work
-
-def share_runs(directories, do):
-    """[do(i) for each], in any order: processes with the same --out take what no other one is
-    working on, and wait."""
-    for directory in directories:
-        Path(directory).mkdir(parents=True, exist_ok=True)
-    return share(directories, do)
-
-
-def same_inputs(plan, directory, texts):
-    """Notes in OUT/inputs.json what the runs are made from; refuses to mix them with
-    runs from anything else."""
-    varies = ("strategy", "init", "as_released", "peak_lr", "seed", "unique_tokens", "static_masks", "out")
-    recipe = dataclasses.asdict(plan.run("no_kd", plan.budgets[0]))
-    now = {f"--{k.replace('_', '-')}": v for k, v in recipe.items()
-           if k not in varies and not k.startswith("budget")}
-    now |= contents(directory, None if plan.teacher else plan.config.teacher)
-    now |= {f"task {name}": hashlib.sha256(json.dumps(
-        [(part, x, np.asarray(y).tolist()) for part, (x, y) in parts.items()]).encode()).hexdigest()
-        for name, parts in texts.items()}
-    file = plan.out / "inputs.json"
-    before = read_json(file) if file.exists() else {}
-    differ = [k for k, v in now.items() if before.get(k, v) != v]
-    if differ:
-        raise UserError(f"{plan.out} holds runs with another {', '.join(differ)}: give another --out")
-    write_json(file, before | now)
-
-
-def scored(config, model, out, say, seed):
-    """What finetune_glue finds of a model, now or in an earlier run: of each task and in short, and
-    with --probe the probes."""
-    tuning = finetuning(config, model, out, seed)
-    tasks = finetune_glue.score(tuning, say)["tasks"]
-    means = {name: r["mean"] for name, r in tasks.items()}
-    probe = dataclasses.replace(tuning, data=config.data, probe=True,
-                                seq_len=in_turn(config.seq_len, int)[-1][1])
-    return dict(tasks=tasks, scores=means, probes=finetune_glue.probes(probe, say) if config.probe else {},
-                average=float(np.mean([means[name] for name in report.averaged(means)])))
-
-
-def result_of(plan, each, summary):
-    """What a run was and cost, as report.py reads it."""
-    kept = ("seed", "peak_lr", "steps", "tokens", "epochs", "charged_seconds", "tokens_per_second",
-            "teacher_share", "val", "device")
-    curve = [dict(seconds=r["seconds"], tokens=r["step"] * summary["tokens"] // summary["steps"], mlm=r["val"]["mlm"],
-                  d_order=r.get("d_order")) for r in map(json.loads, (Path(each.out) / "log.jsonl").open())
-             if "mlm" in r.get("val", {})]
-    return dict({k: summary[k] for k in kept}, strategy=each.arm, budget=getattr(each, f"budget_{plan.unit}"),
-                unit=plan.unit, unique_tokens=each.unique_tokens, static_masks=each.static_masks,
-                model=f"{each.out}/model", curve=curve,
-                offline=summary.get("offline", {}))             # of an older version's run: none
-
-
-def tuned(plan, progress):
-    """{strategy: peak LR} with the lowest own validation loss at the smallest budget, what
-    was tried, what it cost."""
-    def do(i):
-        (name, lr), each = list(plan.tuning.items())[i]
-        with progress.on(each.out, f"{name}, peak LR {lr:g}"):
-            try:
-                summary = train.train(each, say=progress.say, status=progress.step)
-                terms = each.phases[-1].strategy.terms
-                loss = sum(terms[k].weight * v for k, v in summary["val"].items())
-            except train.NotFinite as e:
-                progress.say(str(e))
-                summary, loss = dict(charged_seconds=0.0), math.inf
-        return name, lr, loss if math.isfinite(loss) else math.inf, summary
-    found = share_runs([each.out for each in plan.tuning.values()], do)
-    best = {name: min((loss, lr) for n, lr, loss, _ in found if n == name)[1] for name in plan.names}
-    lines = [f"{name}: peak LR " + ", ".join(
-        f"{lr:g}: " + (f"{loss:.4f}" if math.isfinite(loss) else "not finite")
-        + " (taken)" * (lr == best[name])
-        for n, lr, loss, _ in found if n == name) for name in plan.names]
-    spent = sum(s["charged_seconds"] for n, lr, _, s in found if lr != best[n])
-    return best, lines, (f"Choosing the peak LR took {len(found)} runs; the {len(found) - len(best)} that "
-                         f"are not part of the comparison were charged {duration(spent)}.")
+def check_inputs(plan):
+    """(token directory, {task: its examples}): everything that can be refused before hours of training is."""
+    config, directory = plan.config, TokenDirectory(plan.config.data)
+    texts = {name: glue.read_task(name, task, config.glue_dir)
+             for name, task in glue.parse_tasks(config.tasks, config.columns).items()}
+    plan.teacher_shape = teacher_shape(plan, directory)
+    shapes = plan.teacher_shape, student_shape(plan.runs[0], directory)
+    longest = min(c.max_position_embeddings for c in shapes)
+    if config.max_len > longest:
+        raise UserError(f"--max-len {config.max_len}: 8 to {longest} here")
+    for unique, static in plan.settings:
+        Blocks(directory, "train", plan.runs[0].length, 0, unique, static)       # refuses more than there are
+    train.validation_blocks(directory, plan.runs[0].length)
+    return directory, texts
 
 
 def teacher_shape(plan, directory):
@@ -505,156 +287,20 @@ def teacher_shape(plan, directory):
     return teacher
 
 
-def score_yardstick(plan, directory, progress, name, path, seed):
-    """The untrained student of a seed, or one of the teacher's layers, or the teacher, scored as the arms are."""
-    model = path / "model"
-    if name == "teacher":
-        model = plan.runs[0].teacher
-    elif not model.exists():
-        student = initial_student(dataclasses.replace(plan.runs[0], seed=seed), directory)
-        if name == report.LAYERS:
-            teacher, missing, _ = checkpoint.load_mlm(checkpoint.find_model(plan.runs[0].teacher),
-                                                      len(directory.vocab))
-            start_from(student, teacher, head=not missing)
-        checkpoint.save_model(model, student, directory.read_tokenizer(), head=True)
-    with progress.on(f"score {path}", f"{name} {seed}"):
-        return dict(name=name, **scored(plan.config, model, path / "glue", progress.say, seed))
-
-
-def check_inputs(plan):
-    """(token directory, {task: its examples}): everything that can be refused before hours of training is."""
-    config, directory = plan.config, TokenDirectory(plan.config.data)
-    texts = {name: glue.read_task(name, task, config.glue_dir)
-             for name, task in glue.parse_tasks(config.tasks, config.columns).items()}
-    plan.teacher_shape = teacher = teacher_shape(plan, directory)
-    longest = min(c.max_position_embeddings for c in (teacher, student_shape(plan.runs[0], directory)))
-    if config.max_len > longest:
-        raise UserError(f"--max-len {config.max_len}: 8 to {longest} here")
-    for unique, static in plan.settings:
-        Blocks(directory, "train", plan.runs[0].length, 0, unique, static)       # refuses more than there are
-    train.validation_blocks(directory, plan.runs[0].length)
-    return directory, texts
-
-
-def execute(plan, directory, progress):
-    """Trains and scores every run and the yardsticks, and what is finished not again: (results,
-    yardsticks, remarks, costs)."""
-    config, remarks, costs = plan.config, [], []
-
-    def teach(_):
-        with progress.on(plan.teacher.out, f"teacher {plan.teacher.size}"):
-            return train.train(plan.teacher, say=progress.say, status=progress.step)
-
-    def run_one(each):
-        with progress.on(each.out, Path(each.out).name):
-            summary, speed = timed(plan, directory, each, progress)
-            found = scored(config, f"{each.out}/model", f"{each.out}/glue", progress.say, each.seed)
-            for file in Path(each.out).glob("checkpoint*.pt"):          # the model and the log stay
-                file.unlink()
-        return dict(result_of(plan, each, summary), **found, speed=speed)
-
-    if plan.teacher:
-        taught, = share_runs([plan.teacher.out], teach)
-        remarks.append(f"The teacher ({plan.teacher.size}) has a validation MLM loss of "
-                       f"{taught['val']['mlm']:.2f}; its own pretraining is charged to no arm"
-                       + (", and it has seen all of the data." if plan.settings != [(None, False)] else "."))
-        costs.append(f"The teacher's pretraining took {duration(taught['charged_seconds'])}.")
-    for make in plan.artefacts.values():
-        make(say=progress.say_line)
-    register(plan.tuning.values(), directory)
-    if plan.tuning:
-        lrs, tried, cost = tuned(plan, progress)
-        before, plan.runs = plan.runs, plan.runs_at(lrs)
-        renamed = {a.out: b.out for a, b in zip(before, plan.runs, strict=True)}
-        progress.left = {renamed.get(out, out): seconds for out, seconds in progress.left.items()}
-        remarks, costs = remarks + tried, costs + [cost]
-    register(plan.runs, directory)
-    todo = [partial(run_one, each) for each in plan.runs]
-    todo += [partial(score_yardstick, plan, directory, progress, *yardstick) for yardstick in plan.yardsticks]
-    done = share_runs([*(each.out for each in plan.runs), *(path for _, path, _ in plan.yardsticks)],
-                      lambda i: todo[i]())
-    results, others = done[:len(plan.runs)], done[len(plan.runs):]
-    costs.append(f"The compared runs were charged "
-                 f"{duration(sum(r['charged_seconds'] for r in results))} in all.")
-    yardsticks = [dict(name=name, averages=[m["average"] for m in of], runs=of,
-                       scores={task: [m["scores"][task] for m in of] for task in of[0]["scores"]})
-                  for name in dict.fromkeys(m["name"] for m in others)
-                  for of in [[m for m in others if m["name"] == name]]]
-    teacher = plan.teacher and dict(flops=taught["student_flops"], hours=taught["charged_seconds"] / 3600)
-    return results, yardsticks, remarks + report.ledgers(results, (teacher or {}).get(plan.unit)), costs
-
-
-def register(runs, directory):
-    """Notes all the runs with the artefacts that they share, before the first of them is charged its part."""
-    for each in runs:
-        if each.teacher_cache or each.keep:
-            Offline(each, directory).register()
-
-
-def timed(plan, directory, each, progress):
-    """(summary, speed) of a run.  Under a budget in hours a fixed step is timed before and after it,
-    uncharged: the machine's speed beside the first run's, since an hour of a busy machine buys less.
-    Else the speed is None."""
-    note, first = Path(each.out) / "speed.json", plan.out / "speed.json"
-    finished = (Path(each.out) / "summary.json").exists()
-    reference = plan.run("no_kd", plan.budgets[0])
-    times = plan.unit == "hours" and not finished
-    before = step_seconds(reference, directory, None, tries=5) if times else None
-    summary = train.train(each, say=progress.say, status=progress.step)
-    if before:
-        seconds = (before + step_seconds(reference, directory, None, tries=5)) / 2
-        write_json(note, dict(seconds=seconds))
-        if not first.exists():
-            write_json(first, dict(seconds=seconds))
-    return summary, read_json(first)["seconds"] / read_json(note)["seconds"] if note.exists() else None
-
-
-def work(config):
-    """What one of several processes does: its share of the runs."""
-    plan = Plan(config)
-    directory, _ = check_inputs(plan)
-    execute(plan, directory, Progress({}))
-
-
-def compare(config, plan):
-    """(results, yardsticks, remarks, costs) of the whole plan; None for a dry run."""
-    directory, texts = check_inputs(plan)
-    seconds = estimate(plan, directory, plan.teacher_shape)
-    finetune_seconds = finetuning_seconds(plan, directory, texts)
-    describe(plan, seconds, finetune_seconds, texts)
-    if config.dry_run:
-        return None
-    share_runs([plan.out], lambda _: same_inputs(plan, directory, texts))
-    compared = {each.out for each in plan.runs}
-    progress = Progress({out: s + finetune_seconds * (out in compared) for out, s in seconds.items()}
-                        | {f"score {path}": finetune_seconds for _, path, _ in plan.yardsticks})
-    if (config.jobs or 1) > 1:
-        status = partial(over_all, plan, dict(progress.left), time.monotonic())
-        jobs.run(config.jobs, work, config, plan.out, status)
-        progress.say_line = lambda line: None                           # everything is finished
-    return execute(plan, directory, progress)
-
-
-def over_all(plan, estimates, began):
-    """One line over all processes: what is finished, what is under way, and the time left."""
-    folders = {each.out: Path(each.out).name for each in plan.all}
-    folders |= {str(path): f"{name} {seed}" for name, path, seed in plan.yardsticks}
-    done, under_way = 0.0, []
-    finished = {out for out in folders if (Path(out) / "glue/glue.json").exists()
-                or out not in estimates and f"score {out}" not in estimates}
-    for out, name in folders.items():
-        estimate, log = estimates.get(out, estimates.get(f"score {out}", 0.0)), Path(out) / "log.jsonl"
-        share = 1.0 if out in finished else 0.0
-        if out not in finished and log.exists():
-            line = log.read_text().splitlines()[-1:] or ["{}"]
-            with contextlib.suppress(ValueError):                       # half a line
-                share = 0.8 * json.loads(line[0]).get("progress", 0.0)
-                under_way.append(f"{name} {share / 0.8:.0%}" if share < 0.8 else f"{name} is scored")
-        done += share * estimate
-    part = done / max(sum(estimates.values()), 1e-9)
-    left = (time.monotonic() - began) * (1 - part) / part if part > 0.02 else None
-    left = f", {duration(left)} left" if left is not None else ""
-    return f"[{len(finished)}/{len(folders)}{left}] {', '.join(under_way)}"
+def within(config):
+    """The same with the budget of each run that --total-hours leaves after fine-tuning and a tenth in reserve."""
+    if given := [unit for unit in UNITS if getattr(config, f"budget_{unit}") is not None]:
+        raise UserError(f"give --total-hours or --budget-{given[0]}, not both")
+    file, hours = Path(config.out, "total.json"), config.total_hours
+    before = read_json(file) if file.exists() else {}
+    config = dataclasses.replace(config, total_hours=None, budget_hours="1")
+    if before.get("total_hours") == hours:                              # the same command goes on
+        return dataclasses.replace(config, budget_hours=before["budget_hours"])
+    plan = Plan(config.for_machine())
+    each = timing.hours_each(plan, hours, *check_inputs(plan))
+    if not config.dry_run:
+        write_json(file, dict(total_hours=hours, budget_hours=each))
+    return dataclasses.replace(config, budget_hours=each)
 
 
 def describe(plan, seconds, finetune_seconds, texts):
@@ -663,12 +309,11 @@ def describe(plan, seconds, finetune_seconds, texts):
     print(f"plan: {', '.join(plan.names)}; student {config.size}; "
           f"budgets {', '.join(report.amount(b, plan.unit) for b in plan.budgets)}; "
           f"{'; '.join(report.setting(*s) for s in plan.settings)}; seeds 0 to {config.seeds - 1}")
-    finished = sum(s == 0 for s in seconds.values())
     print(f"  {len(seconds)} pretraining runs"
           + (f", {len(plan.tuning)} of them to choose the peak LR" if plan.tuning else "")
-          + (f", the teacher ({plan.teacher.size}, --teacher-budget {plan.teacher_budget:g}) with "
+          + (f", the teacher ({plan.teacher.size}, --teacher-budget {plan.teacher.budget[1]:g}) with "
              f"{duration(seconds[plan.teacher.out])}" if plan.teacher else "")
-          + f"; {finished} are finished, the others take about "
+          + f"; {[*seconds.values()].count(0)} are finished, the others take about "
             f"{duration(sum(seconds.values()))} in one process")
     if plan.artefacts:
         print(f"  before them, once for all that use it, and charged to each: {', '.join(plan.artefacts)}")
@@ -680,68 +325,186 @@ def describe(plan, seconds, finetune_seconds, texts):
         print(f"  by the spread in {record}, {able}")
 
 
-def papers_setting(plan):
-    """The size whose rows of the paper's Table 2 may stand beside these, or None."""
-    config, t = plan.config, plan.teacher_shape
-    teachers = {"6L768": "12L768", "12L1024": "24L1024"}
-    same = (all(getattr(config, name) == getattr(Config, name) for name in (
-                "seq_len", "batch_size", "mask_rate", "mask_variants", "init_std", "optimizer", "clip"))
-            and teachers.get(config.size) == f"{t.num_hidden_layers}L{t.hidden_size}")
-    return config.size if same else None
+def same_inputs(plan, directory, texts):
+    """Notes in OUT/inputs.json what the runs are made from; refuses to mix them with others."""
+    varies = ("strategy", "init", "as_released", "peak_lr", "seed", "unique_tokens", "static_masks", "out")
+    now = {flag_of(k): v for k, v in dataclasses.asdict(plan.run("no_kd", plan.budgets[0])).items()
+           if k not in varies and not k.startswith("budget")}
+    now |= contents(directory, None if plan.teacher else plan.config.teacher)
+    now |= {f"task {name}": hashlib.sha256(json.dumps(
+        [(part, x, np.asarray(y).tolist()) for part, (x, y) in parts.items()]).encode()).hexdigest()
+        for name, parts in texts.items()}
+    file = plan.out / "inputs.json"
+    before = read_json(file) if file.exists() else {}
+    if differ := [k for k, v in now.items() if before.get(k, v) != v]:
+        raise UserError(f"{plan.out} holds runs with another {', '.join(differ)}: give another --out")
+    write_json(file, before | now)
 
+
+# -------------------------------------------------------------------------------------------------------- run
+
+def compare(plan):
+    """(results, yardsticks, remarks, costs) of the whole plan; None for a dry run."""
+    config, (directory, texts) = plan.config, check_inputs(plan)
+    seconds = timing.estimate(plan, directory, plan.teacher_shape)
+    finetune_seconds = timing.finetuning_seconds(plan, directory, texts)
+    describe(plan, seconds, finetune_seconds, texts)
+    if config.dry_run:
+        return None
+    share_runs([plan.out], lambda _: same_inputs(plan, directory, texts))
+    compared = {each.out for each in plan.runs}
+    progress = Progress({out: s + finetune_seconds * (out in compared) for out, s in seconds.items()}
+                        | {f"score {path}": finetune_seconds for _, path, _ in plan.yardsticks})
+    if (config.jobs or 1) > 1:
+        status = partial(timing.over_all, plan, dict(progress.left), time.monotonic())
+        jobs.run(config.jobs, work, config, plan.out, status)
+        progress.say_line = lambda line: None                           # everything is finished
+    return execute(plan, directory, progress)
+
+
+def work(config):
+    """What one of several processes does: its share of the runs."""
+    plan = Plan(config)
+    directory, _ = check_inputs(plan)
+    execute(plan, directory, Progress({}))
+
+
+def execute(plan, directory, progress):
+    """Trains and scores every run and the yardsticks, and what is finished not again: (results,
+    yardsticks, remarks, costs)."""
+    remarks, costs, teachers_cost = [], [], None
+
+    def trained(each):
+        return train.train(each, say=progress.say, status=progress.step)
+
+    def teach(_):
+        with progress.on(plan.teacher.out, f"teacher {plan.teacher.size}"):
+            return trained(plan.teacher)
+
+    def run_one(each):
+        with progress.on(each.out, Path(each.out).name):
+            summary, speed = timing.timed(plan, directory, each, trained)
+            found = scored(plan, f"{each.out}/model", f"{each.out}/glue", progress.say, each.seed)
+            for file in Path(each.out).glob("checkpoint*.pt"):          # the model and the log stay
+                file.unlink()
+        return dict(result_of(plan, each, summary), **found, speed=speed)
+
+    if plan.teacher:
+        taught, = share_runs([plan.teacher.out], teach)
+        remarks.append(f"The teacher ({plan.teacher.size}) has a validation MLM loss of "
+                       f"{taught['val']['mlm']:.2f}; its own pretraining is charged to no arm"
+                       + (", and it has seen all of the data." if plan.settings != [(None, False)] else "."))
+        costs.append(f"The teacher's pretraining took {duration(taught['charged_seconds'])}.")
+        teachers_cost = dict(flops=taught["student_flops"],
+                             hours=taught["charged_seconds"] / 3600).get(plan.unit)
+    for make in plan.artefacts.values():
+        make(say=progress.say_line)
+    register(plan.tuning.values(), directory)
+    if plan.tuning:
+        lrs, tried, cost = tuned(plan, progress, trained)
+        before, plan.runs = plan.runs, plan.runs_at(lrs)
+        renamed = {a.out: b.out for a, b in zip(before, plan.runs, strict=True)}
+        progress.left = {renamed.get(out, out): seconds for out, seconds in progress.left.items()}
+        remarks, costs = remarks + tried, costs + [cost]
+    register(plan.runs, directory)
+    todo = {each.out: partial(run_one, each) for each in plan.runs}
+    todo |= {path: partial(score_yardstick, plan, directory, progress, name, path, seed)
+             for name, path, seed in plan.yardsticks}
+    done = share_runs([*todo], lambda i: [*todo.values()][i]())
+    results, others = done[:len(plan.runs)], done[len(plan.runs):]
+    costs.append(f"The compared runs were charged "
+                 f"{duration(sum(r['charged_seconds'] for r in results))} in all.")
+    yardsticks = [report.constant_answer(results)]
+    for name in dict.fromkeys(m["name"] for m in others):
+        of = [m for m in others if m["name"] == name]
+        yardsticks.append(dict(name=name, averages=[m["average"] for m in of], runs=of,
+                               scores={task: [m["scores"][task] for m in of] for task in of[0]["scores"]}))
+    return results, yardsticks, remarks + report.ledgers(results, teachers_cost), costs
+
+
+def tuned(plan, progress, trained):
+    """({strategy: peak LR} of the lowest own validation loss at the smallest budget, what was tried, cost)"""
+    def do(i):
+        (name, lr), each = list(plan.tuning.items())[i]
+        with progress.on(each.out, f"{name}, peak LR {lr:g}"):
+            try:
+                summary = trained(each)
+                terms = each.phases[-1].strategy.terms
+                loss = sum(terms[k].weight * v for k, v in summary["val"].items())
+            except train.NotFinite as e:
+                progress.say(str(e))
+                summary, loss = dict(charged_seconds=0.0), math.inf
+        return name, lr, loss if math.isfinite(loss) else math.inf, summary["charged_seconds"]
+    found = share_runs([each.out for each in plan.tuning.values()], do)
+    best = {name: min((loss, lr) for n, lr, loss, _ in found if n == name)[1] for name in plan.names}
+    lines = [f"{name}: peak LR " + ", ".join(
+        f"{lr:g}: " + (f"{loss:.4f}" if loss < math.inf else "not finite") + " (taken)" * (lr == best[name])
+        for n, lr, loss, _ in found if n == name) for name in plan.names]
+    spent = sum(seconds for n, lr, _, seconds in found if lr != best[n])
+    return best, lines, (f"Choosing the peak LR took {len(found)} runs; the {len(found) - len(best)} that "
+                         f"are not part of the comparison were charged {duration(spent)}.")
+
+
+# ------------------------------------------------------------------------------------------------------ score
+
+def scored(plan, model, out, say, seed):
+    """What finetune_glue finds of a model, now or in an earlier run: of each task and in short, and
+    with --probe the probes."""
+    config, tuning = plan.config, plan.config.finetuning(model, out, seed)
+    tasks = finetune_glue.score(tuning, say)["tasks"]
+    means = {name: r["mean"] for name, r in tasks.items()}
+    probe = dataclasses.replace(tuning, data=config.data, probe=True, seq_len=plan.runs[0].length)
+    return dict(tasks=tasks, scores=means, probes=finetune_glue.probes(probe, say) if config.probe else {},
+                average=float(np.mean([means[name] for name in report.averaged(means)])))
+
+
+def score_yardstick(plan, directory, progress, name, path, seed):
+    """The untrained student of a seed, one of the teacher's layers, or the teacher, scored as an arm is."""
+    model = path / "model"
+    if name == "teacher":
+        model = plan.teacher_model
+    elif not model.exists():
+        student = initial_student(dataclasses.replace(plan.runs[0], seed=seed), directory)
+        if name == report.LAYERS:
+            source = checkpoint.find_model(plan.teacher_model)
+            teacher, missing, _ = checkpoint.load_mlm(source, len(directory.vocab))
+            start_from(student, teacher, head=not missing)
+        checkpoint.save_model(model, student, directory.read_tokenizer(), head=True)
+    with progress.on(f"score {path}", f"{name} {seed}"):
+        return dict(name=name, **scored(plan, model, path / "glue", progress.say, seed))
+
+
+def result_of(plan, each, summary):
+    """What a run was and cost, as report.py reads it."""
+    kept = ("seed", "peak_lr", "steps", "tokens", "epochs", "charged_seconds", "tokens_per_second",
+            "teacher_share", "val", "device")
+    log = map(json.loads, Path(each.out, "log.jsonl").open())
+    curve = [dict(seconds=r["seconds"], tokens=r["step"] * summary["tokens"] // summary["steps"],
+                  mlm=r["val"]["mlm"], d_order=r.get("d_order")) for r in log if "mlm" in r.get("val", {})]
+    return dict({k: summary[k] for k in kept}, strategy=each.arm, budget=each.budget[1], unit=plan.unit,
+                unique_tokens=each.unique_tokens, static_masks=each.static_masks, model=f"{each.out}/model",
+                curve=curve, offline=summary.get("offline", {}))        # of an older version's run: none
+
+
+# ----------------------------------------------------------------------------------------------------- report
 
 def recipe(config):
     """[a line on fine-tuning], where it is not the paper's grid or a part of it."""
     ours = finetune_glue.Config
-    inside = (set(finetune_glue.grid(finetuning(config, "", ""))) <= set(finetune_glue.grid(ours(""))) and
-              (config.finetune_epochs, config.max_len) == (ours.epochs, ours.max_len))
-    return [] if inside else [
-        f"Fine-tuning is outside the paper's grid (batch {ours.batch_sizes}, lr {ours.peak_lrs}, "
-        f"{ours.epochs} epochs, {ours.max_len} ids): here batch {config.finetune_batch_sizes}, lr "
-        f"{config.finetune_lrs}, {config.finetune_epochs} epochs, {config.max_len} ids."]
+    if (set(finetune_glue.grid(config.finetuning("", ""))) <= set(finetune_glue.grid(ours("")))
+            and (config.finetune_epochs, config.max_len) == (ours.epochs, ours.max_len)):
+        return []
+    return [f"Fine-tuning is outside the paper's grid (batch {ours.batch_sizes}, lr {ours.peak_lrs}, "
+            f"{ours.epochs} epochs, {ours.max_len} ids): here batch {config.finetune_batch_sizes}, lr "
+            f"{config.finetune_lrs}, {config.finetune_epochs} epochs, {config.max_len} ids."]
 
 
-# What earlier comparisons must share to be merged: the student, its masks, the recipe of fine-tuning
-SAME = ("size", "heads", "seq_len", "mask_rate", "mask_seed", "mask_variants", "init_std", "optimizer", "clip",
-        "batch_size", "dropout", "finetune_seeds", "finetune_batch_sizes", "finetune_lrs", "quick",
-        "finetune_epochs", "max_len")
-
-
-def merged(config):
-    """(config, results, yardsticks) of earlier comparisons of one student, recipe, teacher and tasks.  Of the last two
-    the yardsticks tell: the untrained student of a seed and the teacher score the same."""
-    records = {}
-    for path in config.merge.split(","):
-        file = Path(path, "results.json") if Path(path).is_dir() else Path(path)
-        if not file.is_file():
-            raise UserError(f"--merge: {file} is not there: give directories that compare.py has finished, or their "
-                            f"results.json")
-        records[path] = read_json(file)
-    first, results, yardsticks = next(iter(records)), {}, {}
-    for path, record in records.items():
-        differ = [f"--{key.replace('_', '-')}" for key in SAME if len({
-            str(r["config"].get(key, getattr(Config, key))) for r in (record, records[first])}) > 1]
-        if differ:
-            raise UserError(f"--merge: {path} was made with another {', '.join(differ)} than {first}")
-        for y in record["yardsticks"]:
-            before = yardsticks.setdefault(y["name"], y)
-            n = min(len(y["averages"]), len(before["averages"]))
-            if {t: of[:n] for t, of in y["scores"].items()} != {t: of[:n] for t, of in before["scores"].items()}:
-                raise UserError(f"--merge: {y['name']} has other scores in {path} than in {first}: another "
-                                f"teacher, other tasks, or another machine")
-            yardsticks[y["name"]] = max(before, y, key=lambda y: len(y["averages"]))
-        for r in record["results"]:
-            key = tuple(r[k] for k in ("strategy", "budget", "unit", "unique_tokens", "static_masks", "seed"))
-            before = results.setdefault(key, r)
-            if (before["scores"], before["peak_lr"]) != (r["scores"], r["peak_lr"]):
-                raise UserError(f"--merge: {r['strategy']} at {report.amount(r['budget'], r['unit'])}, seed "
-                                f"{r['seed']}, has other scores or another peak LR in {path}")
-    if len({r["unit"] for r in results.values()}) > 1:
-        raise UserError(f"--merge: {config.merge}: budgets in different units have no common table")
-    names = {f.name for f in dataclasses.fields(Config)}
-    recipe = {k: v for k, v in records[first]["config"].items() if k in names}
-    config = Config(**recipe | dict(out=config.out, probe=all(r["config"].get("probe") for r in records.values())))
-    return config, list(results.values()), list(yardsticks.values())
+def papers_setting(plan):
+    """The size whose rows of the paper's Table 2 may stand beside these, or None."""
+    config, teachers = plan.config, {"6L768": "12L768", "12L1024": "24L1024"}
+    same = all(getattr(config, name) == getattr(Config, name) for name in (
+        "seq_len", "batch_size", "mask_rate", "mask_variants", "init_std", "optimizer", "clip"))
+    return config.size if same and teachers.get(config.size) == plan.teacher_shape.size else None
 
 
 def write_report(config, results, yardsticks, remarks=(), costs=(), size=None):
@@ -760,7 +523,7 @@ def write_report(config, results, yardsticks, remarks=(), costs=(), size=None):
                               ("results.json", json.dumps(everything, indent=1))):
             write_whole(out / name, f"{content.rstrip()}\n".encode())
         report.figure(results, yardsticks, out / "figure.png")
-    share_runs([config.out], write)
+    share_runs([out], write)
     print(f"\n{text}\n\n{costs}\n")
 
 
@@ -782,14 +545,11 @@ def main(config):
         config = within(config)
     config = config.for_machine()
     plan = Plan(config)
-    found = compare(config, plan)
-    if found is None:
+    if not (found := compare(plan)):
         return
-    results, yardsticks, remarks, costs = found
-    write_report(config, results, [report.constant_answer(results), *yardsticks], remarks, costs,
-                 papers_setting(plan))
+    write_report(config, *found, papers_setting(plan))
     if demonstration:
-        look(results, config)
+        look(found[0], config)
     print(f"\nalso in {out}/table.md, costs.md, results.json and results.csv; "
           f"{time.monotonic() - began:.0f} s in all")
 

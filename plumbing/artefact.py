@@ -288,3 +288,10 @@ class Offline:
                       f"{' and '.join(a.name for a in self.all)} ({ledger.upper()}"
                       f"{shared * (ledger == 'amortised')})"]
         return record
+
+
+def register(runs, directory):
+    """Notes all the runs with the artefacts that they share, before the first of them is charged its part."""
+    for each in runs:
+        if each.teacher_cache or each.keep:
+            Offline(each, directory).register()

@@ -10,7 +10,7 @@ import prepare
 import watch
 from plumbing import sources
 from plumbing.cli import UserError
-from plumbing.files import share, write_whole
+from plumbing.files import share_runs, write_whole
 
 TEACHER = Path(__file__).parents[1] / "teacher"        # how it was made: its README.md
 VAL_FRACTION = 0.1
@@ -66,8 +66,7 @@ def written(out):
         package_task(task, documents)
         prepare.prepare(prepare.Config(["docstrings"], str(data), str(TEACHER), val_fraction=VAL_FRACTION),
                         [text for _, text in documents])
-    Path(out).mkdir(parents=True, exist_ok=True)
-    share([out], make)
+    share_runs([out], make)
     return str(data), f"package={task}"
 
 

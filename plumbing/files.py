@@ -87,3 +87,10 @@ def share(paths, do):
     while waiting := [i for i in waiting if not done(i)]:
         time.sleep(1)
     return [results[i] for i in range(len(paths))]
+
+
+def share_runs(directories, do):
+    """The same of directories, which are made where they are not there."""
+    for directory in directories:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+    return share(directories, do)

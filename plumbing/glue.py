@@ -46,12 +46,10 @@ TASKS = {
     "wnli": Task("WNLI", (1, 2), -1, ("sentence1", "sentence2"), BINARY, ("accuracy",),
                  dict(train=635, dev=71)),
 }
-# The columns of the paper's Table 2, which it averages
-PAPER = ("qnli", "sst2", "mnli", "mrpc", "qqp", "rte", "cola")
+PAPER = ("qnli", "sst2", "mnli", "mrpc", "qqp", "rte", "cola")  # Table 2's columns, which it averages
 FORMATS = (".tsv", ".csv", ".jsonl", ".ndjson", ".json", ".parquet")
-# Names of a column of labels
+# Names of a column of labels, and of one that numbers the rows: pandas' own has no name
 LABELS = ("label", "labels", "class", "category", "target", "sentiment", "stars", "rating", "score")
-# And of one that numbers the rows: pandas' own has no name
 ROW_NUMBER = re.compile(r"(.*[\W_])?(id|idx|index|guid|uuid)|(unnamed: \d+)?")
 
 
@@ -142,16 +140,14 @@ def named(path, names, columns):
 
 
 def own_labels(path, rows, at, width):
-    """None: whole numbers from 0; else the labels in the order of their numbers: words, or
-    whole numbers from 1."""
+    """None: whole numbers from 0; else the labels in their numbers' order: words, or whole numbers from 1."""
     seen = Counter(fields[at].strip() for _, fields in rows if fields and len(fields) == width and fields[at])
     seen.pop("", None)
     numbers = {v for v in seen if re.fullmatch(r"[-+]?\d*\.?\d+(e[-+]?\d+)?", v.lower())}
     if 2 * sum(seen[v] for v in numbers) >= seen.total():
-        whole = sorted(int(v) for v in seen if re.fullmatch(r"\d{1,9}", v))
-        first = whole[0] if whole else 0                # 1 to 5 stars, say
-        many = len(seen) == len(whole) > 1 and first > 0 and whole == list(range(first, first + len(whole)))
-        return tuple(map(str, whole)) if many else None
+        whole = sorted(int(v) for v in seen if re.fullmatch(r"\d{1,9}", v))     # 1 to 5 stars, say
+        many = len(seen) == len(whole) > 1 and whole[0] > 0
+        return tuple(map(str, whole)) if many and whole == [whole[0] + i for i in range(len(whole))] else None
     if len(seen) < 2 or len(seen) > max(20, seen.total() / 2):
         raise UserError(f"{path}: {seen.total():,} rows have {len(seen):,} different labels, such as "
                         f"{next(iter(seen))[:40]!r}: is that the column of labels? Say it "
@@ -165,12 +161,10 @@ def quoted(names):
 
 def one_column(path, line):
     marks = {"\t": "tabs", ",": "commas", ";": "semicolons"}
-    own = {".csv": ",", ".tsv": "\t"}.get(path.suffix.lower())
-    if own is None:
+    if (own := {".csv": ",", ".tsv": "\t"}.get(path.suffix.lower())) is None:
         return f"one column, {line[:40]!r}: text and a label belong there"
-    other = next((name for mark, name in marks.items() if mark in line and mark != own), None)
-    return (f"one column: {marks[own]} separate the columns of a {path.suffix[1:].upper()}"
-            + (f", not {other}" if other else ""))
+    other = next((f", not {name}" for mark, name in marks.items() if mark in line and mark != own), "")
+    return f"one column: {marks[own]} separate the columns of a {path.suffix[1:].upper()}{other}"
 
 
 # ---------------------------------------------------------------------------------------------------- reading
@@ -199,9 +193,8 @@ def table(path):
     """(names, rows) of a file: the first line's fields, and (place, fields) of each row, one after the other.
 
     A field is text, or None where there is nothing; fields is None where the row cannot be read at all."""
-    kind = path.suffix.lower()
     rows = {".parquet": parquet_rows, ".csv": csv_rows, ".jsonl": json_rows, ".ndjson": json_rows,
-            ".json": json_rows}.get(kind, tsv_rows)(path)
+            ".json": json_rows}.get(path.suffix.lower(), tsv_rows)(path)
     _, names = next(rows, (None, [""]))
     return names or [""], rows
 
@@ -231,16 +224,14 @@ def json_rows(path):
             row = json.loads(line)
         except ValueError:
             row = None
-        if not isinstance(row, dict):
-            if names is None:
+        good = isinstance(row, dict)
+        if names is None:
+            if not good:
                 raise UserError(f"{path}, line 1: no JSON object: one per line belongs there, such as "
                                 f'{{"text": "...", "label": "..."}}')
-            yield f"line {at}", None
-            continue
-        if names is None:
             names = list(row)
             yield "", names
-        yield f"line {at}", [as_text(row.get(name)) for name in names]
+        yield f"line {at}", [as_text(row.get(name)) for name in names] if good else None
 
 
 def parquet_rows(path):
@@ -281,7 +272,7 @@ def read_rows(path, task, say=print):
     A row of another width than the first line's (an extra tab, a field missing) or with an unknown label is
     left out and listed; more than 0.1% of them are refused."""
     names, rows = table(path)
-    width, sentences, labels, bad, total = len(names), [], [], [], 0
+    width, sentences, labels, bad = len(names), [], [], []
     text, label = task.text, task.label
     if not task.columns:                               # one's own: by name, whatever their order in this file
         names, wanted = header(path, names), (*text, label)
@@ -295,7 +286,6 @@ def read_rows(path, task, say=print):
         raise UserError(f"{path}, line 1: " + (one_column(path, names[0]) if width == 1 else
                         f"{width} columns: GLUE's {task.folder} has more"))
     for place, fields in rows if task.header else itertools.chain([("line 1", names)], rows):
-        total += 1
         if fault := fault_of(fields, width, [*text, label]):
             bad.append(f"{place} {fault}")
             continue
@@ -304,7 +294,8 @@ def read_rows(path, task, say=print):
             sentences.append(tuple(fields[i] for i in text))
         except ValueError:
             bad.append(f"{place} has the unknown label {fields[label][:40]!r}")
-    listed = "; ".join(bad[:10]) + (f"; and {len(bad) - 10} more" if len(bad) > 10 else "")
+    listed = "; ".join(bad[:10]) + f"; and {len(bad) - 10} more" * (len(bad) > 10)
+    total = len(labels) + len(bad)
     if len(bad) > 0.001 * total:
         kind = (f"one of {', '.join(task.labels)}" if task.labels else "a number" if task.labels == () else
                 "a whole number, 0 for the first class, or a word; any number where the header "
@@ -321,11 +312,9 @@ def read_rows(path, task, say=print):
 
 
 def rows_of_text(path, columns, known):
-    """What the text's columns are, in words; then (place, sentences, what is wrong with the
-    row or None) of each row.
+    """What the text's columns are, in words; then (place, sentences, what is wrong or None) of each row.
 
-    The columns: those in --columns without the label, else the `known` ones, else all that
-    are not like a label."""
+    The columns: those in --columns without the label, else the `known` ones, else all not like a label."""
     if path.suffix.lower() not in FORMATS:
         raise UserError(f"--predict {path}: one of {', '.join(FORMATS)} can be read, by the end of its name")
     if not path.is_file():
@@ -339,9 +328,8 @@ def rows_of_text(path, columns, known):
     else:
         text = [n for n in names if not ROW_NUMBER.fullmatch(n) and n not in LABELS]
     if len(text) != (len(known) or len(text[:2])) or not text:
-        raise UserError(f"--predict {path}: the columns are {quoted(names)}: which are "
-                        f"{'the ' + str(len(known)) if known else 'the one or two'} of "
-                        f"text? Say it with --columns")
+        raise UserError(f"--predict {path}: the columns are {quoted(names)}: which are the "
+                        f"{len(known) or 'one or two'} of text? Say it with --columns")
     yield quoted(text)
     at = [names.index(n) for n in text]
     for place, fields in rows:
@@ -361,7 +349,7 @@ def fault_of(fields, width, wanted):
 
 
 def read_hub(name, task, file):
-    """As read_tsv, from nyu-mll/glue: huggingface_hub's cache or the network."""
+    """As read_rows, from nyu-mll/glue: huggingface_hub's cache or the network."""
     split = file.replace("dev", "validation")
     where = f"nyu-mll/glue, {name}/{split}"
     try:
@@ -411,8 +399,7 @@ def read_task(name, task, glue_dir, say=print):
 
 
 def split(path, sentences, labels):
-    """A tenth of the examples as dev, by the hash of their text: the same each time, and
-    no text on both sides."""
+    """A tenth of the examples as dev, by the hash of their text: always the same, no text on both sides."""
     digests = [hashlib.sha256("\t".join(s).encode("utf-8", "surrogatepass")).digest() for s in sentences]
     dev = [int.from_bytes(digest[:8], "big") % 10 == 0 for digest in digests]
     parts = {part: [i for i, held in enumerate(dev) if held == (part == "dev")] for part in ("train", "dev")}
@@ -462,7 +449,6 @@ METRICS = dict(accuracy=accuracy, f1=f1, matthews=matthews, pearson=pearson, spe
 
 
 def evaluate(task, p, labels):
-    """({metric: percent}, collapsed) of predictions; collapsed: all one class, or within 1%
-    of the scores' range."""
+    """({metric: percent}, collapsed) of predictions; collapsed: one class, or within 1% of the range."""
     return ({m: 100 * float(METRICS[m](p, labels)) for m in task.metrics},
             bool(np.ptp(p) <= 0.01 * np.ptp(labels)))

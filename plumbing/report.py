@@ -23,13 +23,12 @@ from collections import Counter
 import numpy as np
 
 from diagnose import D_ORDER_TURN
+from plumbing.glue import PAPER as PAPER_TASKS
 
-# arXiv 2404.19319, Table 2: GLUE dev, one seed, one A100; tokens, then QNLI, SST-2, MNLI,
-# MRPC, QQP, RTE, CoLA, average
-PAPER_TASKS = ("qnli", "sst2", "mnli", "mrpc", "qqp", "rte", "cola")
 LAYERS = "the teacher's layers, untrained"          # the yardstick of every arm that starts from them
+# arXiv 2404.19319, Table 2: GLUE dev, one seed, one A100; {(size, limited data): rows}: tokens, tasks, mean
 PAPERS_HOURS = {("6L768", False): 4, ("12L1024", False): 11.3, ("6L768", True): 24}
-PAPER = {                                                               # {(size, limited data): rows}
+PAPER = {
     ("6L768", False): {
         "no_kd": (4.6e9, 86.5, 89.8, 79.2, 87.3, 90.1, 60.7, 47.3, 77.3),
         "vanilla_kd": (2.6e9, 87.3, 89.2, 78.8, 87.1, 89.7, 61.7, 44.8, 76.9),
@@ -64,17 +63,19 @@ def interval(differences, comparisons=1):
     """(mean, half width) of the 95% interval of the mean of paired differences, Bonferroni-corrected for so
     many comparisons; the half width is infinite for fewer than two."""
     n = len(differences)
-    if n < 2:
-        return float(np.mean(differences)), math.inf
-    t = t_quantile(1 - 0.025 / comparisons, n - 1)
-    return float(np.mean(differences)), float(t * np.std(differences, ddof=1) / math.sqrt(n))
+    half = half_width(np.std(differences, ddof=1), n, comparisons) if n > 1 else math.inf
+    return float(np.mean(differences)), float(half)
+
+
+def half_width(std, n, comparisons=1):
+    return t_quantile(1 - 0.025 / comparisons, n - 1) * std / math.sqrt(n)
 
 
 def seeds_for(differences, points=1.0):
     """The number of seeds from which on a mean difference of so many points is outside its 95% interval."""
     std = np.std(differences, ddof=1)
     n = max(2, math.ceil((1.96 * std / points) ** 2))
-    while t_quantile(0.975, n - 1) * std / math.sqrt(n) >= points:
+    while half_width(std, n) >= points:
         n += 1
     return n
 
@@ -92,14 +93,12 @@ def signed(mean, half, digits=1):
 # --------------------------------------------------------------------------------------------------- grouping
 
 def groups(results):
-    """{(unique_tokens, static_masks, budget): {strategy: {seed: result}}}: all of the data
-    first, budgets rising."""
+    """{(unique_tokens, static_masks, budget): {strategy: {seed: result}}}: all data first, budgets rising."""
     found = {}
-    for r in sorted(results, key=lambda r: (-(r["unique_tokens"] or math.inf), r["static_masks"],
-                                            r["budget"])):
+    for r in results:
         group = found.setdefault((r["unique_tokens"], r["static_masks"], r["budget"]), {})
         group.setdefault(r["strategy"], {})[r["seed"]] = r
-    return found
+    return dict(sorted(found.items(), key=lambda item: (-(item[0][0] or math.inf), *item[0][1:])))
 
 
 def base_of(arms):
@@ -129,6 +128,12 @@ def differences(arm, other, value=lambda r: r["average"]):
     return [value(arm[seed]) - value(other[seed]) for seed in arm if seed in other]
 
 
+def leads_of(found):
+    """(group, arm, base arm, their differences) of each arm but the base."""
+    return [(key, name, base_of(arms), differences(runs, arms[base_of(arms)])) for key, arms in found.items()
+            for name, runs in arms.items() if name != base_of(arms)]
+
+
 def row_of(arm):
     """The arm's name as a row has it, with the ledger of what was paid before it began."""
     if arm.endswith("+amortised"):
@@ -142,14 +147,13 @@ def row_of(arm):
 
 def constant_answer(results):
     """The yardstick of no model at all: the class that is most frequent in dev, or one score for all."""
-    scores = {task: [t["majority"]] for task, t in results[0]["tasks"].items()}
-    return dict(name="constant answer", scores=scores,
-                averages=[float(np.mean([scores[task] for task in averaged(scores)]))])
+    scores = {task: t["majority"] for task, t in results[0]["tasks"].items()}
+    return dict(name="constant answer", scores={task: [score] for task, score in scores.items()},
+                averages=[over(averaged(scores))(dict(scores=scores))])
 
 
 def above(leads, error):
-    """The names whose mean lead is above 0 outside the noise, of {name: leads}; None
-    where no spread is known.
+    """The names whose mean lead is above 0 outside the noise, of {name: leads}; None: no spread is known.
 
     The spread is pooled over the names (few seeds know their own badly), corrected for as many comparisons;
     to it comes `error`, the standard error from the size of the dev set."""
@@ -239,24 +243,22 @@ def score_table(results, yardsticks=(), size=None):
     on the machine's speed.  `yardsticks`: {name, scores: {task: [percent]}, averages, runs:
     [as results, per seed]}."""
     tasks = list(results[0]["scores"])
-    many, all_of = len(tasks) > 1, averaged(tasks)
-    sets = [all_of, *second_average(results, yardsticks)]
-    seeds = len({r["seed"] for r in results})
+    sets, many = [averaged(tasks), *second_average(results, yardsticks)], len(tasks) > 1
     rows = []
     for (unique, static, budget), arms in groups(results).items():
         base = base_of(arms)
         for name, runs in arms.items():
-            first, of = next(iter(runs.values())), list(runs.values())
+            of = list(runs.values())
             val = [r["val"]["mlm"] for r in of if "mlm" in r["val"]]
-            rows.append([amount(budget, first["unit"]), setting(unique, static), row_of(name),
-                         f"{first['peak_lr']:g}", f"{np.mean([r['tokens'] for r in of]):,.0f}",
+            rows.append([amount(budget, of[0]["unit"]), setting(unique, static), row_of(name),
+                         f"{of[0]['peak_lr']:g}", f"{np.mean([r['tokens'] for r in of]):,.0f}",
                          f"{np.mean([r['epochs'] for r in of]):.2g}", f"{np.mean(val):.2f}" if val else "",
                          turn_of(of), *[spread(values_of(of, [task])) for task in tasks]])
             for names in sets:
                 lead = differences(runs, arms[base], over(names))
                 rows[-1] += [spread(values_of(of, names))] * many + (
-                    ["", ""] if name == base else [signed(*interval(lead)),
-                                                   seeds_for(lead) if len(lead) > 1 else ""])
+                    ["", ""] if name == base else
+                    [signed(*interval(lead)), seeds_for(lead) if len(lead) > 1 else ""])
     for limited in dict.fromkeys(unique is not None for unique, _, _ in groups(results)):
         paper = PAPER.get((size, limited), {}) if set(tasks) & set(PAPER_TASKS) else {}
         for name, (tokens, *values, average) in paper.items():
@@ -265,8 +267,9 @@ def score_table(results, yardsticks=(), size=None):
                          "limited" if limited else "all", name, "", f"{tokens:.2g}", "", "", "",
                          *[of.get(task, "") for task in tasks], *([f"{average} (7 tasks)"] if many else []),
                          "", "", *["", "", ""] * (len(sets) - 1)])
+    single = len({r["seed"] for r in results}) == 1
     for y in yardsticks:
-        runs = y.get("runs", []) if seeds == 1 else []  # as the arms: fine-tuning runs of one model
+        runs = y.get("runs", []) if single else []      # as the arms: fine-tuning runs of one model
         rows.append(["", "", y["name"], "", "", "", "", "",
                      *[spread(values_of(runs, [task]) if runs else y["scores"][task]) for task in tasks]])
         for names in sets:
@@ -275,13 +278,11 @@ def score_table(results, yardsticks=(), size=None):
     base = base_of(next(iter(groups(results).values())))
     head = ["budget", "data", "arm", "peak LR", "tokens", "epochs", "val MLM", "turn", *tasks]
     for i, names in enumerate(sets):
-        papers = " of the paper's 7" * (set(PAPER_TASKS) <= set(tasks))
-        title = "average" + (" of " + "+".join(names) if i else papers)
-        head += [title] * many + [f"Δ to {base} [95%]", "n for 1 point"]
+        of = "+".join(names) if i else "the paper's 7" * (set(PAPER_TASKS) <= set(tasks))
+        head += ["average" + f" of {of}" * bool(of)] * many + [f"Δ to {base} [95%]", "n for 1 point"]
     unneeded = [1] * all(r["unique_tokens"] is None for r in results)   # one setting needs no column
     unneeded += [head.index("turn")] * all(turned(r) is None for r in results)
-    for row in (head, *rows):
-        row[:] = [cell for i, cell in enumerate(row) if i not in unneeded]
+    head, *rows = ([cell for i, cell in enumerate(row) if i not in unneeded] for row in (head, *rows))
     return markdown(head, rows)
 
 
@@ -301,21 +302,16 @@ def probes_of(r):
 
 
 def probe_table(results, yardsticks):
-    """What the frozen encoders know: mean ± standard deviation over pretraining seeds; then
-    each probe's best arm."""
-    found = groups(results)
-    columns = list(dict.fromkeys(name for r in results for name in probes_of(r)))
-    rows, lines = [], []
+    """What the frozen encoders know: mean ± std over pretraining seeds; then each probe's best arm."""
+    columns, rows, lines = list(dict.fromkeys(name for r in results for name in probes_of(r))), [], []
 
     def cells(runs):
         values = [[p[name] for p in map(probes_of, runs) if name in p] for name in columns]
-        return [spread(v, digits_of(name)) if v else ""
-                for name, v in zip(columns, values, strict=True)]
-    for (unique, static, budget), arms in found.items():
-        where = f"{amount(budget, results[0]['unit'])} on {setting(unique, static)}"
+        return [spread(v, digits_of(name)) if v else "" for name, v in zip(columns, values, strict=True)]
+    for (*kind, budget), arms in groups(results).items():
+        where = f"{amount(budget, results[0]['unit'])} on {setting(*kind)}"
         rows += [[where, name, *cells(runs.values())] for name, runs in arms.items()]
-        for column in columns:
-            lines += best_probe(arms, column, where)
+        lines += [line for column in columns for line in best_probe(arms, column, where)]
     rows += [["", y["name"], *cells(y["runs"])] for y in yardsticks if "runs" in y]
     return "\n\n".join([
         "Probes of the frozen encoders, no part of any average above. linear: a regression on the "
@@ -330,36 +326,34 @@ def digits_of(column):
 
 
 def best_probe(arms, column, where):
-    """["Probe COLUMN at WHERE: the best arm and its lead over the base arm"], where there
-    are two arms to compare."""
+    """["Probe COLUMN at WHERE: the best arm and its lead over the base arm"], where there are two."""
     def value(r):
-        # a loss: the lowest is the best
-        return probes_of(r)[column] * (-1 if column.startswith("MLM") else 1)
+        return probes_of(r)[column] * (-1 if column.startswith("MLM") else 1)       # a loss: lowest is best
     of = {name: runs for name, runs in arms.items() if all(column in probes_of(r) for r in runs.values())}
     if len(of) < 2:
         return []
-    best, *_ = ranked = sorted(of, key=lambda name: -np.mean([value(r) for r in of[name].values()]))
-    rival = base_of(of) if base_of(of) != best else ranked[1]
+    best, second, *_ = sorted(of, key=lambda name: -np.mean([value(r) for r in of[name].values()]))
+    rival = base_of(of) if base_of(of) != best else second
     lead = lead_in_words(differences(of[best], of[rival], value), rival, len(of) - 1, digits_of(column))
     return [f"Probe {column} at {where}: {best}; {lead}."]
 
 
 def cost_table(results):
     """What the budget bought: means over seeds.  Seconds and rates are this machine's."""
-    rows = []
-    for (unique, static, budget), arms in groups(results).items():
-        tokens = np.mean([r["tokens"] for r in arms[base_of(arms)].values()])
+    def mean(runs, key):
+        return np.mean([r[key] for r in runs.values()])
+
+    rows, timed = [], bool(results[0].get("speed"))
+    for (*kind, budget), arms in groups(results).items():
         for name, runs in arms.items():
-            def mean(key, runs=runs):
-                return np.mean([r[key] for r in runs.values()])
-            unit = next(iter(runs.values()))["unit"]
-            rows.append([amount(budget, unit), setting(unique, static), row_of(name),
-                         f"{mean('tokens'):,.0f}", f"{mean('tokens') / tokens:.2f}",
-                         f"{mean('charged_seconds'):,.1f}",
-                         f"{mean('tokens_per_second'):,.0f}", f"{mean('teacher_share'):.0%}",
-                         *([f"{mean('speed'):.2f}"] if results[0].get("speed") else [])])
+            times = mean(runs, "tokens") / mean(arms[base_of(arms)], "tokens")
+            rows.append([amount(budget, results[0]["unit"]), setting(*kind), row_of(name),
+                         f"{mean(runs, 'tokens'):,.0f}", f"{times:.2f}",
+                         f"{mean(runs, 'charged_seconds'):,.1f}", f"{mean(runs, 'tokens_per_second'):,.0f}",
+                         f"{mean(runs, 'teacher_share'):.0%}",
+                         *[f"{mean(runs, 'speed'):.2f}" for _ in range(timed)]])
     return markdown(["budget", "data", "arm", "tokens", "x base", "charged s", "tokens/s", "in teacher",
-                     *(["machine's speed"] if results[0].get("speed") else [])], rows)
+                     *["machine's speed"] * timed], rows)
 
 
 def comma_separated(results):
@@ -370,8 +364,7 @@ def comma_separated(results):
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow([*fixed, "val_mlm", *results[0]["scores"], "average"])
     for r in results:
-        writer.writerow([*(r[key] for key in fixed), r["val"].get("mlm"), *r["scores"].values(),
-                         r["average"]])
+        writer.writerow([*(r[k] for k in fixed), r["val"].get("mlm"), *r["scores"].values(), r["average"]])
     return file.getvalue()
 
 
@@ -385,12 +378,11 @@ def verdict(results, yardsticks=()):
     told = measuring(results, yardsticks)
     if told and told[1]:
         lines.append(f"Measures nothing here: {', '.join(told[1])}: neither the teacher nor any arm is above "
-                     f"the constant answer and the random init outside the noise." + (
-                         "" if told[0] else " That is every task: the averages below rank noise."))
-    where = "At"
-    for names in (averaged(results[0]["scores"]), *second_average(results, yardsticks)):
-        lines += best_arms(found, yardsticks, names, where)
-        where = f"Over {'+'.join(told[0])}, which measure, at" if told else ""
+                     f"the constant answer and the random init outside the noise."
+                     + " That is every task: the averages below rank noise." * (not told[0]))
+    lines += best_arms(found, yardsticks, averaged(results[0]["scores"]), "At")
+    for names in second_average(results, yardsticks):
+        lines += best_arms(found, yardsticks, names, f"Over {'+'.join(told[0])}, which measure, at")
     return lines + crossings(found, results[0]["unit"]) + repetition(found)
 
 
@@ -400,41 +392,33 @@ def best_arms(found, yardsticks, tasks, where):
                              for seed in range(len(y["averages"]))}
                  for y in yardsticks if y["name"] in ("random init", LAYERS)}
     value, lines = over(tasks), []
-    for (unique, static, budget), arms in found.items():
-        ranked = sorted(arms, key=lambda name: -np.mean([value(r) for r in arms[name].values()]))
-        best, base = ranked[0], base_of(arms)
-        rivals = {name: arms[name] for name in (base, *ranked[1:2]) if name != best}      # and the runner-up
-        rivals |= untrained
+    for (*kind, budget), arms in found.items():
+        best, *others = sorted(arms, key=lambda name: -np.mean([value(r) for r in arms[name].values()]))
+        rivals = {name: arms[name] for name in (base_of(arms), *others[:1]) if name != best} | untrained
         leads = [lead_in_words(differences(arms[best], runs, value), name, len(rivals | arms) - 1)
                  for name, runs in rivals.items()]
         runs = list(arms[best].values())
-        lines.append(f"{where} {amount(budget, runs[0]['unit'])} on {setting(unique, static)}, {best} scores "
-                     f"highest: {'; '.join([spread(values_of(runs, tasks)), *leads])}.")
+        lines.append(f"{where} {amount(budget, runs[0]['unit'])} on {setting(*kind)}, {best} scores highest: "
+                     f"{'; '.join([spread(values_of(runs, tasks)), *leads])}.")
     return lines
 
 
 def resolution(results, seeds):
-    """What so many seeds can tell apart at the spread of these results, in words; ""
-    where it is not known."""
-    leads = [differences(runs, arms[base_of(arms)]) for arms in groups(results).values()
-             for name, runs in arms.items() if name != base_of(arms)]
-    stds = sorted(np.std(lead, ddof=1) for lead in leads if len(lead) > 1)
-    if not stds:
+    """What so many seeds can tell apart at the spread of these results, in words; "" where none is known."""
+    if not (leads := [lead for *_, lead in leads_of(groups(results)) if len(lead) > 1]):
         return ""
-    need = [seeds_for(lead) for lead in leads if len(lead) > 1]
+    stds, need = sorted(np.std(lead, ddof=1) for lead in leads), [seeds_for(lead) for lead in leads]
     if seeds == 1:
         able = "1 seed tells no difference from noise"
     else:
-        low, mid, high = (t_quantile(0.975, seeds - 1) * std / math.sqrt(seeds)
-                          for std in (stds[0], stds[len(stds) // 2], stds[-1]))
+        low, mid, high = (half_width(std, seeds) for std in (stds[0], stds[len(stds) // 2], stds[-1]))
         able = (f"{seeds} seeds tell differences from {low:.1f} to {high:.1f} points from noise "
                 f"(median {mid:.1f})")
     return f"{able}; a difference of 1 point needs {min(need)} to {max(need)}"
 
 
 def lead_in_words(lead, rival, comparisons, digits=1):
-    """'against no_kd +1.2 [+0.3, +2.1], outside the noise': the interval is the plain one,
-    the judgement corrected."""
+    """'against no_kd +1.2 [+0.3, +2.1], outside the noise': the interval plain, the judgement corrected."""
     mean, half = interval(lead)
     text = f"against {rival} {signed(mean, half, digits)}, "
     if not math.isfinite(half):
@@ -450,12 +434,8 @@ def crossings(found, unit, resamples=2000):
     """Where an arm's mean overtakes the base arm's, or falls behind it, on the straight line between two budgets
     over log budget; with the 95% interval of resampled seeds (bootstrap, each budget's leads on their own)."""
     rng, lines, kinds = np.random.default_rng(0), [], {}
-    for (*kind, budget), arms in found.items():
-        base = base_of(arms)
-        for name in arms:
-            if name != base:
-                leads = differences(arms[name], arms[base])
-                kinds.setdefault((*kind, name, base), []).append((budget, leads))
+    for (*kind, budget), name, base, leads in leads_of(found):
+        kinds.setdefault((*kind, name, base), []).append((budget, leads))
     for (unique, static, name, base), points in kinds.items():
         budgets, means = [b for b, _ in points], np.array([[np.mean(leads) for _, leads in points]])
         drawn = np.array([rng.choice(leads, (resamples, len(leads))).mean(1) for _, leads in points]).T
@@ -466,15 +446,14 @@ def crossings(found, unit, resamples=2000):
             again = crossed(budgets, drawn, up)
             again = again[np.isfinite(again).any(1)]
             low, high = np.exp(np.quantile(np.log(np.nanmin(again, 1)), (0.025, 0.975)))
-            noise = (" (of one seed)" if any(len(leads) < 2 for _, leads in points[i:i + 2]) else
-                     f" [{amount(two_digits(low), unit)}, {amount(two_digits(high), unit)}], in "
-                     f"{len(again) / resamples:.0%} of resampled seeds")
-            noise += " (inside the noise)" * any(abs(m) <= half for m, half in (
-                interval(leads) for _, leads in points[i:i + 2]) if math.isfinite(half))
+            at, low, high = (amount(float(f"{x:.2g}"), unit) for x in (at, low, high))
+            both = [interval(leads) for _, leads in points[i:i + 2]]
+            noise = (f" [{low}, {high}], in {len(again) / resamples:.0%} of resampled seeds"
+                     if all(math.isfinite(half) for _, half in both) else " (of one seed)")
+            noise += " (inside the noise)" * any(abs(mean) <= half < math.inf for mean, half in both)
             lines.append(f"On {setting(unique, static)}, the mean of {name} "
-                         f"{'overtakes' if up else 'falls behind'} {base}'s at about "
-                         f"{amount(two_digits(at), unit)}{noise}, between {amount(budgets[i], unit)} and "
-                         f"{amount(budgets[i + 1], unit)}.")
+                         f"{'overtakes' if up else 'falls behind'} {base}'s at about {at}{noise}, between "
+                         f"{amount(budgets[i], unit)} and {amount(budgets[i + 1], unit)}.")
     return lines
 
 
@@ -489,31 +468,26 @@ def crossed(budgets, leads, up=None):
     return np.where(changes, np.exp(log[:-1] + np.diff(log) * part), np.nan)
 
 
-def two_digits(x):
-    return float(f"{x:.2g}")
-
-
 def repetition(found):
-    """What fewer unique tokens and static masks did to the base arm and to the others' leads
-    over it, seed by seed."""
+    """What fewer unique tokens and static masks did to the base arm and the others' leads, seed by seed."""
     lines = []
     for (unique, static, budget), arms in found.items():
-        for other in ((None, False, budget), (unique, False, budget)):
-            before = found.get(other, {})
-            base = base_of(arms)
-            if other == (unique, static, budget) or (other[0] is None) == static or base not in before:
-                continue         # the limited data against all of it, its static masks against its fresh ones
-            epochs = np.mean([r["epochs"] for r in arms[base].values()])
-            parts = [f"{base} changes by {signed(*interval(differences(arms[base], before[base])))}"]
-            for name in (name for name in arms if name != base and name in before):
-                seeds = [seed for seed in arms[name]
-                         if all(seed in runs for runs in (arms[base], before[name], before[base]))]
-                change = [arms[name][s]["average"] - arms[base][s]["average"]
-                          - before[name][s]["average"] + before[base][s]["average"] for s in seeds]
-                parts.append(f"the lead of {name} over it by {signed(*interval(change))}")
-            lines.append(f"At {amount(budget, next(iter(arms[base].values()))['unit'])}, "
-                         f"{setting(unique, static)} ({epochs:.1f} epochs of {base}) against "
-                         f"{setting(*other[:2])}: {', '.join(parts)}.")
+        # the limited data against all of it, its static masks against its fresh ones
+        other, base = (unique if static else None, False, budget), base_of(arms)
+        before = found.get(other, {})
+        if other == (unique, static, budget) or base not in before:
+            continue
+        runs = list(arms[base].values())
+        parts = [f"{base} changes by {signed(*interval(differences(arms[base], before[base])))}"]
+        for name in (name for name in arms if name != base and name in before):
+            seeds = [seed for seed in arms[name]
+                     if all(seed in of for of in (arms[base], before[name], before[base]))]
+            change = [arms[name][s]["average"] - arms[base][s]["average"]
+                      - before[name][s]["average"] + before[base][s]["average"] for s in seeds]
+            parts.append(f"the lead of {name} over it by {signed(*interval(change))}")
+        lines.append(f"At {amount(budget, runs[0]['unit'])}, {setting(unique, static)} "
+                     f"({np.mean([r['epochs'] for r in runs]):.1f} epochs of {base}) against "
+                     f"{setting(*other[:2])}: {', '.join(parts)}.")
     return lines
 
 
@@ -525,8 +499,8 @@ def remarks(results):
                  f"Δ is the mean of the differences seed by seed, in brackets its 95% interval (Student's t, "
                  f"{seeds - 1} degree{'s' * (seeds > 2)} of freedom). Both speak of other seeds, on the same "
                  f"teacher and dev sets. \"n for 1 point\": with so many pretraining seeds a difference of 1 "
-                 f"point would be outside that interval at this spread, of which {seeds} "
-                 f"seeds give a rough idea."]
+                 f"point would be outside that interval at this spread, of which {seeds} seeds give a rough "
+                 f"idea."]
     elif len(results[0]["tasks"]) == 1 and first["metric"] == "accuracy" and len(first["scores"]) > 1:
         runs, p = len(first["scores"]), np.mean([r["average"] for r in results]) / 100
         dev = 100 * math.sqrt(p * (1 - p) / first["n"])
@@ -541,30 +515,29 @@ def remarks(results):
         lines = ["One pretraining seed per arm" + (": ± is the standard deviation over fine-tuning seeds of one "
                  "pretrained model" if len(first["scores"]) > 1 else "") + ": no difference here can be told "
                  "from noise; give --seeds 3 or more."]
-    collapsed = Counter(task for r in results for task, t in r["tasks"].items()
-                        for _ in range(t["collapsed"]))
+    collapsed = Counter(t for r in results for t, of in r["tasks"].items() for _ in range(of["collapsed"]))
     if collapsed:
         lines.append(f"Fine-tuning runs that predicted a single class, of "
                      f"{len(results) * len(first['scores'])} per task: "
                      f"{', '.join(f'{task} {n}' for task, n in collapsed.items())}.")
-    devices = {f"{r['device']}" for r in results}
+    devices = sorted({str(r["device"]) for r in results})
     if len(devices) > 1:
-        lines.append(f"Beware: the runs were made on different devices ({', '.join(sorted(devices))}).")
+        lines.append(f"Beware: the runs were made on different devices ({', '.join(devices)}).")
     return lines
 
 
 def ledgers(results, pretraining=None):
     """What was spent of the budget before the first step on what several runs share, a line for all arms alike.
     `pretraining`: of the teacher, in the budget's unit, where it was trained for this."""
-    lines = {}
-    for (unique, static, budget), arms in groups(results).items():
+    lines, unit = {}, results[0]["unit"]
+    for (*kind, budget), arms in groups(results).items():
         for name, of in arms.items():
             runs = [r["offline"] for r in of.values() if r.get("offline")]
             if not runs:
                 continue
-            charge, unit = np.mean([r["charge"] for r in runs]), next(iter(of.values()))["unit"]
-            line = (f"of {amount(budget, unit)} on {setting(unique, static)}, {charge / budget:.0%} was "
-                    f"spent before the first step, on " + " and ".join(a["path"] for a in runs[0]["artefacts"]))
+            charge = np.mean([r["charge"] for r in runs])
+            line = (f"of {amount(budget, unit)} on {setting(*kind)}, {charge / budget:.0%} was spent before "
+                    f"the first step, on {' and '.join(a['path'] for a in runs[0]['artefacts'])}")
             if runs[0]["ledger"] == "amortised":
                 shared = sorted({n for r in runs for n in r["sharing"]})
                 line += f", shared by the {' or '.join(map(str, shared))} run(s) registered with it"
@@ -579,11 +552,9 @@ def ledgers(results, pretraining=None):
 
 def drift(results):
     """A warning where the arms ran at different speeds under a budget in hours."""
-    speeds = {}
-    for r in results:
-        if r.get("speed"):
-            speeds.setdefault(r["strategy"], []).append(r["speed"])
-    means = {name: float(np.mean(values)) for name, values in speeds.items()}
+    timed = [r for r in results if r.get("speed")]
+    means = {name: float(np.mean([r["speed"] for r in timed if r["strategy"] == name]))
+             for name in dict.fromkeys(r["strategy"] for r in timed)}
     if not means or max(means.values()) <= 1.05 * min(means.values()):
         return []
     return ["Beware: these arms did not have the same budget. A fixed step, timed before and after each run, "
@@ -634,7 +605,7 @@ def figure(results, yardsticks, path):
     height = max(3.6, 0.28 * len(names) + 1.2 if single else 0)
     fig, panels = plt.subplots(1, 1 + len(logged), layout="constrained", squeeze=False,
                                figsize=((6.5, 9, 12)[len(logged)], height))
-    (one_budget if single else many_budgets)(panels[0, 0], found, kinds, names, styles)
+    (one_budget if single else many_budgets)(panels[0, 0], found, kinds, names, styles, results[0]["unit"])
     for y in yardsticks:
         mean, at = np.mean(y["averages"]), 0.02
         (panels[0, 0].axvline if single else panels[0, 0].axhline)(mean, color="0.4", linewidth=0.8, zorder=0)
@@ -659,9 +630,9 @@ def figure(results, yardsticks, path):
     plt.close(fig)
 
 
-def one_budget(axis, found, kinds, names, styles):
+def one_budget(axis, found, kinds, names, styles, unit):
     """A row per arm: a tick per seed, the mean and its standard deviation."""
-    arms, = found.values()
+    ((*_, budget), arms), = found.items()
     for i, name in enumerate(names):
         values, style = [r["average"] for r in arms[name].values()], styles[kinds[0]][name]
         axis.plot(values, [i] * len(values), linestyle="", marker="|", markersize=11, color=style["color"])
@@ -669,12 +640,10 @@ def one_budget(axis, found, kinds, names, styles):
                       **style | dict(linestyle=""))
     axis.set_yticks(range(len(names)), names)
     axis.invert_yaxis()
-    (_, _, budget), = found
-    unit = next(iter(arms[names[0]].values()))["unit"]
     axis.set(xlabel=f"score, %, at {amount(budget, unit)}; ticks: seeds")
 
 
-def many_budgets(axis, found, kinds, names, styles):
+def many_budgets(axis, found, kinds, names, styles, unit):
     """A curve per arm and data setting; lines beside each other, so that none hides another one's bars."""
     for kind in kinds:
         for i, name in enumerate(names):
@@ -686,7 +655,6 @@ def many_budgets(axis, found, kinds, names, styles):
                           label=name + (f", {setting(*kind)}" if len(kinds) > 1 else ""))
     axis.set_xscale("log")
     budgets = sorted({budget for *_, budget in found})
-    unit = next(iter(next(iter(next(iter(found.values())).values())).values()))["unit"]
     axis.set_xticks(budgets, [amount(budget, unit) for budget in budgets], fontsize=8)
     axis.minorticks_off()
     axis.set(xlabel="budget of a run; bars: ± std over pretraining seeds", ylabel="score, %")

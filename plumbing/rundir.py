@@ -1,5 +1,4 @@
-"""A run directory: what is written beside the steps, and what is said about a run.
-Nothing here is on the clock.
+"""A run directory: what is written beside the steps, and said about a run.  Nothing here is on the clock.
 
 config.json (with the sha256 of what it was made from), log.jsonl, checkpoint.pt and the one before, model/,
 and, at the end, summary.json.
@@ -15,7 +14,7 @@ import torch
 from diagnose import counting, validation, where_it_stands
 from plumbing import checkpoint
 from plumbing.budget import Stopped
-from plumbing.cli import UserError, numbers
+from plumbing.cli import UserError, flag_of, numbers
 from plumbing.files import read_json, sha256, write_json
 from plumbing.screen import Screen, changes
 
@@ -25,8 +24,8 @@ def contents(directory, teacher=None):
     else may stand tomorrow."""
     found = {"contents of data": directory.manifest["sha256"]}
     if teacher:
-        found["contents of teacher"] = [sha256(f) for f in
-                                        checkpoint.weight_files(checkpoint.find_model(teacher))]
+        files = checkpoint.weight_files(checkpoint.find_model(teacher))
+        found["contents of teacher"] = [sha256(f) for f in files]
     return found
 
 
@@ -73,8 +72,7 @@ class Run:
         self.directory, self.offline, self.val_blocks = directory, offline, val_blocks
         self.screen = Screen(arm, budget, say, status)
         self.validations, self.seconds, self.teacher_mlm, self.d_order = 0, 0.0, None, None
-        self.baselines, self.val, self.say = {}, {}, self.screen.say
-        self.vals = []                                                  # at the phases' ends
+        self.baselines, self.val, self.vals, self.say = {}, {}, [], self.screen.say     # vals: at phases' end
         self.saved, self.writes = time.monotonic(), writes
         self.event_writer = event_writer() if config.tensorboard else None
 
@@ -82,8 +80,7 @@ class Run:
         state = checkpoint.load_run(self.out, self.say)
         arm, budget = self.arm, self.budget
         if state:
-            # Older checkpoints have no phases
-            budget.ended, self.vals = state.get("ended", []), state.get("vals", [])
+            budget.ended, self.vals = state.get("ended", []), state.get("vals", [])     # none in older ones
             if budget.ended:
                 arm.enter(len(budget.ended))
                 arm.make_optimizer()
@@ -163,8 +160,7 @@ class Run:
                 self.checkpoint()
 
     def validate(self, signals=()):
-        """{term: mean over the validation blocks}; and the line that says it, with D_order
-        of what has an LM head."""
+        """{term: mean over the validation blocks}; and the line that says it, with D_order if it is known."""
         if not self.writes:
             return None
         with self.budget.pause("validation"):
@@ -210,8 +206,7 @@ class Run:
 
     @contextlib.contextmanager
     def stopped_by(self, signals):
-        """Stopped inside becomes a checkpoint of the last finished step, and the exit
-        status of the signal."""
+        """Stopped inside becomes a checkpoint of the last finished step, and the signal's exit status."""
         try:
             yield
         except Stopped:
@@ -280,9 +275,9 @@ def model_card(config, summary):
     """The README.md of the model directory: what was trained, on what, for how long, by which command."""
     given = ""
     for f in dataclasses.fields(config):
-        flag, value = f.name.replace("_", "-"), getattr(config, f.name)
+        flag, value = flag_of(f.name), getattr(config, f.name)
         if value != f.default:
-            given += {"True": f" --{flag}", "False": f" --no-{flag}"}.get(str(value), f" --{flag} {value}")
+            given += {"True": f" {flag}", "False": f" --no{flag[1:]}"}.get(str(value), f" {flag} {value}")
     teacher = f" from the teacher `{config.teacher}`" if config.needs_teacher else ""
     val = ", ".join(f"{name} {value:.4f}" for name, value in summary["val"].items())
     return (f"---\nlibrary_name: transformers\ntags: [bert, nanokd]\n---\n\n"
@@ -295,7 +290,7 @@ def model_card(config, summary):
 def describe(arm, val, step, teacher_mlm, say):
     config, c, strategy = arm.config, arm.student.config, arm.strategy
     trained = sum(p.numel() for p in arm.student.parameters() if p.requires_grad)
-    several = f", {arm.phase.name} to {arm.phase.end:.0%}" if len(arm.phases) > 1 else ""
+    several = f", {arm.phase.name} to {arm.phase.end:.0%}" * (len(arm.phases) > 1)
     say(f"{config.label}{several}: student {c.size}, {c.num_attention_heads} heads, V {c.vocab_size:,}, "
         f"{trained / 1e6:.1f}M parameters trained, from {arm.start}; "
         f"peak LR {arm.peak_lr:g}{' of AdamW and, times 0.2 sqrt(larger side), of Muon' * bool(arm.muon)}; "

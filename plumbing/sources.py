@@ -1,5 +1,4 @@
-"""From files, directories, archives, standard input and the Hub to documents.  Read it
-when a source surprises you.
+"""From files, directories, archives, standard input and the Hub to documents: read it when one surprises you.
 
 A source is a file, a directory (its readable files, sorted; linked folders too), a quoted glob, - for
 standard input, a data set on the Hub in parquet (OWNER/NAME[@REVISION][/FOLDER]; @~parquet: the Hub's own
@@ -22,8 +21,7 @@ are no sentences; so is what has more than 5% of bad lines or rows.
 What text can bring, and what is done, each counted in manifest.json: bytes that are no UTF-8 become U+FFFD
 (which BERT's normaliser drops, as it does control characters); a BOM at the start and NUL anywhere are
 removed; CRLF is LF, a lone CR a space; UTF-16 is refused; a line over 64 kB is cut at whitespace (the ids
-stay the same), a document over 262,144 characters at a line, into pieces that stay on
-one side (see prepare.py).
+stay the same), a document over 262,144 characters at a line, into pieces on one side (see prepare.py).
 """
 import ast
 import bz2
@@ -46,7 +44,7 @@ import tarfile
 import textwrap
 import zipfile
 import zlib
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -182,9 +180,10 @@ def hub_files(source):
     found = sorted(f for f in sizes if f.endswith(".parquet") and f.startswith(inside))
     found = [f for f in found if "train" in f.removeprefix(folder or "")] or found
     folders = sorted({f.split("/")[0] for f in found if "/" in f})
-    if not found or not folder and len(folders) > 1:
-        raise UserError(f"{source}: no parquet file there" if not found else
-                        f"{source} has {len(folders)} folders: name one, as in {name}/{folders[0]} (there "
+    if not found:
+        raise UserError(f"{source}: no parquet file there")
+    if not folder and len(folders) > 1:
+        raise UserError(f"{source} has {len(folders)} folders: name one, as in {name}/{folders[0]} (there "
                         f"are {', '.join(folders[:8])} ...)")
     for f in found:             # only a part is in the cache
         if (of := re.search(r"-of-(\d+)", f)) and len(found) < int(of[1]):
@@ -223,8 +222,7 @@ class Piece(NamedTuple):
 
 
 def read_documents(files, met, field="text", rows_per_document=1, document_per="blank-line"):
-    """The documents of files, as Pieces.  `met` counts what was met on the way; what begins
-    with _ is for us alone."""
+    """The documents of files, as Pieces.  `met` counts what was met; what begins with _ is for us alone."""
     with ThreadPoolExecutor(1) as pool:                                 # downloads one file ahead
         paths = [pool.submit(file.fetch) for file in files[:1]]
         for i, file in enumerate(files):
@@ -254,8 +252,7 @@ def pieces_of(name, path, met, field, rows_per_document, document_per):
 
 
 class Full(io.RawIOBase):
-    """A stream whose reads are full ones, so that the first look at it shows as much from
-    a pipe as from a file."""
+    """A stream whose reads are full ones, so that the first look shows as much of a pipe as of a file."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -285,8 +282,7 @@ class Member(tarfile.TarInfo):
 
 
 def unpacked(name, stream, path, met):
-    """(name, stream, path) of each text in a stream, archives opened.  path: None if the
-    stream is no file on disk."""
+    """(name, stream, path) of each text in a stream, archives opened.  path: None if no file on disk."""
     stream = io.BufferedReader(Full(stream), 2 ** 20)
     start = stream.peek()
     for begins, what, todo in NO_TEXT:
@@ -348,8 +344,7 @@ def lines_of(name, stream, path, field, rows_per_document, met):
 
 
 def watched(lines, name, raw, before, on_disk, met):
-    """The same lines; met["_read"] follows the position in the file on disk, and what
-    is no text is refused."""
+    """The same lines; met["_read"] follows the position in the file on disk; what is no text is refused."""
     old = Counter(met)
 
     def check():
@@ -502,8 +497,7 @@ def pieces(lines, met):
 
 def docstrings():
     """(package, docstring) of the standard library and the packages that requirements.txt brings, sorted."""
-    stdlib = Path(sysconfig.get_path("stdlib"))
-    files = {"python": [path for path in stdlib.rglob("*.py")
+    files = {"python": [path for path in Path(sysconfig.get_path("stdlib")).rglob("*.py")
                         if not {"site-packages", "dist-packages"} & set(path.parts)]}
     for name in required_packages():
         files[name] = [Path(p.locate()) for p in importlib.metadata.files(name) or () if p.suffix == ".py"]
@@ -532,28 +526,23 @@ def docstrings_in(path):
 
 def statements(tree):
     """ast.walk without what is inside expressions: in a quarter of the time."""
-    todo = deque([tree])
-    while todo:
-        node = todo.popleft()
+    todo = [tree]
+    for node in todo:
         if isinstance(node, (ast.mod, ast.stmt, ast.excepthandler, ast.match_case)):
             todo.extend(ast.iter_child_nodes(node))
             yield node
 
 
 def required_packages():
-    """The packages that requirements.txt names, with what they require in turn: no
-    other that is installed."""
+    """The packages that requirements.txt names, with what they require in turn: no other installed one."""
     from packaging.requirements import Requirement  # comes with tokenizers, through huggingface_hub
     from packaging.utils import canonicalize_name
-    todo = (Path(__file__).parents[1] / "requirements.txt").read_text().splitlines()
-    found = set()
+    lines = (Path(__file__).parents[1] / "requirements.txt").read_text().splitlines()
+    todo, found = [line for line in (line.split("#")[0].strip() for line in lines) if line], set()
     while todo:
-        line = todo.pop().split("#")[0].strip()
-        need = Requirement(line) if line else None
-        if need is None or need.marker and not need.marker.evaluate({"extra": ""}):
-            continue
+        need = Requirement(todo.pop())
         name = canonicalize_name(need.name)
-        if name in found:
+        if name in found or need.marker and not need.marker.evaluate({"extra": ""}):
             continue
         try:
             todo += importlib.metadata.requires(name) or []

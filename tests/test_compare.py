@@ -21,7 +21,7 @@ import prepare
 import train
 from conftest import TINY, text
 from data import TokenDirectory
-from plumbing import checkpoint, demonstration, glue, report
+from plumbing import checkpoint, demonstration, glue, report, timing
 from plumbing.cli import UserError
 
 
@@ -128,10 +128,10 @@ def test_the_plan_prices_every_phase(small, teacher):
     def seconds(unit, **budget):
         plan = compare.Plan(small(arms="tinybert,no_kd,tinybert:0.5/no_kd", budget_steps=None, **budget))
         directory = TokenDirectory(plan.config.data)
-        return list(compare.estimate(plan, directory, compare.teacher_shape(plan, directory)).values())
+        return list(timing.estimate(plan, directory, compare.teacher_shape(plan, directory)).values())
 
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(compare, "step_seconds", lambda config, directory, teacher: 1e-9 * 8 * sum(compare.flops_per_block(
+        m.setattr(timing, "step_seconds", lambda config, directory, teacher: 1e-9 * 8 * sum(timing.flops_per_block(
             config, compare.student_shape(config, directory), teacher, len(config.phases) - 1)))
         tinybert, no_kd, both = seconds("tokens", budget_tokens="1e6")
         assert both == pytest.approx((tinybert + no_kd) / 2) and tinybert != pytest.approx(no_kd, rel=0.01)
@@ -149,10 +149,10 @@ def test_a_chosen_peak_lr_is_the_one_with_the_lowest_own_validation_loss(small, 
 def test_a_recipe_outside_the_papers_grid_is_printed_and_the_default_is_the_grid(small):
     recipe = {f.name: f.default for f in dataclasses.fields(compare.Config) if "finetune_" in f.name}
     own = finetune_glue.Config("m")
-    assert finetune_glue.grid(compare.finetuning(small(**recipe), "", "")) == finetune_glue.grid(own)
+    assert finetune_glue.grid(compare.Config.finetuning(small(**recipe), "", "")) == finetune_glue.grid(own)
     assert recipe["finetune_epochs"] == own.epochs and len(finetune_glue.grid(own)) == 8
     assert compare.recipe(small(**recipe)) == compare.recipe(small(**recipe, quick=True)) == []
-    assert finetune_glue.grid(compare.finetuning(small(**recipe, quick=True), "", "")) == [(32, 5e-5)]
+    assert finetune_glue.grid(compare.Config.finetuning(small(**recipe, quick=True), "", "")) == [(32, 5e-5)]
     for change in (dict(finetune_epochs=2), dict(finetune_lrs="5e-4"), dict(finetune_batch_sizes="64"),
                    dict(max_len=64)):
         line, = compare.recipe(small(**recipe | change))
@@ -191,7 +191,7 @@ def test_the_plan_measures_fine_tuning_on_the_tasks_own_examples(small, monkeypa
         config = small(finetune_epochs=3, finetune_batch_sizes="8", **changes)
         texts = {name: glue.read_task(name, task, None)
                  for name, task in glue.parse_tasks(config.tasks).items()}
-        seconds = compare.finetuning_seconds(compare.Plan(config), TokenDirectory(config.data), texts)
+        seconds = timing.finetuning_seconds(compare.Plan(config), TokenDirectory(config.data), texts)
         assert seconds == pytest.approx(trials * (3 * 40 * 1.0 + 40 * 0.5))
 
 
@@ -282,7 +282,7 @@ def test_comparisons_of_different_plans_are_not_merged(tmp_path, change, says):
 
 def test_total_hours_are_shared_among_the_runs_after_fine_tuning(small, tmp_path, monkeypatch, capsys):
     """0.9 x 2 h, less fine-tuning 2 x 3 students, 3 random ones and a teacher of 3 (48 / 32)^2 / 2 times the size."""
-    monkeypatch.setattr(compare, "finetuning_seconds", lambda *_: 360.0)
+    monkeypatch.setattr(timing, "finetuning_seconds", lambda *_: 360.0)
     config = small(total_hours=2.0, budget_steps=None, strategies="no_kd,minilm", seeds=3, dry_run=True)
     compare.main(config)
     each = (1.8 - (9 + 1.5 * 1.5 ** 2) * 0.1) / 6
@@ -293,11 +293,11 @@ def test_total_hours_are_shared_among_the_runs_after_fine_tuning(small, tmp_path
     given = dict(teacher="train", teacher_budget=0.3, dry_run=False)    # the random ones' teacher: 4L32
     each = (1.8 - 0.3 - (9 + 2) * 0.1) / 6
     assert compare.within(dataclasses.replace(config, **given)).budget_hours == f"{math.floor(each * 1000) / 1000:g}"
-    monkeypatch.setattr(compare, "finetuning_seconds", lambda *_: 0.0)
+    monkeypatch.setattr(timing, "finetuning_seconds", lambda *_: 0.0)
     again = compare.within(dataclasses.replace(config, **given))        # the same command goes on with its budget
     assert again.budget_hours == json.loads(file.read_text())["budget_hours"] and again.total_hours is None
     for wrong, said in ((dict(budget_hours="1"), "not both"), (dict(total_hours=0.9), "fine-tuning 10 models on 1 ")):
-        monkeypatch.setattr(compare, "finetuning_seconds", lambda *_: 360.0)
+        monkeypatch.setattr(timing, "finetuning_seconds", lambda *_: 360.0)
         with pytest.raises(UserError, match=said):
             compare.main(dataclasses.replace(config, **wrong))
 
@@ -339,14 +339,14 @@ def test_two_jobs_make_the_table_of_one_and_a_job_that_fails_is_told(small, tmp_
 
 def test_arms_that_ran_at_different_speeds_are_told(small, tmp_path, monkeypatch, capsys):
     """Under an hour budget a fixed step is timed before and after each run; more than 5% apart, the verdict says so."""
-    whole = compare.step_seconds
+    whole = timing.step_seconds
     for slow, told in ((1.0, False), (1.2, True)):
         out = tmp_path / f"{slow}"
         seconds = iter([1.0, 1.0, slow, slow])
 
         def step_seconds(config, directory, teacher, tries=1, seconds=seconds):
             return next(seconds) if tries == 5 else whole(config, directory, teacher, tries)
-        monkeypatch.setattr(compare, "step_seconds", step_seconds)
+        monkeypatch.setattr(timing, "step_seconds", step_seconds)
         config = small(budget_hours=f"{0.3 / 3600}", budget_steps=None, strategies="no_kd,minilm", out=str(out))
         for _ in range(2):                                              # the second time nothing is timed
             compare.main(config)
@@ -453,11 +453,11 @@ def test_device_compilation_and_precision_reach_the_runs_the_estimates_and_fine_
     """Compiled runs are estimated compiled; fine-tuning is compiled where it is asked for; inputs.json has it all."""
     made, scored = [], []
 
-    class Seen(compare.Arm):
+    class Seen(timing.Arm):
         def __init__(self, config, *models, **named):
             made.append((config.batch_size, config.micro_batch, config.compile, config.bf16))
             super().__init__(config, *models, **named)
-    monkeypatch.setattr(compare, "Arm", Seen)
+    monkeypatch.setattr(timing, "Arm", Seen)
     monkeypatch.setattr(torch, "compile", lambda f, **_: f)
     monkeypatch.setattr(finetune_glue, "finetune", lambda *args: scored.append(args[-2:]) or [0.0])
     compare.main(small(strategies="no_kd", batch_size=64, micro_batch=32, val_blocks=8, compile=True, bf16=True))
@@ -466,5 +466,5 @@ def test_device_compilation_and_precision_reach_the_runs_the_estimates_and_fine_
     assert [recorded[f"--{name}"] for name in ("device", "compile", "bf16")] == ["cpu", True, True]
     run = json.loads(next((tmp_path / "out/runs").glob("*/config.json")).read_text())
     assert (run["device"], run["compile"], run["bf16"]) == ("cpu", True, True)
-    plain = compare.finetuning(small(compile=None, bf16=False), "model", "out")
+    plain = compare.Config.finetuning(small(compile=None, bf16=False), "model", "out")
     assert (plain.device, plain.compile, plain.bf16) == ("cpu", False, False)

@@ -1,0 +1,50 @@
+"""Earlier comparisons in one: compare.py --merge.  Read it with plumbing/report.py."""
+import dataclasses
+from pathlib import Path
+
+from plumbing import report
+from plumbing.cli import UserError, flag_of
+from plumbing.files import read_json
+
+# What earlier comparisons must share to be merged: the student, its masks, the recipe of fine-tuning
+SAME = ("size", "heads", "seq_len", "mask_rate", "mask_seed", "mask_variants", "init_std", "optimizer",
+        "clip", "batch_size", "dropout", "finetune_seeds", "finetune_batch_sizes", "finetune_lrs", "quick",
+        "finetune_epochs", "max_len")
+
+
+def merged(config):
+    """(config, results, yardsticks) of earlier comparisons of one student, recipe, teacher and tasks.  Of the
+    last two the yardsticks tell: the untrained student of a seed and the teacher score the same."""
+    Config, records = type(config), {}
+    for path in config.merge.split(","):
+        file = Path(path, "results.json") if Path(path).is_dir() else Path(path)
+        if not file.is_file():
+            raise UserError(f"--merge: {file} is not there: give directories that compare.py has finished, "
+                            f"or their results.json")
+        records[path] = read_json(file)
+    first, results, yardsticks = next(iter(records)), {}, {}
+    for path, record in records.items():
+        differ = [flag_of(key) for key in SAME if len({
+            str(r["config"].get(key, getattr(Config, key))) for r in (record, records[first])}) > 1]
+        if differ:
+            raise UserError(f"--merge: {path} was made with another {', '.join(differ)} than {first}")
+        for y in record["yardsticks"]:
+            both = yardsticks.get(y["name"], y), y
+            n = min(len(of["averages"]) for of in both)
+            one, other = ({task: scores[:n] for task, scores in of["scores"].items()} for of in both)
+            if one != other:
+                raise UserError(f"--merge: {y['name']} has other scores in {path} than in {first}: another "
+                                f"teacher, other tasks, or another machine")
+            yardsticks[y["name"]] = max(both, key=lambda of: len(of["averages"]))
+        for r in record["results"]:
+            key = tuple(r[k] for k in ("strategy", "budget", "unit", "unique_tokens", "static_masks", "seed"))
+            before = results.setdefault(key, r)
+            if (before["scores"], before["peak_lr"]) != (r["scores"], r["peak_lr"]):
+                raise UserError(f"--merge: {r['strategy']} at {report.amount(r['budget'], r['unit'])}, seed "
+                                f"{r['seed']}, has other scores or another peak LR in {path}")
+    if len({r["unit"] for r in results.values()}) > 1:
+        raise UserError(f"--merge: {config.merge}: budgets in different units have no common table")
+    names = {f.name for f in dataclasses.fields(Config)}
+    recipe = {k: v for k, v in records[first]["config"].items() if k in names}
+    recipe |= dict(out=config.out, probe=all(r["config"].get("probe") for r in records.values()))
+    return Config(**recipe), list(results.values()), list(yardsticks.values())
