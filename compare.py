@@ -104,6 +104,7 @@ class Config(Checked):
     batch_size: Count = 1024            # blocks per optimizer step
     micro_batch: Count | None = None    # blocks per forward pass, of every arm; default: as train.py's
     dropout: Share = 0.1                # of every arm
+    weight_decay: NotNegative = 0.01    # of every arm; not on biases and LayerNorm
     val_blocks: Count = 512             # validation blocks
     val_times: Count = 4                # validations over the budget
     jobs: Count | None = None         # processes over the runs; default: 1, in the demonstration one per core
@@ -140,7 +141,8 @@ class Config(Checked):
 
 # What every run of a comparison takes from its command line as it stands there
 SHARED = ("data", "size", "heads", "seq_len", "mask_rate", "mask_seed", "mask_variants", "init_std", "optimizer",
-          "clip", "batch_size", "micro_batch", "dropout", "val_blocks", "val_times", "device", "compile", "bf16")
+          "clip", "batch_size", "micro_batch", "dropout", "weight_decay", "val_blocks", "val_times", "device",
+          "compile", "bf16")
 OFFLINE = {"miniplm": ("teacher", "reference", "random", "flipped", "all")}     # its controls, charged alike
 
 
@@ -319,7 +321,7 @@ def describe(plan, seconds, finetune_seconds, texts):
         print(f"  before them, once for all that use it, and charged to each: {', '.join(plan.artefacts)}")
     models = len(plan.runs) + len(plan.yardsticks)
     print(f"  fine-tuning {models} models on {', '.join(texts)}: very roughly "
-          f"{duration(models * finetune_seconds)}")
+          f"{duration(models * finetune_seconds)}" + ", and their probes on top of it" * config.probe)
     record = plan.out / "results.json"
     if record.exists() and (able := report.resolution(read_json(record)["results"], config.seeds)):
         print(f"  by the spread in {record}, {able}")
@@ -503,7 +505,8 @@ def papers_setting(plan):
     """The size whose rows of the paper's Table 2 may stand beside these, or None."""
     config, teachers = plan.config, {"6L768": "12L768", "12L1024": "24L1024"}
     same = all(getattr(config, name) == getattr(Config, name) for name in (
-        "seq_len", "batch_size", "mask_rate", "mask_variants", "init_std", "optimizer", "clip"))
+        "seq_len", "batch_size", "mask_rate", "mask_variants", "init_std", "optimizer", "clip",
+                "weight_decay"))
     return config.size if same and teachers.get(config.size) == plan.teacher_shape.size else None
 
 

@@ -8,8 +8,8 @@ from plumbing.files import read_json
 
 # What earlier comparisons must share to be merged: the student, its masks, the recipe of fine-tuning
 SAME = ("size", "heads", "seq_len", "mask_rate", "mask_seed", "mask_variants", "init_std", "optimizer",
-        "clip", "batch_size", "dropout", "finetune_seeds", "finetune_batch_sizes", "finetune_lrs", "quick",
-        "finetune_epochs", "max_len")
+        "clip", "batch_size", "dropout", "weight_decay", "finetune_seeds", "finetune_batch_sizes", "finetune_lrs",
+        "quick", "finetune_epochs", "max_len")
 
 
 def merged(config):
