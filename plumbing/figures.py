@@ -87,7 +87,7 @@ def main(config):
     except ImportError:
         raise UserError("the figures need matplotlib: pip install matplotlib") from None
     out = writable(config.out)
-    for name, picture in (("fourteen_arms", "arms"), ("budgets", "budgets"), ("published", "published")):
+    for name, picture in (("fourteen_arms", "arms"), ("budgets", "budgets")):
         of_record(name, out / f"{picture}.png")
     of_teachers(plt, out / "teachers.png")
     of_switches(plt, out / "switches.png")

@@ -21,7 +21,7 @@ NUMBER = r"\d+(?:,\d{3})+|[-+]?\d+\.\d+"
 
 
 PROGRAMS = ("train", "prepare", "data", "finetune_glue", "compare", "bench_throughput", "watch", "diagnose",
-            "plumbing.gpu_first", "offline cache", "offline score")
+            "plumbing.gpu_first", "plumbing.figures", "offline cache", "offline score")
 FOREIGN = ("--nproc-per-node", "--logdir")          # torchrun's, tensorboard's
 
 

@@ -4,7 +4,7 @@ import re
 import numpy as np
 import pytest
 
-from plumbing import report
+from plumbing import figures, report
 
 
 def result(strategy, seed, average, budget=1e12, unique=None, static=False, **other):
@@ -286,3 +286,10 @@ def test_the_figure_is_drawn_for_one_budget_and_for_many(tmp_path):
     for i, results in enumerate((one, many)):
         report.figure(results, [dict(name="teacher", averages=[70.0])], tmp_path / f"{i}.png")
         assert (tmp_path / f"{i}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_pictures_of_the_docs_are_drawn_from_the_records(tmp_path):
+    pytest.importorskip("matplotlib")
+    figures.main(figures.Config(out=str(tmp_path)))
+    drawn = {p.name for p in tmp_path.glob("*.png")}
+    assert drawn == {p.name for p in figures.DOCS.glob("*.png")} and len(drawn) > 1
