@@ -28,28 +28,6 @@ def of_record(name, path):
     report.figure(of["results"], of["yardsticks"], path)
 
 
-def of_teachers(plt, path):
-    """What each strategy gains over no_kd, with its 95% interval, against how good its teacher is."""
-    of = record("teachers")
-    base, leads = {r["seed"]: r for r in of["no_kd"]}, {}
-    for teacher in of["teachers"]:
-        arms = report.groups(teacher["results"])
-        for name, runs in next(iter(arms.values())).items():
-            lead = report.interval(report.differences(runs, base))
-            leads.setdefault(name, []).append((teacher["mlm"], *lead))
-    fig, axis = plt.subplots(layout="constrained", figsize=(6.5, 4))
-    for i, (name, points) in enumerate(leads.items()):
-        mlm, lead, half = zip(*sorted(points), strict=True)
-        look = report.curve_look(i)
-        axis.errorbar([x + 0.015 * i for x in mlm], lead, half, label=name, capsize=3, color=look["colour"],
-                      marker=look["marker"], linestyle=(0, look["dash"]) if look["dash"] else "-")
-    axis.axhline(0, color="0.4", linewidth=0.8)
-    axis.invert_xaxis()
-    axis.set(xlabel="the teacher's validation MLM loss, nats (better to the right)",
-             ylabel="lead over no_kd, points; 95% intervals")
-    finish(plt, fig, [axis], path)
-
-
 def of_switches(plt, path):
     """Validation MLM loss and D_order against tokens of every switch alone and together."""
     of = record("plateau")
@@ -66,17 +44,8 @@ def of_switches(plt, path):
     axes[1].axhline(D_ORDER_TURN, color="0.4", linewidth=0.8, zorder=0)
     axes[0].set(xlabel="million tokens", ylabel="validation MLM loss, nats")
     axes[1].set(xlabel="million tokens", ylabel="D_order, nats")
-    finish(plt, fig, axes, path)
-
-
-def finish(plt, fig, axes, path):
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(color="0.92")
-        axis.set_axisbelow(True)
-    axes[-1].legend(fontsize=8)
-    fig.savefig(path, dpi=150)
-    plt.close(fig)
+    axes[1].legend(fontsize=8)
+    report.saved(fig, axes, path)
 
 
 def main(config):
@@ -89,7 +58,6 @@ def main(config):
     out = writable(config.out)
     for name, picture in (("fourteen_arms", "arms"), ("budgets", "budgets")):
         of_record(name, out / f"{picture}.png")
-    of_teachers(plt, out / "teachers.png")
     of_switches(plt, out / "switches.png")
 
 

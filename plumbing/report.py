@@ -622,12 +622,16 @@ def figure(results, yardsticks, path):
         panels[0, 1].legend(fontsize=8)
         if logged[-1][0] == "d_order":
             panels[0, -1].axhline(D_ORDER_TURN, color="0.4", linewidth=0.8, zorder=0)
-    for panel in panels[0]:
+    saved(fig, panels[0], path)
+    plt.close(fig)
+
+
+def saved(fig, panels, path):
+    for panel in panels:
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(color="0.92")
         panel.set_axisbelow(True)
     fig.savefig(path, dpi=150)
-    plt.close(fig)
 
 
 def one_budget(axis, found, kinds, names, styles, unit):
