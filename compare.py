@@ -193,6 +193,8 @@ class Plan:
         self.tuning = {(name, lr): self.run(name, self.budgets[0], *self.settings[0], lr=lr)
                        for name in self.names for lr in self.lrs if len(self.lrs) > 1}
         self.runs = self.runs_at(dict.fromkeys(self.names, self.lrs[0]))
+        if len({each.out for each in self.runs}) < len(self.runs):
+            raise UserError(f"{flag_of(f'budget_{self.unit}')} {budgets}: two budgets are the same to six digits")
         untrained = [("random init", "random"), *[(report.LAYERS, "layers")] * any(
             each.start == "teacher" for each in self.runs)]
         self.yardsticks = [(name, self.out / f"{folder}/seed{seed}", seed)
@@ -519,6 +521,8 @@ def write_report(config, results, yardsticks, remarks=(), costs=(), size=None):
         text += "\n\n" + report.probe_table(results, yardsticks)
     costs = "\n\n".join([report.cost_table(results), *costs])
     everything = dict(config=dataclasses.asdict(config), results=results, yardsticks=yardsticks, verdict=said)
+    if (inputs := out / "inputs.json").exists():
+        everything["data"] = read_json(inputs).get("contents of data")
 
     def write(_):
         for name, content in (("table.md", text), ("costs.md", costs),
@@ -527,13 +531,16 @@ def write_report(config, results, yardsticks, remarks=(), costs=(), size=None):
             write_whole(out / name, f"{content.rstrip()}\n".encode())
         report.figure(results, yardsticks, out / "figure.png")
     share_runs([out], write)
-    print(f"\n{text}\n\n{costs}\n")
+    print(f"\n{text}\n\n{costs}\n\nalso in {out}/table.md, costs.md, results.json and results.csv")
 
 
 def main(config):
-    began, out = time.monotonic(), writable(config.out)
+    began = time.monotonic()
     if config.merge:
-        return write_report(*merged(config))
+        config, *found = merged(config)
+        writable(config.out)
+        return write_report(config, *found)
+    writable(config.out)
     demonstration = config.data is None
     if demonstration:
         config = demonstrated(config)
@@ -553,8 +560,7 @@ def main(config):
     write_report(config, *found, papers_setting(plan))
     if demonstration:
         look(found[0], config)
-    print(f"\nalso in {out}/table.md, costs.md, results.json and results.csv; "
-          f"{time.monotonic() - began:.0f} s in all")
+    print(f"\n{time.monotonic() - began:.0f} s in all")
 
 
 if __name__ == "__main__":

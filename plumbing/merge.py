@@ -1,19 +1,20 @@
 """Earlier comparisons in one: compare.py --merge.  Read it with plumbing/report.py."""
+import contextlib
 import dataclasses
+import json
 from pathlib import Path
 
 from plumbing import report
 from plumbing.cli import UserError, flag_of
-from plumbing.files import read_json
 
 # What earlier comparisons must share to be merged: the student, its masks, the recipe of fine-tuning
 SAME = ("size", "heads", "seq_len", "mask_rate", "mask_seed", "mask_variants", "init_std", "optimizer",
-        "clip", "batch_size", "dropout", "weight_decay", "finetune_seeds", "finetune_batch_sizes", "finetune_lrs",
-        "quick", "finetune_epochs", "max_len")
+        "clip", "batch_size", "dropout", "weight_decay", "val_blocks", "reference_epochs", "score_draws",
+        "finetune_seeds", "finetune_batch_sizes", "finetune_lrs", "quick", "finetune_epochs", "max_len")
 
 
 def merged(config):
-    """(config, results, yardsticks) of earlier comparisons of one student, recipe, teacher and tasks.  Of the
+    """(config, results, yardsticks, remarks) of earlier comparisons of one student, recipe, teacher and tasks.  Of the
     last two the yardsticks tell: the untrained student of a seed and the teacher score the same."""
     Config, records = type(config), {}
     for path in config.merge.split(","):
@@ -21,11 +22,18 @@ def merged(config):
         if not file.is_file():
             raise UserError(f"--merge: {file} is not there: give directories that compare.py has finished, "
                             f"or their results.json")
-        records[path] = read_json(file)
+        with contextlib.suppress(ValueError):
+            records[path] = json.loads(file.read_text())
+        if not {"config", "results", "yardsticks"} <= set(records.get(path, ())):
+            raise UserError(f"--merge: {file} is no results.json that compare.py has written")
+    if Path(config.out, "runs").exists() or {Path(config.out)} & set(map(Path, records)):
+        raise UserError(f"--out {config.out} holds a comparison of its own: give --merge another --out")
     first, results, yardsticks = next(iter(records)), {}, {}
     for path, record in records.items():
         differ = [flag_of(key) for key in SAME if len({
             str(r["config"].get(key, getattr(Config, key))) for r in (record, records[first])}) > 1]
+        if "data" in record and "data" in records[first] and record["data"] != records[first]["data"]:
+            differ.append("--data")
         if differ:
             raise UserError(f"--merge: {path} was made with another {', '.join(differ)} than {first}")
         for y in record["yardsticks"]:
@@ -38,13 +46,18 @@ def merged(config):
             yardsticks[y["name"]] = max(both, key=lambda of: len(of["averages"]))
         for r in record["results"]:
             key = tuple(r[k] for k in ("strategy", "budget", "unit", "unique_tokens", "static_masks", "seed"))
-            before = results.setdefault(key, r)
+            before = results.setdefault(key, dict(r, speed=None) if len(records) > 1 else r)
             if (before["scores"], before["peak_lr"]) != (r["scores"], r["peak_lr"]):
                 raise UserError(f"--merge: {r['strategy']} at {report.amount(r['budget'], r['unit'])}, seed "
                                 f"{r['seed']}, has other scores or another peak LR in {path}")
     if len({r["unit"] for r in results.values()}) > 1:
         raise UserError(f"--merge: {config.merge}: budgets in different units have no common table")
+    bases = {report.base_of(arms) for arms in report.groups(results.values()).values()}
+    if len(bases) > 1:
+        raise UserError(f"--merge: {config.merge}: differences to {' and '.join(sorted(bases))} have no common "
+                        f"column: no_kd is not in all of them")
     names = {f.name for f in dataclasses.fields(Config)}
     recipe = {k: v for k, v in records[first]["config"].items() if k in names}
     recipe |= dict(out=config.out, probe=all(r["config"].get("probe") for r in records.values()))
-    return Config(**recipe), list(results.values()), list(yardsticks.values())
+    results = list(results.values())
+    return Config(**recipe), results, list(yardsticks.values()), report.ledgers(results)

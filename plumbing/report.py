@@ -343,7 +343,7 @@ def cost_table(results):
     def mean(runs, key):
         return np.mean([r[key] for r in runs.values()])
 
-    rows, timed = [], bool(results[0].get("speed"))
+    rows, timed = [], all(r.get("speed") for r in results)
     for (*kind, budget), arms in groups(results).items():
         for name, runs in arms.items():
             times = mean(runs, "tokens") / mean(arms[base_of(arms)], "tokens")
@@ -364,7 +364,8 @@ def comma_separated(results):
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow([*fixed, "val_mlm", *results[0]["scores"], "average"])
     for r in results:
-        writer.writerow([*(r[k] for k in fixed), r["val"].get("mlm"), *r["scores"].values(), r["average"]])
+        scores = [r["scores"][task] for task in results[0]["scores"]]
+        writer.writerow([*(r[k] for k in fixed), r["val"].get("mlm"), *scores, r["average"]])
     return file.getvalue()
 
 
@@ -432,23 +433,29 @@ def lead_in_words(lead, rival, comparisons, digits=1):
 
 def crossings(found, unit, resamples=2000):
     """Where an arm's mean overtakes the base arm's, or falls behind it, on the straight line between two budgets
-    over log budget; with the 95% interval of resampled seeds (bootstrap, each budget's leads on their own)."""
+    over log budget; with the 95% interval of resampled seeds (bootstrap, each budget's leads on their own, their
+    deviations scaled by sqrt(n / (n - 1)); still too narrow for fewer than five seeds, which is said)."""
     rng, lines, kinds = np.random.default_rng(0), [], {}
     for (*kind, budget), name, base, leads in leads_of(found):
         kinds.setdefault((*kind, name, base), []).append((budget, leads))
     for (unique, static, name, base), points in kinds.items():
         budgets, means = [b for b, _ in points], np.array([[np.mean(leads) for _, leads in points]])
         drawn = np.array([rng.choice(leads, (resamples, len(leads))).mean(1) for _, leads in points]).T
+        seeds = np.array([len(leads) for _, leads in points])
+        drawn = means + (drawn - means) * np.sqrt(seeds / np.maximum(seeds - 1, 1))
         for i, at in enumerate(crossed(budgets, means)[0]):
             if math.isnan(at):
                 continue
             up = means[0, i] < 0
             again = crossed(budgets, drawn, up)
             again = again[np.isfinite(again).any(1)]
-            low, high = np.exp(np.quantile(np.log(np.nanmin(again, 1)), (0.025, 0.975)))
+            nearest = np.nanargmin(np.abs(np.log(again / at)), 1)
+            low, high = np.exp(np.quantile(np.log(again[np.arange(len(again)), nearest]), (0.025, 0.975)))
             at, low, high = (amount(float(f"{x:.2g}"), unit) for x in (at, low, high))
             both = [interval(leads) for _, leads in points[i:i + 2]]
-            noise = (f" [{low}, {high}], in {len(again) / resamples:.0%} of resampled seeds"
+            least = min(seeds[i:i + 2])
+            few = f", roughly: {least} seeds" if least < 5 else ""
+            noise = (f" [{low}, {high}], in {len(again) / resamples:.0%} of resampled seeds{few}"
                      if all(math.isfinite(half) for _, half in both) else " (of one seed)")
             noise += " (inside the noise)" * any(abs(mean) <= half < math.inf for mean, half in both)
             lines.append(f"On {setting(unique, static)}, the mean of {name} "
@@ -493,13 +500,18 @@ def repetition(found):
 
 def remarks(results):
     """What the spreads and intervals mean here, and what went wrong in fine-tuning."""
-    seeds, first = len({r["seed"] for r in results}), next(iter(results[0]["tasks"].values()))
-    if seeds > 1:
-        lines = [f"± is the standard deviation over {seeds} pretraining seeds, each fine-tuned with its own; "
+    first, counts = next(iter(results[0]["tasks"].values())), sorted(
+        len(runs) for arms in groups(results).values() for runs in arms.values())
+    seeds, most = counts[0], counts[-1]
+    if most > 1:
+        of = f"{seeds} to {most}" if seeds < most else f"{seeds}"
+        freedom = "as many degrees of freedom less one" if seeds < most else \
+            f"{seeds - 1} degree{'s' * (seeds > 2)} of freedom"
+        lines = [f"± is the standard deviation over {of} pretraining seeds, each fine-tuned with its own; "
                  f"Δ is the mean of the differences seed by seed, in brackets its 95% interval (Student's t, "
-                 f"{seeds - 1} degree{'s' * (seeds > 2)} of freedom). Both speak of other seeds, on the same "
+                 f"{freedom}). Both speak of other seeds, on the same "
                  f"teacher and dev sets. \"n for 1 point\": with so many pretraining seeds a difference of 1 "
-                 f"point would be outside that interval at this spread, of which {seeds} seeds give a rough "
+                 f"point would be outside that interval at this spread, of which {of} seeds give a rough "
                  f"idea."]
     elif len(results[0]["tasks"]) == 1 and first["metric"] == "accuracy" and len(first["scores"]) > 1:
         runs, p = len(first["scores"]), np.mean([r["average"] for r in results]) / 100
@@ -596,7 +608,7 @@ def figure(results, yardsticks, path):
                                 markerfacecolor=of["colour"] if kind == kinds[0] else "white")
                      for name, of in zip(names, map(curve_look, range(len(names))), strict=True)}
               for kind in kinds}
-    largest = (*kinds[0], max(budget for *_, budget in found))
+    largest = max(key for key in found if key[:2] == kinds[0])
     curves = [r for r in results if len(r["curve"]) > 1
               and (r["unique_tokens"], r["static_masks"], r["budget"]) == largest]
     logged = [(key, label) for key, label in (("mlm", "validation MLM loss, nats"), ("d_order", "D_order, nats"))

@@ -245,7 +245,7 @@ def test_stopped_three_times_the_table_is_the_same(small, tmp_path, monkeypatch,
 
 def record(folder, averages, budget, teacher=70.0, **config):
     """A finished comparison's directory, of made-up scores."""
-    of = dict(dataclasses.asdict(compare.Config()), seeds=len(averages["no_kd"]), **config)
+    of = dict(dataclasses.asdict(compare.Config()), seeds=max(map(len, averages.values())), **config)
     yardsticks = [dict(name=name, averages=values, scores=dict(sst2=values)) for name, values in (
         ("constant answer", [50.0]), ("random init", [55.0, 56.0, 57.0][:of["seeds"]]), ("teacher", [teacher]))]
     results = [dict(r, scores=dict(sst2=r["average"]), tasks=dict(sst2=r["tasks"]["sst2"]))
@@ -267,8 +267,20 @@ def test_earlier_comparisons_of_one_plan_are_merged_into_one_report(tmp_path, ca
     assert (tmp_path / "all/table.md").read_text() in said + "\n"
 
 
+def test_a_merged_report_overwrites_no_comparison_and_needs_a_record(tmp_path):
+    first = record(tmp_path / "a", {"no_kd": [60, 61]}, 1e12)
+    (tmp_path / "broken").write_text("{")
+    (tmp_path / "other").write_text('{"runs": []}')
+    for merge, out, says in ((first, first, "holds a comparison of its own"),
+                             (f"{first},{tmp_path}/broken", "all", "no results.json"),
+                             (f"{tmp_path}/other", "all", "is no results.json that compare.py has written")):
+        with pytest.raises(UserError, match=says):
+            compare.main(compare.Config(merge=merge, out=str(tmp_path / out)))
+
+
 @pytest.mark.parametrize("change, says", [
     (dict(teacher=71.0), "teacher has other scores"), (dict(max_len=32), "was made with another --max-len than"),
+    (dict(averages={"vanilla_kd": [60, 61]}, budget=2e12), "differences to no_kd and vanilla_kd have no common"),
     (dict(averages={"no_kd": [59]}), "no_kd at 1e12 FLOPs, seed 0, has other scores or another peak LR in"),
     (None, "is not there")])
 def test_comparisons_of_different_plans_are_not_merged(tmp_path, change, says):

@@ -98,10 +98,10 @@ def test_the_verdict_names_the_best_its_lead_and_the_crossing():
     assert first.endswith(", outside the noise.")
     assert "minilm scores highest: 63.1 ± 0.1" in second
     noisy = made_up({"no_kd": [58, 60, 62], "minilm": [58.1, 60, 62]}, budget=1e12)
-    assert "resampled seeds (inside the noise), between 5e11 FLOPs" in report.verdict(
+    assert "resampled seeds, roughly: 3 seeds (inside the noise), between 5e11 FLOPs" in report.verdict(
         made_up({"no_kd": [61, 62, 63], "minilm": [60, 62, 60]}, budget=5e11) + noisy)[2]
-    assert crossing == ("On all of the data, the mean of minilm overtakes no_kd's at about 2e12 FLOPs [2e12 FLOPs, "
-                        "2e12 FLOPs], in 100% of resampled seeds, between 1e12 FLOPs and 4e12 FLOPs.")
+    assert crossing == ("On all of the data, the mean of minilm overtakes no_kd's at about 2e12 FLOPs [1.9e12 FLOPs, "
+                        "2.1e12 FLOPs], in 100% of resampled seeds, roughly: 3 seeds, between 1e12 FLOPs and 4e12 FLOPs.")
     untrained = [dict(name="random init", averages=[60.2, 60.0, 60.1], scores=dict(sst2=[70.2, 70.0, 70.1],
                                                                                    rte=[50.2, 50.0, 50.1])),
                  dict(name="teacher", averages=[0])]
@@ -212,8 +212,8 @@ def test_a_crossing_lies_on_the_straight_line_over_log_budget():
     low = made_up({"no_kd": [60, 60.1], "minilm": [59, 59.1]}, budget=1e12)
     high = made_up({"no_kd": [60, 60.1], "minilm": [63, 63.1]}, budget=16e12)
     crossing = report.verdict(low + high)[-1]
-    assert "overtakes no_kd's at about 2e12 FLOPs [2e12 FLOPs, 2e12 FLOPs], in 100% of resampled seeds, between 1e12 " \
-           "FLOPs and 1.6e13 FLOPs." in crossing
+    assert "overtakes no_kd's at about 2e12 FLOPs [2e12 FLOPs, 2e12 FLOPs], in 100% of resampled seeds, roughly: 2 " \
+           "seeds, between 1e12 FLOPs and 1.6e13 FLOPs." in crossing
     assert report.amount(0.0125, "hours") == "45 s" and report.amount(4.0, "hours") == "4 h"
 
 
@@ -227,6 +227,14 @@ def test_the_interval_of_a_crossing_holds_the_true_one_in_about_95_of_100():
         low, high = (float(x) for x in re.search(r"\[(\S+) FLOPs, (\S+) FLOPs\]", line).groups())
         inside += low <= 2e12 <= high
     assert 85 <= inside <= 99
+
+
+def test_each_of_two_crossings_has_its_own_interval():
+    results = [r for budget, lead in ((1e12, -2), (4e12, 2), (16e12, -2), (64e12, 2)) for r in made_up(
+        {"no_kd": [60] * 5, "minilm": 60 + lead + np.array([-0.2, -0.1, 0, 0.1, 0.2])}, budget=budget)]
+    first, _, last = report.crossings(report.groups(results), "flops")
+    assert "at about 2e12 FLOPs [1.9e12 FLOPs, 2.1e12 FLOPs]" in first
+    assert "at about 3.2e13 FLOPs [3.1e13 FLOPs, 3.3e13 FLOPs]" in last
 
 
 def test_a_lead_that_never_changes_its_sign_has_no_crossing():
