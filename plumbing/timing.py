@@ -169,9 +169,11 @@ def over_all(plan, estimates, began):
     folders = {each.out: Path(each.out).name for each in plan.all}
     folders |= {str(path): f"{name} {seed}" for name, path, seed in plan.yardsticks}
     done, finished, under_way = 0.0, 0, []
+    tuning = {each.out for each in plan.tuning.values()}
     for out, name in folders.items():
-        log, share = Path(out, "log.jsonl"), 0.0
-        if Path(out, "glue/glue.json").exists():
+        at = out if out in tuning else max(at_every_rate(plan, out), key=progressed)
+        log, share = Path(at, "log.jsonl"), 0.0
+        if Path(at, "glue/glue.json").exists() or at in tuning and Path(at, "summary.json").exists():
             finished, share = finished + 1, 1.0
         elif log.exists():
             line = log.read_text().splitlines()[-1:] or ["{}"]
@@ -182,3 +184,13 @@ def over_all(plan, estimates, began):
     part = done / max(sum(estimates.values()), 1e-9)
     left = f", {duration((time.monotonic() - began) * (1 - part) / part)} left" if part > 0.02 else ""
     return f"[{finished}/{len(folders)}{left}] {', '.join(under_way)}"
+
+
+def at_every_rate(plan, out):
+    """The directories that this run has at each of --peak-lrs: which one it takes is for its process to know."""
+    first, *others = plan.lrs
+    return [out, *(out.replace(f"-lr{first:g}-", f"-lr{lr:g}-") for lr in others)]
+
+
+def progressed(out):
+    return Path(out, "glue/glue.json").exists(), Path(out, "log.jsonl").exists()

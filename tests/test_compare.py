@@ -206,6 +206,17 @@ def test_runs_from_other_data_tasks_or_teachers_are_not_mixed(small, task, tmp_p
         compare.main(small(strategies="no_kd"))
 
 
+def test_the_line_over_all_processes_finds_the_runs_at_the_rate_that_was_chosen(small, tmp_path):
+    plan = compare.Plan(small(strategies="no_kd", peak_lrs="1e-3,2e-3", seeds=2, budget_steps="4"))
+    estimates = {each.out: 1.0 for each in plan.all} | {f"score {path}": 1.0 for _, path, _ in plan.yardsticks}
+    for name, file in (("lr0.001-seed0", "summary.json"), ("lr0.002-seed0", "summary.json"),
+                       ("lr0.002-seed1", "glue/glue.json")):
+        path = tmp_path / f"out/runs/no_kd-4steps-{name}" / file
+        path.parent.mkdir(parents=True)
+        path.write_text("{}")
+    assert timing.over_all(plan, estimates, 0.0).startswith("[3/6, ")
+
+
 def test_a_peak_lr_that_diverges_is_not_taken(small, tmp_path, monkeypatch, capsys):
     real = train.train
 

@@ -101,7 +101,8 @@ def test_the_verdict_names_the_best_its_lead_and_the_crossing():
     assert "resampled seeds, roughly: 3 seeds (inside the noise), between 5e11 FLOPs" in report.verdict(
         made_up({"no_kd": [61, 62, 63], "minilm": [60, 62, 60]}, budget=5e11) + noisy)[2]
     assert crossing == ("On all of the data, the mean of minilm overtakes no_kd's at about 2e12 FLOPs [1.9e12 FLOPs, "
-                        "2.1e12 FLOPs], in 100% of resampled seeds, roughly: 3 seeds, between 1e12 FLOPs and 4e12 FLOPs.")
+                        "2.1e12 FLOPs], in 100% of resampled seeds, roughly: 3 seeds, between 1e12 FLOPs "
+                        "and 4e12 FLOPs.")
     untrained = [dict(name="random init", averages=[60.2, 60.0, 60.1], scores=dict(sst2=[70.2, 70.0, 70.1],
                                                                                    rte=[50.2, 50.0, 50.1])),
                  dict(name="teacher", averages=[0])]
