@@ -383,8 +383,10 @@ def test_arms_that_ran_at_different_speeds_are_told(small, tmp_path, monkeypatch
 def test_killed_and_run_by_two_processes_the_table_is_the_same(small, tmp_path):
     config = small(seeds=2, budget_steps="30,60", strategies="no_kd,minilm")
     compare.main(config)
-    flags = [f"--{f.name.replace('_', '-')}={getattr(config, f.name)}" for f in dataclasses.fields(config)
-             if getattr(config, f.name) != f.default and f.name != "out"]
+    given = {f.name.replace("_", "-"): getattr(config, f.name) for f in dataclasses.fields(config)
+             if getattr(config, f.name) != f.default and f.name != "out"}
+    flags = [f"--{'no-' * (value is False)}{name}" + f"={value}" * (not isinstance(value, bool))
+             for name, value in given.items()]
     command = [sys.executable, "compare.py", *flags, "--out", str(tmp_path / "again")]
     rng, home = random.Random(0), Path(compare.__file__).parent
     for goal in (1, 4, 9):                              # files of runs and trials: in the middle of the work
