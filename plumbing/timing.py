@@ -172,6 +172,7 @@ def over_all(plan, estimates, began):
     tuning = {each.out for each in plan.tuning.values()}
     for out, name in folders.items():
         at = out if out in tuning else max(at_every_rate(plan, out), key=progressed)
+        name = name if at == out else Path(at).name
         log, share = Path(at, "log.jsonl"), 0.0
         if Path(at, "glue/glue.json").exists() or at in tuning and Path(at, "summary.json").exists():
             finished, share = finished + 1, 1.0

@@ -215,6 +215,10 @@ def test_the_line_over_all_processes_finds_the_runs_at_the_rate_that_was_chosen(
         path.parent.mkdir(parents=True)
         path.write_text("{}")
     assert timing.over_all(plan, estimates, 0.0).startswith("[3/6, ")
+    (tmp_path / "out/runs/no_kd-4steps-lr0.002-seed1/glue/glue.json").unlink()
+    log = tmp_path / "out/runs/no_kd-4steps-lr0.002-seed1/log.jsonl"
+    log.write_text('{"progress": 0.25}\n')
+    assert timing.over_all(plan, estimates, 0.0).endswith(" no_kd-4steps-lr0.002-seed1 25%")
 
 
 def test_a_peak_lr_that_diverges_is_not_taken(small, tmp_path, monkeypatch, capsys):
