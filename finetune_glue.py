@@ -351,7 +351,7 @@ def score(config, say=print):
 
 
 def probes(config, say=print):
-    """What probes.json holds: {tasks: {name: {linear, similarity}}, masked_lm: {mlm,
+    """What probes.json holds: {tasks: {name: {linear, similarity}, "word order": {linear}}, masked_lm: {mlm,
     repeated, others, d_order}}."""
     setup, tasks, texts, out = opened(config, say)
     loaded, directory = checkpoint.load_mlm(setup.path), None
@@ -372,6 +372,10 @@ def probes(config, say=print):
     for name, task in tasks.items():
         result["tasks"][name] = found = probe.probe_task(task, texts.pop(name), embed)
         say(f"{name}: " + probe.in_words(found))
+    if directory:
+        result["tasks"]["word order"] = found = probe.probe_word_order(directory, seq_len, lambda ids: predict(
+            probe.MeanPooled(loaded.model.bert), np.stack([ids, np.zeros_like(ids)], 1), 0))
+        say("word order: " + probe.in_words(found))
     if directory and loaded.missing:
         say("no LM head, so no masked-LM probe")
     elif directory:

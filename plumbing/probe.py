@@ -4,6 +4,8 @@ cannot see a difference.
   linear        logistic regression (ridge for scores) on the mean-pooled last hidden state; of a pair u, v:
                 [u, v, |u - v|, u v] (InferSent, arXiv 1705.02364), each sentence encoded by itself
   similarity    Spearman of cosine(u, v) with the score: nothing is trained
+  word order    logistic regression again: have two neighbouring ids of a block of 32 been exchanged, in half of
+                the token directory's blocks (Bigram Shift, arXiv 1805.01070)?  A bag of words says 50
   masked LM     D_order and the induction split of diagnose.py, on a token directory's validation blocks
 
 Features are standardised on the training examples; the strength of L2 is the one that does best in
@@ -24,6 +26,8 @@ from plumbing import glue
 EXAMPLES = 10_000                               # of a task's training examples, at most: seconds per task
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)     # C of the logistic regression; its inverse is the ridge's alpha
 FOLDS = 5
+ORDER = dict(train=EXAMPLES, val=3000)          # blocks of the word-order probe, at most, ...
+ORDER_LENGTH = 32                               # ... of so many ids: about a sentence
 
 
 class MeanPooled(torch.nn.Module):
@@ -140,6 +144,27 @@ def probe_task(task, parts, embed):
         u, v = (s / np.linalg.norm(s, axis=1, keepdims=True) for s in dev_states)
         found["similarity"] = 100 * float(glue.spearman((u * v).sum(1), labels))
     return dict(found, strength=C, n_train=len(y))
+
+
+def exchanged(directory, split, seq_len, limit):
+    """(ids (n, S), labels (n,)): a split's first blocks, in about half of which two neighbours have changed
+    places."""
+    blocks = Blocks(directory, split, seq_len, seed=0)
+    ids = blocks.read(np.arange(min(limit, blocks.count)))
+    row = np.arange(len(ids))
+    left = 1 + (hashed(2, row) % np.uint64(seq_len - 3)).astype(int)                # not [CLS], not [SEP]
+    labels = (hashed(3, row) >> np.uint64(63)).astype(int) * (ids[row, left] != ids[row, left + 1])
+    row, left = row[labels == 1], left[labels == 1]
+    ids[row, left], ids[row, left + 1] = ids[row, left + 1], ids[row, left]
+    return ids, labels
+
+
+def probe_word_order(directory, seq_len, states):
+    """{linear: percent, ...}; `states` makes (n, D) of (n, S) ids."""
+    (x, y), (dev, labels) = (exchanged(directory, split, min(seq_len, ORDER_LENGTH), limit)
+                             for split, limit in ORDER.items())
+    predictions, C = linear(states(x), y, states(dev), score=False)
+    return dict(linear=100 * float(np.mean(predictions == labels)), strength=C, n_train=len(y))
 
 
 def probe_masked_lm(model, directory, seq_len, val_blocks=512):

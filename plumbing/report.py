@@ -316,8 +316,9 @@ def probe_table(results, yardsticks):
     return "\n\n".join([
         "Probes of the frozen encoders, no part of any average above. linear: a regression on the "
         "mean-pooled last hidden state, scored as the task is; similarity: Spearman of the cosine with the "
-        "score, untrained; MLM: validation loss in nats, at masked tokens that also occur unmasked in their "
-        "block (repeated) and at the others; D_order: what the order of the context is worth, in nats.",
+        "score, untrained; word order: have two neighbours in a block of 32 changed places; MLM: validation "
+        "loss in nats, at masked tokens that also occur unmasked in their block (repeated) and at the others; "
+        "D_order: what the order of the context is worth, in nats.",
         markdown(["budget", "arm", *columns], rows), *lines])
 
 

@@ -60,7 +60,7 @@ def test_the_whole_way_ends_with_the_table_and_a_second_call_repeats_nothing(sma
     probed = first.partition("Probes of the frozen encoders")[2]
     settings, = {json.loads(f.read_text())["settings"]["seq_len"] for f in out.glob("runs/*/glue/probes.json")}
     assert settings == TINY["seq_len"]                                  # the masked LM's, not 128 positions
-    assert "| budget | arm | mine linear | MLM | MLM, repeated | MLM, others | D_order |" in probed
+    assert "| budget | arm | mine linear | word order linear | MLM | MLM, repeated | MLM, others | D_order |" in probed
     assert [row.split(" | ")[1] for row in probed.splitlines() if row.startswith("| ")][2:] == [
         "no_kd", "vanilla_kd", "tinybert", "minilm", "random init", "teacher"]
     assert "Probe D_order at 3 steps on all of the data: " in probed and "of one seed" in probed

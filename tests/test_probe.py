@@ -7,7 +7,7 @@ import torch
 
 import diagnose
 import finetune_glue as ft
-from data import TokenDirectory, hashed
+from data import Blocks, TokenDirectory, hashed
 from plumbing import checkpoint, glue, probe
 from plumbing.cli import UserError
 
@@ -115,6 +115,7 @@ def test_a_model_s_probes_are_written_once_and_are_the_same_every_time(teacher, 
     own, lm = result["tasks"]["own"], result["masked_lm"]
     assert own["similarity"] > 30 and set(own) == {"linear", "similarity", "strength", "n_train"}
     said = capsys.readouterr().out
+    assert set(result["tasks"]) == {"own", "word order"}
     assert f"similarity {own['similarity']:.2f}" in said and f"d_order {lm['d_order']:.2f}" in said
     kept = (tmp_path / "a/probes.json").read_bytes()
     lines = []
@@ -133,6 +134,35 @@ def test_the_masked_lm_probe_is_diagnose_s(teacher, corpus, capsys):
     row = next(line for line in said.splitlines() if line.startswith("model"))
     assert [f"{found[k]:.3f}" for k in ("mlm", "repeated", "others")] == row.split()[1:4]
     assert f"D_order {found['d_order']:.2f}" in said
+
+
+def test_word_order_is_two_neighbours_exchanged_in_half_of_the_blocks(corpus):
+    directory = TokenDirectory(corpus)
+    blocks = Blocks(directory, "train", 32, seed=0).read(np.arange(300))
+    ids, labels = probe.exchanged(directory, "train", 32, 300)
+    assert 0.4 < labels.mean() < 0.6
+    for before, after, label in zip(blocks.tolist(), ids.tolist(), labels, strict=True):
+        at = [i for i in range(32) if before[i] != after[i]]
+        assert bool(at) == label
+        if at:
+            left, right = at
+            assert right == left + 1 and 1 <= left < 30 and (before[left], before[right]) == (after[right], after[left])
+
+
+def test_a_bag_of_words_does_not_know_word_order_and_a_reader_of_neighbours_does(corpus, monkeypatch):
+    directory = TokenDirectory(corpus)
+    seen = {int(a) << 20 | int(b) for split in ("train", "val") for a, b in
+            zip(directory.split(split)[:-1], directory.split(split)[1:], strict=True)}
+    monkeypatch.setattr(probe, "ORDER", dict(train=1000, val=300))
+
+    def bag(ids):
+        return np.sort(ids % 7, 1).astype(np.float64)
+
+    def neighbours(ids):
+        return np.array([[sum(a << 20 | b not in seen for a, b in zip(row[1:-2], row[2:-1], strict=True))]
+                         for row in ids.tolist()], np.float64)
+    bag, neighbours = (probe.probe_word_order(directory, 64, states)["linear"] for states in (bag, neighbours))
+    assert abs(bag - 50) < 10 and neighbours > 80
 
 
 def test_states_are_sentence_transformers_mean(teacher):
