@@ -48,6 +48,23 @@ def of_switches(plt, path):
     report.saved(fig, axes, path)
 
 
+def of_teachers(plt, path):
+    """Each arm's lead over no_kd, with its 95% interval, against the validation loss of its teacher."""
+    of = record("teachers")
+    fig, axis = plt.subplots(layout="constrained", figsize=(6.5, 3.8))
+    for i, arm in enumerate(dict.fromkeys(row["arm"] for row in of["rows"])):
+        rows, look = [row for row in of["rows"] if row["arm"] == arm], report.curve_look(i + 1)
+        means, halves = zip(*(report.interval(row["leads"]) for row in rows), strict=True)
+        axis.errorbar([row["teacher_mlm"] for row in rows], means, yerr=halves, label=arm, color=look["colour"],
+                      marker=look["marker"], capsize=3, linestyle=(0, look["dash"]) if look["dash"] else "-")
+    axis.axhline(0, color="0.4", linewidth=0.8, zorder=0)
+    axis.invert_xaxis()
+    axis.set(xlabel="validation MLM loss of the teacher, nats: the better ones on the right",
+             ylabel="points on no_kd, 95% interval")
+    axis.legend(fontsize=8)
+    report.saved(fig, [axis], path)
+
+
 def main(config):
     try:
         import matplotlib
@@ -59,6 +76,7 @@ def main(config):
     for name, picture in (("fourteen_arms", "arms"), ("budgets", "budgets")):
         of_record(name, out / f"{picture}.png")
     of_switches(plt, out / "switches.png")
+    of_teachers(plt, out / "teachers.png")
 
 
 if __name__ == "__main__":
