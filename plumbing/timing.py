@@ -160,8 +160,8 @@ class Progress:
         self.said = time.monotonic()
         seconds = sum(self.left.values()) * (self.took / self.estimated if self.estimated else 1)
         seconds = max(0, seconds - (time.monotonic() - self.began))
-        self.say_line(f"[{self.count - len(self.left) + 1}/{self.count}, {duration(seconds)} "
-                      f"left] {self.what}: {line}")
+        where = f"[{self.count - len(self.left) + 1}/{self.count}, {duration(seconds)} left] " * bool(self.count)
+        self.say_line(f"{where}{self.what}: {line}")
 
 
 def over_all(plan, estimates, began):

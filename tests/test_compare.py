@@ -221,6 +221,14 @@ def test_the_line_over_all_processes_finds_the_runs_at_the_rate_that_was_chosen(
     assert timing.over_all(plan, estimates, 0.0).endswith(" no_kd-4steps-lr0.002-seed1 25%")
 
 
+def test_one_process_of_several_does_not_know_how_far_all_of_them_are():
+    lines = []
+    progress = timing.Progress({}, lines.append)
+    with progress.on("runs/a", "tinybert, seed 0"):
+        progress.say("6%, loss 4.2")
+    assert lines == ["tinybert, seed 0: 6%, loss 4.2"]
+
+
 def test_a_peak_lr_that_diverges_is_not_taken(small, tmp_path, monkeypatch, capsys):
     real = train.train
 
