@@ -55,8 +55,10 @@ def of_teachers(plt, path):
     for i, arm in enumerate(dict.fromkeys(row["arm"] for row in of["rows"])):
         rows, look = [row for row in of["rows"] if row["arm"] == arm], report.curve_look(i + 1)
         means, halves = zip(*(report.interval(row["leads"]) for row in rows), strict=True)
-        axis.errorbar([row["teacher_mlm"] for row in rows], means, yerr=halves, label=arm, color=look["colour"],
-                      marker=look["marker"], capsize=3, linestyle=(0, look["dash"]) if look["dash"] else "-")
+        beside = 0.03 * i                                               # so that no bar hides another
+        axis.errorbar([row["teacher_mlm"] - beside for row in rows], means, yerr=halves, label=arm, capsize=3,
+                      color=look["colour"], marker=look["marker"],
+                      linestyle=(0, look["dash"]) if look["dash"] else "-")
     axis.axhline(0, color="0.4", linewidth=0.8, zorder=0)
     axis.invert_xaxis()
     axis.set(xlabel="validation MLM loss of the teacher, nats: the better ones on the right",
