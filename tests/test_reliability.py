@@ -142,7 +142,7 @@ def test_a_write_that_is_cut_anywhere_leaves_a_good_checkpoint(tmp_path, monkeyp
 @pytest.mark.slow
 def test_kill_9_during_writes_twenty_times(tmp_path):
     """F2 with the real signal."""
-    code = ("import sys, torch; from pathlib import Path; import checkpoint\n"
+    code = ("import sys, torch; from pathlib import Path; from plumbing import checkpoint\n"
             "state = dict(student=dict(w=torch.zeros(2_000_000)))\n"
             "for i in range(10**6):\n"
             "    checkpoint.save_run(Path(sys.argv[1]), state | dict(steps=i))\n"
