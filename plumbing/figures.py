@@ -23,9 +23,10 @@ def record(name):
 
 
 def of_record(name, path):
-    """compare.py's figure of one record."""
+    """compare.py's figure of one record, of the arms that ran under its largest budget."""
     of = record(name)
-    report.figure(of["results"], of["yardsticks"], path)
+    *_, arms = report.groups(of["results"]).values()
+    report.figure([r for r in of["results"] if r["strategy"] in arms], of["yardsticks"], path)
 
 
 def of_switches(plt, path):
@@ -50,10 +51,10 @@ def of_switches(plt, path):
 
 def of_teachers(plt, path):
     """Each arm's lead over no_kd, with its 95% interval, against the validation loss of its teacher."""
-    of = record("teachers")
+    of, names = record("teachers"), list(dict.fromkeys(r["strategy"] for r in record("budgets")["results"]))
     fig, axis = plt.subplots(layout="constrained", figsize=(6.5, 3.8))
     for i, arm in enumerate(dict.fromkeys(row["arm"] for row in of["rows"])):
-        rows, look = [row for row in of["rows"] if row["arm"] == arm], report.curve_look(i + 1)
+        rows, look = [row for row in of["rows"] if row["arm"] == arm], report.curve_look(names.index(arm))
         means, halves = zip(*(report.interval(row["leads"]) for row in rows), strict=True)
         beside = 0.03 * i                                               # so that no bar hides another
         axis.errorbar([row["teacher_mlm"] - beside for row in rows], means, yerr=halves, label=arm, capsize=3,
@@ -62,7 +63,7 @@ def of_teachers(plt, path):
     axis.axhline(0, color="0.4", linewidth=0.8, zorder=0)
     axis.invert_xaxis()
     axis.set(xlabel="validation MLM loss of the teacher, nats: the better ones on the right",
-             ylabel="points on no_kd, 95% interval")
+             ylabel="points above no_kd, 95% interval")
     axis.legend(fontsize=8)
     report.saved(fig, [axis], path)
 

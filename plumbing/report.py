@@ -630,11 +630,13 @@ def figure(results, yardsticks, path):
             points = [(p["tokens"] / 1e6, p[key]) for p in r["curve"] if p.get(key) is not None]
             panel.plot(*zip(*points, strict=True), **styles[kinds[0]][r["strategy"]] | dict(markersize=3),
                        label=r["strategy"] if r["seed"] == results[0]["seed"] else None)
-        panel.set(xlabel="million tokens", ylabel=label)
+        panel.set(xlabel=f"million tokens, {amount(largest[2], results[0]['unit'])}; a line per seed", ylabel=label)
     if logged:
         panels[0, 1].legend(fontsize=8)
         if logged[-1][0] == "d_order":
             panels[0, -1].axhline(D_ORDER_TURN, color="0.4", linewidth=0.8, zorder=0)
+            panels[0, -1].annotate("turn", (0.01, D_ORDER_TURN), xycoords=("axes fraction", "data"), fontsize=8,
+                                   color="0.3", va="bottom")
     saved(fig, panels[0], path)
     plt.close(fig)
 
