@@ -441,9 +441,13 @@ def tuned(plan, progress, trained):
         return name, lr, loss if math.isfinite(loss) else math.inf, summary["charged_seconds"]
     found = share_runs([each.out for each in plan.tuning.values()], do)
     best = {name: min((loss, lr) for n, lr, loss, _ in found if n == name)[1] for name in plan.names}
+    ends = {min(plan.lrs): "the lowest tried", max(plan.lrs): "the highest tried"}
     lines = [f"{name}: peak LR " + ", ".join(
-        f"{lr:g}: " + (f"{loss:.4f}" if loss < math.inf else "not finite") + " (taken)" * (lr == best[name])
+        f"{lr:g}: " + (f"{loss:.4f}" if loss < math.inf else "not finite")
+        + (f" (taken, {ends[lr]})" if lr in ends else " (taken)") * (lr == best[name])
         for n, lr, loss, _ in found if n == name) for name in plan.names]
+    if len(plan.budgets) > 1:
+        lines.append("Each peak LR was chosen at the smallest budget; a larger one may want another.")
     spent = sum(seconds for n, lr, _, seconds in found if lr != best[n])
     return best, lines, (f"Choosing the peak LR took {len(found)} runs; the {len(found) - len(best)} that "
                          f"are not part of the comparison were charged {duration(spent)}.")
