@@ -7,7 +7,7 @@ verdict.  Read it seventh.
 
 Each (strategy, budget, data setting, seed) is a run of its own under OUT/runs, whose learning rate ends at
 zero at its budget.  Of several --peak-lrs, each arm takes the one with which its own validation loss ends
-lowest at the smallest budget (seed 0).  What is finished is never run again: the same command goes on where
+lowest at that budget (seed 0).  What is finished is never run again: the same command goes on where
 it was stopped, and several processes with the same --out share the runs, such as one per GPU, each started
 with its own CUDA_VISIBLE_DEVICES.
 
@@ -90,7 +90,7 @@ class Config(Checked):
     static_masks: bool = False          # the limited settings with the same masks in every epoch as well
     mask_seed: Seed | None = None       # of every run's masks; default: the run's seed
     mask_variants: Count | None = None  # masks of a block, in turn, in every run; default: fresh ones
-    peak_lrs: Positives | None = None   # of every arm; several: its best at the smallest budget; default: the paper's
+    peak_lrs: Positives | None = None   # of every arm; several: its best at each budget; default: the paper's
     out: str = "runs/compare"     # directory for the runs, table.md, results.json, results.csv and figure.png
     dry_run: bool = False               # print the plan and its time only
     merge: str | None = None         # instead: earlier comparisons (directories or results.json), one report of all
@@ -190,9 +190,9 @@ class Plan:
                                     peak_lr=self.lrs[0] if len(self.lrs) == 1 else None)
         elif config.teacher_size or config.teacher_budget:
             raise UserError("--teacher-size and --teacher-budget belong to --teacher train")
-        self.tuning = {(name, lr): self.run(name, self.budgets[0], *self.settings[0], lr=lr)
-                       for name in self.names for lr in self.lrs if len(self.lrs) > 1}
-        self.runs = self.runs_at(dict.fromkeys(self.names, self.lrs[0]))
+        self.tuning = {(name, budget, lr): self.run(name, budget, *self.settings[0], lr=lr)
+                       for budget in self.budgets for name in self.names for lr in self.lrs if len(self.lrs) > 1}
+        self.runs = self.runs_at({(name, budget): self.lrs[0] for name in self.names for budget in self.budgets})
         if len({each.out for each in self.runs}) < len(self.runs):
             raise UserError(f"{flag_of(f'budget_{self.unit}')} {budgets}: two budgets are the same to six digits")
         untrained = [("random init", "random"), *[(report.LAYERS, "layers")] * any(
@@ -251,7 +251,7 @@ class Plan:
 
     def runs_at(self, lrs):
         """The compared runs, seeds outermost: stopped early, what is there compares all, over fewer seeds."""
-        return [self.run(name, budget, *setting, seed, lrs[name]) for seed in range(self.config.seeds)
+        return [self.run(name, budget, *setting, seed, lrs[name, budget]) for seed in range(self.config.seeds)
                 for budget in self.budgets for setting in self.settings for name in self.names]
 
     @property
@@ -427,9 +427,9 @@ def execute(plan, directory, progress):
 
 
 def tuned(plan, progress, trained):
-    """({strategy: peak LR} of the lowest own validation loss at the smallest budget, what was tried, cost)"""
+    """({(strategy, budget): peak LR} of the lowest own validation loss with seed 0, what was tried, cost)"""
     def do(i):
-        (name, lr), each = list(plan.tuning.items())[i]
+        (name, budget, lr), each = list(plan.tuning.items())[i]
         with progress.on(each.out, f"{name}, peak LR {lr:g}"):
             try:
                 summary = trained(each)
@@ -438,17 +438,15 @@ def tuned(plan, progress, trained):
             except train.NotFinite as e:
                 progress.say(str(e))
                 summary, loss = dict(charged_seconds=0.0), math.inf
-        return name, lr, loss if math.isfinite(loss) else math.inf, summary["charged_seconds"]
+        return (name, budget), lr, loss if math.isfinite(loss) else math.inf, summary["charged_seconds"]
     found = share_runs([each.out for each in plan.tuning.values()], do)
-    best = {name: min((loss, lr) for n, lr, loss, _ in found if n == name)[1] for name in plan.names}
+    best = {at: min((loss, lr) for a, lr, loss, _ in found if a == at)[1] for at, *_ in found}
     ends = {min(plan.lrs): "the lowest tried", max(plan.lrs): "the highest tried"}
-    lines = [f"{name}: peak LR " + ", ".join(
+    lines = [f"{at[0]} at {report.amount(at[1], plan.unit)}: peak LR " + ", ".join(
         f"{lr:g}: " + (f"{loss:.4f}" if loss < math.inf else "not finite")
-        + (f" (taken, {ends[lr]})" if lr in ends else " (taken)") * (lr == best[name])
-        for n, lr, loss, _ in found if n == name) for name in plan.names]
-    if len(plan.budgets) > 1:
-        lines.append("Each peak LR was chosen at the smallest budget; a larger one may want another.")
-    spent = sum(seconds for n, lr, _, seconds in found if lr != best[n])
+        + (f" (taken, {ends[lr]})" if lr in ends else " (taken)") * (lr == best[at])
+        for a, lr, loss, _ in found if a == at) for at in best]
+    spent = sum(seconds for at, lr, _, seconds in found if lr != best[at])
     return best, lines, (f"Choosing the peak LR took {len(found)} runs; the {len(found) - len(best)} that "
                          f"are not part of the comparison were charged {duration(spent)}.")
 
