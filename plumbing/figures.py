@@ -51,10 +51,10 @@ def of_switches(plt, path):
 
 def of_teachers(plt, path):
     """Each arm's lead over no_kd, with its 95% interval, against the validation loss of its teacher."""
-    of, names = record("teachers"), list(dict.fromkeys(r["strategy"] for r in record("budgets")["results"]))
+    of, (*_, arms) = record("teachers"), report.groups(record("budgets")["results"]).values()
     fig, axis = plt.subplots(layout="constrained", figsize=(6.5, 3.8))
     for i, arm in enumerate(dict.fromkeys(row["arm"] for row in of["rows"])):
-        rows, look = [row for row in of["rows"] if row["arm"] == arm], report.curve_look(names.index(arm))
+        rows, look = [row for row in of["rows"] if row["arm"] == arm], report.curve_look([*arms].index(arm))
         means, halves = zip(*(report.interval(row["leads"]) for row in rows), strict=True)
         beside = 0.03 * i                                               # so that no bar hides another
         axis.errorbar([row["teacher_mlm"] - beside for row in rows], means, yerr=halves, label=arm, capsize=3,
