@@ -270,6 +270,8 @@ def check_inputs(plan):
     longest = min(c.max_position_embeddings for c in shapes)
     if config.max_len > longest:
         raise UserError(f"--max-len {config.max_len}: 8 to {longest} here")
+    if config.probe and plan.runs[0].length > longest:
+        raise UserError(f"--probe at --seq-len {config.seq_len}: the teacher ends at position {longest}")
     for unique, static in plan.settings:
         Blocks(directory, "train", plan.runs[0].length, 0, unique, static)       # refuses more than there are
     train.validation_blocks(directory, plan.runs[0].length)

@@ -358,11 +358,12 @@ def probes(config, say=print):
     if config.data:
         directory = TokenDirectory(config.data)
         checkpoint.same_vocabulary(directory.read_tokenizer(), setup.path)
-    seq_len = min(config.seq_len, loaded.model.config.max_position_embeddings)
+    if directory and config.seq_len > (end := loaded.model.config.max_position_embeddings):
+        raise UserError(f"--seq-len {config.seq_len}: --model {config.model} ends at position {end}")
     examples = hashlib.sha256(repr([(name, x, y.tolist()) for name, parts in texts.items()
                                     for x, y in parts.values()]).encode())
     settings = dict(model=setup.digests, examples=examples.hexdigest()[:16], max_len=config.max_len,
-                    seq_len=seq_len, data=directory and directory.manifest["sha256"])
+                    seq_len=config.seq_len, data=directory and directory.manifest["sha256"])
     out.mkdir(parents=True, exist_ok=True)
     result = finished(out / "probes.json", settings)
     if result:
@@ -373,13 +374,14 @@ def probes(config, say=print):
         result["tasks"][name] = found = probe.probe_task(task, texts.pop(name), embed)
         say(f"{name}: " + probe.in_words(found))
     if directory:
-        result["tasks"]["word order"] = found = probe.probe_word_order(directory, seq_len, lambda ids: predict(
-            probe.MeanPooled(loaded.model.bert), np.stack([ids, np.zeros_like(ids)], 1), 0))
+        encoder = probe.MeanPooled(loaded.model.bert)
+        result["tasks"]["word order"] = found = probe.probe_word_order(
+            directory, config.seq_len, lambda ids: predict(encoder, np.stack([ids, np.zeros_like(ids)], 1), 0))
         say("word order: " + probe.in_words(found))
     if directory and loaded.missing:
         say("no LM head, so no masked-LM probe")
     elif directory:
-        result["masked_lm"] = probe.probe_masked_lm(loaded.model, directory, seq_len)
+        result["masked_lm"] = probe.probe_masked_lm(loaded.model, directory, config.seq_len)
         say("masked LM: " + probe.in_words(result["masked_lm"]))
     write_json(out / "probes.json", result)
     return result

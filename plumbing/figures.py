@@ -30,23 +30,26 @@ def of_record(name, path):
 
 
 def of_switches(plt, path):
-    """Validation MLM loss and D_order against tokens of every switch alone and together."""
+    """Validation MLM loss and D_order against tokens: above of every switch alone, below of all but one."""
     of = record("plateau")
-    fig, axes = plt.subplots(1, 2, layout="constrained", figsize=(11, 4.2))
-    for i, each in enumerate(of["runs"]):
-        look = report.curve_look(i)
-        for axis, key in zip(axes, ("mlm", "d_order"), strict=True):
-            axis.plot([p["tokens"] / 1e6 for p in each["curve"]], [p[key] for p in each["curve"]],
-                      label=each["name"], color=look["colour"], marker=look["marker"], markersize=3,
-                      linestyle=(0, look["dash"]) if look["dash"] else "-")
-    for name, value in of["baselines"].items():
-        axes[0].axhline(value, color="0.4", linewidth=0.8, zorder=0)
-        axes[0].annotate(name, (0.01, value), xycoords=("axes fraction", "data"), fontsize=8, va="bottom")
-    axes[1].axhline(D_ORDER_TURN, color="0.4", linewidth=0.8, zorder=0)
-    axes[0].set(xlabel="million tokens", ylabel="validation MLM loss, nats")
-    axes[1].set(xlabel="million tokens", ylabel="D_order, nats")
-    axes[1].legend(fontsize=8)
-    report.saved(fig, axes, path)
+    fig, axes = plt.subplots(2, 2, layout="constrained", figsize=(11, 7.6), sharex=True)
+    for (mlm, d_order), runs in zip(axes, (of["runs"], of["without"]), strict=True):
+        for i, each in enumerate(runs):
+            look = report.curve_look(i)
+            for axis, key in ((mlm, "mlm"), (d_order, "d_order")):
+                axis.plot([p["tokens"] / 1e6 for p in each["curve"]], [p[key] for p in each["curve"]],
+                          label=each["name"], color=look["colour"], marker=look["marker"], markersize=3,
+                          linestyle=(0, look["dash"]) if look["dash"] else "-")
+        for name, value in of["baselines"].items():
+            mlm.axhline(value, color="0.4", linewidth=0.8, zorder=0)
+            mlm.annotate(name, (0.01, value), xycoords=("axes fraction", "data"), fontsize=8, va="bottom")
+        d_order.axhline(D_ORDER_TURN, color="0.4", linewidth=0.8, zorder=0)
+        mlm.set(ylabel="validation MLM loss, nats")
+        d_order.set(ylabel="D_order, nats")
+        d_order.legend(fontsize=8)
+    for axis in axes[1]:
+        axis.set(xlabel="million tokens")
+    report.saved(fig, axes.flat, path)
 
 
 def of_teachers(plt, path):

@@ -459,6 +459,7 @@ def test_the_task_holds_validation_documents_alone_and_splits_them(tmp_path, mon
     (dict(static_masks=True), "--static-masks"),
     (dict(teacher_size="4L32"), "--teacher train"),
     (dict(max_len=513), "--max-len 513: 8 to 512 here"),
+    (dict(strategies="no_kd", seq_len="1024", probe=True), "--probe at --seq-len 1024: the teacher ends at position"),
     (dict(tasks="cola=nowhere"), "nowhere"),
     (dict(size="2Lx"), "2Lx"),
     (dict(batch_size=12), "--batch-size 12"),

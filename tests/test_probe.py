@@ -127,6 +127,14 @@ def test_a_model_s_probes_are_written_once_and_are_the_same_every_time(teacher, 
     assert not (tmp_path / "a/trials").exists() and not (tmp_path / "a/glue.json").exists()
 
 
+def test_no_block_is_probed_that_is_longer_than_the_model_s_positions(teacher, corpus, scored, tmp_path):
+    config = ft.Config(str(teacher), tasks=f"own={scored}", probe=True, data=str(corpus), out=str(tmp_path / "a"),
+                       seq_len=1024, device="cpu")
+    with pytest.raises(UserError, match="--seq-len 1024: --model .* ends at position 512"):
+        ft.probes(config)
+    assert not (tmp_path / "a/probes.json").exists()
+
+
 def test_the_masked_lm_probe_is_diagnose_s(teacher, corpus, capsys):
     found = probe.probe_masked_lm(checkpoint.load_mlm(teacher).model, TokenDirectory(corpus), 64, 32)
     diagnose.main(diagnose.Config([str(corpus)], str(teacher), 64, 32))
