@@ -32,7 +32,7 @@ def of_record(name, path):
 def of_switches(plt, path):
     """Validation MLM loss and D_order against tokens: above of every switch alone, below of all but one."""
     of = record("plateau")
-    fig, axes = plt.subplots(2, 2, layout="constrained", figsize=(11, 7.6), sharex=True)
+    fig, axes = plt.subplots(2, 2, layout="constrained", figsize=(12, 7.2), sharex=True)
     for (mlm, d_order), runs in zip(axes, (of["runs"], of["without"]), strict=True):
         for i, each in enumerate(runs):
             look = report.curve_look(i)
@@ -46,7 +46,7 @@ def of_switches(plt, path):
         d_order.axhline(D_ORDER_TURN, color="0.4", linewidth=0.8, zorder=0)
         mlm.set(ylabel="validation MLM loss, nats")
         d_order.set(ylabel="D_order, nats")
-        d_order.legend(fontsize=8)
+        d_order.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     for axis in axes[1]:
         axis.set(xlabel="million tokens")
     report.saved(fig, axes.flat, path)
