@@ -22,10 +22,14 @@ def record(name):
     return read_json(DOCS / f"records/{name}.json")
 
 
+def arms_of(record):
+    return [*report.groups(record["results"]).values()][-2:][0]
+
+
 def of_record(name, path):
-    """compare.py's figure of one record, of the arms that ran under its largest budget."""
+    """compare.py's figure of one record, of the arms of its second largest budget, or its only one."""
     of = record(name)
-    *_, arms = report.groups(of["results"]).values()
+    arms = arms_of(of)
     report.figure([r for r in of["results"] if r["strategy"] in arms], of["yardsticks"], path)
 
 
@@ -54,7 +58,7 @@ def of_switches(plt, path):
 
 def of_teachers(plt, path):
     """Each arm's lead over no_kd, with its 95% interval, against the validation loss of its teacher."""
-    of, (*_, arms) = record("teachers"), report.groups(record("budgets")["results"]).values()
+    of, arms = record("teachers"), arms_of(record("budgets"))
     fig, axis = plt.subplots(layout="constrained", figsize=(6.5, 3.8))
     for i, arm in enumerate(dict.fromkeys(row["arm"] for row in of["rows"])):
         rows, look = [row for row in of["rows"] if row["arm"] == arm], report.curve_look([*arms].index(arm))

@@ -593,7 +593,7 @@ def curve_look(i):
 def figure(results, yardsticks, path):
     """Left: the score of each arm, against the budget where there are several, ± standard deviation over
     pretraining seeds.  Beside it, where they were logged: validation MLM loss and D_order against tokens, at the
-    largest budget."""
+    largest budget of those under which most arms ran."""
     try:
         import matplotlib
     except ImportError:
@@ -609,7 +609,7 @@ def figure(results, yardsticks, path):
                                 markerfacecolor=of["colour"] if kind == kinds[0] else "white")
                      for name, of in zip(names, map(curve_look, range(len(names))), strict=True)}
               for kind in kinds}
-    largest = max(key for key in found if key[:2] == kinds[0])
+    largest = max((key for key in found if key[:2] == kinds[0]), key=lambda key: (len(found[key]), key[2]))
     curves = [r for r in results if len(r["curve"]) > 1
               and (r["unique_tokens"], r["static_masks"], r["budget"]) == largest]
     logged = [(key, label) for key, label in (("mlm", "validation MLM loss, nats"), ("d_order", "D_order, nats"))
