@@ -23,11 +23,12 @@ def record(name):
 
 
 def arms_of(record):
+    """The arms of its second largest budget (few ran under the largest), or of its only one."""
     return [*report.groups(record["results"]).values()][-2:][0]
 
 
 def of_record(name, path):
-    """compare.py's figure of one record, of the arms of its second largest budget, or its only one."""
+    """compare.py's figure of one record."""
     of = record(name)
     arms = arms_of(of)
     report.figure([r for r in of["results"] if r["strategy"] in arms], of["yardsticks"], path)
