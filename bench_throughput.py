@@ -77,7 +77,7 @@ class Config(Checked):
     seconds: NotNegative = 120.0        # of measuring; 3 rounds at least
     device: str | None = None           # cpu, cuda or cuda:N; default: cuda where there is one, else cpu
     compile: bool | None = None         # torch.compile; default: on CUDA only
-    bf16: bool | None = None            # bf16 autocast; default: where the hardware multiplies in bf16
+    bf16: bool | None = None            # bf16 autocast; default: where that is faster
     json: str | None = None             # file for everything that was measured
     figure: str | None = None           # file for a figure; needs matplotlib
 

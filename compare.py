@@ -117,7 +117,7 @@ class Config(Checked):
     probe: bool = False                 # what each frozen encoder knows as well, in a table of its own
     device: str | None = None           # cpu, cuda or cuda:N; default: cuda where there is one, else cpu
     compile: bool | None = None         # torch.compile; default: pretraining on CUDA only
-    bf16: bool | None = None            # bf16 autocast; default: where the hardware multiplies in bf16
+    bf16: bool | None = None            # bf16 autocast; default: where that is faster
 
     def for_machine(self):
         """The same with one micro-batch for all runs: that of the runs which are there,

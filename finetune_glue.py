@@ -84,7 +84,7 @@ class Config(Checked):
     save: bool = False                 # keep each trial's classifier too, a model directory beside its scores
     device: str | None = None               # cpu, cuda or cuda:N; default: cuda where there is one, else cpu
     compile: bool = False                   # torch.compile of the training step, once for all lengths
-    bf16: bool | None = None                # bf16 autocast; default: where the hardware multiplies in bf16
+    bf16: bool | None = None                # bf16 autocast; default: where that is faster
 
 
 QUICK = (32, 5e-5)         # --quick: batch and learning rate

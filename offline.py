@@ -64,7 +64,7 @@ class Cache(Checked):
     unique_tokens: Count | None = None  # the first so many ids of the data alone
     micro_batch: Count = 64     # blocks per forward pass
     device: str | None = None   # cpu, cuda or cuda:N; default: cuda where there is one, else cpu
-    bf16: bool | None = None    # bf16 weights; default: where the hardware multiplies in bf16
+    bf16: bool | None = None    # bf16 weights; default: where that is faster
 
 
 @dataclass
@@ -82,7 +82,7 @@ class Score(Checked):
     batch_size: Count = 32      # of the reference's training: blocks per optimizer step
     micro_batch: Count = 64     # blocks per forward pass
     device: str | None = None   # cpu, cuda or cuda:N; default: cuda where there is one, else cpu
-    bf16: bool | None = None    # default: where the hardware multiplies in bf16
+    bf16: bool | None = None    # default: where that is faster
 
 
 # ------------------------------------------------------------------------------------ work that can be killed

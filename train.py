@@ -107,7 +107,7 @@ class Config(Checked):
     fractions: Annotated[str, float, "(0, 1)"] = ""     # of the budget, as 0.25,0.5: to save models there too
     device: str | None = None           # cpu, cuda or cuda:N; default: cuda where there is one, else cpu
     compile: bool | None = None         # torch.compile; default: on CUDA only
-    bf16: bool | None = None            # bf16 autocast; default: where the hardware multiplies in bf16
+    bf16: bool | None = None            # bf16 autocast; default: where that is faster
 
     def check(self):
         """What the fields ask of each other, and of the number of processes."""

@@ -19,6 +19,7 @@ from kd_losses import AS_RELEASED, STRATEGIES, mobilebert_stage
 from model import BertConfig, BertForMaskedLM
 from plumbing import checkpoint
 from plumbing.cli import UserError
+from plumbing.device import multiplies_in_bf16
 from plumbing.files import sha256
 from step import Arm, flops_per_block, make_arm
 
@@ -114,6 +115,19 @@ def test_the_layout_for_a_gpu_trains_the_same_student(tiny, corpus, monkeypatch,
     # AdamW's first steps are the gradient's sign: where that is nothing but rounding (keys' biases), they may differ
     far = [name for name in ours if "key.bias" not in name and (ours[name] - theirs[name]).abs().max() > 1e-3]
     assert not far
+
+
+@pytest.mark.parametrize("able, expected", [
+    (dict(cpu_name="Intel Xeon", avx512_bf16=True, amx_bf16=True), True),
+    (dict(cpu_name="Intel Xeon", avx512_bf16=True, amx_bf16=False), False),        # half the speed of its fp32
+    (dict(cpu_name="AMD EPYC", avx512_bf16=True), True),
+    (dict(cpu_name="AMD EPYC"), False),
+    (dict(), False)])
+def test_a_cpu_computes_in_bf16_where_that_is_faster(monkeypatch, able, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    cpu = torch.device("cpu")
+    assert multiplies_in_bf16(cpu) is expected
+    assert multiplies_in_bf16(cpu, True) is True and multiplies_in_bf16(cpu, False) is False
 
 
 def test_of_what_bf16_leaves_in_fp32_on_a_gpu_forwards_and_backwards_run_in_tf32(tiny, corpus, monkeypatch):
