@@ -236,7 +236,7 @@ class Strategy(NamedTuple):
     terms: dict                 # name -> Term
     peak_lr: float = 5e-4       # the paper's: 1e-3 for No-KD, 5e-4 for KD (arXiv 2404.19319, appendix)
     tau: float = 1.0            # temperature
-    init: str = "random"        # or "teacher": every so-many-th layer of it; or "embeddings": of the teacher
+    init: str = "random"        # or "teacher": some of its layers; or "embeddings": of the teacher
     same_heads: bool = False    # compares attention head by head
     same_width: bool = False    # compares hidden states without a projection
     train_layers: tuple = ()    # of the student, from 0: they train and nothing else does; () for everything

@@ -454,11 +454,12 @@ def check_teacher(config, student, teacher, head):
 
 
 def start_from(student, teacher, layers=(), head=True, whole=True):
-    """Copies embeddings, LM head and these layers of the teacher, or every so-many-th: 0, 2, 4, ... for half
-    its depth; the embeddings alone if not `whole`.  Says what was copied.  `head`: whether the teacher has an
-    LM head."""
-    depth, weights, prefix = student.config.num_hidden_layers, teacher.state_dict(), "bert.encoder.layer."
-    layers = layers or [i * teacher.config.num_hidden_layers // depth for i in range(depth)]
+    """Copies embeddings, LM head and these layers of the teacher, or its first, its last and between them evenly
+    (12 to 6: 0, 2, 4, 7, 9, 11, as DistilBERT's released script); the embeddings alone if not `whole`.  Says what was
+    copied.  `head`: whether the teacher has an LM head."""
+    last, steps = teacher.config.num_hidden_layers - 1, student.config.num_hidden_layers - 1
+    weights, prefix = teacher.state_dict(), "bert.encoder.layer."
+    layers = layers or [(2 * i * last + steps) // max(1, 2 * steps) for i in range(steps + 1)]      # half: rounded up
     for name, p in student.state_dict().items():
         if not (name.startswith("bert.embeddings.") or whole and (head or name.startswith(prefix))):
             continue

@@ -77,7 +77,7 @@ class Config(Checked):
     ledger: Literal["full", "amortised"] = "full"   # what the budget pays of these two: all, or a share
     out: str | None = None              # run directory; default: runs/STRATEGY
     init: Literal["random", "teacher"] | None = None    # teacher: its weights; default: the strategy's
-    init_layers: Annotated[str, int, "[0, inf)"] | None = None  # of the teacher, from 0; default: evenly
+    init_layers: Annotated[str, int, "[0, inf)"] | None = None  # of the teacher, from 0; default: first, last, evenly
     init_std: Positive = 0.02           # standard deviation of random initial weights
     seed: Seed = 0                      # initial weights, data order, masks, dropout
     seq_len: Lengths = 128              # S, positions in a block; or in turn, each to a share: 32:0.5,128

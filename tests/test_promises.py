@@ -450,21 +450,21 @@ def test_each_strategy_compares_the_layers_that_it_says(run, name, changes, expe
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 4, 5])
-def test_a_student_from_the_teacher_starts_with_every_so_many_th_layer(run, make_teacher, fair, watched, depth):
-    """--init teacher copies the layers floor(i x teacher's depth / student's), the embeddings and the LM head."""
+def test_a_student_from_the_teacher_starts_with_its_first_and_last_layer_and_evenly_between(run, make_teacher, fair, watched, depth):
+    """--init teacher copies the teacher's first layer, its last and evenly between, the embeddings and the LM head."""
     if not hasattr(make_teacher, "five"):
         make_teacher.five = make_teacher("5L32", 1)
     seen = watched(fair(init="teacher", teacher=str(make_teacher.five), size=f"{depth}L32", budget_steps=1))
     teacher = checkpoint.load_mlm(make_teacher.five).model.state_dict()
-    layers = {1: [0], 2: [0, 2], 3: [0, 1, 3], 4: [0, 1, 2, 3], 5: [0, 1, 2, 3, 4]}[depth]
+    layers = {1: [0], 2: [0, 4], 3: [0, 2, 4], 4: [0, 1, 3, 4], 5: [0, 1, 2, 3, 4]}[depth]
     for p, name in seen.names().items():
         theirs = re.sub(r"layer\.(\d+)\.", lambda m: f"layer.{layers[int(m[1])]}.", name)
         assert torch.equal(seen.first[p], teacher[theirs]), name
 
 
 @pytest.mark.parametrize("teacher, student, expected", [
-    (12, 6, [0, 2, 4, 6, 8, 10]), (12, 4, [0, 3, 6, 9]), (12, 5, [0, 2, 4, 7, 9]), (24, 12, list(range(0, 24, 2))),
-    (24, 7, [0, 3, 6, 10, 13, 17, 20])])
+    (12, 6, [0, 2, 4, 7, 9, 11]), (12, 4, [0, 4, 7, 11]), (12, 5, [0, 3, 6, 8, 11]), (6, 3, [0, 3, 5]), (4, 2, [0, 3]),
+    (24, 12, [0, 2, 4, 6, 8, 10, 13, 15, 17, 19, 21, 23]), (24, 7, [0, 4, 8, 12, 15, 19, 23]), (4, 1, [0])])
 def test_the_layers_that_deeper_teachers_give(teacher, student, expected):
     """The same for the depths that people have."""
     of = {layers: BertForMaskedLM(BertConfig.of_size(f"{layers}L8", 1, vocab_size=8, max_position_embeddings=8))
