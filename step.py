@@ -453,13 +453,17 @@ def check_teacher(config, student, teacher, head):
                         f"positions only")
 
 
+def evenly(deep, depth):
+    """So many of `deep` layers: the first, the last and evenly between, halves rounded up; the first of one."""
+    return [(2 * i * (deep - 1) + depth - 1) // max(1, 2 * (depth - 1)) for i in range(depth)]
+
+
 def start_from(student, teacher, layers=(), head=True, whole=True):
     """Copies embeddings, LM head and these layers of the teacher, or its first, its last and between them evenly
     (12 to 6: 0, 2, 4, 7, 9, 11, as DistilBERT's released script); the embeddings alone if not `whole`.  Says what was
     copied.  `head`: whether the teacher has an LM head."""
-    last, steps = teacher.config.num_hidden_layers - 1, student.config.num_hidden_layers - 1
     weights, prefix = teacher.state_dict(), "bert.encoder.layer."
-    layers = layers or [(2 * i * last + steps) // max(1, 2 * steps) for i in range(steps + 1)]      # half: rounded up
+    layers = layers or evenly(teacher.config.num_hidden_layers, student.config.num_hidden_layers)
     for name, p in student.state_dict().items():
         if not (name.startswith("bert.embeddings.") or whole and (head or name.startswith(prefix))):
             continue

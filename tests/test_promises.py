@@ -450,7 +450,7 @@ def test_each_strategy_compares_the_layers_that_it_says(run, name, changes, expe
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 4, 5])
-def test_a_student_from_the_teacher_starts_with_its_first_and_last_layer_and_evenly_between(run, make_teacher, fair, watched, depth):
+def test_a_student_from_the_teacher_starts_with_its_first_and_last_layer(run, make_teacher, fair, watched, depth):
     """--init teacher copies the teacher's first layer, its last and evenly between, the embeddings and the LM head."""
     if not hasattr(make_teacher, "five"):
         make_teacher.five = make_teacher("5L32", 1)
