@@ -763,7 +763,7 @@ def test_a_dev_set_is_classified_the_same_in_transformers(name, real_data, tmp_p
                      torch.device("cpu"), name, glue.TASKS[name], parts, lambda line: None)
     np.save(tmp_path / "c.npy", ft.fit(setup, tmp_path / "c.json", 32, 1e-3, 0)[1])
     assert_same_in_transformers(tmp_path / "c", dev)
-    assert name == "stsb" or len(set(np.load(tmp_path / "c.npy").argmax(-1))) == 2      # else equality says little
+    assert np.ptp(np.load(tmp_path / "c.npy"), axis=0).min() > 0.1                      # else equality says little
 
 
 # ---------------------------------------------------------------------------------------------------------- speed

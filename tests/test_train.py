@@ -342,10 +342,10 @@ def test_a_teacher_without_a_head_serves_who_needs_none(tiny, corpus, tmp_path):
     assert train.train(tiny(strategy="minilm", **encoder), **QUIET)["teacher_mlm"] is None
 
 
-def test_a_student_from_the_teacher_has_its_every_second_layer(tiny, narrow_teacher, corpus):
+def test_a_student_from_the_teacher_has_its_first_and_its_last_layer(tiny, narrow_teacher, corpus):
     arm = make_arm(tiny(init="teacher"), TokenDirectory(corpus))
     teacher = checkpoint.load_mlm(narrow_teacher).model
-    pairs = zip([*arm.student.bert.encoder["layer"]], [teacher.bert.encoder["layer"][i] for i in (0, 2)], strict=True)
+    pairs = zip([*arm.student.bert.encoder["layer"]], [teacher.bert.encoder["layer"][i] for i in (0, 3)], strict=True)
     ends = (arm.student.cls, teacher.cls), (arm.student.bert.embeddings, teacher.bert.embeddings)
     for ours, theirs in [*pairs, *ends]:
         assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
