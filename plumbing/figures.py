@@ -81,7 +81,7 @@ def of_layers(plt, path):
     """What a published encoder keeps of its similarity when some of its layers are left, by which they are."""
     of = record("layers")
     fig, axis = plt.subplots(layout="constrained", figsize=(6.5, 3.8))
-    last, default = of["layers"] - 1, []
+    last, depths = of["layers"] - 1, sorted({len(row["layers"]) for row in of["rows"]})
     kinds = {"the first and the last are kept": lambda kept: {0, last} <= {*kept},
              "the last is kept, the first is not": lambda kept: last in kept and 0 not in kept,
              "the last is deleted": lambda kept: last not in kept}
@@ -89,15 +89,13 @@ def of_layers(plt, path):
         rows, look = [row for row in of["rows"] if fits(row["layers"])], report.curve_look(i)
         axis.plot([row["dev"] for row in rows], [len(row["layers"]) + 0.12 * (1 - i) for row in rows], linestyle="",
                   color=look["colour"], marker=look["marker"], label=kind)
-    for depth in sorted({len(row["layers"]) for row in of["rows"]}):
-        kept = evenly(of["layers"], depth)
-        default += [row["dev"] for row in of["rows"] if row["layers"] == kept]
-        axis.annotate(", ".join(map(str, kept)), (default[-1], depth + 0.12), xytext=(0, 6), ha="center", fontsize=8,
+    for kept in (evenly(of["layers"], depth) for depth in depths):
+        value, = (row["dev"] for row in of["rows"] if row["layers"] == kept)
+        axis.annotate(", ".join(map(str, kept)), (value, len(kept) + 0.12), xytext=(0, 6), ha="center", fontsize=8,
                       textcoords="offset points")
     axis.axvline(of["similarity"], color="0.4", linewidth=0.8, zorder=0)
     axis.annotate("all of its layers", (of["similarity"], 0.02), xycoords=("data", "axes fraction"), rotation=90,
                   fontsize=8, color="0.3", ha="right", va="bottom")
-    depths = sorted({len(row["layers"]) for row in of["rows"]})
     axis.set_yticks(depths, [f"{depth} layers" for depth in depths])
     axis.set(xlabel="zero-shot STS-B dev, Spearman x 100; nothing is trained", ylim=(depths[0] - 0.4, depths[-1] + 0.5))
     axis.legend(fontsize=8, loc="upper left")
