@@ -37,15 +37,14 @@ import torch
 from torch.nn.functional import mse_loss
 
 import train
+from comparison.report import markdown
 from data import SPECIAL, Blocks, loader_rate
-from kd_losses import AS_RELEASED, PHASED, STRATEGIES
 from model import BertConfig, BertForMaskedLM
 from offline import packed
 from plumbing.artefact import TeacherCache
 from plumbing.cli import Checked, Count, Length, NotNegative, Share, UserError, run
 from plumbing.device import choose_device, keep_freed_memory, multiplies_in_bf16
 from plumbing.files import write_json
-from plumbing.report import markdown
 from plumbing.screen import peak_flops
 from step import (
     Arm,
@@ -55,6 +54,7 @@ from step import (
     flops_per_block,
     memory_told,
 )
+from strategies import AS_RELEASED, PHASED, STRATEGIES
 
 PAPERS_RATIO, CACHED, DRAWS = 1.8, "vanilla_kd+cached", 50
 

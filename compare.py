@@ -33,10 +33,13 @@ import torch
 import finetune_glue
 import offline
 import train
+from comparison import jobs, report, timing
+from comparison.demonstration import demonstrated, look
+from comparison.merge import merged
+from comparison.timing import Progress, duration
 from data import Blocks, TokenDirectory
-from kd_losses import PHASED, STRATEGIES
 from model import BertConfig
-from plumbing import checkpoint, glue, jobs, report, timing
+from plumbing import checkpoint, glue
 from plumbing.artefact import register
 from plumbing.budget import UNITS, one_budget
 from plumbing.cli import (
@@ -57,13 +60,11 @@ from plumbing.cli import (
     run,
     writable,
 )
-from plumbing.demonstration import demonstrated, look
 from plumbing.device import choose_device
 from plumbing.files import read_json, share_runs, write_json, write_whole
-from plumbing.merge import merged
 from plumbing.rundir import contents
-from plumbing.timing import Progress, duration
 from step import check_teacher, fitting_micro_batch, initial_student, start_from, student_shape
+from strategies import PHASED, STRATEGIES
 
 
 @dataclass

@@ -277,7 +277,7 @@ def describe(path, config):
                 ("min", "10%", "median", "90%", "max"), quantiles, strict=True))
                 + f" ids; mean {lengths.mean():,.0f}")
     if config.baselines:
-        import diagnose  # which imports this file
+        from plumbing import diagnose  # which imports this file
         diagnose.diagnose(directory, diagnose.Config([path], seq_len=config.seq_len))
     if not (config.show or config.loader):
         return

@@ -36,12 +36,12 @@ from tqdm import tqdm
 
 import train
 from data import Blocks, TokenDirectory, hashed
-from diagnose import token_losses
 from model import BertForMaskedLM
 from plumbing import checkpoint
 from plumbing.artefact import BLOCK, POSITION, fingerprint, hardware, pair
 from plumbing.cli import Checked, Count, Fraction, Length, Positive, Seed, UserError, fail, run, writable
 from plumbing.device import choose_device, multiplies_in_bf16, ready_process
+from plumbing.diagnose import token_losses
 from plumbing.files import read_json, sha256, share, write_json
 from plumbing.rundir import contents
 

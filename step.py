@@ -18,14 +18,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import Batch, hashed
-from diagnose import d_order, validation
-from kd_losses import STRATEGIES, Context, loss_terms, projections, relation_head_count
 from model import BertConfig, BertForMaskedLM
 from plumbing import checkpoint
 from plumbing.artefact import CachedBatch, like_cached
 from plumbing.budget import Stopped
 from plumbing.cli import UserError, numbers
 from plumbing.device import choose_device, multiplies_in_bf16, ready_process
+from plumbing.diagnose import d_order, validation
+from strategies import STRATEGIES, Context, loss_terms, projections, relation_head_count
 
 
 class Ranks:

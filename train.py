@@ -32,7 +32,6 @@ from typing import Annotated, Literal
 import torch
 
 from data import Blocks, TokenDirectory, prefetch
-from kd_losses import AS_RELEASED, parts, phases_of
 from plumbing.artefact import Offline, arm_of, from_cache, refuse
 from plumbing.budget import Budget, Stages, Stopped, one_budget, stop_signals
 from plumbing.cli import (
@@ -53,6 +52,7 @@ from plumbing.rehearsal import rehearse
 from plumbing.rundir import Run, begun, contents, finished
 from plumbing.screen import what_next
 from step import Ranks, fitting_micro_batch, make_arm, memory_told
+from strategies import AS_RELEASED, parts, phases_of
 
 FEW_BLOCKS = 32             # under so many validation blocks, a warning
 MASK_STAIRS = 6             # mask rates from the first to the last: few shapes, of which each is compiled
@@ -60,7 +60,7 @@ MASK_STAIRS = 6             # mask rates from the first to the last: few shapes,
 
 @dataclass
 class Config(Checked):
-    strategy: str = "no_kd"             # of kd_losses.STRATEGIES; or phases: tinybert:0.3/no_kd
+    strategy: str = "no_kd"             # of strategies.STRATEGIES; or phases: tinybert:0.3/no_kd
     budget_hours: Positive | None = None    # the budget, in hours on the clock described above
     budget_flops: Positive | None = None    # or in matmul FLOPs of student and teacher
     budget_tokens: Count | None = None  # or in tokens
@@ -158,7 +158,7 @@ class Config(Checked):
 
     @property
     def phases(self):
-        """[kd_losses.Phase], with the run's own temperature, weights, block lengths and mask rates."""
+        """[strategies.Phase], with the run's own temperature, weights, block lengths and mask rates."""
         phases = phases_of(self.strategy, int(re.match(r"\d*", self.size)[0] or 1), self.as_released)
         weights = term_weights(self.weights, {name for phase in phases for name in phase.strategy.terms})
 

@@ -24,11 +24,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from comparison.report import MARKERS, curve_look
 from finetune_glue import embedded
 from plumbing.checkpoint import find_model, framed, load_mlm, read_tokenizer
 from plumbing.cli import UserError, in_turn, run
 from plumbing.files import write_whole
-from plumbing.report import MARKERS, curve_look
 from plumbing.screen import RECENT, amount, changes, spent
 
 UNITS = {"hours": "charged hours", "flops": "FLOPs", "tokens": "tokens", "steps": "steps"}

@@ -18,12 +18,12 @@ def interval(ours, theirs):
 
 
 def patient_kd():
-    """3. Patient-KD (Sun 2019, arXiv 1908.09355) as a kd_losses.Strategy with three terms:
+    """3. Patient-KD (Sun 2019, arXiv 1908.09355) as a strategies.Strategy with three terms:
 
         mlm + soft_ce + 10 patient,
         patient = sum over inner layers, mean over B, of || h_s / ||h_s|| - h_t / ||h_t|| ||^2
 
     h (D,) is the hidden state of [CLS].
- Inner layers: kd_losses.uniform's pairs without the last.  It needs
+ Inner layers: strategies.uniform's pairs without the last.  It needs
     equal widths."""
     raise NotImplementedError

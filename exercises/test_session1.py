@@ -3,18 +3,9 @@ import session1
 import torch
 import torch.nn.functional as F
 
-from kd_losses import (
-    STRATEGIES,
-    Context,
-    attention_kl,
-    attention_mse,
-    loss_terms,
-    masked_lm_loss,
-    projections,
-    soft_cross_entropy,
-    soft_kl,
-)
+from kd_losses import attention_kl, attention_mse, masked_lm_loss, soft_cross_entropy, soft_kl
 from model import BertConfig, BertForMaskedLM
+from strategies import STRATEGIES, Context, loss_terms, projections
 
 
 def rand(*shape):

@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import kd_losses as kd
+import strategies
 from model import BertConfig, BertForMaskedLM
 
 
@@ -17,7 +18,7 @@ def rand(*shape):
 @functools.cache
 def flops(name):
     """What torch counts in one training step on one block, on tensors without memory."""
-    strategy = kd.STRATEGIES[name].between(6, 12)
+    strategy = strategies.STRATEGIES[name].between(6, 12)
     with torch.device("meta"), FlopCounterMode(display=False) as counted:
         student, teacher = (BertForMaskedLM(BertConfig.of_size(size)) for size in ("6L768", "12L768"))
         ids, masked, labels = (torch.zeros(shape, dtype=torch.long) for shape in ((1, 128), (1, 19), 19))
@@ -25,7 +26,7 @@ def flops(name):
         if want := strategy.want("teacher"):
             with torch.no_grad():
                 t = teacher(ids, masked, want=want)
-        kd.loss_terms(strategy, s, t, kd.Context(labels, 1.0, 48, torch.nn.ModuleDict()))[0].backward()
+        strategies.loss_terms(strategy, s, t, strategies.Context(labels, 1.0, 48, torch.nn.ModuleDict()))[0].backward()
     return counted.get_total_flops()
 
 
@@ -52,7 +53,7 @@ def test_3_patient_kd():
     ids, masked, labels = torch.randint(50, (4, 16)), torch.arange(3).expand(4, 3), torch.randint(50, (12,))
     s = student(ids, masked, want=strategy.want("student"))
     t = teacher(ids, masked, want=strategy.want("teacher"))
-    total, terms = kd.loss_terms(strategy, s, t, kd.Context(labels, 1.0, 1, torch.nn.ModuleDict()))
+    total, terms = strategies.loss_terms(strategy, s, t, strategies.Context(labels, 1.0, 1, torch.nn.ModuleDict()))
     patient = 0
     for l_s, l_t in ((0, 1), (1, 3)):           # TinyBERT's map, without the last pair
         h_s, h_t = (m(ids, want=[("hidden", i)])["hidden", i] for m, i in ((student, l_s), (teacher, l_t)))

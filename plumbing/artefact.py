@@ -18,10 +18,10 @@ import numpy as np
 import torch
 
 from data import Blocks, hashed
-from kd_losses import SAMPLED_CE, SOFT_CE
 from plumbing.cli import UserError
 from plumbing.files import sha256, write_json
 from plumbing.rundir import NOT_THE_RUN, contents
+from strategies import SAMPLED_CE, SOFT_CE
 
 NOT_ANOTHER = ("ledger", "micro_batch", "device", "teacher_cache")     # the same run, all the same
 BLOCK = np.dtype([("offset", "<u8"), ("hash", "<u8")])

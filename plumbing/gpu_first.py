@@ -26,12 +26,12 @@ import torch.nn.functional as F
 import bench_throughput
 import train
 from data import Blocks
-from kd_losses import STRATEGIES
 from model import BertForMaskedLM
 from plumbing import checkpoint
 from plumbing.cli import Checked, UserError, run, writable
 from plumbing.device import ready_process
 from step import Arm
+from strategies import STRATEGIES
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--size", "2L32", "--heads", "2", "--seq-len", "32", "--batch-size", "8", "--val-blocks", "8"]

@@ -19,9 +19,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import diagnose
 from data import Blocks, hashed
-from plumbing import glue
+from plumbing import diagnose, glue
 
 EXAMPLES = 10_000                               # of a task's training examples, at most: seconds per task
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)     # C of the logistic regression; its inverse is the ridge's alpha

@@ -11,10 +11,10 @@ import time
 
 import torch
 
-from diagnose import counting, validation, where_it_stands
 from plumbing import checkpoint
 from plumbing.budget import Stopped
 from plumbing.cli import UserError, flag_of, numbers
+from plumbing.diagnose import counting, validation, where_it_stands
 from plumbing.files import read_json, sha256, write_json
 from plumbing.screen import Screen, changes
 

@@ -20,8 +20,8 @@ PLACEHOLDER = re.compile(r"\b(TODO|FIXME|XXX|TBD|[A-Z]+_(SECONDS|TABLE|WORDS))\b
 NUMBER = r"\d+(?:,\d{3})+|[-+]?\d+\.\d+"
 
 
-PROGRAMS = ("train", "prepare", "data", "finetune_glue", "compare", "bench_throughput", "watch", "diagnose",
-            "plumbing.gpu_first", "plumbing.figures", "offline cache", "offline score")
+PROGRAMS = ("train", "prepare", "data", "finetune_glue", "compare", "bench_throughput", "watch", "plumbing.diagnose",
+            "plumbing.gpu_first", "comparison.figures", "offline cache", "offline score")
 FOREIGN = ("--nproc-per-node", "--logdir")          # torchrun's, tensorboard's
 
 

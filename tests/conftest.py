@@ -20,6 +20,7 @@ import kd_losses
 import model
 import prepare
 import step
+import strategies
 import train
 
 
@@ -191,7 +192,9 @@ def watching(on=lambda kind: None):
         m.setattr(step, "d_order", lambda *_: 0.0)                      # its passes are over blocks in another order
         m.setattr(model, "dropout", lambda x, p: seen.dropped(x, p, dropout(x, p)))
         for name in LOSSES:
-            m.setattr(kd_losses, name, seen.spy(name, getattr(kd_losses, name)))
+            spy = seen.spy(name, getattr(kd_losses, name))
+            m.setattr(kd_losses, name, spy)
+            m.setattr(strategies, name, spy)
         try:
             yield seen
         finally:

@@ -1,7 +1,7 @@
 """How many small wrong changes does the suite notice?  cosmic-ray makes them, one at a time, in a copy of the tree.
 
     python tests/mutate.py --sample 90          # minutes to hours; not part of the test run
-    python tests/mutate.py --modules plumbing/report.py  # every mutant of one file
+    python tests/mutate.py --modules comparison/report.py  # every mutant of one file
 
 A mutant is killed when one of the fast tests that belong to its file fails, or uses up its CPU time.  Each runs in a
 fork of this process, in which torch is imported already.  Read docs/tests.md for what to make of the survivors.
@@ -34,7 +34,7 @@ SCOPE = {
     "data.py": ("test_data test_promises", "test_data or reach_the_loop or reads or same_blocks", "-describe|main"),
     "step.py": ("test_promises test_train test_switches test_phases test_bench", "test", None),
     "train.py": ("test_promises test_train test_switches test_reliability", "test", None),
-    "plumbing/report.py": ("test_report test_promises", "test_report or by_seed", "-figure|"),    # nor constants
+    "comparison/report.py": ("test_report test_promises", "test_report or by_seed", "-figure|"),    # nor constants
     "plumbing/glue.py": ("test_finetune_glue", "metrics or constant or collapsed",
                          "accuracy|f1|matthews|pearson|spearman|ranks|evaluate"),
 }

@@ -13,10 +13,10 @@ import bench_throughput as bench
 import model
 import train
 from data import Blocks, TokenDirectory
-from kd_losses import AS_RELEASED, STRATEGIES, loss_terms
 from model import BertForMaskedLM
 from plumbing import cli, gpu_first
 from step import Arm, flops_per_block, make_arm
+from strategies import AS_RELEASED, STRATEGIES, loss_terms
 
 TINY = bench.Config(size="2L32", teacher_size="3L48", heads=None, vocab_size=300, seq_len=32, batch_size=8,
                     micro_batch=4, strategies="vanilla_kd,minilmv2", seconds=0.0, device="cpu", bf16=False)

@@ -20,9 +20,10 @@ import compare
 import finetune_glue
 import prepare
 import train
+from comparison import demonstration, report, timing
 from conftest import TINY, text
 from data import TokenDirectory
-from plumbing import checkpoint, demonstration, glue, report, timing
+from plumbing import checkpoint, glue
 from plumbing.cli import UserError
 
 

@@ -7,8 +7,9 @@ import pytest
 
 import compare
 import prepare
+from comparison import demonstration
 from conftest import text
-from plumbing import checkpoint, demonstration
+from plumbing import checkpoint
 from plumbing.cli import UserError
 
 

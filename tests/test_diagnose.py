@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-import diagnose
 from data import Batch, Blocks, TokenDirectory
-from diagnose import Config, counting, d_order, permuted, repeated, token_losses, validation, where_it_stands
-from plumbing import checkpoint
+from plumbing import checkpoint, diagnose
 from plumbing.cli import UserError
+from plumbing.diagnose import Config, counting, d_order, permuted, repeated, token_losses, validation, where_it_stands
 
 
 @pytest.fixture(scope="module")

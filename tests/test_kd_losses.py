@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import kd_losses as kd
+import strategies as st
 import train
 from data import TokenDirectory
 from step import make_arm
@@ -329,8 +330,8 @@ def leaves(value):
     return value if isinstance(value, tuple) else (value,)
 
 
-EVERY = [*kd.STRATEGIES.items(), *((f"{name} as released", s) for name, s in kd.AS_RELEASED.items()),
-         ("mobilebert stage", kd.mobilebert_stage(1))]
+EVERY = [*st.STRATEGIES.items(), *((f"{name} as released", s) for name, s in st.AS_RELEASED.items()),
+         ("mobilebert stage", st.mobilebert_stage(1))]
 
 
 @pytest.mark.parametrize("name, strategy", EVERY)
@@ -340,10 +341,10 @@ def test_gradient_reaches_what_a_strategy_asks_for_and_no_teacher(name, strategy
     s, t = side(width, strategy.want("student")), side(12, strategy.want("teacher"))
     for x in sum(map(leaves, (*s.values(), *t.values())), ()):
         x.requires_grad_()
-    proj = kd.projections(strategy, width, 12).double()
-    context = kd.Context(torch.randint(0, V, (M,)), strategy.tau, 3, proj)
+    proj = st.projections(strategy, width, 12).double()
+    context = st.Context(torch.randint(0, V, (M,)), strategy.tau, 3, proj)
     frozen = {need: tuple(x.detach() for x in v) if isinstance(v, tuple) else v.detach() for need, v in t.items()}
-    total, terms = kd.loss_terms(strategy, s, frozen, context)
+    total, terms = st.loss_terms(strategy, s, frozen, context)
     total.backward()
     assert total.item() == pytest.approx(sum(term.weight * terms[n].item() for n, term in strategy.terms.items()))
     reached = {need for need, value in s.items() if any(x.grad is not None for x in leaves(value))}
@@ -358,7 +359,7 @@ def test_gradient_reaches_what_a_strategy_asks_for_and_no_teacher(name, strategy
     ("minilm", {"attn": 1, "value": 1}), ("minilmv2", {"qq": 1, "kk": 1, "vv": 1}),
     ("tinybert_layers", {"embd": 1, "attn": 1, "hidn": 1}), ("minilmv2_mlm", {"mlm": 1, "qq": 1, "kk": 1, "vv": 1})])
 def test_the_terms_and_weights_of_each_strategy(name, expected):
-    assert {n: term.weight for n, term in kd.STRATEGIES[name].terms.items()} == expected
+    assert {n: term.weight for n, term in st.STRATEGIES[name].terms.items()} == expected
 
 
 def test_a_strategy_computes_its_formula_from_the_outputs():
@@ -391,7 +392,7 @@ def test_a_strategy_computes_its_formula_from_the_outputs():
     assert set(by_hand) == {name for name, _ in EVERY}
     for name, strategy in EVERY:
         strategy = strategy.between(2, 4)
-        total, _ = kd.loss_terms(strategy, s, t, kd.Context(labels, strategy.tau, 3, torch.nn.ModuleDict()))
+        total, _ = st.loss_terms(strategy, s, t, st.Context(labels, strategy.tau, 3, torch.nn.ModuleDict()))
         assert total.item() == pytest.approx(by_hand[name].item(), rel=1e-12), name
 
 
@@ -399,15 +400,15 @@ def test_a_strategy_computes_its_formula_from_the_outputs():
     (768, 768, 48), (1024, 1024, 64), (768, 1024, 64), (312, 768, 24), (384, 768, 48), (128, 128, 8), (32, 48, 2),
     (7, 48, 1), (8, 8, 1)])
 def test_relation_heads(width_s, width_t, expected):
-    assert kd.relation_head_count(width_s, width_t) == expected
+    assert st.relation_head_count(width_s, width_t) == expected
 
 
 def test_layer_maps_meet_at_the_last_layer_and_count_evenly():
     """TinyBERT's g(m) = 3 m for 4 of 12 layers (arXiv 1909.10351, section 4.2), here from 0."""
-    assert kd.uniform(4, 12) == ((0, 2), (1, 5), (2, 8), (3, 11)) and kd.uniform(2, 3) == ((0, 1), (1, 2))
+    assert st.uniform(4, 12) == ((0, 2), (1, 5), (2, 8), (3, 11)) and st.uniform(2, 3) == ((0, 1), (1, 2))
     for depth_s in range(1, 13):
         for depth_t in range(1, 25):
-            pairs = kd.uniform(depth_s, depth_t)
+            pairs = st.uniform(depth_s, depth_t)
             assert [l_s for l_s, _ in pairs] == list(range(depth_s)) and pairs[-1][1] == depth_t - 1
             assert all(0 <= l_t and 0 <= l_t + 1 - (l_s + 1) * depth_t / depth_s < 1 for l_s, l_t in pairs)
 
@@ -422,8 +423,8 @@ def test_between_two_depths_every_pair_is_a_pair_of_numbers_and_says_so():
     moved = {name: strategy.between(2, 24, teacher_layer=3).want("teacher") for name, strategy in EVERY}
     assert moved["tinybert"] == ("embedding", ("qkv", 3), ("hidden", -1)) and moved["minilmv2"] == (("qkv", 3),)
     assert {("qkv", 0), ("qkv", 3)} < set(moved["tinybert as released"]) and moved["no_kd"] == ()
-    assert kd.STRATEGIES["minilmv2"].between(2, 24).want("teacher") == (("qkv", 20),)
-    assert kd.AS_RELEASED["minilm"].between(2, 24).terms["qq"].layers == kd.LAST
+    assert st.STRATEGIES["minilmv2"].between(2, 24).want("teacher") == (("qkv", 20),)
+    assert st.AS_RELEASED["minilm"].between(2, 24).terms["qq"].layers == st.LAST
 
 
 def test_a_strategy_is_added_as_the_docstring_says(tiny, narrow_teacher, monkeypatch, tmp_path):
@@ -432,11 +433,11 @@ def test_a_strategy_is_added_as_the_docstring_says(tiny, narrow_teacher, monkeyp
     def patient_mse(h_s, h_t):
         h_s, h_t = (torch.nn.functional.normalize(h[:, 0], dim=-1) for h in (h_s, h_t))             # (B, D)
         return (h_s - h_t).square().sum(-1).mean()
-    patient = kd.Term(lambda s, t, c: patient_mse(s["hidden"], t["hidden"]), ("hidden",), ("hidden",),
+    patient = st.Term(lambda s, t, c: patient_mse(s["hidden"], t["hidden"]), ("hidden",), ("hidden",),
                       "normalised [CLS], sum over inner layers; mean over B", weight=10.0,
-                      layers=lambda depth_s, depth_t: kd.uniform(depth_s, depth_t)[:-1])
-    monkeypatch.setitem(kd.STRATEGIES, "patient_kd", kd.Strategy(
-        {"mlm": kd.MLM, "soft_ce": kd.SOFT_CE, "patient": patient}, same_width=True))
+                      layers=lambda depth_s, depth_t: st.uniform(depth_s, depth_t)[:-1])
+    monkeypatch.setitem(st.STRATEGIES, "patient_kd", st.Strategy(
+        {"mlm": st.MLM, "soft_ce": st.SOFT_CE, "patient": patient}, same_width=True))
 
     said, config = [], tiny(strategy="patient_kd", size="3L32", teacher=str(narrow_teacher))
     summary = train.train(config, say=said.append)
@@ -456,11 +457,11 @@ def test_a_strategy_is_added_as_the_docstring_says(tiny, narrow_teacher, monkeyp
 
 def test_a_term_may_look_at_every_position(tiny, monkeypatch):
     """Soft targets at all positions, as DistilBERT's own; the teacher's head is asked for and the student's trained."""
-    soft = kd.Term(lambda s, t, c: kd.soft_cross_entropy(s["all_logits"], t["all_logits"], c.tau), ("all_logits",),
+    soft = st.Term(lambda s, t, c: kd.soft_cross_entropy(s["all_logits"], t["all_logits"], c.tau), ("all_logits",),
                    ("all_logits",), "everywhere")
-    monkeypatch.setitem(kd.STRATEGIES, "everywhere", kd.Strategy({"soft": soft, "mlm": kd.MLM}))
+    monkeypatch.setitem(st.STRATEGIES, "everywhere", st.Strategy({"soft": soft, "mlm": st.MLM}))
     config = tiny(strategy="everywhere")
-    assert kd.Strategy({"soft": soft}).trains_lm_head and config.phases[0].strategy.needs_teachers_head
+    assert st.Strategy({"soft": soft}).trains_lm_head and config.phases[0].strategy.needs_teachers_head
     arm = make_arm(config, TokenDirectory(config.data))
     ids, masked, labels = arm.dummy()
     total, terms = arm.forward(ids, masked, labels)

@@ -21,11 +21,11 @@ import prepare
 import train
 from conftest import log_of, text
 from data import SPECIAL, Blocks, TokenDirectory, hashed
-from diagnose import token_losses
 from kd_losses import sampled_cross_entropy, soft_cross_entropy
 from model import BertConfig
 from plumbing import artefact, checkpoint, sources
 from plumbing.cli import UserError
+from plumbing.diagnose import token_losses
 from step import flops_per_block
 
 SILENT = lambda line: None  # noqa: E731

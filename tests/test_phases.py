@@ -12,12 +12,12 @@ from test_reliability import OFTEN, command, final, interrupted
 import train
 from conftest import log_of
 from data import TokenDirectory
-from kd_losses import phases_of
 from model import BertConfig
 from plumbing import checkpoint
 from plumbing.budget import Budget
 from plumbing.cli import UserError
 from step import Arm, flops_per_block, initial_student, make_arm
+from strategies import phases_of
 
 QUIET = dict(say=lambda line: None)
 

@@ -5,10 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-import diagnose
 import finetune_glue as ft
 from data import Blocks, TokenDirectory, hashed
-from plumbing import checkpoint, glue, probe
+from plumbing import checkpoint, diagnose, glue, probe
 from plumbing.cli import UserError
 
 

@@ -21,13 +21,14 @@ import compare
 import finetune_glue
 import prepare
 import train
+from comparison import report
 from conftest import TINY, text, watching
 from data import TokenDirectory
-from kd_losses import AS_RELEASED, STRATEGIES
 from model import BertConfig, BertForMaskedLM
-from plumbing import checkpoint, glue, report
+from plumbing import checkpoint, glue
 from plumbing.cli import UserError
 from step import fitting_micro_batch, start_from
+from strategies import AS_RELEASED, STRATEGIES
 
 FAIR = TINY | dict(micro_batch=4, dropout=0.1, val_blocks=12, val_times=3, warmup=0.25, weight_decay=0.05,
                    peak_lr=None, budget_steps=8)

@@ -18,10 +18,10 @@ import torch
 import step as step_module
 import train
 from data import Blocks
-from kd_losses import STRATEGIES
 from plumbing import checkpoint
 from plumbing.cli import UserError
 from step import Arm
+from strategies import STRATEGIES
 
 ROOT = Path(train.__file__).parent
 QUIET = dict(say=lambda line: None)

@@ -4,7 +4,7 @@ import re
 import numpy as np
 import pytest
 
-from plumbing import figures, report
+from comparison import figures, report
 
 
 def result(strategy, seed, average, budget=1e12, unique=None, static=False, **other):

@@ -13,12 +13,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import diagnose
 import finetune_glue
 import train
 import watch
 from data import TokenDirectory
-from plumbing import rehearsal, screen
+from plumbing import diagnose, rehearsal, screen
 from plumbing.budget import Budget
 from plumbing.cli import UserError, parse
 from plumbing.screen import Screen

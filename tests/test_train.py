@@ -15,13 +15,13 @@ import model
 import step as step_module
 import train
 from data import TokenDirectory
-from kd_losses import AS_RELEASED, STRATEGIES, mobilebert_stage
 from model import BertConfig, BertForMaskedLM
 from plumbing import checkpoint
 from plumbing.cli import UserError
 from plumbing.device import multiplies_in_bf16
 from plumbing.files import sha256
 from step import Arm, flops_per_block, make_arm
+from strategies import AS_RELEASED, STRATEGIES, mobilebert_stage
 
 QUIET = dict(say=lambda line: None)
 

@@ -3,7 +3,7 @@ import statistics
 
 import torch.nn.functional as F
 
-from kd_losses import MLM, SOFT_CE, Strategy, Term, uniform
+from strategies import MLM, SOFT_CE, Strategy, Term, uniform
 
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 

@@ -1,12 +1,13 @@
 """The tour: one sentence through teacher, student and every loss, with real numbers.  Run it before you read
 the rest: as a whole, or cell by cell in an editor that knows `# %%`.
 
-    python tour.py
+    python exercises/tour.py
 
 Each loss is computed twice: by kd_losses.py, and here by hand in a line or two.  The two must agree to ten
 digits, or the tour stops.  It reads the teacher in teacher/, downloads nothing and takes seconds.
 """
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,20 +15,15 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
 from data import SPECIAL, Blocks
-from kd_losses import (
-    AS_RELEASED,
-    PHASED,
-    STRATEGIES,
-    Context,
-    loss_terms,
-    relation_head_count,
-    soft_cross_entropy,
-)
+from kd_losses import soft_cross_entropy
 from model import BertConfig, BertForMaskedLM
+from strategies import AS_RELEASED, PHASED, STRATEGIES, Context, loss_terms, relation_head_count
 from train import learning_rate
 
-TEACHER = Path("teacher")
+TEACHER = ROOT / "teacher"
 
 # %% 1. A sentence becomes numbers.  The tokenizer cuts it into pieces, and each piece has a number, its id.
 text = ("Returns a new tensor with the same shape as the input, "

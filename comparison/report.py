@@ -22,7 +22,7 @@ from collections import Counter
 
 import numpy as np
 
-from diagnose import D_ORDER_TURN
+from plumbing.diagnose import D_ORDER_TURN
 from plumbing.glue import PAPER as PAPER_TASKS
 
 LAYERS = "the teacher's layers, untrained"          # the yardstick of every arm that starts from them

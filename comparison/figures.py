@@ -1,13 +1,13 @@
 """The pictures of docs/, drawn from docs/records.
 
-    python -m plumbing.figures                                  # needs matplotlib
+    python -m comparison.figures                                  # needs matplotlib
 """
 from dataclasses import dataclass
 from pathlib import Path
 
-from diagnose import D_ORDER_TURN
-from plumbing import report
+from comparison import report
 from plumbing.cli import Checked, UserError, run, writable
+from plumbing.diagnose import D_ORDER_TURN
 from plumbing.files import read_json
 from step import evenly
 

@@ -13,9 +13,9 @@ is worth more than half a nat, and a model learns it first of all).
 
 Legend: B blocks, S sequence, k masked positions per block, n positions in one go, V vocabulary.
 
-    python diagnose.py data/wiki                                    # what counting reaches
-    python diagnose.py data/wiki --model runs/no_kd/model           # and where a model stands
-    python diagnose.py data/wiki --model teacher --seq-len 64       # at another block length
+    python -m plumbing.diagnose data/wiki                                    # what counting reaches
+    python -m plumbing.diagnose data/wiki --model runs/no_kd/model           # and where a model stands
+    python -m plumbing.diagnose data/wiki --model teacher --seq-len 64       # at another block length
 """
 from dataclasses import dataclass
 

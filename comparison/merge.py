@@ -1,10 +1,10 @@
-"""Earlier comparisons in one: compare.py --merge.  Read it with plumbing/report.py."""
+"""Earlier comparisons in one: compare.py --merge.  Read it with comparison/report.py."""
 import contextlib
 import dataclasses
 import json
 from pathlib import Path
 
-from plumbing import report
+from comparison import report
 from plumbing.cli import UserError, flag_of
 
 # What earlier comparisons must share to be merged: the student, its masks, the recipe of fine-tuning
