@@ -52,6 +52,14 @@ class UserError(Exception):
     """A mistake in the input: one line that says what is wrong, where, and what to do."""
 
 
+def shown(what, length=200):
+    """A name out of a file or an archive, or an exception's words, as a terminal may see it: the first line,
+    of at most `length` characters, with no escape and no control character in it."""
+    lines = (str(what).strip() or type(what).__name__).splitlines()
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in (lines or [""])[0])
+    return line if len(line) <= length else line[:length - 4] + " ..."
+
+
 # ---------------------------------------------------------------------------------------- what a field allows
 
 class Checked:

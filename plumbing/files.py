@@ -13,7 +13,22 @@ import sys
 import time
 from pathlib import Path
 
-from plumbing.cli import UserError
+from plumbing.cli import UserError, shown
+
+
+@contextlib.contextmanager
+def parsing(file, remedy="get it again, or leave it out"):
+    """Whatever goes wrong inside is the file's fault, and one line says so.  It wraps a call that returns plain
+    values: never a generator, an allocation, a model or a step."""
+    try:
+        yield
+    except (UserError, OSError, MemoryError):
+        raise
+    except Exception as e:
+        if type(e).__name__ == "OutOfMemoryError":                      # torch's, which need not be imported here
+            raise
+        raise UserError(f"{shown(file)} is damaged or not ours ({type(e).__name__}: {shown(e, 100)}): "
+                        f"{remedy}") from e
 
 
 def write_whole(file, data):

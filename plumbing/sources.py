@@ -41,7 +41,6 @@ import shutil
 import sys
 import sysconfig
 import tarfile
-import textwrap
 import zipfile
 import zlib
 from collections import Counter
@@ -50,7 +49,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from plumbing.cli import UserError
+from plumbing.cli import UserError, shown
 
 LINE = 2 ** 16              # bytes after which a line is cut
 DOCUMENT = 2 ** 18         # characters after which a document is cut: whole books would be most of the memory
@@ -175,7 +174,7 @@ def hub_files(source):
             commit, sizes = info.sha, {s.rfilename: s.size or 0 for s in info.siblings}
     except Exception as e:      # of many kinds: no network, no such data set, not allowed
         raise UserError(f"{source}: neither on this disk nor a data set that the Hub "
-                        f"gives ({one_line(e)})") from None
+                        f"gives ({shown(e)})") from None
     inside = f"{folder}/" if folder else ""
     found = sorted(f for f in sizes if f.endswith(".parquet") and f.startswith(inside))
     found = [f for f in found if "train" in f.removeprefix(folder or "")] or found
@@ -194,13 +193,9 @@ def hub_files(source):
         try:
             return hub.hf_hub_download(name, f, repo_type="dataset", revision=commit)
         except Exception as e:
-            raise UserError(f"{name}/{f}: download failed ({one_line(e)}): run the same command again, what "
+            raise UserError(f"{name}/{f}: download failed ({shown(e)}): run the same command again, what "
                             f"has been downloaded is kept") from None
     return [File(f"{name}@{commit}/{f}", sizes[f], lambda f=f: fetch(f)) for f in found]
-
-
-def one_line(e):
-    return textwrap.shorten((str(e).strip() or type(e).__name__).splitlines()[0], 200, placeholder=" ...")
 
 
 def check_space(files, out):
@@ -247,7 +242,7 @@ def pieces_of(name, path, met, field, rows_per_document, document_per):
     except DAMAGED as e:
         if getattr(e, "errno", None):
             raise UserError(f"{name} cannot be read ({e.strerror}): mend that, or leave it out") from None
-        raise UserError(f"{name} cannot be read, it is damaged or cut ({one_line(e)}): get it again, or "
+        raise UserError(f"{name} cannot be read, it is damaged or cut ({shown(e)}): get it again, or "
                         f"leave it out") from None
 
 

@@ -9,8 +9,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from data import SPECIAL
-from plumbing.cli import UserError
-from plumbing.sources import one_line
+from plumbing.cli import UserError, shown
 
 ALPHABET = 1000             # characters a trained vocabulary knows, the most frequent ones
 
@@ -79,7 +78,7 @@ def load_tokenizer(name):
     except UserError:
         raise
     except Exception as e:      # tokenizers raises a bare Exception for whatever it does not like
-        raise UserError(f"--vocab {name}: cannot be read ({getattr(e, 'strerror', None) or one_line(e)}): "
+        raise UserError(f"--vocab {name}: cannot be read ({getattr(e, 'strerror', None) or shown(e)}): "
                         f"give a vocab.txt or a tokenizer.json that can") from None
     vocab = tokenizer.get_vocab()
     check_special(name, vocab)
@@ -118,7 +117,7 @@ def hub_tokenizer(name):
                 continue
             except Exception as e:      # of many kinds: no network, no such model, not allowed
                 raise UserError(f"--vocab {name}: neither a vocabulary on this disk nor one that the Hub or "
-                                f"its cache gives ({one_line(e)})") from None
+                                f"its cache gives ({shown(e)})") from None
         else:
             found.append(None)
     if not found[0]:
