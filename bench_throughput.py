@@ -4,7 +4,6 @@ Read it after compare.py.
     python bench_throughput.py                                  # this machine, CPU or GPU, under five minutes
     python bench_throughput.py --as-released --baseline transformers --json bench.json --figure bench.png
     python bench_throughput.py --size 12L1024 --teacher-size 24L1024                   # the paper's 12 layers
-    python bench_throughput.py --strategies no_kd,vanilla_kd,vanilla_kd+cached     # with a teacher's cache
     python bench_throughput.py --teacher-cost                    # what makes the teacher's forward pass cheap
     python bench_throughput.py --loader                             # the data loader alone
 
@@ -18,11 +17,9 @@ it is 1.64 (vanilla_kd), 1.54 (tinybert) and 1.39 (minilm).  --as-released adds 
 for every method, as its code does; with our attention and, on CUDA, torch.compile, which save for them too:
 not its kernels, its graph.
 """
-import atexit
 import dataclasses
 import itertools
 import os
-import shutil
 import sys
 import tempfile
 import time
@@ -40,23 +37,22 @@ import train
 from comparison.report import markdown
 from data import SPECIAL, Blocks, loader_rate
 from model import BertConfig, BertForMaskedLM
-from offline import packed
-from plumbing.artefact import TeacherCache
+from plumbing.checks import check_teacher
 from plumbing.cli import Checked, Count, Length, NotNegative, Share, UserError, run
-from plumbing.device import choose_device, keep_freed_memory, multiplies_in_bf16
-from plumbing.files import write_json
-from plumbing.screen import peak_flops
-from step import (
-    Arm,
-    autocast,
-    check_teacher,
+from plumbing.device import (
+    choose_device,
     fitting_micro_batch,
-    flops_per_block,
-    memory_told,
+    halve_micro_batch_until_it_fits,
+    keep_freed_memory,
+    multiplies_in_bf16,
 )
+from plumbing.files import write_json
+from plumbing.price import flops_per_block
+from plumbing.screen import peak_flops
+from step import Arm, autocast
 from strategies import AS_RELEASED, PHASED, STRATEGIES
 
-PAPERS_RATIO, CACHED, DRAWS = 1.8, "vanilla_kd+cached", 50
+PAPERS_RATIO = 1.8
 
 
 @dataclass
@@ -65,7 +61,7 @@ class Config(Checked):
     teacher_size: str = "12L768"        # teacher: layers L width
     heads: Count | None = None          # attention heads of the student; default: width / 64
     vocab_size: Annotated[int, "[6, inf)"] = 30522      # V, ids in the vocabulary
-    strategies: Annotated[str, str, (*STRATEGIES, *PHASED, CACHED)] = ",".join(STRATEGIES)  # arms, and no_kd
+    strategies: Annotated[str, str, (*STRATEGIES, *PHASED)] = ",".join(STRATEGIES)  # arms, and no_kd
     as_released: bool = False          # beside them what the paper's released code computes under their names
     baseline: Literal["transformers"] | None = None     # beside them that package's BertForMaskedLM, and a TinyBERT
     teacher_cost: bool = False          # instead: the teacher's forward pass alone, one change at a time
@@ -103,9 +99,8 @@ class Config(Checked):
     def of_arm(self, strategy, as_released=False):
         same = {name: getattr(self, name) for name in (
             "size", "heads", "seq_len", "batch_size", "micro_batch", "dropout", "compile", "bf16")}
-        cache = "random" if strategy == CACHED else None
-        return train.Config(strategy.removesuffix("+cached"), budget_steps=1, as_released=as_released,
-                            teacher=self.teacher_size, teacher_cache=cache, **same)
+        return train.Config(strategy=strategy, budget_steps=1, as_released=as_released, teacher=self.teacher_size,
+                            **same)
 
     def shape(self, size, heads=None):
         try:
@@ -174,13 +169,6 @@ def arms(config, blocks):
         needed = shapes if of_arm.needs_teacher else shapes[:1]
         if len(needed) > 1:
             check_teacher(of_arm, student_c, teacher_c, head=True)
-        if name == CACHED:
-            of_arm = dataclasses.replace(of_arm, teacher_cache=tempfile.mkdtemp())
-            own = random_cache(config, Path(of_arm.teacher_cache))
-            with torch.device(config.device):
-                arm = Arm(of_arm, BertForMaskedLM(student_c))
-            yield entry_of(name, arm, own, config.batch_size * sum(flops_per_block(of_arm, student_c)))
-            continue
         for i, phase in enumerate(of_arm.phases):
             with torch.device(config.device):
                 arm = Arm(of_arm, *map(BertForMaskedLM, needed), phase=i)
@@ -199,23 +187,6 @@ def arms(config, blocks):
                                     for c in (student_c, teacher_c))
                 arm = TransformersArm(config.of_arm("tinybert"), student.train(), teacher)
             yield entry_of("transformers TinyBERT", arm, blocks)
-
-
-def random_cache(config, folder):
-    """Some blocks with a teacher's cache of random ids, as wide as one can be, in `folder`."""
-    count = 16 * config.batch_size
-    blocks = Blocks(RandomTokens(config.vocab_size), "train", config.seq_len, 0, mask_variants=1,
-                    unique_tokens=min(2 ** 22, max(config.seq_len, count * (config.seq_len - 2))))
-    batch = blocks.masked(np.arange(blocks.count), 0)
-    drawn = np.random.default_rng(0).integers(len(SPECIAL), config.vocab_size, (batch.labels.size, DRAWS))
-    for file, array in packed(batch, drawn, np.zeros(len(drawn)), 0, config.vocab_size).items():
-        array.tofile(folder / file)
-    write_json(folder / "manifest.json", dict(
-        files={}, seq_len=config.seq_len, masked=blocks.k, tau=1.0, mask_seed=0, variants=1,
-        blocks=blocks.count, samples=DRAWS, widest=DRAWS))
-    TeacherCache(folder).attach(blocks, 1.0)
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return blocks
 
 
 class TransformersArm(Arm):
@@ -350,7 +321,7 @@ def figure(rows, path):
     fig.savefig(path, dpi=150)
 
 
-@memory_told
+@halve_micro_batch_until_it_fits
 def main(config):
     blocks = Blocks(RandomTokens(config.vocab_size), "train", config.seq_len, seed=0)
     if config.loader:

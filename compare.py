@@ -25,13 +25,12 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import numpy as np
 import torch
 
 import finetune_glue
-import offline
 import train
 from comparison import jobs, report, timing
 from comparison.demonstration import demonstrated, look
@@ -40,75 +39,56 @@ from comparison.timing import Progress, duration
 from data import Blocks, TokenDirectory
 from model import BertConfig
 from plumbing import checkpoint, glue
-from plumbing.artefact import register
 from plumbing.budget import UNITS, one_budget
+from plumbing.checks import check_teacher
 from plumbing.cli import (
-    Checked,
     Count,
     Counts,
-    Lengths,
-    NotNegative,
     Positive,
     Positives,
-    Seed,
-    Share,
     UserError,
     checked,
     flag_of,
-    in_turn,
     numbers,
     run,
     writable,
 )
-from plumbing.device import choose_device
+from plumbing.device import choose_device, fitting_micro_batch
 from plumbing.files import read_json, share_runs, write_json, write_whole
 from plumbing.rundir import contents
-from step import check_teacher, fitting_micro_batch, initial_student, start_from, student_shape
-from strategies import PHASED, STRATEGIES
+from plumbing.student import initial_student, start_from, student_shape
+from strategies import PHASED, RECIPES, STRATEGIES
 
 
 @dataclass
-class Config(Checked):
-    data: str | None = None             # token directory; without it the demonstration runs
-    teacher: str | None = None        # model directory, Hub id, or train: pretrain one on the same data first
-    teacher_size: str | None = None     # of --teacher train; default: twice the student's layers
-    teacher_budget: Positive | None = None  # of --teacher train, in the budget's unit; default: 4 x the largest budget
-    glue_dir: str | None = None         # folder of GLUE's official TSVs
-    tasks: str | None = None            # cola,name=PATH,...; default: all of GLUE with --glue-dir
-    columns: str | None = None          # of your own tasks: text,label or text,text,label; default: guessed
+class Config(train.Recipe):
+    # budget
     total_hours: Positive | None = None  # in place of a budget: all of it, fine-tuning included, within so many hours
     budget_hours: Positives | None = None   # budgets of each arm on train.py's clock, such as 1,2,4: a run each
     budget_flops: Positives | None = None   # or in matmul FLOPs of student and teacher
     budget_tokens: Counts | None = None  # or in tokens
     budget_steps: Counts | None = None  # or in optimizer steps
+    # arms
     strategies: Annotated[str, str, (*STRATEGIES, *PHASED)] = "no_kd,vanilla_kd,tinybert,minilm"    # the arms
-    arms: str | None = None             # or STRATEGY, PHASE:END/../PHASE, miniplm; +init, +released, +cached
-    teacher_cache: str | None = None    # of the arms +cached; default: one is made
-    reference_epochs: Count = 1         # of miniplm: passes of its reference over what is held out for it
-    score_draws: Count = 1              # of miniplm: masks of each block that are scored
+    arms: str | None = None             # or STRATEGY, PHASE:END/../PHASE, miniplm; then +init, +released
     seeds: Count = 3                    # pretraining seeds 0, 1, ... of each arm; an interval needs two
+    recipes: Annotated[str, str, tuple(RECIPES)] | None = None  # several: each arm takes its best; default: --recipe
+    peak_lrs: Positives | None = None   # of every arm; several: its best at each budget; default: the recipe's
     unique_tokens: str = "all"     # data settings such as all,2000000: the first so many ids, again and again
     static_masks: bool = False          # the limited settings with the same masks in every epoch as well
-    mask_seed: Seed | None = None       # of every run's masks; default: the run's seed
-    mask_variants: Count | None = None  # masks of a block, in turn, in every run; default: fresh ones
-    peak_lrs: Positives | None = None   # of every arm; several: its best at each budget; default: the paper's
-    out: str = "runs/compare"     # directory for the runs, table.md, results.json, results.csv and figure.png
-    dry_run: bool = False               # print the plan and its time only
-    merge: str | None = None         # instead: earlier comparisons (directories or results.json), one report of all
-    size: str = "6L768"                 # student: layers L width
-    heads: Count | None = None          # attention heads; default: width / 64
-    seq_len: Lengths = 128              # positions in a block; or in turn, each to a share: 32:0.5,128
-    mask_rate: str = "0.15"             # share of positions that is masked; or from one to another: 0.3:0.15
-    init_std: Positive = 0.02           # standard deviation of random initial weights
-    optimizer: Literal["adamw", "muon"] = "adamw"     # muon: for hidden matrices, at AdamW's scale
-    clip: NotNegative = 0.0             # gradient norm above which it is scaled down; 0: off, as the paper
-    batch_size: Count = 1024            # blocks per optimizer step
-    micro_batch: Count | None = None    # blocks per forward pass, of every arm; default: as train.py's
-    dropout: Share = 0.1                # of every arm
-    weight_decay: NotNegative = 0.01    # of every arm; not on biases and LayerNorm
-    val_blocks: Count = 512             # validation blocks
+    reference_epochs: Count = 1         # of miniplm: passes of its reference over what is held out for it
+    score_draws: Count = 1              # of miniplm: masks of each block that are scored
+    # teacher
+    teacher: str | None = None        # model directory, Hub id, or train: pretrain one on the same data first
+    teacher_size: str | None = None     # of --teacher train; default: twice the student's layers
+    teacher_budget: Positive | None = None  # of --teacher train, in the budget's unit; default: 4 x the largest budget
+    # data
+    data: str | None = None             # token directory; without it the demonstration runs
     val_times: Count = 4                # validations over the budget
-    jobs: Count | None = None         # processes over the runs; default: 1, in the demonstration one per core
+    # fine-tuning
+    glue_dir: str | None = None         # folder of GLUE's official TSVs
+    tasks: str | None = None            # cola,name=PATH,...; default: all of GLUE with --glue-dir
+    columns: str | None = None          # of your own tasks: text,label or text,text,label; default: guessed
     finetune_seeds: Count = 3           # fine-tuning runs per pretrained model
     finetune_batch_sizes: Counts = "16,32"          # the grid of fine-tuning: examples per step ...
     finetune_lrs: Positives = "1e-5,3e-5,5e-5,8e-5"  # ... times peak learning rates
@@ -116,9 +96,11 @@ class Config(Checked):
     finetune_epochs: Count = 5          # passes over the training examples
     max_len: Annotated[int, "[8, inf)"] = 128       # ids an example is cut to
     probe: bool = False                 # what each frozen encoder knows as well, in a table of its own
-    device: str | None = None           # cpu, cuda or cuda:N; default: cuda where there is one, else cpu
-    compile: bool | None = None         # torch.compile; default: pretraining on CUDA only
-    bf16: bool | None = None            # bf16 autocast; default: where that is faster
+    # run
+    out: str = "runs/compare"     # directory for the runs, table.md, results.json, results.csv and figure.png
+    jobs: Count | None = None         # processes over the runs; default: 1, in the demonstration one per core
+    dry_run: bool = False               # print the plan and its time only
+    merge: str | None = None         # instead: earlier comparisons (directories or results.json), one report of all
 
     def for_machine(self):
         """The same with one micro-batch for all runs: that of the runs which are there,
@@ -141,10 +123,7 @@ class Config(Checked):
 
 
 # What every run of a comparison takes from its command line as it stands there
-SHARED = ("data", "size", "heads", "seq_len", "mask_rate", "mask_seed", "mask_variants", "init_std", "optimizer",
-          "clip", "batch_size", "micro_batch", "dropout", "weight_decay", "val_blocks", "val_times", "device",
-          "compile", "bf16")
-OFFLINE = {"miniplm": ("teacher", "reference", "random", "flipped", "all")}     # its controls, charged alike
+SHARED = ("data", *(f.name for f in dataclasses.fields(train.Recipe)))
 
 
 # ------------------------------------------------------------------------------------------------------- plan
@@ -162,9 +141,6 @@ class Plan:
         self.names = (config.arms or config.strategies).split(",")
         if twice := [name for name in self.names if self.names.count(name) > 1]:
             raise UserError(f"--arms {config.arms}: {twice[0]} is given twice")
-        if self.unit in ("flops", "hours"):                             # what was paid once: in both ledgers
-            self.names = list(dict.fromkeys(part for name in self.names for part in (
-                name, *[f"{name}+amortised"] * (name == "miniplm" or "+cached" in name))))
         uniques = [None if part == "all" else checked("--unique-tokens", part, Count)
                    for part in config.unique_tokens.split(",")]
         limited = [n for n in uniques if n]
@@ -182,18 +158,20 @@ class Plan:
             self.shape = BertConfig.of_size(config.size, config.heads)
         except ValueError as e:
             raise UserError(f"--size: {e}") from None
-        self.lrs, self.artefacts, self.teacher = numbers(config.peak_lrs or "") or [None], {}, None
+        lrs, recipes = numbers(config.peak_lrs or "") or [None], (config.recipes or config.recipe).split(",")
+        self.choices, self.teacher = [(recipe, lr) for recipe in recipes for lr in lrs], None
         if config.teacher == "train":
             size = config.teacher_size or f"{2 * self.shape.num_hidden_layers}L{self.shape.hidden_size}"
             budget = config.teacher_budget or 4 * self.budgets[-1]
             self.teacher = self.run("no_kd", math.ceil(budget) if whole is int else budget, size=size,
                                     out=str(self.out / "teacher"),
-                                    peak_lr=self.lrs[0] if len(self.lrs) == 1 else None)
+                                    choice=self.choices[0] if len(self.choices) == 1 else None)
         elif config.teacher_size or config.teacher_budget:
             raise UserError("--teacher-size and --teacher-budget belong to --teacher train")
-        self.tuning = {(name, budget, lr): self.run(name, budget, *self.settings[0], lr=lr)
-                       for budget in self.budgets for name in self.names for lr in self.lrs if len(self.lrs) > 1}
-        self.runs = self.runs_at({(name, budget): self.lrs[0] for name in self.names for budget in self.budgets})
+        self.tuning = {(name, budget, choice): self.run(name, budget, *self.settings[0], choice=choice)
+                       for budget in self.budgets for name in self.names for choice in self.choices
+                       if len(self.choices) > 1}
+        self.runs = self.runs_at({(name, budget): self.choices[0] for name in self.names for budget in self.budgets})
         if len({each.out for each in self.runs}) < len(self.runs):
             raise UserError(f"{flag_of(f'budget_{self.unit}')} {budgets}: two budgets are the same to six digits")
         untrained = [("random init", "random"), *[(report.LAYERS, "layers")] * any(
@@ -204,55 +182,29 @@ class Plan:
         for each in self.all:
             each.check()
 
-    def run(self, arm, budget, unique=None, static=False, seed=0, lr=None, **other):
-        """The train.Config of one run; its directory's name says all that it differs in from the others."""
+    def run(self, arm, budget, unique=None, static=False, seed=0, choice=None, **other):
+        """The train.Config of one run; its directory's name says all that it differs in from the others.
+        `choice`: (recipe, peak LR or None)."""
         strategy, *suffixes = arm.split("+")
-        controls = OFFLINE.get(strategy, ())
-        if len(set(suffixes)) < len(suffixes) or not {
-                "init", "released", "cached", "amortised", *controls}.issuperset(suffixes):
-            raise UserError(f"--arms {arm}: after the strategy may come +init (it starts from the teacher), "
-                            f"+released (what the paper's code computes) and +cached (its teacher is asked "
-                            f"once for all), each once; after miniplm one of "
-                            f"+{', +'.join(OFFLINE['miniplm'])}")
+        if len(set(suffixes)) < len(suffixes) or not {"init", "released"}.issuperset(suffixes):
+            raise UserError(f"--arms {arm}: after the strategy may come +init (it starts from the teacher) and "
+                            f"+released (what the paper's code computes), each once")
+        recipe, lr = choice or (self.config.recipe, None)
         name = (f"{train.file_name(arm)}-{budget:g}{self.unit}" + f"-{unique}ids" * (unique is not None)
-                + "-static" * static + (f"-lr{lr:g}" if lr else "") + f"-seed{seed}")
-        if "cached" in suffixes:
-            other["teacher_cache"] = self.config.teacher_cache or self.artefact("cache", unique)
-        if controls:
-            kept = [name for name in suffixes if name in controls]
-            if len(kept) > 1:
-                raise UserError(f"--arms {arm}: one control at a time")
-            other["keep"] = f"{self.artefact('miniplm', unique)}/{(*kept, 'difference')[0]}.npy"
-            strategy = "no_kd"
+                + "-static" * static + f"-{recipe}" * bool(choice and self.config.recipes)
+                + (f"-lr{lr:g}" if lr else "") + f"-seed{seed}")
         return train.Config(**{k: getattr(self.config, k) for k in SHARED} | dict(
-            strategy=strategy, init="teacher" if "init" in suffixes else None,
-            ledger="amortised" if "amortised" in suffixes else "full", as_released="released" in suffixes,
-            teacher=self.teacher_model, unique_tokens=unique, static_masks=static, seed=seed, peak_lr=lr,
-            out=str(self.out / "runs" / name)) | {f"budget_{self.unit}": budget} | other)
+            strategy=strategy, init="teacher" if "init" in suffixes else None, as_released="released" in suffixes,
+            teacher=self.teacher_model, unique_tokens=unique, static_masks=static, seed=seed, recipe=recipe,
+            peak_lr=lr, out=str(self.out / "runs" / name)) | {f"budget_{self.unit}": budget} | other)
 
     @property
     def teacher_model(self):
         return str(self.out / "teacher/model") if self.config.teacher == "train" else self.config.teacher
 
-    def artefact(self, kind, unique):
-        """The directory of what several runs share, noted as something to be made before them."""
-        c, path = self.config, str(self.out / "offline" / (kind + f"-{unique}ids" * (unique is not None)))
-        if kind == "cache" and None in (c.mask_seed, c.mask_variants):
-            raise UserError("--arms: +cached needs the same masks in all runs: give --mask-seed 0 "
-                            "--mask-variants 1 with it")
-        same = dict(teacher=self.teacher_model, data=c.data, out=path, mask_seed=c.mask_seed or 0,
-                    seq_len=in_turn(c.seq_len, int)[-1][1], unique_tokens=unique, device=c.device, bf16=c.bf16)
-        if kind == "cache":
-            self.artefacts[path] = partial(offline.cache, offline.Cache(**same, variants=c.mask_variants))
-        else:               # the reference has a third of the student's width, in whole heads of 64
-            self.artefacts[path] = partial(offline.score, offline.Score(
-                **same, reference_size=f"2L{max(64, self.shape.hidden_size // 3 // 64 * 64)}",
-                reference_epochs=c.reference_epochs, draws=c.score_draws, batch_size=c.batch_size))
-        return path
-
-    def runs_at(self, lrs):
+    def runs_at(self, chosen):
         """The compared runs, seeds outermost: stopped early, what is there compares all, over fewer seeds."""
-        return [self.run(name, budget, *setting, seed, lrs[name, budget]) for seed in range(self.config.seeds)
+        return [self.run(name, budget, *setting, seed, chosen[name, budget]) for seed in range(self.config.seeds)
                 for budget in self.budgets for setting in self.settings for name in self.names]
 
     @property
@@ -322,8 +274,6 @@ def describe(plan, seconds, finetune_seconds, texts):
              f"{duration(seconds[plan.teacher.out])}" if plan.teacher else "")
           + f"; {[*seconds.values()].count(0)} are finished, the others take about "
             f"{duration(sum(seconds.values()))} in one process")
-    if plan.artefacts:
-        print(f"  before them, once for all that use it, and charged to each: {', '.join(plan.artefacts)}")
     models = len(plan.runs) + len(plan.yardsticks)
     print(f"  fine-tuning {models} models on {', '.join(texts)}: very roughly "
           f"{duration(models * finetune_seconds)}" + ", and their probes on top of it" * config.probe)
@@ -334,9 +284,8 @@ def describe(plan, seconds, finetune_seconds, texts):
 
 def same_inputs(plan, directory, texts):
     """Notes in OUT/inputs.json what the runs are made from; refuses to mix them with others."""
-    varies = ("strategy", "init", "as_released", "peak_lr", "seed", "unique_tokens", "static_masks", "out")
-    now = {flag_of(k): v for k, v in dataclasses.asdict(plan.run("no_kd", plan.budgets[0])).items()
-           if k not in varies and not k.startswith("budget")}
+    now = {flag_of(k): v for k, v in plan.run("no_kd", plan.budgets[0]).record.items()
+           if k in (*SHARED, "teacher")}
     now |= contents(directory, None if plan.teacher else plan.config.teacher)
     now |= {f"task {name}": hashlib.sha256(json.dumps(
         [(part, x, np.asarray(y).tolist()) for part, (x, y) in parts.items()]).encode()).hexdigest()
@@ -379,7 +328,7 @@ def work(config):
 def execute(plan, directory, progress):
     """Trains and scores every run and the yardsticks, and what is finished not again: (results,
     yardsticks, remarks, costs)."""
-    remarks, costs, teachers_cost = [], [], None
+    remarks, costs = [], []
 
     def trained(each):
         return train.train(each, say=progress.say, status=progress.step)
@@ -402,18 +351,12 @@ def execute(plan, directory, progress):
                        f"{taught['val']['mlm']:.2f}; its own pretraining is charged to no arm"
                        + (", and it has seen all of the data." if plan.settings != [(None, False)] else "."))
         costs.append(f"The teacher's pretraining took {duration(taught['charged_seconds'])}.")
-        teachers_cost = dict(flops=taught["student_flops"],
-                             hours=taught["charged_seconds"] / 3600).get(plan.unit)
-    for make in plan.artefacts.values():
-        make(say=progress.say_line)
-    register(plan.tuning.values(), directory)
     if plan.tuning:
-        lrs, tried, cost = tuned(plan, progress, trained)
-        before, plan.runs = plan.runs, plan.runs_at(lrs)
+        chosen, tried, cost = tuned(plan, progress, trained)
+        before, plan.runs = plan.runs, plan.runs_at(chosen)
         renamed = {a.out: b.out for a, b in zip(before, plan.runs, strict=True)}
         progress.left = {renamed.get(out, out): seconds for out, seconds in progress.left.items()}
         remarks, costs = remarks + tried, costs + [cost]
-    register(plan.runs, directory)
     todo = {each.out: partial(run_one, each) for each in plan.runs}
     todo |= {path: partial(score_yardstick, plan, directory, progress, name, path, seed)
              for name, path, seed in plan.yardsticks}
@@ -426,14 +369,14 @@ def execute(plan, directory, progress):
         of = [m for m in others if m["name"] == name]
         yardsticks.append(dict(name=name, averages=[m["average"] for m in of], runs=of,
                                scores={task: [m["scores"][task] for m in of] for task in of[0]["scores"]}))
-    return results, yardsticks, remarks + report.ledgers(results, teachers_cost), costs
+    return results, yardsticks, remarks, costs
 
 
 def tuned(plan, progress, trained):
-    """({(strategy, budget): peak LR} of the lowest own validation loss with seed 0, what was tried, cost)"""
+    """({(arm, budget): (recipe, peak LR)} of the lowest own validation loss with seed 0, what was tried, cost)"""
     def do(i):
-        (name, budget, lr), each = list(plan.tuning.items())[i]
-        with progress.on(each.out, f"{name}, peak LR {lr:g}"):
+        (name, budget, choice), each = list(plan.tuning.items())[i]
+        with progress.on(each.out, f"{name}, {in_words(choice)}"):
             try:
                 summary = trained(each)
                 terms = each.phases[-1].strategy.terms
@@ -441,17 +384,25 @@ def tuned(plan, progress, trained):
             except train.NotFinite as e:
                 progress.say(str(e))
                 summary, loss = dict(charged_seconds=0.0), math.inf
-        return (name, budget), lr, loss if math.isfinite(loss) else math.inf, summary["charged_seconds"]
+        return (name, budget), choice, loss if math.isfinite(loss) else math.inf, summary["charged_seconds"]
+
+    def in_words(choice):
+        recipe, lr = choice
+        return f"{recipe} " * bool(plan.config.recipes) + (f"peak LR {lr:g}" if lr else "at its own peak LR")
+
+    def taken(recipe, lr):
+        lrs = [rate for of, rate in plan.choices if of == recipe]
+        edge = {min(lrs): ", the lowest tried", max(lrs): ", the highest tried"} if len(lrs) > 1 else {}
+        return f" (taken{edge.get(lr, '')})"
     found = share_runs([each.out for each in plan.tuning.values()], do)
-    best = {at: min((loss, lr) for a, lr, loss, _ in found if a == at)[1] for at, *_ in found}
-    ends = {min(plan.lrs): "the lowest tried", max(plan.lrs): "the highest tried"}
-    lines = [f"{at[0]} at {report.amount(at[1], plan.unit)}: peak LR " + ", ".join(
-        f"{lr:g}: " + (f"{loss:.4f}" if loss < math.inf else "not finite")
-        + (f" (taken, {ends[lr]})" if lr in ends else " (taken)") * (lr == best[at])
-        for a, lr, loss, _ in found if a == at) for at in best]
-    spent = sum(seconds for at, lr, _, seconds in found if lr != best[at])
-    return best, lines, (f"Choosing the peak LR took {len(found)} runs; the {len(found) - len(best)} that "
-                         f"are not part of the comparison were charged {duration(spent)}.")
+    best = {at: min(((loss, *choice) for a, choice, loss, _ in found if a == at), key=lambda f: f[0])[1:]
+            for at, *_ in found}
+    lines = [f"{at[0]} at {report.amount(at[1], plan.unit)}: " + ", ".join(
+        f"{in_words(choice)}: " + (f"{loss:.4f}" if loss < math.inf else "not finite")
+        + taken(*choice) * (choice == best[at]) for a, choice, loss, _ in found if a == at) for at in best]
+    spent = sum(seconds for at, choice, _, seconds in found if choice != best[at])
+    return best, lines, (f"Choosing took {len(found)} runs; the {len(found) - len(best)} that are not part of the "
+                         f"comparison were charged {duration(spent)}.")
 
 
 # ------------------------------------------------------------------------------------------------------ score
@@ -492,7 +443,7 @@ def result_of(plan, each, summary):
                   mlm=r["val"]["mlm"], d_order=r.get("d_order")) for r in log if "mlm" in r.get("val", {})]
     return dict({k: summary[k] for k in kept}, strategy=each.arm, budget=each.budget[1], unit=plan.unit,
                 unique_tokens=each.unique_tokens, static_masks=each.static_masks, model=f"{each.out}/model",
-                curve=curve, offline=summary.get("offline", {}))        # of an older version's run: none
+                recipe=each.recipe, curve=curve)
 
 
 # ----------------------------------------------------------------------------------------------------- report
@@ -511,9 +462,8 @@ def recipe(config):
 def papers_setting(plan):
     """The size whose rows of the paper's Table 2 may stand beside these, or None."""
     config, teachers = plan.config, {"6L768": "12L768", "12L1024": "24L1024"}
-    same = all(getattr(config, name) == getattr(Config, name) for name in (
-        "seq_len", "batch_size", "mask_rate", "mask_variants", "init_std", "optimizer", "clip",
-                "weight_decay"))
+    same = not config.recipes and all(getattr(config, name) == getattr(Config, name) for name in (
+        "seq_len", "batch_size", "recipe", "init_std", "optimizer", "clip", "weight_decay"))
     return config.size if same and teachers.get(config.size) == plan.teacher_shape.size else None
 
 

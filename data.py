@@ -14,7 +14,6 @@ batch i comes after as many tokens as ever, but in another permutation of the ep
     python data.py data/wiki            # verify the files against the manifest, describe them
     python data.py data/wiki --show 3   # and show three blocks with their masks
     python data.py data/wiki --loader   # and measure how fast batches are made
-    python data.py data/wiki --baselines    # and say what counting reaches on train.py's validation blocks
 """
 import functools
 import hashlib
@@ -128,20 +127,21 @@ class TokenDirectory:
                                 f"{len(self.vocab) - 1}: run prepare.py again")
 
 
+def masked_positions(seq_len):
+    """k, of a block: 15% (arXiv 1810.04805, section 3.1)."""
+    return round(0.15 * seq_len)
+
+
 class Blocks:
     """Batches of masked blocks of one split.  batch(i, B) depends on (seed, i, B) and on nothing else.
 
     unique_tokens: the split's first so many ids alone, again and again (the limited-data setting; the same
     ids for every seed).  static_masks: the masks of the first epoch in each.  causal: nothing is corrupted;
-    the labels stay, and `masked` is the position before each, from which it is predicted.  mask_seed: what
-    the masks depend on in place of the seed; mask_variants: so many masks of a block in turn, epoch by epoch.
-    keep: the only blocks to train on, whose masks stay what they are without it."""
+    the labels stay, and `masked` is the position before each, from which it is predicted."""
 
-    def __init__(self, directory, split, seq_len, seed, unique_tokens=None, static_masks=False,
-                 mask_rate=0.15, causal=False, mask_seed=None, mask_variants=None, keep=None):
+    def __init__(self, directory, split, seq_len, seed, unique_tokens=None, static_masks=False, causal=False):
         self.tokens, self.seq_len, self.seed = directory.split(split), seq_len, seed
-        self.causal, self.mask_seed = causal, seed if mask_seed is None else mask_seed
-        self.mask_variants, self.keep, self.targets = 1 if static_masks else mask_variants, keep, None
+        self.static_masks, self.causal = static_masks, causal
         if unique_tokens is not None:
             if not seq_len <= unique_tokens <= len(self.tokens):
                 raise UserError(f"--unique-tokens {unique_tokens}: {directory.path}/{split}.bin has "
@@ -149,15 +149,13 @@ class Blocks:
             self.tokens = self.tokens[:unique_tokens]
         self.special, self.vocab_size = directory.special, len(directory.vocab)
         self.body = seq_len - 2                                         # ids between [CLS] and [SEP]
-        self.there = self.count = len(self.tokens) // self.body
-        self.k = round(mask_rate * seq_len)                             # masked positions in every block
+        self.count = len(self.tokens) // self.body
+        self.k = masked_positions(seq_len)
         if self.count < 1:
             todo = "a larger --val-fraction" if split == "val" else "more text"
             raise UserError(f"{directory.path}/{split}.bin: {len(self.tokens)} ids do not make one block "
                             f"of length {seq_len}: run prepare.py again with {todo}, or give a smaller "
                             f"--seq-len")
-        if keep is not None:
-            self.count = len(keep)
         self.order = functools.lru_cache(2)(                            # a batch can span two epochs
             lambda epoch: np.random.default_rng([seed, epoch]).permutation(self.count))
 
@@ -166,13 +164,7 @@ class Blocks:
         block = np.empty_like(at)
         for e in np.unique(epoch):
             block[epoch == e] = self.order(int(e))[at[epoch == e]]
-        return self.masked(block if self.keep is None else self.keep[block],
-                           epoch if self.mask_variants is None else epoch % self.mask_variants)
-
-    def masked(self, block, variant):
-        """The Batch of blocks (B,) in variants of their masks; with a teacher's cache its targets too."""
-        batch = self.mask(self.read(block), hashed(self.mask_seed, variant, block))
-        return self.targets(batch, block, variant) if self.targets else batch
+        return self.mask(self.read(block), hashed(self.seed, 0 * epoch if self.static_masks else epoch, block))
 
     def epochs(self, steps, batch_size):
         """How often the blocks have been seen after so many steps: 1.5 is once and a half."""
@@ -250,7 +242,6 @@ class Config(Checked):
     directory: list[str]    # token directories
     show: Natural = 0       # how many blocks to show with their masks
     loader: bool = False    # measure how fast batches of 1024 blocks are made
-    baselines: bool = False     # say what counting reaches on the validation blocks and masks of train.py
     seq_len: Length = 128   # block length
     seed: Seed = 0          # of the order and the masks of what is shown
 
@@ -276,9 +267,6 @@ def describe(path, config):
             print(f"{split}_document_lengths: " + ", ".join(f"{name} {n:,}" for name, n in zip(
                 ("min", "10%", "median", "90%", "max"), quantiles, strict=True))
                 + f" ids; mean {lengths.mean():,.0f}")
-    if config.baselines:
-        from plumbing import diagnose  # which imports this file
-        diagnose.diagnose(directory, diagnose.Config([path], seq_len=config.seq_len))
     if not (config.show or config.loader):
         return
     blocks = Blocks(directory, "train", config.seq_len, config.seed)

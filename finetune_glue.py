@@ -58,7 +58,7 @@ from plumbing.cli import (
 from plumbing.device import choose_device, multiplies_in_bf16
 from plumbing.files import sha256, share, write_json, write_whole
 from plumbing.glue import BINARY, PAPER, TASKS, Task, evaluate, parse_tasks, read_task, rows_of_text
-from step import autocast, decay_groups, moved
+from step import autocast, decay_groups, to_device
 from train import learning_rate
 
 
@@ -127,7 +127,7 @@ def forward(model, examples, pad_id):
     device = next(model.parameters()).device
     multiple = 8 if device.type == "cuda" else 1        # attention masks aligned, fewer shapes
     padded = pad(examples, pad_id, multiple, model.config.max_position_embeddings)
-    return model(*(x if x is None else moved(x, device) for x in padded))
+    return model(*(x if x is None else to_device(x, device) for x in padded))
 
 
 def batches(lengths, batch_size, epochs, seed):
@@ -157,7 +157,7 @@ def finetune(model, examples, labels, batch_size, epochs, peak_lr, seed, pad_id,
         torch.manual_seed(int(hashed(seed, step) >> np.uint64(1)))                          # dropout
         with autocast(device, bf16):
             logits = forward(run, [examples[i] for i in picked], pad_id).float()            # (B, num_labels)
-        y = moved(torch.from_numpy(labels[picked]), device)
+        y = to_device(torch.from_numpy(labels[picked]), device)
         loss = F.mse_loss(logits[:, 0], y) if y.is_floating_point() else F.cross_entropy(logits, y)
         loss.backward()
         for group in optimizer.param_groups:

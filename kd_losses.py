@@ -79,17 +79,6 @@ def soft_cross_entropy_over_v(z_s, z_t, tau=1.0, vocab_size=None):
     return -tau ** 2 * ((z_t / tau).softmax(-1) * (z_s / tau).log_softmax(-1)).mean() * surplus
 
 
-@at_least_fp32
-def sampled_cross_entropy(z_s, drawn, shares, tau=1.0):
-    """soft_cross_entropy with N draws from the teacher's distribution (arXiv 2503.16870): unbiased.
-
-        tau^2 * mean over M of  sum over the drawn ids of  -share * log_softmax(z_s / tau)[id]
-
-    z_s (M, V); drawn, shares (M, n): n different ids and the share of the N draws that fell on each."""
-    log_s = (z_s if tau == 1 else z_s / tau).log_softmax(-1)                                # (M, V)
-    return -tau ** 2 * (shares * log_s.gather(-1, drawn)).sum(-1).mean()
-
-
 # --------------------------------------------------------------------------- losses on states: (B, S, D) each
 
 @at_least_fp32

@@ -30,7 +30,6 @@ from kd_losses import (
     hidden_mse,
     masked_lm_loss,
     relation_kl,
-    sampled_cross_entropy,
     soft_cross_entropy,
     soft_cross_entropy_over_v,
     soft_kl,
@@ -49,10 +48,10 @@ def uniform(depth_s, depth_t):
 
 
 class Term(NamedTuple):
-    """One term of a strategy's loss: the sum of `of(s, t, c)` over the pairs of layers.  `s` and `t` hold
+    """One term of a strategy's loss: the sum of `loss(s, t, c)` over the pairs of layers.  `s` and `t` hold
     what the two forward passes left behind at one pair, under the names of `student` and `teacher`; `c` is a
     Context."""
-    of: Callable
+    loss: Callable
     student: tuple              # what the student's forward pass must leave behind, by the names in model.py
     teacher: tuple              # the same for the teacher; () for none
     about: str                  # where it looks and what is averaged: printed at the start of a run
@@ -72,6 +71,7 @@ class Context(NamedTuple):
 class Strategy(NamedTuple):
     terms: dict                 # name -> Term
     peak_lr: float = 5e-4       # the paper's: 1e-3 for No-KD, 5e-4 for KD (arXiv 2404.19319, appendix)
+    short_lr: float = 4e-3      # of --recipe short: chosen for no_kd, tinybert and vanilla_kd (RECORDS.md)
     tau: float = 1.0            # temperature
     init: str = "random"        # or "teacher": some of its layers; or "embeddings": of the teacher
     same_heads: bool = False    # compares attention head by head
@@ -82,6 +82,9 @@ class Strategy(NamedTuple):
     ramp: tuple | None = None   # (part over which the learning rate rises, part of the peak left at the end)
     as_released: bool = False   # what the paper's released code computes, not what its text says
 
+    def peak_lr_of(self, recipe):
+        return self.short_lr if recipe == "short" else self.peak_lr
+
     def needs(self, side):
         """What the forward pass of "student" or "teacher" must leave behind.  The released code computes
         everything, for every method."""
@@ -89,32 +92,22 @@ class Strategy(NamedTuple):
             return ("embedding", "hidden", "logits", "qkv")
         return tuple(sorted({need for term in self.terms.values() for need in getattr(term, side)}))
 
-    def between(self, depth_s, depth_t, teacher_layer=None):
-        """The strategy for these two depths: all pairs of layers are numbers.  `teacher_layer` is whose q, k,
-        v the student's last layer is compared with."""
+    def for_depths(self, depth_s, depth_t):
+        """The strategy for a student and a teacher of so many layers: all pairs of layers are numbers."""
         def fix(term):
-            pairs, about = term.layers(depth_s, depth_t) if callable(term.layers) else term.layers, term.about
-            if teacher_layer is not None and "qkv" in term.teacher:
-                pairs = ((l_s, teacher_layer if l_s == -1 else l_t) for l_s, l_t in pairs)
-            pairs = tuple(pairs)
-            if callable(term.layers):
-                about += "; layers " + " ".join(f"{l_s % depth_s + 1}-{l_t % depth_t + 1}"
-                                                for l_s, l_t in pairs)
-            return term._replace(layers=pairs, about=about)
+            if not callable(term.layers):
+                return term
+            pairs = term.layers(depth_s, depth_t)
+            where = " ".join(f"{l_s % depth_s + 1}-{l_t % depth_t + 1}" for l_s, l_t in pairs)
+            return term._replace(layers=pairs, about=f"{term.about}; layers {where}")
         return self._replace(terms={name: fix(term) for name, term in self.terms.items()})
 
     def want(self, side):
-        """model.py's `want` of "student" or "teacher", for two depths: see `between`."""
+        """model.py's `want` of "student" or "teacher", for two depths: see `for_depths`."""
         asked = [(need, pair[side == "teacher"]) for term in self.terms.values() for pair in term.layers
                  for need in getattr(term, side)]
         asked += [(need, -1) for need in self.needs(side)] if self.as_released else []
         return tuple(dict.fromkeys(at_layer(*each) for each in asked))
-
-    @property
-    def without_teacher(self):
-        """The strategy of its terms that need no teacher: what a step without distillation computes."""
-        return self._replace(as_released=False, terms={
-            name: term for name, term in self.terms.items() if not term.teacher})
 
     @property
     def needs_teachers_head(self):
@@ -165,9 +158,6 @@ MLM = Term(lambda s, t, c: masked_lm_loss(s["logits"], c.labels), ("logits",), (
            "cross-entropy with the true ids; mean over masked positions")
 SOFT_CE = Term(lambda s, t, c: soft_cross_entropy(s["logits"], t["logits"], c.tau), ("logits",), ("logits",),
                "cross-entropy with the teacher's distribution; sum over V, mean over masked positions")
-SAMPLED_CE = Term(lambda s, t, c: sampled_cross_entropy(s["logits"], *t["samples"], c.tau), ("logits",),
-                  ("samples",), "cross-entropy with draws from the teacher's distribution; mean over masked "
-                  "positions")
 SOFT_KL = Term(lambda s, t, c: soft_kl(s["logits"], t["logits"], c.tau), ("logits",), ("logits",),
                "divergence from the teacher's distribution; sum over V, mean over masked positions", 5.0)
 COSINE = Term(lambda s, t, c: cosine_loss(s["hidden"], t["hidden"]), ("hidden",), ("hidden",),
@@ -225,6 +215,10 @@ def mobilebert(depth):
     return [*stages, (1.0, "tail", tail)]
 
 
+# What all arms share beside the paper's own.  short: Muon, and sqrt(2 / (5 D)) as the initial std (None here)
+RECIPES = {"paper": dict(optimizer="adamw", clip=0.0, init_std=0.02),
+           "short": dict(optimizer="muon", clip=1.0, init_std=None)}
+
 # Next-token prediction by the same encoder: a start for MLM, clm:0.3/no_kd (arXiv 2507.00994).  Predicted are
 # the ids that MLM would mask, not all of a block, so that the LM head costs what it costs there
 CLM = Strategy({"clm": MLM._replace(about="cross-entropy with the next id, causal; mean over k positions")},
@@ -234,14 +228,13 @@ PHASED = {"mobilebert": mobilebert, "clm": lambda depth: [(1.0, "", CLM)]}
 
 
 class Phase(NamedTuple):
-    """A part of the budget and the Strategy that spends it, at one block length and mask rate."""
+    """A part of the budget and the Strategy that spends it, at one block length."""
     name: str
     begin: float                # as shares of the budget
     end: float
     strategy: Strategy
     span: tuple = None          # (begin, end) of the optimizer and the learning rate, if not these
     seq_len: int = 128          # S
-    mask_rate: float = 0.15     # k / S
     times: int = 1              # so many blocks stand in for one of the run's last length
 
     def progress(self, of_run):
@@ -250,18 +243,17 @@ class Phase(NamedTuple):
         return min(1.0, (of_run - begin) / (end - begin))
 
 
-def parts(phases, lengths, rates):
-    """[Phase]: the phases, cut where the block length or the mask rate changes; both [(end, value)].
+def parts(phases, lengths):
+    """[Phase]: the phases, cut where the block length changes; `lengths`: [(end, S)].
 
     Every step has the same number of tokens: S blocks of the last length, or more of a shorter one."""
     def at(end, turns):
         return next(value for until, value in turns if until >= end)
-    ends, found = sorted({*(p.end for p in phases), *(end for end, _ in (*lengths, *rates))}), []
+    ends, found = sorted({*(p.end for p in phases), *(end for end, _ in lengths)}), []
     for begin, end in zip([0.0, *ends], ends, strict=False):
-        phase, S, rate = at(end, [(p.end, p) for p in phases]), at(end, lengths), at(end, rates)
-        name = phase.name + f" S {S}" * (len(lengths) > 1) + f" {rate:.0%} masked" * (len(rates) > 1)
-        found.append(Phase(name, begin, end, phase.strategy, (phase.begin, phase.end), S, rate,
-                           lengths[-1][1] // S))
+        phase, S = at(end, [(p.end, p) for p in phases]), at(end, lengths)
+        found.append(Phase(phase.name + f" S {S}" * (len(lengths) > 1), begin, end, phase.strategy,
+                           (phase.begin, phase.end), S, lengths[-1][1] // S))
     return found
 
 
@@ -326,7 +318,7 @@ def loss_terms(strategy, s, t, c):
     s, t: what the two forward passes left behind, under the names of `want`."""
     def at(out, needs, layer):
         return {need: out[at_layer(need, layer)] for need in needs}
-    terms = {name: sum(term.of(at(s, term.student, l_s), at(t, term.teacher, l_t), c)
+    terms = {name: sum(term.loss(at(s, term.student, l_s), at(t, term.teacher, l_t), c)
                        for l_s, l_t in term.layers)
              for name, term in strategy.terms.items()}
     return sum(term.weight * terms[name] for name, term in strategy.terms.items()), terms

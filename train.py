@@ -19,6 +19,7 @@ runs on many GPUs.
 Source of the recipe: Bui 2024 (arXiv 2404.19319), section 3 and appendix.
 """
 import dataclasses
+import functools
 import itertools
 import math
 import os
@@ -32,112 +33,100 @@ from typing import Annotated, Literal
 import torch
 
 from data import Blocks, TokenDirectory, prefetch
-from plumbing.artefact import Offline, arm_of, from_cache, refuse
 from plumbing.budget import Budget, Stages, Stopped, one_budget, stop_signals
-from plumbing.cli import (
-    Checked,
-    Count,
-    Lengths,
-    NotNegative,
-    Positive,
-    Seed,
-    Share,
-    UserError,
-    in_turn,
-    run,
-    writable,
-)
-from plumbing.device import alone, choose_device
+from plumbing.checks import check_run
+from plumbing.cli import Checked, Count, Lengths, NotNegative, Positive, Seed, Share, UserError, in_turn, run, writable
+from plumbing.device import Ranks, alone, choose_device, fitting_micro_batch, halve_micro_batch_until_it_fits
+from plumbing.price import price
 from plumbing.rehearsal import rehearse
 from plumbing.rundir import Run, begun, contents, finished
 from plumbing.screen import what_next
-from step import Ranks, fitting_micro_batch, make_arm, memory_told
-from strategies import AS_RELEASED, parts, phases_of
+from step import make_arm
+from strategies import RECIPES, parts, phases_of
 
 FEW_BLOCKS = 32             # under so many validation blocks, a warning
-MASK_STAIRS = 6             # mask rates from the first to the last: few shapes, of which each is compiled
 
 
 @dataclass
-class Config(Checked):
+class Recipe(Checked):
+    """What all arms of a comparison share, and train.py and compare.py have in common."""
+    # model
+    size: str = "6L768"                 # student: layers L width
+    heads: Count | None = None          # attention heads; default: width / 64
+    # data
+    seq_len: Lengths = 128              # S, positions in a block; or in turn, each to a share: 32:0.5,128
+    batch_size: Count = 1024            # blocks per optimizer step
+    micro_batch: Count | None = None    # blocks per forward pass; default: 256 (80 GB: 1024), halved until it fits
+    val_blocks: Count = 512             # validation blocks
+    val_times: Count = 20               # validations over the budget, the last at its end
+    # recipe
+    recipe: Literal["paper", "short"] = "paper"     # paper: AdamW, no clip, std 0.02; short: what suits small budgets
+    optimizer: Literal["adamw", "muon"] | None = None   # muon: for hidden matrices; default: the recipe's
+    clip: NotNegative | None = None     # gradient norm above which it is scaled down, 0: off; default: the recipe's
+    init_std: Positive | None = None    # standard deviation of random initial weights; default: the recipe's
+    weight_decay: NotNegative = 0.01    # not on biases and LayerNorm
+    dropout: Share = 0.1                # hidden states and attention probabilities
+    # run
+    device: str | None = None           # cpu, cuda or cuda:N; default: cuda where there is one, else cpu
+    compile: bool | None = None         # torch.compile of pretraining; default: on CUDA only
+    bf16: bool | None = None            # bf16 autocast; default: where that is faster
+
+    def of_recipe(self, name):
+        """optimizer, clip or init_std: as given, else the recipe's."""
+        given = getattr(self, name)
+        return RECIPES[self.recipe][name] if given is None else given
+
+    @functools.cached_property
+    def lengths(self):
+        """[(end, S)]: block lengths in turn, each to a share of the budget."""
+        return in_turn(self.seq_len, int)
+
+    @property
+    def length(self):
+        """S of the run's end and of validation."""
+        return self.lengths[-1][1]
+
+    @functools.cached_property
+    def budget(self):
+        """(unit, total) of the one budget that is given."""
+        return one_budget(self)
+
+
+@dataclass
+class Config(Recipe):
+    # budget
     strategy: str = "no_kd"             # of strategies.STRATEGIES; or phases: tinybert:0.3/no_kd
     budget_hours: Positive | None = None    # the budget, in hours on the clock described above
     budget_flops: Positive | None = None    # or in matmul FLOPs of student and teacher
     budget_tokens: Count | None = None  # or in tokens
     budget_steps: Count | None = None   # or in optimizer steps
-    data: str = "data/wiki"             # token directory, made by prepare.py
+    fractions: Annotated[str, float, "(0, 1)"] = ""     # of the budget, as 0.25,0.5: to save models there too
+    # teacher
     teacher: str = "bert-base-uncased"  # model directory or Hub id; not read by no_kd unless --init teacher
-    teacher_layer: int | None = None    # whose q, k, v count, from 0 or -1; default: last or 21st of 24
-    relation_heads: Count | None = None  # of minilmv2; default: as many as give the teacher's a size of 16
-    as_released: bool = False           # FOR SCIENCE ONLY: what the paper's released code computes
-    size: str = "6L768"                 # student: layers L width
-    heads: Count | None = None          # attention heads; default: width / 64
-    teacher_cache: str | None = None    # of offline.py cache: targets from there in place of a teacher
-    keep: str | None = None             # of offline.py score: train on the blocks in this file alone
-    ledger: Literal["full", "amortised"] = "full"   # what the budget pays of these two: all, or a share
-    out: str | None = None              # run directory; default: runs/STRATEGY
     init: Literal["random", "teacher"] | None = None    # teacher: its weights; default: the strategy's
     init_layers: Annotated[str, int, "[0, inf)"] | None = None  # of the teacher, from 0; default: first, last, evenly
-    init_std: Positive = 0.02           # standard deviation of random initial weights
-    seed: Seed = 0                      # initial weights, data order, masks, dropout
-    seq_len: Lengths = 128              # S, positions in a block; or in turn, each to a share: 32:0.5,128
-    mask_rate: str = "0.15"             # share of positions that is masked; or from one to another: 0.3:0.15
+    tau: Positive | None = None         # temperature of the soft targets; default: 1, distilbert: 2
+    as_released: bool = False           # FOR SCIENCE ONLY: what the paper's released code computes
+    # data
+    data: str = "data/wiki"             # token directory, made by prepare.py
     unique_tokens: Count | None = None  # train on the first so many ids of the data alone, again and again
     static_masks: bool = False          # the same masks in every epoch
-    mask_seed: Seed | None = None       # of the masks alone, which seeds can share; default: the seed
-    mask_variants: Count | None = None  # masks of a block, in turn, epoch by epoch; default: fresh ones
-    batch_size: Count = 1024            # blocks per optimizer step
-    micro_batch: Count | None = None    # blocks per forward pass; default: 256 (80 GB: 1024), halved until it fits
-    optimizer: Literal["adamw", "muon"] = "adamw"     # muon: for hidden matrices, at AdamW's scale
-    peak_lr: Positive | None = None     # default: the paper's, 1e-3 for no_kd and 5e-4 for KD
+    # recipe
+    peak_lr: Positive | None = None     # default: the recipe's, of the strategy
     warmup: Share = 0.06                # part of the budget over which the learning rate rises
-    weight_decay: NotNegative = 0.01    # not on biases and LayerNorm
-    dropout: Share = 0.1                # hidden states and attention probabilities
-    clip: NotNegative = 0.0             # gradient norm above which it is scaled down; 0: off, as the paper
-    tau: Positive | None = None         # temperature of the soft targets; default: 1, distilbert: 2
-    weights: str = ""                   # of terms, such as mlm=1,soft_ce=2; default: the strategy's
-    kd_every: Count = 1                 # the terms that need the teacher in every so-many-th step only
-    val_blocks: Count = 512             # validation blocks
-    val_times: Count = 20               # validations over the budget, the last at its end
-    baselines: bool = False             # say where validation stands among what counting reaches
-    log_every: Count = 10               # steps per line of log.jsonl
-    checkpoint_minutes: Positive = 10.0  # between checkpoints; a fraction is allowed
-    tensorboard: bool = False           # also writes the log as event files, where tensorboard is installed
+    # run
+    seed: Seed = 0                      # initial weights, data order, masks, dropout
+    out: str | None = None              # run directory; default: runs/STRATEGY
     dry_run: bool = False               # a few steps only: memory, speed, what the budget buys
-    fractions: Annotated[str, float, "(0, 1)"] = ""     # of the budget, as 0.25,0.5: to save models there too
-    device: str | None = None           # cpu, cuda or cuda:N; default: cuda where there is one, else cpu
-    compile: bool | None = None         # torch.compile; default: on CUDA only
-    bf16: bool | None = None            # bf16 autocast; default: where that is faster
 
     def check(self):
         """What the fields ask of each other, and of the number of processes."""
-        phases = self.phases
-        if self.as_released and not any(phase.strategy.as_released for phase in phases):
-            raise UserError(f"--as-released: no other code was released for {self.strategy}; it was for "
-                            f"{', '.join(AS_RELEASED)}")
-        for phase in phases:
-            strategy = phase.strategy
-            if self.kd_every > 1 and strategy.needs("teacher") and not strategy.without_teacher.terms:
-                raise UserError(f"--kd-every {self.kd_every}: {phase.name} has no term that needs no "
-                                f"teacher, so nothing is left for the steps between")
-        refuse(self, phases)
-        if self.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
-            raise UserError(f"--optimizer muon: torch {torch.__version__} has no torch.optim.Muon: install "
-                            f"torch 2.13, or take adamw")
-        if self.init_layers is not None and self.start != "teacher":
-            raise UserError(f"--init-layers {self.init_layers} belongs to --init teacher")
-        for phase in phases:
-            if self.length % phase.seq_len:
-                raise UserError(f"--seq-len {self.seq_len}: each must divide the last one, so that all steps "
-                                f"have as many tokens")
-            if not round(phase.mask_rate * phase.seq_len):
-                raise UserError(f"--mask-rate {self.mask_rate} masks no position of a block of "
-                                f"{phase.seq_len}: give more, or a larger --seq-len")
-        self.budget  # noqa: B018
-        ranks = int(os.environ.get("WORLD_SIZE", 1))
-        if self.micro_batch and self.batch_size % (self.micro_batch * ranks):
-            raise UserError(f"--batch-size {self.batch_size} is not a multiple of "
-                            f"--micro-batch {self.micro_batch}" + f" x {ranks} processes" * (ranks > 1))
+        check_run(self)
+
+    @property
+    def record(self):
+        """What config.json holds of it: what the recipe decides as if it were given."""
+        return dataclasses.asdict(self) | {n: self.of_recipe(n) for n in RECIPES[self.recipe]}
 
     @property
     def has_begun(self):
@@ -156,24 +145,12 @@ class Config(Checked):
         """The run directory."""
         return Path(self.out or f"runs/{file_name(self.strategy)}")
 
-    @property
+    @functools.cached_property
     def phases(self):
-        """[strategies.Phase], with the run's own temperature, weights, block lengths and mask rates."""
+        """[strategies.Phase], with the run's own temperature and block lengths."""
         phases = phases_of(self.strategy, int(re.match(r"\d*", self.size)[0] or 1), self.as_released)
-        weights = term_weights(self.weights, {name for phase in phases for name in phase.strategy.terms})
-
-        def own(strategy):
-            terms = {name: term._replace(weight=weights.get(name, term.weight))
-                     for name, term in strategy.terms.items()}
-            strategy = strategy._replace(tau=self.tau or strategy.tau, terms=terms)
-            return from_cache(strategy) if self.teacher_cache else strategy
-        return parts([phase._replace(strategy=own(phase.strategy)) for phase in phases],
-                     in_turn(self.seq_len, int), mask_rates(self.mask_rate))
-
-    @property
-    def length(self):
-        """S of the run's end and of validation."""
-        return in_turn(self.seq_len, int)[-1][1]
+        return parts([phase._replace(strategy=phase.strategy._replace(tau=self.tau or phase.strategy.tau))
+                      for phase in phases], self.lengths)
 
     @property
     def start(self):
@@ -181,13 +158,8 @@ class Config(Checked):
         return self.init or self.phases[0].strategy.init
 
     @property
-    def budget(self):
-        """(unit, total) of the one budget that is given."""
-        return one_budget(self)
-
-    @property
     def needs_teacher(self):
-        return not self.teacher_cache and any(phase.strategy.needs("teacher") for phase in self.phases)
+        return any(phase.strategy.needs("teacher") for phase in self.phases)
 
     @property
     def reads_teacher(self):
@@ -196,44 +168,15 @@ class Config(Checked):
     @property
     def arm(self):
         """What compare.py calls it."""
-        return arm_of(self)
+        return self.strategy + "+init" * (self.init == "teacher") + "+released" * self.as_released
 
     @property
     def label(self):
         return self.strategy + (" AS RELEASED (for science only)" if self.as_released else "")
 
 
-def term_weights(text, terms):
-    """{term: weight} of TERM=WEIGHT,..."""
-    weights = {}
-    for part in filter(None, text.split(",")):
-        name, _, value = part.partition("=")
-        try:
-            weights[name] = float(value)
-        except ValueError:
-            weights[name] = math.nan
-        if name not in terms or not 0 < weights[name] < math.inf:
-            raise UserError(f"--weights {text}: {part}: must be TERM=WEIGHT, a term out of "
-                            f"{', '.join(sorted(terms))} and a number above 0")
-    return weights
-
-
 def file_name(arm):
     return arm.replace(":", "-").replace("/", "-then-")
-
-
-def mask_rates(text):
-    """[(end, rate)] of RATE, or of FIRST:LAST: linear in progress, in MASK_STAIRS parts of the budget."""
-    try:
-        first, *last = map(float, str(text).split(":"))
-    except ValueError:
-        first, last = 0.0, []
-    if len(last) > 1 or not all(0 < rate <= 0.5 for rate in (first, *last)):
-        raise UserError(f"--mask-rate {text}: must be a number above 0 and at most 0.5, or two, at the begin "
-                        f"and at the end, such as 0.3:0.15")
-    stairs = MASK_STAIRS if last else 1
-    return [((i + 1) / stairs, first + (last[0] - first) * i / (stairs - 1) if last else first)
-            for i in range(stairs)]
 
 
 def learning_rate(progress, peak, warmup=0.06, left=0.0):
@@ -251,14 +194,13 @@ def gradients(arm, batch, step, stages):
     (names, values on the device): the means of this rank's losses, and the gradient's norm."""
     sums = 0
     with arm.tf32():
-        strategy = arm.strategy_of(step)
         for micro, last in arm.micro_batches(batch, step):
             stages.mark("data")
-            if t := arm.teacher_forward(micro, strategy):       # what the strategy compares, and no more
+            if t := arm.teacher_forward(micro, arm.strategy):   # what the strategy compares, and no more
                 stages.mark("teacher")
             with arm.synchronised(last):
-                s = arm.student_forward(micro, strategy)
-                loss, terms = arm.loss(s, t, micro.labels, strategy)
+                s = arm.student_forward(micro, arm.strategy)
+                loss, terms = arm.loss(s, t, micro.labels, arm.strategy)
                 (loss / arm.accumulate).backward()
             sums = sums + torch.stack([loss.detach(), *(v.detach() for v in terms.values())])
             stages.mark("student")
@@ -266,14 +208,13 @@ def gradients(arm, batch, step, stages):
     return ("loss", *terms, "gradient_norm"), torch.cat([sums / arm.accumulate, norm.reshape(1)])
 
 
-@memory_told
-def train(config, now=time.monotonic, say=print, status=None, keep=None):
+@halve_micro_batch_until_it_fits
+def train(config, now=time.monotonic, say=print, status=None):
     """Runs one strategy to the end of its budget; returns the summary, as written to the run directory.
 
     The same call goes on where a stopped run's checkpoint is; a finished run is not run again.  `status` gets
-    the record of the last step every two seconds, in place of the status line.  `keep`: ids of the blocks to
-    train on, in place of --keep's."""
-    run, summary = begin(config, now, say, status, keep)
+    the record of the last step every two seconds, in place of the status line."""
+    run, summary = begin(config, now, say, status)
     if not run:
         return summary
     arm, budget, stages, ranks = run.arm, run.budget, run.stages, run.arm.ranks
@@ -328,16 +269,13 @@ def agreed(ranks, names, values, budget, signals):
     return values, stop
 
 
-def begin(config, now, say, status, keep):
+def begin(config, now, say, status):
     """(the Run at the step where it stopped, None); with nothing to run (None, what train returns)."""
     began = now()
     config.check()
     out, directory = config.path, TokenDirectory(config.data)
-    offline = Offline(config, directory, keep)      # what was computed once for many runs, none for most
-    record = dataclasses.asdict(config)
-    record |= contents(directory, config.teacher if config.reads_teacher else None)
-    record |= offline.record(begun(out), choose_device(config.device))
-    if summary := finished(record, out, {f.name: f.default for f in dataclasses.fields(config)}):
+    record = config.record | contents(directory, config.teacher if config.reads_teacher else None)
+    if summary := finished(record, out, Config().record):
         say(f"{out} is finished: nothing to do")
         return None, summary
     unit, total = config.budget
@@ -345,15 +283,14 @@ def begin(config, now, say, status, keep):
         writable(out)
     arm = make_arm(config, directory)
     directory.verify()
-    offline.verify()
     main_rank = arm.ranks.rank == 0
     say = say if main_rank else lambda line: None
-    run = Run(config, out, arm, Budget(total - offline.charge, unit, now=now), Stages(arm.device), directory,
-              offline, validation_blocks(directory, config.length, say), say, status, writes=main_rank)
+    run = Run(config, out, arm, Budget(total, unit, now=now), Stages(arm.device), directory,
+              validation_blocks(directory, config.length, say), say, status, writes=main_rank)
     if config.dry_run:
         return None, rehearse(run, gradients, *stream(run, arm.phase))
     run.resume_or_start(record)
-    run.budget.price = arm.price(unit)
+    run.budget.price = price(arm, unit)
     compiling = arm.warm_up_seconds
     for cause, seconds in (("compile", compiling), ("start-up", now() - began - compiling)):
         run.budget.uncharged[cause] = run.budget.uncharged.get(cause, 0.0) + seconds
@@ -374,8 +311,10 @@ def main(config, **options):
 
 def stream(run, phase):
     """(Blocks of a phase, their batches from the run's step on)."""
-    blocks = run.offline.blocks(phase)
-    return blocks, batches_of(blocks, run.budget.steps, run.config.batch_size * phase.times, run.arm.device)
+    c = run.config
+    blocks = Blocks(run.directory, "train", phase.seq_len, c.seed, c.unique_tokens, c.static_masks,
+                    phase.strategy.causal)
+    return blocks, batches_of(blocks, run.budget.steps, c.batch_size * phase.times, run.arm.device)
 
 
 def batches_of(blocks, start, batch_size, device):

@@ -9,7 +9,7 @@ from comparison import report
 from plumbing.cli import Checked, UserError, run, writable
 from plumbing.diagnose import D_ORDER_TURN
 from plumbing.files import read_json
-from step import evenly
+from plumbing.student import evenly
 
 DOCS = Path(__file__).parents[1] / "docs"
 

@@ -4,13 +4,23 @@ import dataclasses
 import json
 from pathlib import Path
 
+import train
 from comparison import report
 from plumbing.cli import UserError, flag_of
+from strategies import RECIPES
 
-# What earlier comparisons must share to be merged: the student, its masks, the recipe of fine-tuning
-SAME = ("size", "heads", "seq_len", "mask_rate", "mask_seed", "mask_variants", "init_std", "optimizer",
-        "clip", "batch_size", "dropout", "weight_decay", "val_blocks", "reference_epochs", "score_draws",
-        "finetune_seeds", "finetune_batch_sizes", "finetune_lrs", "quick", "finetune_epochs", "max_len")
+OF_THE_MACHINE = {"micro_batch", "val_times", "device", "compile", "bf16", "recipe"}
+
+
+def what_is_shared(config, Config):
+    """{field: value} of what earlier comparisons must share to be merged: the student, the recipe and fine-tuning's,
+    and fields that this version no longer knows, as text."""
+    named = {f.name: f.default for f in dataclasses.fields(Config)}
+    same = {f.name for f in dataclasses.fields(train.Recipe)} - OF_THE_MACHINE
+    same |= {name for name in named if name.startswith("finetune_")} | {"quick", "max_len"}
+    found = {name: config.get(name, named[name]) for name in same}
+    found |= {n: v for n, v in RECIPES[config.get("recipe", "paper")].items() if found[n] is None}
+    return {name: str(v) for name, v in (found | {n: v for n, v in config.items() if n not in named}).items()}
 
 
 def merged(config):
@@ -30,8 +40,8 @@ def merged(config):
         raise UserError(f"--out {config.out} holds a comparison of its own: give --merge another --out")
     first, results, yardsticks = next(iter(records)), {}, {}
     for path, record in records.items():
-        differ = [flag_of(key) for key in SAME if len({
-            str(r["config"].get(key, getattr(Config, key))) for r in (record, records[first])}) > 1]
+        one, other = (what_is_shared(r["config"], Config) for r in (records[first], record))
+        differ = [flag_of(key) for key in one if other.get(key, one[key]) != one[key]]
         if "data" in record and "data" in records[first] and record["data"] != records[first]["data"]:
             differ.append("--data")
         if differ:
@@ -60,4 +70,4 @@ def merged(config):
     recipe = {k: v for k, v in records[first]["config"].items() if k in names}
     recipe |= dict(out=config.out, probe=all(r["config"].get("probe") for r in records.values()))
     results = list(results.values())
-    return Config(**recipe), results, list(yardsticks.values()), report.ledgers(results)
+    return Config(**recipe), results, list(yardsticks.values()), []

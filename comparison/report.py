@@ -135,11 +135,7 @@ def leads_of(found):
 
 
 def row_of(arm):
-    """The arm's name as a row has it, with the ledger of what was paid before it began."""
-    if arm.endswith("+amortised"):
-        return arm.removesuffix("+amortised") + " (AMORTISED)"
-    if arm.startswith("miniplm") or arm.endswith("+cached"):
-        return arm + " (FULL)"
+    """The arm's name as a row has it."""
     return arm + " (MobileBERT's transfer on a plain BERT)" * ("mobilebert" in arm)
 
 
@@ -537,30 +533,6 @@ def remarks(results):
     if len(devices) > 1:
         lines.append(f"Beware: the runs were made on different devices ({', '.join(devices)}).")
     return lines
-
-
-def ledgers(results, pretraining=None):
-    """What was spent of the budget before the first step on what several runs share, a line for all arms alike.
-    `pretraining`: of the teacher, in the budget's unit, where it was trained for this."""
-    lines, unit = {}, results[0]["unit"]
-    for (*kind, budget), arms in groups(results).items():
-        for name, of in arms.items():
-            runs = [r["offline"] for r in of.values() if r.get("offline")]
-            if not runs:
-                continue
-            charge = np.mean([r["charge"] for r in runs])
-            line = (f"of {amount(budget, unit)} on {setting(*kind)}, {charge / budget:.0%} was spent before "
-                    f"the first step, on {' and '.join(a['path'] for a in runs[0]['artefacts'])}")
-            if runs[0]["ledger"] == "amortised":
-                shared = sorted({n for r in runs for n in r["sharing"]})
-                line += f", shared by the {' or '.join(map(str, shared))} run(s) registered with it"
-            elif pretraining:
-                whole = (charge + pretraining) / budget
-                line += f"; with its teacher's pretraining {whole:.0%}"
-                line += ", so no student at all" * bool(whole >= 1)
-            line += "." + " This unit charges steps alone." * (unit not in ("flops", "hours"))
-            lines.setdefault(line, []).append(row_of(name))
-    return [f"{', '.join(names)}: {line}" for line, names in lines.items()]
 
 
 def drift(results):

@@ -14,9 +14,11 @@ from data import Blocks
 from model import BertForMaskedLM, BertForSequenceClassification
 from plumbing.budget import Stages
 from plumbing.cli import UserError
-from plumbing.device import choose_device, multiplies_in_bf16, ready_process
+from plumbing.device import choose_device, halve_micro_batch_until_it_fits, multiplies_in_bf16, ready_process
 from plumbing.files import read_json, write_json
-from step import Arm, flops_per_block, memory_told, student_shape
+from plumbing.price import flops_per_block
+from plumbing.student import student_shape
+from step import Arm
 from train import gradients
 
 
@@ -25,14 +27,12 @@ def duration(seconds):
             else f"{seconds / 3600:.1f} h")
 
 
-@memory_told
+@halve_micro_batch_until_it_fits
 def step_seconds(config, directory, teacher, tries=1):
     """Seconds of one optimizer step of this run on this machine, the median of so many tries: with random
     weights, on a CPU with a smaller micro-batch.  `teacher`: its BertConfig."""
     device = choose_device(config.device)
     ready_process(device)
-    if config.teacher_cache:                                            # it need not be there yet
-        config = dataclasses.replace(config, strategy="no_kd", teacher_cache=None, ledger="full")
     micro = config.micro_batch if device.type == "cuda" else min(config.micro_batch, 16)
     arm = Arm(dataclasses.replace(config, batch_size=micro, micro_batch=micro),
               BertForMaskedLM(student_shape(config, directory)).to(device),
@@ -171,7 +171,7 @@ def over_all(plan, estimates, began):
     done, finished, under_way = 0.0, 0, []
     tuning = {each.out for each in plan.tuning.values()}
     for out, name in folders.items():
-        at = out if out in tuning else max(at_every_rate(plan, out), key=progressed)
+        at = out if out in tuning else max(at_every_choice(plan, out), key=progressed)
         name = name if at == out else Path(at).name
         log, share = Path(at, "log.jsonl"), 0.0
         if Path(at, "glue/glue.json").exists() or at in tuning and Path(at, "summary.json").exists():
@@ -187,10 +187,11 @@ def over_all(plan, estimates, began):
     return f"[{finished}/{len(folders)}{left}] {', '.join(under_way)}"
 
 
-def at_every_rate(plan, out):
-    """The directories that this run has at each of --peak-lrs: which one it takes is for its process to know."""
-    first, *others = plan.lrs
-    return [out, *(out.replace(f"-lr{first:g}-", f"-lr{lr:g}-") for lr in others)]
+def at_every_choice(plan, out):
+    """The directories that this run has with each recipe and peak LR: which it takes is for its process to know."""
+    run = next(each for each in plan.runs if each.out == out)
+    return [plan.run(run.arm, run.budget[1], run.unique_tokens, run.static_masks, run.seed, choice).out
+            for choice in plan.choices]
 
 
 def progressed(out):

@@ -48,7 +48,7 @@ def test_4_other_scores():
 def gradients(name):
     """{parameter: largest gradient, or None}"""
     torch.manual_seed(0)
-    strategy = STRATEGIES[name].between(2, 3)
+    strategy = STRATEGIES[name].for_depths(2, 3)
     student, teacher = (BertForMaskedLM(BertConfig.of_size(size, heads=2, vocab_size=50)).double().eval()
                         for size in ("2L32", "3L64"))
     ids, masked, labels = torch.randint(50, (4, 16)), torch.arange(3).expand(4, 3), torch.randint(50, (12,))

@@ -18,7 +18,7 @@ def rand(*shape):
 @functools.cache
 def flops(name):
     """What torch counts in one training step on one block, on tensors without memory."""
-    strategy = strategies.STRATEGIES[name].between(6, 12)
+    strategy = strategies.STRATEGIES[name].for_depths(6, 12)
     with torch.device("meta"), FlopCounterMode(display=False) as counted:
         student, teacher = (BertForMaskedLM(BertConfig.of_size(size)) for size in ("6L768", "12L768"))
         ids, masked, labels = (torch.zeros(shape, dtype=torch.long) for shape in ((1, 128), (1, 19), 19))
@@ -47,7 +47,7 @@ def test_3_patient_kd():
     torch.manual_seed(0)
     strategy = session2.patient_kd()
     assert strategy.same_width and strategy.needs_teachers_head and strategy.trains_lm_head
-    strategy = strategy.between(3, 6)
+    strategy = strategy.for_depths(3, 6)
     student, teacher = (BertForMaskedLM(BertConfig.of_size(size, vocab_size=50)).double().eval()
                         for size in ("3L64", "6L64"))
     ids, masked, labels = torch.randint(50, (4, 16)), torch.arange(3).expand(4, 3), torch.randint(50, (12,))

@@ -104,7 +104,7 @@ def outputs(model):
 
 def check(name, strategy, by_hand, model=student):
     """kd_losses' terms beside those by hand; their weighted sum, which is what training makes smaller."""
-    strategy = strategy.between(2, 4)
+    strategy = strategy.for_depths(2, 4)
     s = model(ids, masked, want=strategy.want("student"))
     t = teacher(ids, masked, want=strategy.want("teacher"))
     total, terms = loss_terms(strategy, s, t, Context(labels, strategy.tau, N_r, W))

@@ -187,25 +187,32 @@ class Parser(argparse.ArgumentParser):
 def parse(cls, doc, argv=None):
     """An instance of the dataclass `cls` from the command line; `doc` (a module's docstring) heads --help."""
     parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    # inspect, not dataclasses.field(metadata=...): the comment that a reader sees is
-    # the help that a user sees
-    helps = dict(re.findall(r"^    (\w+):.*?  # (.*)$", inspect.getsource(cls), re.M))
+    # inspect, not dataclasses.field(metadata=...): what a reader sees, comments and headings, is what a user sees
+    helps, heading = {}, {}
+    for base in (c for c in reversed(cls.__mro__) if dataclasses.is_dataclass(c)):
+        title = ""
+        for above, name, text in re.findall(r"^    (?:# (\w+)|(\w+):.*?  # (.*))$", inspect.getsource(base), re.M):
+            title = above or title
+            if name:
+                helps[name], heading[name] = text, title
+    groups = {title: parser.add_argument_group(title) if title else parser for title in heading.values()}
     valued, others = set(), {"-h", "--help"}
     for field, kind in annotated(cls):
         of, several, _ = allowed(kind)
         flag, text = flag_of(field.name), helps.get(field.name, "").replace("%", "%%")
+        group = groups.get(heading.get(field.name), parser)
         if field.default not in (None, dataclasses.MISSING):
             text += f" [{field.default}]"
         if typing.get_origin(kind) is list:
             empty = field.default_factory is not dataclasses.MISSING
-            parser.add_argument(field.name, nargs="*" if empty else "+", metavar=field.name.upper(),
+            group.add_argument(field.name, nargs="*" if empty else "+", metavar=field.name.upper(),
                                 help=text)
         elif kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help=text)
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help=text)
             others |= {flag, f"--no-{flag[2:]}"}
         else:
             required = field.default is dataclasses.MISSING
-            parser.add_argument(flag, default=None if required else field.default, required=required,
+            group.add_argument(flag, default=None if required else field.default, required=required,
                                 metavar=of.__name__.upper() + ",..." * bool(several), help=text)
             valued.add(flag)
     argv = joined(sys.argv[1:] if argv is None else argv, valued, valued | others, parser)

@@ -1,12 +1,15 @@
 """Which device a process works on, and what it needs there: chosen, alone under hours, made ready."""
 import contextlib
 import ctypes
+import dataclasses
+import functools
 import os
 import re
 import tempfile
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from plumbing.cli import UserError
 from plumbing.files import lock
@@ -49,6 +52,56 @@ def alone(device, unit):
                             f"each would get a part of its hours: wait for it, or give another --device, or "
                             f"--budget-flops")
         yield
+
+
+class Ranks:
+    """The processes of a torchrun, or this one alone.  All decide on sums that all see alike."""
+
+    def __init__(self):
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+    def join(self, device):
+        if self.size > 1 and not dist.is_initialized():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+
+    def leave(self):
+        if self.size > 1:
+            dist.barrier()
+            dist.destroy_process_group()
+
+    def sum(self, values):
+        """The tensor's sum over ranks, as a list.  For a tensor on the device it waits for the device."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values.tolist()
+
+
+def halve_micro_batch_until_it_fits(main):
+    """Decorator of a main(config, ...), which gets config.for_machine(), where --micro-batch is chosen if it
+    is not given.  Too large a choice is halved, until a run begins; else a device without memory left is one
+    line that names it."""
+    @functools.wraps(main)
+    def told(config, *args, **named):
+        free, config = config.micro_batch is None and Ranks().size == 1, config.for_machine()
+        while True:
+            try:
+                return main(config, *args, **named)
+            except torch.OutOfMemoryError as e:
+                micro, (first, *_) = config.micro_batch, str(e).split("\n")
+            if not free or micro % 2 or getattr(config, "has_begun", False):
+                raise UserError(f"--micro-batch {micro} does not fit into the device's memory: give a smaller "
+                                f"one{'' if free else ', or none: the largest that fits is found'} ({first})")
+            config = dataclasses.replace(config, micro_batch=micro // 2)
+            torch.cuda.empty_cache()
+    return told
+
+
+def fitting_micro_batch(device, batch_size):
+    """--micro-batch where none is given, the same for every arm: what the device's memory holds
+    (docs/gpu.md), and a divisor of what each process does of a batch."""
+    large = device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory >= 80e9
+    share = max(1, batch_size // Ranks().size)
+    return next(m for m in range(min(1024 if large else 256, share), 0, -1) if share % m == 0)
 
 
 def multiplies_in_bf16(device, asked=None):

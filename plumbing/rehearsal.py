@@ -8,6 +8,7 @@ import time
 
 import torch
 
+from plumbing.price import price
 from plumbing.screen import amount
 
 SECONDS = 20                # of steps are measured; where one takes longer, it is the only one
@@ -16,7 +17,7 @@ SECONDS = 20                # of steps are measured; where one takes longer, it 
 def rehearse(run, gradients, blocks, batches):
     """`run`: a Run that was never started; `gradients`: train.py's, on the batches in their order."""
     arm, budget, config, took = run.arm, run.budget, run.config, []
-    budget.price = arm.price(budget.unit)
+    budget.price = price(arm, budget.unit)
     run.describe()
     if len(arm.phases) > 1:
         run.say(f"what follows is as if all of it were the first phase, {arm.phase.name}")

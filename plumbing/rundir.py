@@ -14,8 +14,8 @@ import torch
 from plumbing import checkpoint
 from plumbing.budget import Stopped
 from plumbing.cli import UserError, flag_of, numbers
-from plumbing.diagnose import counting, validation, where_it_stands
 from plumbing.files import read_json, sha256, write_json
+from plumbing.price import flops_of, price
 from plumbing.screen import Screen, changes
 
 
@@ -30,7 +30,9 @@ def contents(directory, teacher=None):
 
 
 # What may differ when a run goes on
-NOT_THE_RUN = ("out", "checkpoint_minutes", "baselines", "tensorboard", "dry_run")
+NOT_THE_RUN = ("out", "dry_run")
+CHECKPOINT_MINUTES = 10.0
+LOG_EVERY = 10              # steps per line of log.jsonl
 
 
 def begun(out):
@@ -54,27 +56,16 @@ def finished(record, out, defaults):
     return read_json(out / "summary.json") if (out / "summary.json").exists() else None
 
 
-def event_writer():
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("--tensorboard needs tensorboard: pip install tensorboard, or leave the flag out: "
-                        "python watch.py shows the same curves") from None
-    return SummaryWriter
-
-
 class Run:
     """The run directory: what is written beside the steps, none of it on the clock, and only by rank 0."""
 
-    def __init__(self, config, out, arm, budget, stages, directory, offline, val_blocks, say, status=None,
-                 writes=True):
+    def __init__(self, config, out, arm, budget, stages, directory, val_blocks, say, status=None, writes=True):
         self.config, self.out, self.arm, self.budget, self.stages = config, out, arm, budget, stages
-        self.directory, self.offline, self.val_blocks = directory, offline, val_blocks
+        self.directory, self.val_blocks = directory, val_blocks
         self.screen = Screen(arm, budget, say, status)
         self.validations, self.seconds, self.teacher_mlm, self.d_order = 0, 0.0, None, None
-        self.baselines, self.val, self.vals, self.say = {}, {}, [], self.screen.say     # vals: at phases' end
+        self.val, self.vals, self.say = {}, [], self.screen.say         # vals: at phases' end
         self.saved, self.writes = time.monotonic(), writes
-        self.event_writer = event_writer() if config.tensorboard else None
 
     def resume_or_start(self, record):
         state = checkpoint.load_run(self.out, self.say)
@@ -97,7 +88,6 @@ class Run:
             write_json(self.out / "config.json", record)
             checkpoint.cut_log(self.out / "log.jsonl", budget.steps)
             self.log = (self.out / "log.jsonl").open("a", buffering=1)
-            self.events = self.event_writer and self.event_writer(self.out, purge_step=budget.steps + 1)
 
     def next_phase(self, signals):
         """Ends the phase and enters the next one that has a share left; nothing of it is on the clock."""
@@ -112,7 +102,7 @@ class Run:
                      + ", ".join(f"val_{name} {value:.4f}" for name, value in val.items()))
         with budget.pause("compile"):
             new = arm.pass_on(len(budget.ended))
-            budget.price = arm.price(budget.unit)
+            budget.price = price(arm, budget.unit)
         if new:
             self.describe()
         else:
@@ -126,13 +116,6 @@ class Run:
                 self.teacher_mlm = self.arm.validate(self.val_blocks, model=self.arm.teacher)["mlm"]
             self.val = self.arm.validate(self.val_blocks)
             describe(self.arm, self.val, self.budget.steps, self.teacher_mlm, self.say)
-            for line in self.offline.lines:
-                self.say(line)
-            if self.config.baselines:
-                losses, _ = counting(self.directory, validation(self.val_blocks, self.config.val_blocks))
-                self.baselines = {name: float(loss.mean()) for name, loss in losses.items()}
-                self.say("counting reaches: " + ", ".join(f"{name} {v:.3f}"
-                                                          for name, v in self.baselines.items()))
         self.screen.mark()
 
     def after_step(self, record, signals):
@@ -141,7 +124,7 @@ class Run:
             if not self.writes:
                 return
             self.screen.mark()
-            if record["step"] % self.config.log_every == 0:
+            if record["step"] % LOG_EVERY == 0:
                 self.write(record | self.screen.speed())
             self.screen.show(record)
         # One fewer: the last is the summary's
@@ -156,7 +139,7 @@ class Run:
                 if self.budget.progress >= fraction and not (self.out / f"model-{fraction:g}").exists():
                     self.save_model(f"model-{fraction:g}",
                                     f"{fraction:g} of the budget of `{self.config.label}`.\n")
-            if time.monotonic() - self.saved >= 60 * self.config.checkpoint_minutes:
+            if time.monotonic() - self.saved >= 60 * CHECKPOINT_MINUTES:
                 self.checkpoint()
 
     def validate(self, signals=()):
@@ -168,9 +151,7 @@ class Run:
             if self.arm.strategy.trains_lm_head and not self.arm.strategy.causal:
                 self.d_order = self.arm.d_order(self.val_blocks, self.directory.special, self.val.get("mlm"),
                                                 signals)
-            stands = self.baselines and "mlm" in self.val and where_it_stands(self.val["mlm"], self.baselines)
             self.say(f"at {self.budget.progress:.1%}, step {self.budget.steps:,}: {changes(self.val, before)}"
-                     + (f", {stands}" if stands else "")
                      + (f", D_order {self.d_order:z.2f}" if self.d_order is not None else ""))
         return self.val
 
@@ -182,11 +163,6 @@ class Run:
         if len(self.arm.phases) > 1:
             record = dict(record, phase=self.arm.number + 1)
         self.log.write(json.dumps(record) + "\n")
-        if self.events:
-            for name, value in (record | {f"val_{k}": v for k, v in record.get("val", {}).items()}).items():
-                measured = name.startswith(("val_", "d_order"))
-                if name not in ("step", "val") and (measured or "val" not in record):
-                    self.events.add_scalar(name, value, record["step"])
 
     def checkpoint(self):
         if not self.writes:
@@ -233,14 +209,12 @@ class Run:
             budget={budget.unit: budget.total}, overshoot=spent / budget.total - 1, charged_seconds=charged,
             tokens_per_second=tokens / charged, charged=self.stages.seconds, uncharged=budget.uncharged,
             teacher_share=self.stages.seconds.get("teacher", 0.0) / charged, **self.measured(val),
-            teacher_mlm=self.teacher_mlm, baselines=self.baselines, device=str(arm.device), ranks=processes,
-            bf16=arm.bf16, torch=torch.__version__, phases=phases, offline=self.offline.summary)
+            teacher_mlm=self.teacher_mlm, device=str(arm.device), ranks=processes,
+            bf16=arm.bf16, torch=torch.__version__, phases=phases)
         if self.writes:
             self.checkpoint()
             self.write(dict(step=steps, progress=1.0, seconds=charged, **self.measured(val)))
             self.log.close()
-            if self.events:
-                self.events.close()
             self.save_model("model", model_card(config, summary))
             write_json(self.out / "summary.json", summary)
             self.tell(summary)
@@ -250,13 +224,13 @@ class Run:
         """What a phase did; `val` at its end, `val_at_end` by its terms at the end of the run."""
         config, arm, phase = self.config, self.arm, self.arm.phases[i]
         steps = [*(n for n, _ in self.budget.ended), self.budget.phase_steps, *[0] * len(arm.phases)][i]
-        student, teacher = (steps * config.batch_size * flops for flops in arm.flops(i)) if steps else (0, 0)
+        student, teacher = (steps * config.batch_size * flops for flops in flops_of(arm, i)) if steps else (0, 0)
         found = dict(name=phase.name, begin=phase.begin, end=phase.end, steps=steps, student_flops=student,
                      teacher_flops=teacher,
                      weights={k: term.weight for k, term in phase.strategy.terms.items()})
         if i < arm.number:
             found["val"] = self.vals[i]
-            strategy = arm.between(phase.strategy)
+            strategy = arm.for_depths(phase.strategy)
             if self.writes and self.vals[i] and not len(arm.projections(strategy)):     # which end with their phase
                 with self.budget.pause("validation"):
                     found["val_at_end"] = arm.validate(self.val_blocks, strategy=strategy)
@@ -305,8 +279,6 @@ def describe(arm, val, step, teacher_mlm, say):
             + (f"; {arm.relation_heads} relation heads" if "qq" in strategy.terms else "")
             + ("; its dropout is on" if arm.teacher.training else "")
             + (f"; tau {strategy.tau:g}" if strategy.needs_teachers_head else "")
-            + (f"; in every {config.kd_every}. step" if len(arm.strategies) > 1 else "")
             + (f"; ignored: {', '.join(arm.teacher_ignored)}" if arm.teacher_ignored else ""))
     for name, term in strategy.terms.items():
-        value = f"{val[name]:9.4f}" if name in val else f"{'cached':>9}"
-        say(f"  {term.weight:g} x {name:8} {value} at step {step}   {term.about}")
+        say(f"  {term.weight:g} x {name:8} {val[name]:9.4f} at step {step}   {term.about}")

@@ -8,6 +8,8 @@ from collections import deque
 import torch
 from tqdm import tqdm
 
+from plumbing.price import flops_of
+
 RECENT = 30                 # charged seconds that a rate looks back
 # Dense bf16 TFLOP/s in the vendors' data sheets, by words of the device's name; the
 # first entry that fits counts
@@ -52,7 +54,7 @@ class Screen:
         if self.cuda:
             found["memory"] = torch.cuda.max_memory_allocated(arm.device)
             if self.peak:
-                flops = steps * config.batch_size * sum(arm.flops(arm.number)) / arm.ranks.size
+                flops = steps * config.batch_size * sum(flops_of(arm, arm.number)) / arm.ranks.size
                 found["mfu"] = round(flops / self.peak, 4)
         return found
 

@@ -337,7 +337,7 @@ EVERY = [*st.STRATEGIES.items(), *((f"{name} as released", s) for name, s in st.
 @pytest.mark.parametrize("name, strategy", EVERY)
 def test_gradient_reaches_what_a_strategy_asks_for_and_no_teacher(name, strategy):
     torch.manual_seed(0)
-    strategy, width = strategy.between(2, 4), 12 if strategy.same_width else 6
+    strategy, width = strategy.for_depths(2, 4), 12 if strategy.same_width else 6
     s, t = side(width, strategy.want("student")), side(12, strategy.want("teacher"))
     for x in sum(map(leaves, (*s.values(), *t.values())), ()):
         x.requires_grad_()
@@ -391,7 +391,7 @@ def test_a_strategy_computes_its_formula_from_the_outputs():
         **dict.fromkeys(("minilmv2", "minilm as released", "minilmv2 as released"), sum(relations))}
     assert set(by_hand) == {name for name, _ in EVERY}
     for name, strategy in EVERY:
-        strategy = strategy.between(2, 4)
+        strategy = strategy.for_depths(2, 4)
         total, _ = st.loss_terms(strategy, s, t, st.Context(labels, strategy.tau, 3, torch.nn.ModuleDict()))
         assert total.item() == pytest.approx(by_hand[name].item(), rel=1e-12), name
 
@@ -414,17 +414,17 @@ def test_layer_maps_meet_at_the_last_layer_and_count_evenly():
 
 
 def test_between_two_depths_every_pair_is_a_pair_of_numbers_and_says_so():
-    of = {name: strategy.between(2, 4) for name, strategy in EVERY}
+    of = {name: strategy.for_depths(2, 4) for name, strategy in EVERY}
     assert of["tinybert_layers"].want("teacher") == ("embedding", ("qkv", 1), ("qkv", 3), ("hidden", 1), ("hidden", 3))
     assert of["tinybert_layers"].want("student") == ("embedding", ("qkv", 0), ("qkv", 1), ("hidden", 0), ("hidden", 1))
     assert of["mobilebert stage"].want("teacher") == (("hidden", 3), ("qkv", 3))
     assert of["tinybert_layers"].terms["hidn"].about.endswith("layers 1-2 2-4")
     # --teacher-layer: whose q, k, v the student's last layer is compared with, and nothing else
-    moved = {name: strategy.between(2, 24, teacher_layer=3).want("teacher") for name, strategy in EVERY}
+    moved = {name: strategy.for_depths(2, 24, teacher_layer=3).want("teacher") for name, strategy in EVERY}
     assert moved["tinybert"] == ("embedding", ("qkv", 3), ("hidden", -1)) and moved["minilmv2"] == (("qkv", 3),)
     assert {("qkv", 0), ("qkv", 3)} < set(moved["tinybert as released"]) and moved["no_kd"] == ()
-    assert st.STRATEGIES["minilmv2"].between(2, 24).want("teacher") == (("qkv", 20),)
-    assert st.AS_RELEASED["minilm"].between(2, 24).terms["qq"].layers == st.LAST
+    assert st.STRATEGIES["minilmv2"].for_depths(2, 24).want("teacher") == (("qkv", 20),)
+    assert st.AS_RELEASED["minilm"].for_depths(2, 24).terms["qq"].layers == st.LAST
 
 
 def test_a_strategy_is_added_as_the_docstring_says(tiny, narrow_teacher, monkeypatch, tmp_path):

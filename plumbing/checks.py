@@ -1,0 +1,70 @@
+"""What a run refuses before it begins: fields that do not go together, a teacher that a strategy cannot use."""
+import os
+
+import torch
+
+from plumbing.cli import UserError, numbers
+from strategies import AS_RELEASED, STRATEGIES
+
+
+def check_run(config):
+    """What the fields of a train.Config ask of each other, and of the number of processes."""
+    phases = config.phases
+    if config.as_released and not any(phase.strategy.as_released for phase in phases):
+        raise UserError(f"--as-released: no other code was released for {config.strategy}; it was for "
+                        f"{', '.join(AS_RELEASED)}")
+    if config.of_recipe("optimizer") == "muon" and not hasattr(torch.optim, "Muon"):
+        raise UserError(f"torch {torch.__version__} has no torch.optim.Muon: install torch 2.13, or give "
+                        f"--optimizer adamw")
+    if config.init_layers is not None and config.start != "teacher":
+        raise UserError(f"--init-layers {config.init_layers} belongs to --init teacher")
+    if any(config.length % phase.seq_len for phase in phases):
+        raise UserError(f"--seq-len {config.seq_len}: each must divide the last one, so that all steps have as "
+                        f"many tokens")
+    config.budget  # noqa: B018
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if config.micro_batch and config.batch_size % (config.micro_batch * ranks):
+        raise UserError(f"--batch-size {config.batch_size} is not a multiple of "
+                        f"--micro-batch {config.micro_batch}" + f" x {ranks} processes" * (ranks > 1))
+
+
+def check_teacher(config, student, teacher, head):
+    """Refuses a teacher that one of the phases cannot use, saying which strategy can."""
+    for phase in config.phases:
+        strategy = phase.strategy
+        label = config.label if len(config.phases) == 1 else f"{phase.name}, a phase of {config.label},"
+        if not head and strategy.needs_teachers_head:
+            able = [n for n, s in STRATEGIES.items() if s.needs("teacher") and not s.needs_teachers_head]
+            raise UserError(f"--teacher {config.teacher} has no LM head, which {label} needs; these do "
+                            f"without: {', '.join(able)}")
+        if strategy.same_heads and student.num_attention_heads != teacher.num_attention_heads:
+            raise UserError(f"{label} compares attention head by head, but the student has "
+                            f"{student.num_attention_heads} heads and the teacher "
+                            f"{teacher.num_attention_heads}: give --heads {teacher.num_attention_heads}, or "
+                            f"take --strategy minilmv2")
+        if strategy.same_width and student.hidden_size != teacher.hidden_size:
+            raise UserError(f"{label} needs a student as wide as its teacher: {student.hidden_size} and "
+                            f"{teacher.hidden_size}; give --size "
+                            f"{student.num_hidden_layers}L{teacher.hidden_size}")
+    if config.start != "random" and student.hidden_size != teacher.hidden_size:
+        label = config.label + " --init teacher" * (config.start == "teacher")
+        copied = "weights" if config.start == "teacher" else config.start
+        raise UserError(f"{label} needs a student as wide as its teacher, whose {copied} it copies: "
+                        f"{student.hidden_size} and {teacher.hidden_size}; give --size "
+                        f"{student.num_hidden_layers}L{teacher.hidden_size}"
+                        + " or --init random" * (config.start == "embeddings"))
+    if config.start == "teacher" and (student.num_hidden_layers > teacher.num_hidden_layers
+                                       or student.intermediate_size != teacher.intermediate_size
+                                       or student.num_attention_heads != teacher.num_attention_heads
+                                       or student.hidden_act != teacher.hidden_act):
+        raise UserError(f"--init teacher: the student ({student.size}) must be the teacher ({teacher.size}) "
+                        f"with fewer layers: give --heads {teacher.num_attention_heads} and a depth of at "
+                        f"most {teacher.num_hidden_layers}")
+    layers, copied = teacher.num_hidden_layers, numbers(config.init_layers or "", int)
+    if copied and (len(copied) != student.num_hidden_layers or max(copied) >= layers):
+        raise UserError(f"--init-layers {config.init_layers}: the student has {student.num_hidden_layers} "
+                        f"layers, the teacher {layers}: give one of 0 to {layers - 1} for each of the "
+                        f"student's")
+    if teacher.max_position_embeddings < config.length:
+        raise UserError(f"--seq-len {config.seq_len}: the teacher has {teacher.max_position_embeddings} "
+                        f"positions only")
