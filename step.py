@@ -109,7 +109,7 @@ class Arm:
             if self.compiled:
                 self.run_student = torch.compile(self.wrapper, dynamic=False)
             with self.tf32():
-                self.forward(self.dummy())[0].backward()               # first use connects the ranks
+                self.forward(*self.dummy())[0].backward()               # first use connects the ranks
             for p in trained:
                 p.grad = None
         self.warm_up_seconds += time.monotonic() - began
@@ -187,11 +187,11 @@ class Arm:
         return self.loss_terms(strategy, s, t, Context(
             labels, strategy.tau, self.relation_heads, self.proj, self.student.config.vocab_size))
 
-    def forward(self, batch, strategy=None):
+    def forward(self, ids, masked, labels, strategy=None):
         """(total, {term: value}) of one micro-batch: what the strategy asks of both sides, and no more."""
-        strategy = strategy or self.strategy
+        batch, strategy = Batch(ids, masked, labels), strategy or self.strategy
         t = self.teacher_forward(batch, strategy)
-        return self.loss(self.student_forward(batch, strategy), t, batch.labels, strategy)
+        return self.loss(self.student_forward(batch, strategy), t, labels, strategy)
 
     def dummy(self, blocks=None):
         """A Batch of a micro-batch's shape, or of so many blocks."""
@@ -206,7 +206,7 @@ class Arm:
         last output projection and feed-forward without a gradient, TinyBERT the LM head)."""
         with torch.compiler.set_stance("force_eager"):  # compiled, all get a gradient, of zeros
             # a few blocks: an eager pass over a micro-batch takes more memory than the compiled step
-            self.forward(self.dummy(min(8, self.config.micro_batch)))[0].backward()
+            self.forward(*self.dummy(min(8, self.config.micro_batch)))[0].backward()
         for p in self.student.parameters():
             p.requires_grad_(p.grad is not None)
             p.grad = None
@@ -217,7 +217,7 @@ class Arm:
         """A forward and backward pass on dummy data: what is compiled is compiled, and a micro-batch too large
         for a GPU is known before the run begins."""
         if self.compiled or self.device.type == "cuda":
-            self.forward(self.dummy())[0].backward()
+            self.forward(*self.dummy())[0].backward()
             for p in (*self.student.parameters(), *self.proj.parameters()):
                 p.grad = None
 
@@ -240,7 +240,7 @@ class Arm:
             # eager: compiled, evaluation would be a variant of its own, and the last rows one more
             with torch.compiler.set_stance("force_eager"), self.tf32():
                 if model is None:
-                    _, terms = self.forward(batch, strategy)
+                    _, terms = self.forward(*batch, strategy=strategy)
                 else:
                     logits = model(batch.ids, batch.masked, want=("logits",))["logits"]
                     terms = {"mlm": torch.nn.functional.cross_entropy(logits.float(), batch.labels)}

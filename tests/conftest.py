@@ -22,6 +22,7 @@ import prepare
 import step
 import strategies
 import train
+from plumbing import rundir
 
 
 def text(documents, seed=0):
@@ -48,7 +49,18 @@ def corpus(tmp_path_factory):
 
 
 TINY = dict(size="2L32", heads=2, seq_len=32, batch_size=8, micro_batch=8, dropout=0.0, val_blocks=8, val_times=1,
-            log_every=1, device="cpu", bf16=False, peak_lr=3e-3)
+            device="cpu", bf16=False, peak_lr=3e-3)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def every_step_is_logged():
+    rundir.LOG_EVERY = 1
+
+
+@pytest.fixture
+def often(monkeypatch):
+    """A checkpoint after every step."""
+    monkeypatch.setattr(rundir, "CHECKPOINT_MINUTES", 1e-9)
 
 
 @pytest.fixture(scope="session")

@@ -14,8 +14,9 @@ import model
 import train
 from data import Blocks, TokenDirectory
 from model import BertForMaskedLM
-from plumbing import cli, gpu_first
-from step import Arm, flops_per_block, make_arm
+from plumbing import cli
+from plumbing.price import flops_per_block
+from step import Arm, make_arm
 from strategies import AS_RELEASED, STRATEGIES, loss_terms
 
 TINY = bench.Config(size="2L32", teacher_size="3L48", heads=None, vocab_size=300, seq_len=32, batch_size=8,
@@ -247,32 +248,3 @@ def test_dropout_keeps_a_share_and_the_mean(p, dtype):
         assert neighbours == pytest.approx(p * p, abs=5 * (p * p / y.numel()) ** 0.5)
     torch.manual_seed(0)
     assert torch.equal(model.dropout(x, p), y) and torch.equal(model.dropout(x, 0.0), x)
-
-
-@pytest.mark.slow
-def test_the_first_hour_on_a_gpu_still_runs_small_on_a_cpu(corpus, tmp_path, capsys):
-    out, task = tmp_path / "out", tmp_path / "task"
-    task.mkdir()
-    for name in ("train", "dev"):
-        (task / f"{name}.tsv").write_text("text\tlabel\n" + "one\t0\ntwo\t1\n" * 20)
-    gpu_first.main(gpu_first.Config(out=str(out), data=str(corpus), tasks=f"mine={task}", tiny=True))
-    said, report = capsys.readouterr().out, (out / "report.md").read_text()
-    assert said.count(": good, ") == len(gpu_first.PARTS) == report.count("\n## ")
-    assert "PARITY holds" in report and "stopped and resumed: 0 of" in report and "four: " in report
-
-
-@pytest.mark.parametrize("strategy", ["no_kd", "minilm"])
-def test_the_first_hour_makes_its_arms(strategy):
-    config = gpu_first.Config(tiny=True)
-    arm, blocks = gpu_first.make_arm(config, strategy, config.device, compiled=False, bf16=False)
-    names, rows, graphs = gpu_first.five_steps(arm, blocks)
-    assert rows.shape == (5, len(names)) and rows.isfinite().all() and graphs == 0
-    assert bool(arm.teacher) == (strategy == "minilm")
-
-
-
-def test_the_first_hour_on_a_gpu_needs_one(tmp_path):
-    for changes, message in ((dict(), "no CUDA device"), (dict(parts="env,magic"), "magic is none of env, micro")):
-        with pytest.raises(cli.UserError, match=message):
-            gpu_first.main(gpu_first.Config(out=str(tmp_path / "out"), **changes))
-    assert not (tmp_path / "out").exists()

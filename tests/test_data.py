@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 import data
-import train
 from data import Blocks, TokenDirectory, document_lengths, loader_rate, prefetch
 from plumbing.cli import UserError
 
@@ -251,15 +250,6 @@ def test_document_lengths_are_those_of_the_documents(corpus, monkeypatch):
     lengths = document_lengths(directory, "train")
     assert lengths.sum() == directory.manifest["train_tokens"] and lengths.min() > 1
     assert len(lengths) + len(document_lengths(directory, "val")) == directory.manifest["documents"]
-
-
-def test_the_script_says_what_counting_reaches_where_training_validates(corpus, tiny, capsys):
-    said = []
-    train.train(tiny(baselines=True, val_blocks=512, budget_steps=1), say=said.append)
-    data.main(data.Config([str(corpus)], baselines=True, seq_len=32))
-    table = dict(line.split()[:2] for line in capsys.readouterr().out.splitlines()[-3:])
-    line, = (line for line in said if line.startswith("counting reaches: "))
-    assert [part.split() for part in line.split(": ")[1].split(", ")] == [*map(list, table.items())]
 
 
 def test_the_script_shows_what_was_masked(corpus, capsys):

@@ -7,18 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_reliability import OFTEN, command, final, interrupted
+from test_reliability import command, final, interrupted
 
 import train
-from conftest import log_of
 from data import TokenDirectory
 from model import BertConfig
 from plumbing import checkpoint
 from plumbing.budget import Budget
 from plumbing.cli import UserError
-from step import Arm, flops_per_block, initial_student, make_arm
+from plumbing.price import flops_per_block
+from plumbing.student import initial_student
+from step import Arm, make_arm
 from strategies import phases_of
 
+pytestmark = pytest.mark.usefixtures("often")
 QUIET = dict(say=lambda line: None)
 
 
@@ -50,10 +52,6 @@ def test_an_expression_that_is_none_is_refused_with_its_phase(tiny, text, messag
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(weights="mlm"), "--weights mlm: mlm: must be TERM=WEIGHT, a term out of mlm and a number above 0"),
-    (dict(weights="mlm=0"), "mlm=0: must be"), (dict(weights="hidn=1"), "hidn=1: must be"),
-    (dict(kd_every=0), "at least 1"),
-    (dict(kd_every=2, strategy="vanilla_kd:0.5/tinybert"), "--kd-every 2: tinybert has no term that needs no teacher"),
     (dict(init_layers="0,1"), "--init-layers 0,1 belongs to --init teacher"),
     (dict(init="teacher", init_layers="0,0"), "none twice"), (dict(init="teacher", init_layers="x"), "whole numbers"),
     (dict(strategy="tinybert:0.3/no_kd", as_released=True), None),
@@ -117,7 +115,7 @@ def test_a_run_that_died_on_either_side_of_a_boundary_ends_bitwise_like_one_that
         tiny, tmp_path, monkeypatch, strategy):
     common = dict(strategy=strategy, dropout=0.1, micro_batch=4, val_times=3)
     whole = train.train(tiny(**common, out=str(tmp_path / "whole")), **QUIET)
-    config = tiny(**common, **OFTEN, out=str(tmp_path / "died"))
+    config = tiny(**common, out=str(tmp_path / "died"))
     for at in RESUMED[strategy]:
         interrupted(monkeypatch, config, at)
     died = train.train(config, **QUIET)
@@ -126,24 +124,24 @@ def test_a_run_that_died_on_either_side_of_a_boundary_ends_bitwise_like_one_that
 
 
 def test_a_run_of_a_version_without_phases_goes_on(tiny, tmp_path, monkeypatch):
-    config = tiny(**OFTEN)
+    config = tiny()
     interrupted(monkeypatch, config, 9)
-    file, new = tmp_path / "run/config.json", ("weights", "kd_every", "init_layers")
+    file, new = tmp_path / "run/config.json", ("recipe", "init_layers")
     file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k not in new}))
     state = checkpoint.load_run(tmp_path / "run", print)
     checkpoint.save_run(tmp_path / "run", {k: v for k, v in state.items() if k not in ("ended", "vals")})
     train.train(config, **QUIET)
     train.train(tiny(out=str(tmp_path / "whole")), **QUIET)
     assert final(tmp_path / "run") == final(tmp_path / "whole")
-    with pytest.raises(UserError, match="kd_every"):
-        train.train(tiny(kd_every=2), **QUIET)
+    with pytest.raises(UserError, match="recipe .paper there, short here."):
+        train.train(tiny(recipe="short"), **QUIET)
 
 
 @pytest.mark.slow
 def test_kill_9_on_either_side_of_a_boundary(tiny, tmp_path):
     common = dict(strategy="tinybert:0.3/no_kd", budget_steps=60, dropout=0.1)
     train.train(tiny(**common, out=str(tmp_path / "whole")), **QUIET)
-    config = tiny(**common, **OFTEN, out=str(tmp_path / "died"))
+    config = tiny(**common, out=str(tmp_path / "died"))
     for step in (16, 18, 19, 40):
         process = subprocess.Popen(**command(config))
         log = Path(config.out) / "log.jsonl"
@@ -209,13 +207,11 @@ def test_tokens_that_a_phased_arm_gets_are_those_of_the_formula(strategy, token_
     assert sum(share / price for share, price in found) == pytest.approx(token_share or by_hand, rel=0.02)
 
 
-def test_what_mobilebert_and_kd_every_cost():
+def test_what_mobilebert_costs():
     *stages, (share, tail) = prices("mobilebert")
     mean = sum(price for _, price in stages) / 6
     assert mean == pytest.approx(0.64, rel=0.02) and tail == pytest.approx(1.64, rel=0.02)
     assert 0.32 / mean + share / tail == pytest.approx(0.91, rel=0.02)
-    assert prices("vanilla_kd", kd_every=4) == [(1, pytest.approx(1.16, rel=0.02))]
-    assert prices("no_kd", kd_every=4) == prices("no_kd")
 
 
 # ---------------------------------------------------------------------------------------------------- mobilebert
@@ -257,35 +253,7 @@ def test_the_ramp_of_a_stage_rises_over_a_tenth_and_falls_to_nine_tenths(tiny, w
     assert lrs[16:] == pytest.approx([train.learning_rate(i / 34, 1.0) for i in range(34)])
 
 
-# ------------------------------------------------------------------------------- kd_every, weights, where it starts
-
-def test_between_kd_steps_no_teacher_runs_and_no_term_of_its_is_there(tiny, watched):
-    seen = watched(tiny(strategy="vanilla_kd", kd_every=3, budget_steps=8))
-    assert [f.step for f in seen.teachers[0]] == [0, 3, 6]
-    lines = [line for line in seen.log if "val" not in line]
-    assert [line["step"] - 1 for line in lines if "soft_ce" in line] == [0, 3, 6]
-    assert all(line["loss"] == pytest.approx(line["mlm"] + line.get("soft_ce", 0)) for line in lines)
-    assert set(seen.summary["val"]) == {"mlm", "soft_ce"}
-
-
-def test_kd_every_step_is_bitwise_what_it_is_without_the_flag(tiny, tmp_path):
-    for name, other in (("a", {}), ("b", dict(kd_every=1))):
-        train.train(tiny(strategy="vanilla_kd", out=str(tmp_path / name), budget_steps=5, **other), **QUIET)
-    assert final(tmp_path / "a") == final(tmp_path / "b")
-
-
-def test_weights_from_the_command_line_are_minimised_printed_and_stored(tiny, tmp_path):
-    said = []
-    summary = train.train(tiny(strategy="vanilla_kd", weights="mlm=3,soft_ce=0.5", budget_steps=3), say=said.append)
-    assert summary["phases"][0]["weights"] == dict(mlm=3, soft_ce=0.5)
-    assert all(any(line.startswith(term) for line in said) for term in ("  3 x mlm ", "  0.5 x soft_ce"))
-    for line in log_of(tmp_path / "run"):
-        assert "val" in line or line["loss"] == pytest.approx(3 * line["mlm"] + 0.5 * line["soft_ce"])
-    assert json.loads((tmp_path / "run/config.json").read_text())["weights"] == "mlm=3,soft_ce=0.5"
-    summary = train.train(tiny(strategy="tinybert:0.5/no_kd", weights="hidn=2", budget_steps=2,
-                               out=str(tmp_path / "phased")), **QUIET)
-    assert [p["weights"] for p in summary["phases"]] == [dict(embd=1, attn=1, hidn=2), dict(mlm=1)]
-
+# ------------------------------------------------------------------------------------------------ where it starts
 
 def test_the_layers_to_start_from_can_be_named(tiny, narrow_teacher, corpus):
     teacher, said = checkpoint.load_mlm(narrow_teacher).model, []
@@ -321,10 +289,9 @@ def test_a_student_with_a_head_starts_from_a_teacher_without_one(tiny, narrow_te
 
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [
-    dict(strategy="vanilla_kd:0.5/minilmv2_mlm", kd_every=2),
-    dict(strategy="clm:0.3/no_kd", seq_len="16:0.5,32", mask_rate="0.3:0.15")])
+    dict(strategy="vanilla_kd:0.5/minilmv2_mlm"), dict(strategy="clm:0.3/no_kd", seq_len="16:0.5,32")])
 def test_a_phases_graphs_are_compiled_at_its_start_uncharged(tiny, tmp_path, monkeypatch, changes):
-    """No frame is compiled while the clock runs, in the steps between KD steps either; and the run is the eager one."""
+    """No frame is compiled while the clock runs; and the run is the eager one."""
     compiled, paused, pause = [], [], Budget.pause
 
     @contextlib.contextmanager

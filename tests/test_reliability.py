@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -18,14 +19,14 @@ import torch
 import step as step_module
 import train
 from data import Blocks
-from plumbing import checkpoint
+from plumbing import checkpoint, rundir
 from plumbing.cli import UserError
 from step import Arm
 from strategies import STRATEGIES
 
 ROOT = Path(train.__file__).parent
 QUIET = dict(say=lambda line: None)
-OFTEN = dict(checkpoint_minutes=1e-9)           # a checkpoint after every step
+pytestmark = pytest.mark.usefixtures("often")
 
 
 def final(out):
@@ -65,7 +66,7 @@ def test_a_run_that_died_ends_bitwise_like_one_that_did_not(tiny, tmp_path, monk
     """F1, with dropout: batches, masks and dropout follow from (seed, step) alone."""
     common = dict(strategy=strategy, budget_steps=12, dropout=0.1, micro_batch=4, val_times=3, seed=5)
     whole = train.train(tiny(**common, out=str(tmp_path / "whole")), **QUIET)
-    config = tiny(**common, **OFTEN, out=str(tmp_path / "died"))
+    config = tiny(**common, out=str(tmp_path / "died"))
     for at in (3, 8):
         interrupted(monkeypatch, config, at)
     died = train.train(config, **QUIET)
@@ -77,12 +78,14 @@ def test_a_run_that_died_ends_bitwise_like_one_that_did_not(tiny, tmp_path, monk
 
 
 def command(config, **env):
-    argv = [sys.executable, str(ROOT / "train.py")]
-    for name, value in vars(config).items():
+    argv = [sys.executable, "-c", "import runpy, sys; from plumbing import rundir; rundir.LOG_EVERY = 1; "
+            f"rundir.CHECKPOINT_MINUTES = {rundir.CHECKPOINT_MINUTES}; sys.argv[0] = 'train.py'; "
+            "runpy.run_path('train.py', run_name='__main__')"]
+    for name, value in asdict(config).items():
         flag = name.replace("_", "-")
         if value is not None and value != "":
             argv += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
-    return dict(args=argv, env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return dict(args=argv, env=os.environ | env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def start_and_wait_for(config, step):
@@ -100,7 +103,7 @@ def test_kill_9_at_random_steps(tiny, tmp_path, strategy):
     """F1 with the real signal."""
     common = dict(strategy=strategy, budget_steps=60, dropout=0.1)
     train.train(tiny(**common, out=str(tmp_path / "whole")), **QUIET)
-    config, rng = tiny(**common, **OFTEN, out=str(tmp_path / "died")), random.Random(strategy)
+    config, rng = tiny(**common, out=str(tmp_path / "died")), random.Random(strategy)
     for step in sorted(rng.sample(range(2, 55), 3)):
         process = start_and_wait_for(config, step)
         process.kill()
@@ -159,9 +162,11 @@ def test_kill_9_during_writes_twenty_times(tmp_path):
 
 @pytest.mark.parametrize("number, status", [
     (signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)])
-def test_a_signal_in_training_ends_with_a_checkpoint_of_the_last_finished_step(tiny, tmp_path, number, status):
+def test_a_signal_in_training_ends_with_a_checkpoint_of_the_last_finished_step(
+        tiny, tmp_path, monkeypatch, number, status):
     """F3; and the same command goes on to the end that an undisturbed run has."""
-    config = tiny(budget_steps=10_000, checkpoint_minutes=1000.0)
+    monkeypatch.setattr(rundir, "CHECKPOINT_MINUTES", 1000.0)
+    config = tiny(budget_steps=10_000)
     process = start_and_wait_for(config, 20)
     process.send_signal(number)
     assert process.wait(timeout=60) == status
@@ -192,7 +197,7 @@ def test_a_signal_in_validation_leaves_the_last_finished_step(tiny, tmp_path, mo
 
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning_and_never_a_restart(tiny, monkeypatch):
     """F6."""
-    config, said = tiny(**OFTEN), []
+    config, said = tiny(), []
     interrupted(monkeypatch, config, 9)
     newest, before = Path(config.out) / "checkpoint.pt", Path(config.out) / "checkpoint.before.pt"
     for damage in (b"", newest.read_bytes()[:-1], newest.read_bytes()[:999], bytes(5000)):
@@ -204,7 +209,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning_and_never_a_restart(
         train.train(config, **QUIET)
     for changes in (dict(strategy="tinybert"), dict(size="1L32")):
         with pytest.raises(UserError, match=f"another configuration: .*{next(iter(changes))} "):
-            train.train(tiny(**changes, **OFTEN), **QUIET)
+            train.train(tiny(**changes), **QUIET)
 
 
 def test_a_run_from_other_contents_under_the_same_paths_is_refused(tiny, corpus, teacher, tmp_path, monkeypatch):
@@ -212,7 +217,7 @@ def test_a_run_from_other_contents_under_the_same_paths_is_refused(tiny, corpus,
     data, other = tmp_path / "data", tmp_path / "teacher"
     shutil.copytree(corpus, data)
     shutil.copytree(teacher, other)
-    config = tiny(strategy="minilm", data=str(data), teacher=str(other), budget_steps=6, **OFTEN)
+    config = tiny(strategy="minilm", data=str(data), teacher=str(other), budget_steps=6)
     interrupted(monkeypatch, config, 4)
     weights = next(other.glob("*model*"))
     whole = weights.read_bytes()
@@ -239,7 +244,7 @@ def test_a_run_from_other_contents_under_the_same_paths_is_refused(tiny, corpus,
 
 @pytest.mark.parametrize("damage", ["", "{", "null", "\udcff", None])
 def test_a_damaged_configuration_or_summary_is_one_line(tiny, damage):
-    config = tiny(budget_steps=3, **OFTEN)
+    config = tiny(budget_steps=3)
     train.train(config, **QUIET)
     for name in ("summary.json", "config.json"):
         file = Path(config.out) / name
@@ -255,7 +260,7 @@ def test_a_damaged_configuration_or_summary_is_one_line(tiny, damage):
 
 def test_the_configuration_is_written_whole(tiny, monkeypatch):
     """A kill in the middle of writing it again leaves the old one."""
-    config = tiny(**OFTEN)
+    config = tiny()
     interrupted(monkeypatch, config, 3)
     before = (Path(config.out) / "config.json").read_text()
 
@@ -271,7 +276,7 @@ def test_the_configuration_is_written_whole(tiny, monkeypatch):
 
 def test_a_forged_checkpoint_executes_nothing(tiny, monkeypatch, tmp_path):
     """F7: with a right checksum, too."""
-    config = tiny(**OFTEN)
+    config = tiny()
     interrupted(monkeypatch, config, 3)
 
     class Malice:
@@ -287,7 +292,7 @@ def test_a_forged_checkpoint_executes_nothing(tiny, monkeypatch, tmp_path):
 
 def test_a_full_disk_leaves_the_earlier_checkpoint_and_says_what_is_missing(tiny, monkeypatch):
     """F8: known beforehand, or met while writing."""
-    config = tiny(**OFTEN)
+    config = tiny()
     interrupted(monkeypatch, config, 5)
     before = final(config.out)
 
@@ -306,7 +311,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_and_says_what_is_missing(tiny
 @pytest.mark.parametrize("term", ["embd", "attn", "hidn"])
 def test_a_term_that_is_not_finite_stops_before_the_update_and_is_named(tiny, monkeypatch, term):
     """F9."""
-    config, whole, calls = tiny(strategy="tinybert", **OFTEN), step_module.loss_terms, []
+    config, whole, calls = tiny(strategy="tinybert"), step_module.loss_terms, []
 
     def spoilt(*args):
         total, terms = whole(*args)
@@ -334,7 +339,7 @@ class Clock:
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_time_budget_is_charged_once_however_often_the_run_dies(tiny, monkeypatch, strategy):
     """F10, F12: the charged time is the budget and at most one step more; the learning rate goes on where it was."""
-    config = tiny(strategy=strategy, budget_steps=None, budget_hours=60 / 3600, **OFTEN)
+    config = tiny(strategy=strategy, budget_steps=None, budget_hours=60 / 3600)
     for at in (6, 12):
         whole = Blocks.batch
 
@@ -412,7 +417,7 @@ def test_two_ranks_that_have_finished_exit_with_0(tiny, tmp_path):
 @pytest.mark.slow
 def test_two_ranks_stop_together(tiny, tmp_path):
     """F20: SIGTERM to one rank, then kill -9 of one: no hang, exit status not 0, a good checkpoint to go on from."""
-    config = tiny(strategy="minilm", budget_steps=3000, micro_batch=4, **OFTEN)
+    config = tiny(strategy="minilm", budget_steps=3000, micro_batch=4)
     for number in (signal.SIGTERM, signal.SIGKILL):
         log = Path(config.out) / "log.jsonl"
         wanted = f'"step": {len(log.read_text().splitlines()) + 30 if log.exists() else 30},'
@@ -430,7 +435,7 @@ def test_two_ranks_stop_together(tiny, tmp_path):
 @pytest.mark.slow
 def test_memory_stays_flat(tiny):
     """A soak: 20,000 steps of a tiny model."""
-    config = tiny(budget_steps=20_000, log_every=1000, size="1L16", heads=1)
+    config = tiny(budget_steps=20_000, size="1L16", heads=1)
     process, rss = subprocess.Popen(**command(config)), []
     while process.poll() is None:
         time.sleep(0.5)
@@ -462,7 +467,7 @@ cli.run(lambda config: train.main(config, now=lambda: time.monotonic() * (3 if s
 def test_ranks_whose_clocks_or_losses_differ_take_the_same_decisions(tiny, tmp_path, spoil_after):
     """F9, F20: a NaN on one rank stops both before the update; a clock that runs three times as fast, neither."""
     (tmp_path / "different.py").write_text(RANK_1_IS_DIFFERENT)
-    config = tiny(strategy="vanilla_kd", budget_steps=None, budget_hours=3 / 3600, micro_batch=4, **OFTEN)
+    config = tiny(strategy="vanilla_kd", budget_steps=None, budget_hours=3 / 3600, micro_batch=4)
     arguments = torchrun(config, PYTHONPATH=str(ROOT), SPOIL_AFTER=str(spoil_after))
     arguments["args"][arguments["args"].index(str(ROOT / "train.py"))] = str(tmp_path / "different.py")
     done = subprocess.run(**arguments, timeout=120)
