@@ -35,7 +35,7 @@ from torch.nn.functional import mse_loss
 
 import train
 from comparison.report import markdown
-from data import SPECIAL, Blocks, loader_rate
+from data import SPECIAL, Blocks
 from model import BertConfig, BertForMaskedLM
 from plumbing.checks import check_teacher
 from plumbing.cli import Checked, Count, Length, NotNegative, Share, UserError, run
@@ -258,6 +258,16 @@ def peak_memory(arm, step):
     changes = sorted((e.start_ns(), e.nbytes()) for e in p.profiler.kineto_results.events()
                      if e.name() == "[memory]")
     return own + int(np.cumsum([n for _, n in changes]).max())
+
+
+def loader_rate(blocks, batch_size=1024, seconds=3.0, now=time.perf_counter):
+    """Tokens per second of making batches, masks included, in this one thread."""
+    blocks.batch(0, batch_size)                                         # the epoch's order, once in an epoch
+    began, i = now(), 0
+    while now() - began < seconds:
+        i += 1
+        blocks.batch(i, batch_size)
+    return i * batch_size * blocks.seq_len / (now() - began)
 
 
 # ------------------------------------------------------------------------------------------ rounds and tables

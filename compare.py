@@ -40,7 +40,7 @@ from data import Blocks, TokenDirectory
 from model import BertConfig
 from plumbing import checkpoint, glue
 from plumbing.budget import UNITS, one_budget
-from plumbing.checks import check_teacher
+from plumbing.checks import NotFinite, check_teacher
 from plumbing.cli import (
     Count,
     Counts,
@@ -57,6 +57,7 @@ from plumbing.device import choose_device, fitting_micro_batch
 from plumbing.files import read_json, share_runs, write_json, write_whole
 from plumbing.rundir import contents
 from plumbing.student import initial_student, start_from, student_shape
+from plumbing.validation import validation_blocks
 from strategies import PHASED, RECIPES, STRATEGIES
 
 
@@ -227,7 +228,7 @@ def check_inputs(plan):
         raise UserError(f"--probe at --seq-len {config.seq_len}: the teacher ends at position {longest}")
     for unique, static in plan.settings:
         Blocks(directory, "train", plan.runs[0].length, 0, unique, static)       # refuses more than there are
-    train.validation_blocks(directory, plan.runs[0].length)
+    validation_blocks(directory, plan.runs[0].length)
     return directory, texts
 
 
@@ -381,7 +382,7 @@ def tuned(plan, progress, trained):
                 summary = trained(each)
                 terms = each.phases[-1].strategy.terms
                 loss = sum(terms[k].weight * v for k, v in summary["val"].items())
-            except train.NotFinite as e:
+            except NotFinite as e:
                 progress.say(str(e))
                 summary, loss = dict(charged_seconds=0.0), math.inf
         return (name, budget), choice, loss if math.isfinite(loss) else math.inf, summary["charged_seconds"]

@@ -13,14 +13,12 @@ batch i comes after as many tokens as ever, but in another permutation of the ep
 
     python data.py data/wiki            # verify the files against the manifest, describe them
     python data.py data/wiki --show 3   # and show three blocks with their masks
-    python data.py data/wiki --loader   # and measure how fast batches are made
 """
 import functools
 import hashlib
 import itertools
 import json
 import os
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -216,16 +214,6 @@ def prefetch(blocks, start, batch_size, convert=lambda batch: batch):
             yield batch
 
 
-def loader_rate(blocks, batch_size=1024, seconds=3.0, now=time.perf_counter):
-    """Tokens per second of making batches, masks included, in this one thread."""
-    blocks.batch(0, batch_size)                                         # the epoch's order, once in an epoch
-    began, i = now(), 0
-    while now() - began < seconds:
-        i += 1
-        blocks.batch(i, batch_size)
-    return i * batch_size * blocks.seq_len / (now() - began)
-
-
 def document_lengths(directory, split):
     """The number of ids of each document, its [SEP] included, as an array."""
     ends, at = [np.array([-1])], 0
@@ -241,7 +229,6 @@ def document_lengths(directory, split):
 class Config(Checked):
     directory: list[str]    # token directories
     show: Natural = 0       # how many blocks to show with their masks
-    loader: bool = False    # measure how fast batches of 1024 blocks are made
     seq_len: Length = 128   # block length
     seed: Seed = 0          # of the order and the masks of what is shown
 
@@ -267,12 +254,9 @@ def describe(path, config):
             print(f"{split}_document_lengths: " + ", ".join(f"{name} {n:,}" for name, n in zip(
                 ("min", "10%", "median", "90%", "max"), quantiles, strict=True))
                 + f" ids; mean {lengths.mean():,.0f}")
-    if not (config.show or config.loader):
+    if not config.show:
         return
     blocks = Blocks(directory, "train", config.seq_len, config.seed)
-    if config.loader:
-        print(f"loader_tokens_per_second: {loader_rate(blocks):,.0f} (one thread, batches of 1024 x "
-              f"{config.seq_len}, {blocks.k} masks each)")
     token = {i: t for t, i in directory.vocab.items()}
     for ids, masked, labels in zip(*blocks.batch(0, config.show), strict=True):
         words = [token[i] for i in ids]

@@ -5,7 +5,6 @@ vocabulary and the teacher's files; `Arm.forward` is what a step costs: the teac
 behind what the strategy asks for, and no more.
 """
 import contextlib
-import copy
 import time
 
 import numpy as np
@@ -14,11 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data import Batch, hashed, masked_positions
 from plumbing import checkpoint
-from plumbing.budget import Stopped
 from plumbing.checks import check_teacher
 from plumbing.cli import numbers
 from plumbing.device import Ranks, choose_device, multiplies_in_bf16, ready_process
-from plumbing.diagnose import d_order, validation
 from plumbing.student import initial_student, start_from
 from strategies import Context, loss_terms, projections, relation_head_count
 
@@ -220,48 +217,6 @@ class Arm:
             self.forward(*self.dummy())[0].backward()
             for p in (*self.student.parameters(), *self.proj.parameters()):
                 p.grad = None
-
-    @torch.no_grad()
-    def validate(self, blocks, signals=(), model=None, strategy=None):
-        """Means over all the validation blocks asked for: the terms of the strategy, or of another one, or
-        the MLM loss of another `model`."""
-        blocks, count = copy.copy(blocks), min(self.config.val_blocks, blocks.count)
-        blocks.causal = model is None and (strategy or self.strategy).causal
-        size = min(self.config.micro_batch, count)
-        means, teacher_was = {}, self.teacher and self.teacher.training
-        self.student.eval()
-        if self.teacher:
-            self.teacher.eval()
-        for at in range(0, count, size):
-            if signals:
-                raise Stopped
-            rows = min(size, count - at)                                # the last ones may be fewer
-            batch = self.to_device(Batch(*(a[:rows] for a in blocks.batch(at // size, size))))
-            # eager: compiled, evaluation would be a variant of its own, and the last rows one more
-            with torch.compiler.set_stance("force_eager"), self.tf32():
-                if model is None:
-                    _, terms = self.forward(*batch, strategy=strategy)
-                else:
-                    logits = model(batch.ids, batch.masked, want=("logits",))["logits"]
-                    terms = {"mlm": torch.nn.functional.cross_entropy(logits.float(), batch.labels)}
-            for name, value in terms.items():
-                means[name] = means.get(name, 0.0) + value.item() * rows / count
-        self.student.train(self.strategy.dropout)
-        if self.teacher:
-            self.teacher.train(teacher_was)
-        return means
-
-    def d_order(self, blocks, special, plain=None, signals=()):
-        """diagnose.d_order of the student, over the blocks of `validate`."""
-        def forward(ids, masked):
-            if signals:
-                raise Stopped
-            with autocast(self.device, self.bf16):
-                return self.student(ids.to(self.device), masked.to(self.device), want=("logits",))["logits"]
-        self.student.eval()
-        found = d_order(forward, validation(blocks, self.config.val_blocks), special, plain)
-        self.student.train(self.strategy.dropout)
-        return found
 
 
 def decay_groups(parameters, weight_decay):

@@ -21,7 +21,6 @@ Source of the recipe: Bui 2024 (arXiv 2404.19319), section 3 and appendix.
 import dataclasses
 import functools
 import itertools
-import math
 import os
 import re
 import sys
@@ -34,17 +33,16 @@ import torch
 
 from data import Blocks, TokenDirectory, prefetch
 from plumbing.budget import Budget, Stages, Stopped, one_budget, stop_signals
-from plumbing.checks import check_run
-from plumbing.cli import Checked, Count, Lengths, NotNegative, Positive, Seed, Share, UserError, in_turn, run, writable
+from plumbing.checks import check_run, refuse_non_finite
+from plumbing.cli import Checked, Count, Lengths, NotNegative, Positive, Seed, Share, in_turn, run, writable
 from plumbing.device import Ranks, alone, choose_device, fitting_micro_batch, halve_micro_batch_until_it_fits
 from plumbing.price import price
 from plumbing.rehearsal import rehearse
 from plumbing.rundir import Run, begun, contents, finished
 from plumbing.screen import what_next
+from plumbing.validation import validation_blocks
 from step import make_arm
 from strategies import RECIPES, parts, phases_of
-
-FEW_BLOCKS = 32             # under so many validation blocks, a warning
 
 
 @dataclass
@@ -322,30 +320,6 @@ def batches_of(blocks, start, batch_size, device):
     if device.type == "cuda":
         return prefetch(blocks, start, batch_size)
     return (blocks.batch(i, batch_size) for i in itertools.count(start))
-
-
-class NotFinite(UserError):
-    """A loss or a gradient is infinite or not a number."""
-
-
-def refuse_non_finite(step, values):
-    bad = [name for name, value in values.items() if not math.isfinite(value)]
-    if bad:
-        raise NotFinite(f"step {step}: {' and '.join(bad)} not finite: stopped before the update; the last "
-                        f"checkpoint is good; try a smaller --peak-lr, --clip 1 or --no-bf16")
-
-
-def validation_blocks(directory, seq_len, say=lambda line: None):
-    """The validation split in blocks, masked alike for every run."""
-    remedy = "prepare the data with a larger --val-fraction"
-    if directory.manifest["val_tokens"] < seq_len - 2:
-        raise UserError(f"{directory.path}/val.bin: {directory.manifest['val_tokens']} ids do not make one "
-                        f"block of length {seq_len}: {remedy}, or give a smaller --seq-len")
-    blocks = Blocks(directory, "val", seq_len, seed=0)
-    if blocks.count < FEW_BLOCKS:
-        say(f"warning: {directory.path}/val.bin makes only {blocks.count} validation block(s) of length "
-            f"{seq_len}, so validation losses are mostly noise: {remedy}")
-    return blocks
 
 
 if __name__ == "__main__":

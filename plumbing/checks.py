@@ -1,4 +1,5 @@
 """What a run refuses before it begins: fields that do not go together, a teacher that a strategy cannot use."""
+import math
 import os
 
 import torch
@@ -68,3 +69,14 @@ def check_teacher(config, student, teacher, head):
     if teacher.max_position_embeddings < config.length:
         raise UserError(f"--seq-len {config.seq_len}: the teacher has {teacher.max_position_embeddings} "
                         f"positions only")
+
+
+class NotFinite(UserError):
+    """A loss or a gradient is infinite or not a number."""
+
+
+def refuse_non_finite(step, values):
+    bad = [name for name, value in values.items() if not math.isfinite(value)]
+    if bad:
+        raise NotFinite(f"step {step}: {' and '.join(bad)} not finite: stopped before the update; the last "
+                        f"checkpoint is good; try a smaller --peak-lr, --clip 1 or --no-bf16")

@@ -17,6 +17,7 @@ from plumbing.cli import UserError, flag_of, numbers
 from plumbing.files import read_json, sha256, write_json
 from plumbing.price import flops_of, price
 from plumbing.screen import Screen, changes
+from plumbing.validation import d_order, validate
 
 
 def contents(directory, teacher=None):
@@ -113,8 +114,8 @@ class Run:
             return
         with self.budget.pause("validation"):
             if self.arm.teacher and self.arm.teacher_has_head and self.teacher_mlm is None:
-                self.teacher_mlm = self.arm.validate(self.val_blocks, model=self.arm.teacher)["mlm"]
-            self.val = self.arm.validate(self.val_blocks)
+                self.teacher_mlm = validate(self.arm, self.val_blocks, model=self.arm.teacher)["mlm"]
+            self.val = validate(self.arm, self.val_blocks)
             describe(self.arm, self.val, self.budget.steps, self.teacher_mlm, self.say)
         self.screen.mark()
 
@@ -147,9 +148,9 @@ class Run:
         if not self.writes:
             return None
         with self.budget.pause("validation"):
-            before, self.val = self.val, self.arm.validate(self.val_blocks, signals)
+            before, self.val = self.val, validate(self.arm, self.val_blocks, signals)
             if self.arm.strategy.trains_lm_head and not self.arm.strategy.causal:
-                self.d_order = self.arm.d_order(self.val_blocks, self.directory.special, self.val.get("mlm"),
+                self.d_order = d_order(self.arm, self.val_blocks, self.directory.special, self.val.get("mlm"),
                                                 signals)
             self.say(f"at {self.budget.progress:.1%}, step {self.budget.steps:,}: {changes(self.val, before)}"
                      + (f", D_order {self.d_order:z.2f}" if self.d_order is not None else ""))
@@ -233,7 +234,7 @@ class Run:
             strategy = arm.for_depths(phase.strategy)
             if self.writes and self.vals[i] and not len(arm.projections(strategy)):     # which end with their phase
                 with self.budget.pause("validation"):
-                    found["val_at_end"] = arm.validate(self.val_blocks, strategy=strategy)
+                    found["val_at_end"] = validate(arm, self.val_blocks, strategy=strategy)
         return found
 
     def tell(self, summary):

@@ -19,7 +19,6 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 import kd_losses
 import model
 import prepare
-import step
 import strategies
 import train
 from plumbing import rundir
@@ -201,7 +200,7 @@ def watching(on=lambda kind: None):
                register_optimizer_step_pre_hook(seen.before_update),
                register_optimizer_step_post_hook(seen.after_update)]
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(step, "d_order", lambda *_: 0.0)                      # its passes are over blocks in another order
+        m.setattr(rundir, "d_order", lambda *_: 0.0)                      # its passes are over blocks in another order
         m.setattr(model, "dropout", lambda x, p: seen.dropped(x, p, dropout(x, p)))
         for name in LOSSES:
             spy = seen.spy(name, getattr(kd_losses, name))

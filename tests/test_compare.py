@@ -24,6 +24,7 @@ from comparison import demonstration, report, timing
 from conftest import TINY, text
 from data import TokenDirectory
 from plumbing import checkpoint, glue
+from plumbing.checks import NotFinite
 from plumbing.cli import UserError
 
 
@@ -238,7 +239,7 @@ def test_a_peak_lr_that_diverges_is_not_taken(small, tmp_path, monkeypatch, caps
 
     def diverges(config, **other):
         if config.peak_lr == 1:
-            raise train.NotFinite("step 2: mlm not finite")
+            raise NotFinite("step 2: mlm not finite")
         return real(config, **other)
     monkeypatch.setattr(train, "train", diverges)
     compare.main(small(strategies="no_kd", peak_lrs="1,1e-3", budget_steps="2"))

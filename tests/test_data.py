@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import data
-from data import Blocks, TokenDirectory, document_lengths, loader_rate, prefetch
+from bench_throughput import loader_rate
+from data import Blocks, TokenDirectory, document_lengths, prefetch
 from plumbing.cli import UserError
 
 
@@ -253,9 +254,9 @@ def test_document_lengths_are_those_of_the_documents(corpus, monkeypatch):
 
 
 def test_the_script_shows_what_was_masked(corpus, capsys):
-    data.main(data.Config([str(corpus)], show=2, loader=True, seq_len=32))
+    data.main(data.Config([str(corpus)], show=2, seq_len=32))
     out = capsys.readouterr().out
     assert "verified: train.bin, val.bin, tokenizer.json" in out and out.count(" <- ") == 2 * 5
     assert json.loads((corpus / "manifest.json").read_text())["fingerprint"] in out
     assert all(f"\n{key}: " in out for key in (
-        "documents", "unknown_rate", "train_document_lengths", "val_document_lengths", "loader_tokens_per_second"))
+        "documents", "unknown_rate", "train_document_lengths", "val_document_lengths"))

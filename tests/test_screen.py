@@ -21,6 +21,7 @@ from plumbing import diagnose, rehearsal, screen
 from plumbing.budget import Budget
 from plumbing.cli import parse
 from plumbing.screen import Screen
+from plumbing.validation import validation_blocks
 
 ROOT = Path(train.__file__).parent
 
@@ -98,7 +99,7 @@ def test_a_pipe_sees_no_carriage_return_and_what_order_is_worth(tiny, corpus, tm
     config = SimpleNamespace(model=str(tmp_path / "run/model"), seq_len=32)
     directory = TokenDirectory(corpus)
     forward = diagnose.masked_lm(config, directory)
-    batch = diagnose.validation(train.validation_blocks(directory, 32), 8)
+    batch = diagnose.validation(validation_blocks(directory, 32), 8)
     order = diagnose.d_order(forward, batch, directory.special)
     assert summary["d_order"] == pytest.approx(order, abs=1e-4)
     assert f", D_order {order:z.2f}" in last

@@ -21,6 +21,7 @@ from plumbing.cli import UserError
 from plumbing.device import fitting_micro_batch, multiplies_in_bf16
 from plumbing.files import sha256
 from plumbing.price import flops_per_block
+from plumbing.validation import FEW_BLOCKS, validate
 from step import Arm, make_arm
 from strategies import AS_RELEASED, STRATEGIES, mobilebert_stage
 
@@ -250,7 +251,7 @@ def test_validation_takes_every_block_whatever_the_micro_batch(tiny, corpus):
     for micro in (1, 8, 11, 64):
         config = tiny(strategy="vanilla_kd", micro_batch=micro, batch_size=micro, val_blocks=29)
         arm = make_arm(config, TokenDirectory(corpus))
-        found.append([*arm.validate(blocks).values(), *arm.validate(blocks, model=arm.teacher).values()])
+        found.append([*validate(arm, blocks).values(), *validate(arm, blocks, model=arm.teacher).values()])
     ids, masked, labels = arm.to_device(blocks.batch(0, 29))
     slowly = [torch.nn.functional.cross_entropy(m.eval()(ids, masked)["logits"], labels).item()
               for m in (arm.student, arm.teacher)]
@@ -276,7 +277,7 @@ def test_too_few_validation_blocks_are_counted_and_too_few_for_one_refused(tiny,
         return
     train.train(config, say=said.append)
     warnings = [line for line in said if line.startswith("warning")]
-    assert len(warnings) == (blocks < train.FEW_BLOCKS)
+    assert len(warnings) == (blocks < FEW_BLOCKS)
     assert all(f"only {blocks} validation block(s)" in w and "--val-fraction" in w for w in warnings)
 
 
@@ -399,7 +400,7 @@ def test_in_a_stage_one_layer_trains_and_every_other_weight_stays_bitwise(tiny, 
     for _ in range(2):                                                  # no dropout, after a validation either
         first, again = (arm.forward(*arm.dummy())[0].item() for _ in range(2))
         assert first == again
-        arm.validate(blocks)
+        validate(arm, blocks)
 
 
 def test_a_stage_has_nothing_to_do_for_copied_layers(tiny, narrow_teacher, corpus, monkeypatch):

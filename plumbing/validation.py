@@ -1,0 +1,69 @@
+"""Validation: what a run's loss is on blocks that it never trains on.  None of it is on the clock."""
+import copy
+
+import torch
+
+from data import Batch, Blocks
+from plumbing import diagnose
+from plumbing.budget import Stopped
+from plumbing.cli import UserError
+from step import autocast
+
+FEW_BLOCKS = 32             # under so many validation blocks, a warning
+
+
+def validation_blocks(directory, seq_len, say=lambda line: None):
+    """The validation split in blocks, masked alike for every run."""
+    remedy = "prepare the data with a larger --val-fraction"
+    if directory.manifest["val_tokens"] < seq_len - 2:
+        raise UserError(f"{directory.path}/val.bin: {directory.manifest['val_tokens']} ids do not make one "
+                        f"block of length {seq_len}: {remedy}, or give a smaller --seq-len")
+    blocks = Blocks(directory, "val", seq_len, seed=0)
+    if blocks.count < FEW_BLOCKS:
+        say(f"warning: {directory.path}/val.bin makes only {blocks.count} validation block(s) of length "
+            f"{seq_len}, so validation losses are mostly noise: {remedy}")
+    return blocks
+
+
+@torch.no_grad()
+def validate(arm, blocks, signals=(), model=None, strategy=None):
+    """{term: mean} over all the validation blocks asked for, of the arm's strategy or of another one; or the MLM
+    loss of another `model`."""
+    blocks, count = copy.copy(blocks), min(arm.config.val_blocks, blocks.count)
+    blocks.causal = model is None and (strategy or arm.strategy).causal
+    size = min(arm.config.micro_batch, count)
+    means, teacher_was = {}, arm.teacher and arm.teacher.training
+    arm.student.eval()
+    if arm.teacher:
+        arm.teacher.eval()
+    for at in range(0, count, size):
+        if signals:
+            raise Stopped
+        rows = min(size, count - at)                                    # the last ones may be fewer
+        batch = arm.to_device(Batch(*(a[:rows] for a in blocks.batch(at // size, size))))
+        # eager: compiled, evaluation would be a variant of its own, and the last rows one more
+        with torch.compiler.set_stance("force_eager"), arm.tf32():
+            if model is None:
+                _, terms = arm.forward(*batch, strategy=strategy)
+            else:
+                logits = model(batch.ids, batch.masked, want=("logits",))["logits"]
+                terms = {"mlm": torch.nn.functional.cross_entropy(logits.float(), batch.labels)}
+        for name, value in terms.items():
+            means[name] = means.get(name, 0.0) + value.item() * rows / count
+    arm.student.train(arm.strategy.dropout)
+    if arm.teacher:
+        arm.teacher.train(teacher_was)
+    return means
+
+
+def d_order(arm, blocks, special, plain=None, signals=()):
+    """diagnose.d_order of the arm's student, over the blocks of `validate`."""
+    def forward(ids, masked):
+        if signals:
+            raise Stopped
+        with autocast(arm.device, arm.bf16):
+            return arm.student(ids.to(arm.device), masked.to(arm.device), want=("logits",))["logits"]
+    arm.student.eval()
+    found = diagnose.d_order(forward, diagnose.validation(blocks, arm.config.val_blocks), special, plain)
+    arm.student.train(arm.strategy.dropout)
+    return found
