@@ -1,5 +1,5 @@
 """Every strategy at every budget, pretrained over several seeds, fine-tuned and scored alike: tables, figure,
-verdict.  Read it seventh.
+verdict.  Read it after finetune_glue.py.
 
     python compare.py         # the demonstration: no data, no teacher, no GPU, no download; about ten minutes
     python compare.py --data data/wiki --teacher bert-base-uncased --glue-dir glue --budget-hours 1,4 --seeds 3 \\

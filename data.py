@@ -1,4 +1,4 @@
-"""From a token directory to batches: memmapped ids, blocks, masks.  Read it fifth.
+"""From a token directory to batches: memmapped ids, blocks, masks.  Read it after train.py.
 
 A token directory (made by prepare.py) holds train.bin and val.bin (flat ids, each document ended by [SEP]),
 tokenizer.json and manifest.json.  A block is [CLS] + S-2 consecutive ids + [SEP]: always full, so pretraining

@@ -1,4 +1,4 @@
-"""Fine-tune a model directory on GLUE, or on labelled text of your own, and score it.  Read it sixth.
+"""Fine-tune a model directory on GLUE, or on labelled text of your own, and score it.  Read it after data.py.
 
     python finetune_glue.py --model runs/tinybert/model --glue-dir glue            # the paper's grid, 3 seeds
     python finetune_glue.py --model runs/tinybert/model --glue-dir glue --tasks rte,cola --quick    # one grid point

@@ -1,4 +1,4 @@
-"""Every loss: one function = one equation.  Read it second, with strategies.py beside it.
+"""Every loss: one function = one equation.  Read it after model.py.
 
 Pure functions of tensors: student first, teacher second, a scalar out.  tests/test_kd_losses.py holds each of
 them against the slowest possible transcription of its formula.

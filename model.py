@@ -1,4 +1,4 @@
-"""The BERT encoder, its MLM head and its classification head, by hand.  Read it first.
+"""The BERT encoder, its MLM head and its classification head, by hand.  Read it after exercises/tinybert_in_25_lines.py.
 
 The module tree carries the tensor names of Hugging Face's BERT, so `state_dict()` is that format and nothing
 has to be exported.  A forward pass computes what it is asked for (`want`) and stops there:
@@ -115,7 +115,7 @@ def attention(q, k, v, mask, p):
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
     if q.device.type != "cpu" or not (q.requires_grad or p):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
-    # torch's fused CPU kernel: 3 times these lines backwards, in bf16, and no dropout (README.md, Throughput)
+    # torch's fused CPU kernel: 3 times these lines backwards, in bf16, and no dropout (docs/throughput.md)
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])                               # (B, N, S, S)
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)

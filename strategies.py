@@ -1,4 +1,4 @@
-"""Every strategy: one entry of STRATEGIES, made of losses.  Read it with kd_losses.py.
+"""Every strategy: one entry of STRATEGIES, made of losses.  Read it after kd_losses.py.
 
 A Strategy is a dict of Terms.  A Term is a loss of kd_losses.py with what the two forward passes must leave
 behind for it, and at which layers; model.py computes that and stops.  Strategies one after another are

@@ -1,4 +1,4 @@
-"""The budgeted loop: one strategy, one student, one budget.  Read it fourth.
+"""The budgeted loop: one strategy, one student, one budget.  Read it after the losses, with step.py.
 
     python train.py --strategy no_kd --budget-steps 1000 --data data/wiki --size 4L256 --out runs/teacher
     python train.py --strategy tinybert --budget-hours 4 --teacher runs/teacher/model --size 2L256
