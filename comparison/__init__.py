@@ -1,0 +1,1 @@
+"""What judges many runs, above train.py: nothing here is trained."""
