@@ -7,9 +7,9 @@ verdict.  Read it after finetune_glue.py.
 
 Each (strategy, budget, data setting, seed) is a run of its own under OUT/runs, whose learning rate ends at
 zero at its budget.  Of several --peak-lrs, each arm takes the one with which its own validation loss ends
-lowest at that budget (seed 0).  What is finished is never run again: the same command goes on where
-it was stopped, and several processes with the same --out share the runs, such as one per GPU, each started
-with its own CUDA_VISIBLE_DEVICES.
+lowest at that budget, on a seed that is not reported.  What is finished is never run again: the same command
+goes on where it was stopped, and several processes with the same --out share the runs, such as one per GPU,
+each started with its own CUDA_VISIBLE_DEVICES.
 
 The demonstration takes the English documentation that is already on this disk (see prepare.py) and the
 teacher in teacher/, gives each strategy the same 2-layer student and the same number of FLOPs from three
@@ -19,8 +19,10 @@ teacher has been pretrained on them.
 """
 import dataclasses
 import hashlib
+import io
 import json
 import math
+import textwrap
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -32,7 +34,7 @@ import torch
 
 import finetune_glue
 import train
-from comparison import jobs, report, timing
+from comparison import jobs, judge, ngrams, report, statistics, timing
 from comparison.demonstration import demonstrated, look
 from comparison.merge import merged
 from comparison.timing import Progress, duration
@@ -46,6 +48,7 @@ from plumbing.cli import (
     Counts,
     Positive,
     Positives,
+    Seed,
     UserError,
     checked,
     flag_of,
@@ -72,7 +75,8 @@ class Config(train.Recipe):
     # arms
     strategies: Annotated[str, str, (*STRATEGIES, *PHASED)] = "no_kd,vanilla_kd,tinybert,minilm"    # the arms
     arms: str | None = None             # or STRATEGY, PHASE:END/../PHASE, miniplm; then +init, +released
-    seeds: Count = 3                    # pretraining seeds 0, 1, ... of each arm; an interval needs two
+    seeds: Count = 3                    # pretraining seeds of each arm; an interval needs two
+    first_seed: Seed = 0                # the first of them; choices are made on one that is not among them
     recipes: Annotated[str, str, tuple(RECIPES)] | None = None  # several: each arm takes its best; default: --recipe
     peak_lrs: Positives | None = None   # of every arm; several: its best at each budget; default: the recipe's
     unique_tokens: str = "all"     # data settings such as all,2000000: the first so many ids, again and again
@@ -81,8 +85,10 @@ class Config(train.Recipe):
     score_draws: Count = 1              # of miniplm: masks of each block that are scored
     # teacher
     teacher: str | None = None        # model directory, Hub id, or train: pretrain one on the same data first
+    init_layers: Annotated[str, int, "[0, inf)"] | None = None  # of cut and +init; default: first, last, evenly
     teacher_size: str | None = None     # of --teacher train; default: twice the student's layers
     teacher_budget: Positive | None = None  # of --teacher train, in the budget's unit; default: 4 x the largest budget
+    teacher_flops: Positive | None = None   # what a given teacher's pretraining took, to charge it; default: not known
     # data
     data: str | None = None             # token directory; without it the demonstration runs
     val_times: Count = 4                # validations over the budget
@@ -90,7 +96,8 @@ class Config(train.Recipe):
     glue_dir: str | None = None         # folder of GLUE's official TSVs
     tasks: str | None = None            # cola,name=PATH,...; default: all of GLUE with --glue-dir
     columns: str | None = None          # of your own tasks: text,label or text,text,label; default: guessed
-    finetune_seeds: Count = 3           # fine-tuning runs per pretrained model
+    finetune_seeds: Count = 4           # fine-tuning runs per pretrained model
+    labels: Count | None = None         # training examples, drawn anew for each of them; default: all there are
     finetune_batch_sizes: Counts = "16,32"          # the grid of fine-tuning: examples per step ...
     finetune_lrs: Positives = "1e-5,3e-5,5e-5,8e-5"  # ... times peak learning rates
     quick: bool = False                 # one point of that grid in its place: batch 32, lr 5e-5
@@ -118,9 +125,9 @@ class Config(train.Recipe):
         return finetune_glue.Config(
             model=str(model), glue_dir=self.glue_dir, tasks=self.tasks, columns=self.columns,
             batch_sizes=self.finetune_batch_sizes, peak_lrs=self.finetune_lrs, quick=self.quick,
-            seeds=self.finetune_seeds, first_seed=1 + seed * self.finetune_seeds, epochs=self.finetune_epochs,
-            max_len=self.max_len, out=str(out), device=self.device, compile=bool(self.compile),
-            bf16=self.bf16)
+            labels=self.labels, seeds=self.finetune_seeds, first_seed=1 + seed * self.finetune_seeds,
+            epochs=self.finetune_epochs, max_len=self.max_len, out=str(out), device=self.device,
+            compile=bool(self.compile), bf16=self.bf16)
 
 
 # What every run of a comparison takes from its command line as it stands there
@@ -133,7 +140,7 @@ class Plan:
     """Every run of the comparison as a train.Config, made and checked before anything starts."""
 
     def __init__(self, config):
-        self.config, self.out = config, Path(config.out)
+        self.config, self.out, self.teacher_flops = config, Path(config.out), config.teacher_flops
         self.unit, budgets = one_budget(config)
         whole = int if self.unit in ("tokens", "steps") else float
         self.budgets = sorted(numbers(budgets, whole))
@@ -169,17 +176,19 @@ class Plan:
                                     choice=self.choices[0] if len(self.choices) == 1 else None)
         elif config.teacher_size or config.teacher_budget:
             raise UserError("--teacher-size and --teacher-budget belong to --teacher train")
-        self.tuning = {(name, budget, choice): self.run(name, budget, *self.settings[0], choice=choice)
+        self.seeds = range(config.first_seed, config.first_seed + config.seeds)
+        apart = self.seeds[0] - 1 if self.seeds[0] else 999             # what it chooses is reported on other seeds
+        self.tuning = {(name, budget, choice): self.run(name, budget, *self.settings[0], apart, choice)
                        for budget in self.budgets for name in self.names for choice in self.choices
                        if len(self.choices) > 1}
         self.runs = self.runs_at({(name, budget): self.choices[0] for name in self.names for budget in self.budgets})
         if len({each.out for each in self.runs}) < len(self.runs):
             raise UserError(f"{flag_of(f'budget_{self.unit}')} {budgets}: two budgets are the same to six digits")
-        untrained = [("random init", "random"), *[(report.LAYERS, "layers")] * any(
+        untrained = [(judge.RANDOM, "random"), *[(judge.CUT, "cut")] * any(
             each.start == "teacher" for each in self.runs)]
         self.yardsticks = [(name, self.out / f"{folder}/seed{seed}", seed)
-                           for name, folder in untrained for seed in range(config.seeds)]
-        self.yardsticks.append(("teacher", self.out / "teacher", 0))
+                           for name, folder in untrained for seed in self.seeds]
+        self.yardsticks.append((judge.TEACHER, self.out / "teacher", 0))
         for each in self.all:
             each.check()
 
@@ -195,7 +204,9 @@ class Plan:
                 + "-static" * static + f"-{recipe}" * bool(choice and self.config.recipes)
                 + (f"-lr{lr:g}" if lr else "") + f"-seed{seed}")
         return train.Config(**{k: getattr(self.config, k) for k in SHARED} | dict(
-            strategy=strategy, init="teacher" if "init" in suffixes else None, as_released="released" in suffixes,
+            strategy=strategy, init="teacher" if "init" in suffixes else None,
+            init_layers=self.config.init_layers if "init" in suffixes or strategy == "distilbert" else None,
+            as_released="released" in suffixes,
             teacher=self.teacher_model, unique_tokens=unique, static_masks=static, seed=seed, recipe=recipe,
             peak_lr=lr, out=str(self.out / "runs" / name)) | {f"budget_{self.unit}": budget} | other)
 
@@ -205,7 +216,7 @@ class Plan:
 
     def runs_at(self, chosen):
         """The compared runs, seeds outermost: stopped early, what is there compares all, over fewer seeds."""
-        return [self.run(name, budget, *setting, seed, chosen[name, budget]) for seed in range(self.config.seeds)
+        return [self.run(name, budget, *setting, seed, chosen[name, budget]) for seed in self.seeds
                 for budget in self.budgets for setting in self.settings for name in self.names]
 
     @property
@@ -217,8 +228,8 @@ class Plan:
 def check_inputs(plan):
     """(token directory, {task: its examples}): everything that can be refused before hours of training is."""
     config, directory = plan.config, TokenDirectory(plan.config.data)
-    texts = {name: glue.read_task(name, task, config.glue_dir)
-             for name, task in glue.parse_tasks(config.tasks, config.columns).items()}
+    plan.tasks = glue.parse_tasks(config.tasks, config.columns)
+    plan.texts = texts = {name: glue.read_task(name, task, config.glue_dir) for name, task in plan.tasks.items()}
     plan.teacher_shape = teacher_shape(plan, directory)
     shapes = plan.teacher_shape, student_shape(plan.runs[0], directory)
     longest = min(c.max_position_embeddings for c in shapes)
@@ -267,8 +278,8 @@ def describe(plan, seconds, finetune_seconds, texts):
     """The plan in a few lines, before anything starts."""
     config = plan.config
     print(f"plan: {', '.join(plan.names)}; student {config.size}; "
-          f"budgets {', '.join(report.amount(b, plan.unit) for b in plan.budgets)}; "
-          f"{'; '.join(report.setting(*s) for s in plan.settings)}; seeds 0 to {config.seeds - 1}")
+          f"budgets {', '.join(judge.amount(b, plan.unit) for b in plan.budgets)}; "
+          f"{'; '.join(judge.setting(*s) for s in plan.settings)}; seeds 0 to {config.seeds - 1}")
     print(f"  {len(seconds)} pretraining runs"
           + (f", {len(plan.tuning)} of them to choose the peak LR" if plan.tuning else "")
           + (f", the teacher ({plan.teacher.size}, --teacher-budget {plan.teacher.budget[1]:g}) with "
@@ -278,6 +289,10 @@ def describe(plan, seconds, finetune_seconds, texts):
     models = len(plan.runs) + len(plan.yardsticks)
     print(f"  fine-tuning {models} models on {', '.join(texts)}: very roughly "
           f"{duration(models * finetune_seconds)}" + ", and their probes on top of it" * config.probe)
+    pretraining = np.mean([seconds[each.out] for each in plan.runs])
+    if pretraining and (m := statistics.fine_tunings(finetune_seconds / config.finetune_seeds / pretraining)
+                        ) != config.finetune_seeds:
+        print(f"  at these costs --finetune-seeds {m} tells most for its price (it is {config.finetune_seeds})")
     record = plan.out / "results.json"
     if record.exists() and (able := report.resolution(read_json(record)["results"], config.seeds)):
         print(f"  by the spread in {record}, {able}")
@@ -352,6 +367,7 @@ def execute(plan, directory, progress):
                        f"{taught['val']['mlm']:.2f}; its own pretraining is charged to no arm"
                        + (", and it has seen all of the data." if plan.settings != [(None, False)] else "."))
         costs.append(f"The teacher's pretraining took {duration(taught['charged_seconds'])}.")
+        plan.teacher_flops = taught["student_flops"]
     if plan.tuning:
         chosen, tried, cost = tuned(plan, progress, trained)
         before, plan.runs = plan.runs, plan.runs_at(chosen)
@@ -365,16 +381,17 @@ def execute(plan, directory, progress):
     results, others = done[:len(plan.runs)], done[len(plan.runs):]
     costs.append(f"The compared runs were charged "
                  f"{duration(sum(r['charged_seconds'] for r in results))} in all.")
-    yardsticks = [report.constant_answer(results)]
-    for name in dict.fromkeys(m["name"] for m in others):
-        of = [m for m in others if m["name"] == name]
-        yardsticks.append(dict(name=name, averages=[m["average"] for m in of], runs=of,
-                               scores={task: [m["scores"][task] for m in of] for task in of[0]["scores"]}))
+    yardsticks = [judge.constant_answer(results), dict(name=judge.NGRAMS, runs=[
+        share_runs([plan.out / "ngrams"], lambda _: score_ngrams(plan, progress))[0]])]
+    yardsticks += [dict(name=name, runs=[m for m in others if m["name"] == name])
+                   for name in dict.fromkeys(m["name"] for m in others)]
+    constant = yardsticks[0]["runs"][0]
+    constant["predicted"] = {t: constant_of(plan.tasks[t], plan.texts[t], results[0]["tasks"][t]) for t in plan.texts}
     return results, yardsticks, remarks, costs
 
 
 def tuned(plan, progress, trained):
-    """({(arm, budget): (recipe, peak LR)} of the lowest own validation loss with seed 0, what was tried, cost)"""
+    """({(arm, budget): (recipe, peak LR)} of the lowest own validation loss, what was tried, cost)"""
     def do(i):
         (name, budget, choice), each = list(plan.tuning.items())[i]
         with progress.on(each.out, f"{name}, {in_words(choice)}"):
@@ -398,7 +415,7 @@ def tuned(plan, progress, trained):
     found = share_runs([each.out for each in plan.tuning.values()], do)
     best = {at: min(((loss, *choice) for a, choice, loss, _ in found if a == at), key=lambda f: f[0])[1:]
             for at, *_ in found}
-    lines = [f"{at[0]} at {report.amount(at[1], plan.unit)}: " + ", ".join(
+    lines = [f"{at[0]} at {judge.amount(at[1], plan.unit)}: " + ", ".join(
         f"{in_words(choice)}: " + (f"{loss:.4f}" if loss < math.inf else "not finite")
         + taken(*choice) * (choice == best[at]) for a, choice, loss, _ in found if a == at) for at in best]
     spent = sum(seconds for at, choice, _, seconds in found if choice != best[at])
@@ -414,22 +431,55 @@ def scored(plan, model, out, say, seed):
     config, tuning = plan.config, plan.config.finetuning(model, out, seed)
     tasks = finetune_glue.score(tuning, say)["tasks"]
     means = {name: r["mean"] for name, r in tasks.items()}
+    predicted = {name: finetune_glue.kept_predictions(name, plan.tasks[name], r, Path(out, "trials"))
+                 for name, r in tasks.items()}
     probe = dataclasses.replace(tuning, data=config.data, probe=True, seq_len=plan.runs[0].length)
-    return dict(tasks=tasks, scores=means, probes=finetune_glue.probes(probe, say) if config.probe else {},
-                average=float(np.mean([means[name] for name in report.averaged(means)])))
+    return dict(tasks=tasks, scores=means, predicted=predicted, model=str(model),
+                probes=finetune_glue.probes(probe, say) if config.probe else {},
+                average=float(np.mean([means[name] for name in judge.averaged(means)])))
+
+
+def score_ngrams(plan, progress):
+    """What n-grams and a linear classifier find of the tasks, from the training examples that the fine-tunings have:
+    a draw each with --labels, else all of them, once."""
+    found, file = dict(tasks={}, predicted={}), plan.out / "ngrams/predicted.npz"
+    before = dict(np.load(file)) if file.exists() else {}
+    for name, (task, parts) in {n: (plan.tasks[n], plan.texts[n]) for n in plan.texts}.items():
+        (x, y), (dev, y_dev), *_ = parts.values()
+        classes = None if task.labels == () else len(task.labels or ()) or int(y.max()) + 1
+        draws = [finetune_glue.drawn(len(y), plan.config.labels, seed) for seed in range(
+            1, 1 + (plan.config.finetune_seeds if plan.config.labels else 1))]
+        if name not in before:
+            progress.say_line(f"n-grams on {name}")
+            logits = [ngrams.fit_predict([x[i] for i in of], y[of], dev, classes) for of in draws]
+            before[name] = np.stack([z[:, 0] if task.labels == () else z.argmax(-1) for z in logits])
+        scores = [glue.evaluate(task, p, y_dev)[0][task.metrics[0]] for p in before[name]]
+        found["tasks"][name] = dict(metric=task.metrics[0], n=len(y_dev), scores=scores, collapsed=0,
+                                    collapsed_trials=[False] * len(scores))
+        found["predicted"][name] = before[name]
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **before)
+    write_whole(file, buffer.getvalue())
+    return found | dict(scores={t: float(np.mean(of["scores"])) for t, of in found["tasks"].items()})
+
+
+def constant_of(task, parts, result):
+    """(1, dev examples): the constant answer, as a prediction."""
+    _, (_, y), *_ = parts.values()
+    return np.full((1, result["n"]), 0 if task.labels == () else np.bincount(y).argmax())
 
 
 def score_yardstick(plan, directory, progress, name, path, seed):
     """The untrained student of a seed, one of the teacher's layers, or the teacher, scored as an arm is."""
     model = path / "model"
-    if name == "teacher":
+    if name == judge.TEACHER:
         model = plan.teacher_model
     elif not model.exists():
         student = initial_student(dataclasses.replace(plan.runs[0], seed=seed), directory)
-        if name == report.LAYERS:
+        if name == judge.CUT:
             source = checkpoint.find_model(plan.teacher_model)
             teacher, missing, _ = checkpoint.load_mlm(source, len(directory.vocab))
-            start_from(student, teacher, head=not missing)
+            start_from(student, teacher, numbers(plan.config.init_layers or "", int), head=not missing)
         checkpoint.save_model(model, student, directory.read_tokenizer(), head=True)
     with progress.on(f"score {path}", f"{name} {seed}"):
         return dict(name=name, **scored(plan, model, path / "glue", progress.say, seed))
@@ -443,8 +493,8 @@ def result_of(plan, each, summary):
     curve = [dict(seconds=r["seconds"], tokens=r["step"] * summary["tokens"] // summary["steps"],
                   mlm=r["val"]["mlm"], d_order=r.get("d_order")) for r in log if "mlm" in r.get("val", {})]
     return dict({k: summary[k] for k in kept}, strategy=each.arm, budget=each.budget[1], unit=plan.unit,
-                unique_tokens=each.unique_tokens, static_masks=each.static_masks, model=f"{each.out}/model",
-                recipe=each.recipe, curve=curve)
+                unique_tokens=each.unique_tokens, static_masks=each.static_masks, recipe=each.recipe, curve=curve,
+                flops=summary["student_flops"] + summary["teacher_flops"])
 
 
 # ----------------------------------------------------------------------------------------------------- report
@@ -468,34 +518,49 @@ def papers_setting(plan):
     return config.size if same and teachers.get(config.size) == plan.teacher_shape.size else None
 
 
-def write_report(config, results, yardsticks, remarks=(), costs=(), size=None):
-    """The tables, the verdict and the figure, under OUT and on the screen."""
-    out = Path(config.out)
-    said = [*report.verdict(results, yardsticks), *report.drift(results), *report.remarks(results), *remarks]
-    text = "\n\n".join([*recipe(config), report.score_table(results, yardsticks, size), *said])
-    if config.probe:
-        text += "\n\n" + report.probe_table(results, yardsticks)
-    costs = "\n\n".join([report.cost_table(results), *costs])
-    everything = dict(config=dataclasses.asdict(config), results=results, yardsticks=yardsticks, verdict=said)
+def write_report(config, results, yardsticks, remarks=(), costs=(), size=None, labels=None, teacher_flops=None):
+    """The tables, the verdict and the figure, under OUT and on the screen.  `labels`: {task: of its dev examples}."""
+    out, layers = Path(config.out), ", ".join(map(str, numbers(config.init_layers or "", int)))
+    for each in (*results, *(r for y in yardsticks for r in y["runs"])):
+        judge.keep_examples(each, each.get("predicted", {}), labels or {})
+    said = report.verdict(results, yardsticks, teacher_flops, layers)
+    notes = [*report.drift(results), *report.remarks(results), *remarks, *recipe(config)]
+    table = report.score_table(results, yardsticks, size)
+    text = "\n\n".join([said[0], table, *said[1:], *notes])
+    probes = report.probe_table(results, yardsticks) if config.probe else ""
+    costs = "\n\n".join([report.cost_table(results, teacher_flops), *costs,
+                         *judge.pays_from(results, yardsticks, teacher_flops)])
+    left_out = ("predicted", "examples")
+    everything = dict(config=dataclasses.asdict(config), verdict=said, teacher_flops=teacher_flops,
+                      results=[{k: v for k, v in r.items() if k not in left_out} for r in results],
+                      yardsticks=[dict(y, runs=[{k: v for k, v in r.items() if k not in left_out} for r in y["runs"]])
+                                  for y in yardsticks])
     if (inputs := out / "inputs.json").exists():
         everything["data"] = read_json(inputs).get("contents of data")
 
     def write(_):
-        for name, content in (("table.md", text), ("costs.md", costs),
+        for name, content in (("table.md", f"{text}\n\n{probes}"), ("costs.md", costs),
                               ("results.csv", report.comma_separated(results)),
                               ("results.json", json.dumps(everything, indent=1))):
             write_whole(out / name, f"{content.rstrip()}\n".encode())
-        report.figure(results, yardsticks, out / "figure.png")
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **judge.arrays_of(results, yardsticks, labels or {}))
+        write_whole(out / "results.npz", buffer.getvalue())
+        report.figure(results, yardsticks, out / "figure.png", teacher_flops)
     share_runs([out], write)
-    print(f"\n{text}\n\n{costs}\n\nalso in {out}/table.md, costs.md, results.json and results.csv")
+    print("\n" + "\n\n".join(filter(None, [
+        textwrap.fill(said[0], 80), report.screen_table(results, yardsticks),
+        *(textwrap.fill(line, 80) for line in (*said[1:], *notes)),
+        "Probes of the frozen encoders: in table.md." * bool(probes),
+        f"also in {out}/table.md, costs.md, results.json and results.csv"])))
 
 
 def main(config):
     began = time.monotonic()
     if config.merge:
-        config, *found = merged(config)
+        config, found, labels, teacher_flops = merged(config)
         writable(config.out)
-        return write_report(config, *found)
+        return write_report(config, *found, labels=labels, teacher_flops=teacher_flops)
     writable(config.out)
     demonstration = config.data is None
     if demonstration:
@@ -513,7 +578,8 @@ def main(config):
     plan = Plan(config)
     if not (found := compare(plan)):
         return
-    write_report(config, *found, papers_setting(plan))
+    labels = {name: [*parts.values()][1][1] for name, parts in plan.texts.items()}
+    write_report(config, *found, papers_setting(plan), labels, plan.teacher_flops)
     if demonstration:
         look(found[0], config)
     print(f"\n{time.monotonic() - began:.0f} s in all")

@@ -72,6 +72,7 @@ class Config(Checked):
     batch_sizes: Counts = "16,32"           # the grid: examples per step ...
     peak_lrs: Positives = "1e-5,3e-5,5e-5,8e-5"     # ... times learning rates, reached after 6% of the steps
     quick: bool = False                     # one grid point, batch 32 and lr 5e-5, in the grid's place
+    labels: Count | None = None             # of the training examples, drawn anew for each run; default: all
     seeds: Count = 3                        # runs of the chosen point: mean and standard deviation over them
     first_seed: Seed | None = None      # of those runs; default: 1 after a grid, which runs on seed 0, else 0
     epochs: Count = 5                       # passes over the training examples
@@ -213,14 +214,23 @@ class Setup(NamedTuple):
     say: object = print
 
 
+def drawn(n, labels, seed):
+    """Which of n training examples a fine-tuning has: all, or so many labels, drawn by its seed."""
+    if not labels or labels >= n:
+        return np.arange(n)
+    return np.sort(np.random.default_rng([seed, labels]).permutation(n)[:labels])
+
+
 def fit(setup, file, batch, lr, seed):
     """One fine-tuning: (result, dev logits)."""
     config, name, task, device = setup.config, setup.name, setup.task, setup.device
     (x, y), *dev = setup.parts.values()
+    of = drawn(len(y), config.labels, seed)
+    x, y_drawn = [x[i] for i in of], y[of]
     began, pad_id = time.monotonic(), setup.tokenizer.token_to_id("[PAD]")
     num_labels = 1 if task.labels == () else len(task.labels or ()) or int(y.max()) + 1
     model = checkpoint.load_classifier(setup.path, num_labels, seed, config.dropout).to(device)
-    losses = finetune(model, x, y, batch, config.epochs, lr, seed, pad_id, file.stem,
+    losses = finetune(model, x, y_drawn, batch, config.epochs, lr, seed, pad_id, file.stem,
                       multiplies_in_bf16(device, config.bf16), config.compile)
     logits, scores, collapsed = [], {}, False
     for (x, y), where in zip(dev, ("", " mismatched"), strict=False):       # two dev sets: MNLI
@@ -250,6 +260,8 @@ def run_trials(setup, out, points):
     settings = dict(model=setup.digests, examples=examples.hexdigest()[:16],
                     epochs=config.epochs, dropout=config.dropout,
                     bf16=multiplies_in_bf16(setup.device, config.bf16))
+    if config.labels:
+        settings["drawn"] = config.labels
     if setup.task.labels and not setup.task.columns:
         settings["labels"] = list(setup.task.labels)
     files = [out / f"{setup.name}-b{batch}-lr{lr:g}-seed{seed}.json" for batch, lr, seed in points]
@@ -288,9 +300,18 @@ def score_task(setup, out):
     for values in mean.values():
         values |= dict(mean=float(np.mean(values["scores"])),
                        std=float(np.std(values["scores"], ddof=1)) if len(results) > 1 else 0.0)
+    collapsed = [r["collapsed"] for r in results]
     return dict(mean.pop(metric), metric=metric, others=mean, batch_size=points[0][0], peak_lr=points[0][1],
                 trials=trials + len(results), n=len(y), majority=evaluate(setup.task, majority, y)[0][metric],
-                collapsed=sum(r["collapsed"] for r in results))
+                collapsed=sum(collapsed), collapsed_trials=collapsed, first_seed=first)
+
+
+def kept_predictions(name, task, found, out):
+    """(fine-tunings, dev examples): what each reported trial of score_task predicted of the first dev set."""
+    files = [out / f"{name}-b{found['batch_size']}-lr{found['peak_lr']:g}-seed{found['first_seed'] + i}.npy"
+             for i in range(len(found["scores"]))]
+    logits = [np.load(file)[:found["n"]] for file in files]
+    return np.stack([z[:, 0] if task.labels == () else z.argmax(-1) for z in logits])
 
 
 def line(name, r):

@@ -1,4 +1,5 @@
-"""The BERT encoder, its MLM head and its classification head, by hand.  Read it after exercises/tinybert_in_25_lines.py.
+"""The BERT encoder, its MLM head and its classification head, by hand.  Read it after
+exercises/tinybert_in_25_lines.py.
 
 The module tree carries the tensor names of Hugging Face's BERT, so `state_dict()` is that format and nothing
 has to be exported.  A forward pass computes what it is asked for (`want`) and stops there:

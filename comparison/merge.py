@@ -4,8 +4,10 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
+
 import train
-from comparison import report
+from comparison import judge
 from plumbing.cli import UserError, flag_of
 from strategies import RECIPES
 
@@ -24,8 +26,9 @@ def what_is_shared(config, Config):
 
 
 def merged(config):
-    """(config, results, yardsticks, remarks) of earlier comparisons of one student, recipe, teacher and tasks.  Of the
-    last two the yardsticks tell: the untrained student of a seed and the teacher score the same."""
+    """(config, (results, yardsticks), {task: labels} of kept predictions, FLOPs of the teacher) of earlier comparisons
+    of one student, recipe, teacher and tasks.  Of the last two the yardsticks tell: the untrained student of a seed
+    and the teacher score the same."""
     Config, records = type(config), {}
     for path in config.merge.split(","):
         file = Path(path, "results.json") if Path(path).is_dir() else Path(path)
@@ -38,7 +41,7 @@ def merged(config):
             raise UserError(f"--merge: {file} is no results.json that compare.py has written")
     if Path(config.out, "runs").exists() or {Path(config.out)} & set(map(Path, records)):
         raise UserError(f"--out {config.out} holds a comparison of its own: give --merge another --out")
-    first, results, yardsticks = next(iter(records)), {}, {}
+    first, results, yardsticks, labels = next(iter(records)), {}, {}, {}
     for path, record in records.items():
         one, other = (what_is_shared(r["config"], Config) for r in (records[first], record))
         differ = [flag_of(key) for key in one if other.get(key, one[key]) != one[key]]
@@ -46,28 +49,34 @@ def merged(config):
             differ.append("--data")
         if differ:
             raise UserError(f"--merge: {path} was made with another {', '.join(differ)} than {first}")
+        file = Path(path, "results.npz") if Path(path).is_dir() else Path(path).with_suffix(".npz")
+        labels |= judge.attach(record["results"], record["yardsticks"], dict(np.load(file)) if file.is_file() else {})
         for y in record["yardsticks"]:
+            y["name"] = judge.OLD_NAMES.get(y["name"], y["name"])
+            if "runs" not in y:                         # the constant answer of older records
+                y["runs"] = judge.constant_answer(record["results"])["runs"]
             both = yardsticks.get(y["name"], y), y
-            n = min(len(of["averages"]) for of in both)
-            one, other = ({task: scores[:n] for task, scores in of["scores"].items()} for of in both)
+            n = min(len(of["runs"]) for of in both)
+            one, other = ([r["scores"] for r in of["runs"][:n]] for of in both)
             if one != other:
                 raise UserError(f"--merge: {y['name']} has other scores in {path} than in {first}: another "
                                 f"teacher, other tasks, or another machine")
-            yardsticks[y["name"]] = max(both, key=lambda of: len(of["averages"]))
+            yardsticks[y["name"]] = max(both, key=lambda of: len(of["runs"]))
         for r in record["results"]:
             key = tuple(r[k] for k in ("strategy", "budget", "unit", "unique_tokens", "static_masks", "seed"))
             before = results.setdefault(key, dict(r, speed=None) if len(records) > 1 else r)
             if (before["scores"], before["peak_lr"]) != (r["scores"], r["peak_lr"]):
-                raise UserError(f"--merge: {r['strategy']} at {report.amount(r['budget'], r['unit'])}, seed "
+                raise UserError(f"--merge: {r['strategy']} at {judge.amount(r['budget'], r['unit'])}, seed "
                                 f"{r['seed']}, has other scores or another peak LR in {path}")
     if len({r["unit"] for r in results.values()}) > 1:
         raise UserError(f"--merge: {config.merge}: budgets in different units have no common table")
-    bases = {report.base_of(arms) for arms in report.groups(results.values()).values()}
+    bases = {judge.base_of(arms) for arms in judge.groups(results.values()).values()}
     if len(bases) > 1:
         raise UserError(f"--merge: {config.merge}: differences to {' and '.join(sorted(bases))} have no common "
                         f"column: no_kd is not in all of them")
     names = {f.name for f in dataclasses.fields(Config)}
     recipe = {k: v for k, v in records[first]["config"].items() if k in names}
     recipe |= dict(out=config.out, probe=all(r["config"].get("probe") for r in records.values()))
-    results = list(results.values())
-    return Config(**recipe), results, list(yardsticks.values()), []
+    prices = {record.get("teacher_flops") for record in records.values()} - {None}
+    found = list(results.values()), list(yardsticks.values())
+    return Config(**recipe), found, labels, config.teacher_flops or (prices.pop() if len(prices) == 1 else None)

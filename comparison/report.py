@@ -1,31 +1,19 @@
-"""From the results of many runs to tables, a figure and a verdict: statistics only, nothing is trained here.
+"""From the results of many runs to tables, a figure and a verdict: nothing is trained here.
 
-Read it with compare.py.  A result is a dict, one per pretrained model: what it was (`strategy`, `budget`,
-`unit`, `unique_tokens`, `static_masks`, `seed`), what it cost (`tokens`, `epochs`, `charged_seconds`,
-`teacher_share`, ...) and what it scored (`scores`: {task: percent}, `average` over them; `tasks`: {task:
-{scores of each fine-tuning run, metric, n, majority: the constant answer's score, ...}}).
-
-The arms share their seeds (initial weights, data order, masks), so an arm's difference to the base arm is
-taken seed by seed, and its 95% interval is Student's t over those differences (n - 1 degrees of freedom).  It
-speaks of other seeds, on these dev sets.  The verdict looks at the best of several arms, so it asks more: an
-interval at 1 - 0.05 / k for k comparisons (Bonferroni).
-
-An average is worth what its tasks measure: one on which neither the teacher nor any arm is above the constant
-answer and the untrained student outside the noise only adds noise, so it is named, and a
-second average leaves it out.
+Read it with compare.py; who is ahead of whom is judge.py's, and how sure that is statistics.py's.  The first line
+says what to do.  A result is a dict, see judge.py.
 """
 import csv
-import functools
 import io
 import math
-from collections import Counter
 
 import numpy as np
 
+from comparison import judge, statistics
+from comparison.judge import amount, averaged, base_of, groups, setting
 from plumbing.diagnose import D_ORDER_TURN
 from plumbing.glue import PAPER as PAPER_TASKS
 
-LAYERS = "the teacher's layers, untrained"          # the yardstick of every arm that starts from them
 # arXiv 2404.19319, Table 2: GLUE dev, one seed, one A100; {(size, limited data): rows}: tokens, tasks, mean
 PAPERS_HOURS = {("6L768", False): 4, ("12L1024", False): 11.3, ("6L768", True): 24}
 PAPER = {
@@ -45,147 +33,6 @@ PAPER = {
         "minilm": (15.6e9, 90.0, 91.5, 83.0, 90.3, 90.6, 65.7, 50.7, 80.3),
         "tinybert": (15.6e9, 90.5, 92.3, 83.3, 90.2, 90.8, 67.5, 51.8, 80.9)},
 }
-
-
-# ------------------------------------------------------------------------------------------------- statistics
-
-@functools.cache
-def t_quantile(p, df):
-    """x with P(t < x) = p of Student's t with `df` degrees of freedom, for 0.5 < p < 1."""
-    # with t = sqrt(df) tan(a), the density is proportional to cos(a)^(df - 1) on (-pi/2, pi/2)
-    a = np.linspace(0, math.pi / 2, 20_001)
-    density = np.cos(a) ** (df - 1)
-    area = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2)])
-    return math.sqrt(df) * math.tan(np.interp((p - 0.5) * 2 * area[-1], area, a))
-
-
-def interval(differences, comparisons=1):
-    """(mean, half width) of the 95% interval of the mean of paired differences, Bonferroni-corrected for so
-    many comparisons; the half width is infinite for fewer than two."""
-    n = len(differences)
-    half = half_width(np.std(differences, ddof=1), n, comparisons) if n > 1 else math.inf
-    return float(np.mean(differences)), float(half)
-
-
-def half_width(std, n, comparisons=1):
-    return t_quantile(1 - 0.025 / comparisons, n - 1) * std / math.sqrt(n)
-
-
-def seeds_for(differences, points=1.0):
-    """The number of seeds from which on a mean difference of so many points is outside its 95% interval."""
-    std = np.std(differences, ddof=1)
-    n = max(2, math.ceil((1.96 * std / points) ** 2))
-    while half_width(std, n) >= points:
-        n += 1
-    return n
-
-
-def spread(values, digits=1):
-    std = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.{digits}f}{std}"
-
-
-def signed(mean, half, digits=1):
-    within = f" [{mean - half:+.{digits}f}, {mean + half:+.{digits}f}]" if math.isfinite(half) else ""
-    return f"{mean:+.{digits}f}" + within
-
-
-# --------------------------------------------------------------------------------------------------- grouping
-
-def groups(results):
-    """{(unique_tokens, static_masks, budget): {strategy: {seed: result}}}: all data first, budgets rising."""
-    found = {}
-    for r in results:
-        group = found.setdefault((r["unique_tokens"], r["static_masks"], r["budget"]), {})
-        group.setdefault(r["strategy"], {})[r["seed"]] = r
-    return dict(sorted(found.items(), key=lambda item: (-(item[0][0] or math.inf), *item[0][1:])))
-
-
-def base_of(arms):
-    """The arm that the others are compared with."""
-    return "no_kd" if "no_kd" in arms else next(iter(arms))
-
-
-def averaged(tasks):
-    """The tasks that the average is over: the paper's seven if they are all there, else all there are."""
-    return [t for t in PAPER_TASKS if t in tasks] if set(PAPER_TASKS) <= set(tasks) else list(tasks)
-
-
-def over(tasks):
-    """The mean of a result's scores on these tasks, as a function of the result."""
-    return lambda r: float(np.mean([r["scores"][task] for task in tasks]))
-
-
-def values_of(runs, tasks):
-    """[mean over the tasks] per pretraining seed; of a single one, per fine-tuning run."""
-    if len(runs) > 1:
-        return [over(tasks)(r) for r in runs]
-    return list(np.mean([runs[0]["tasks"][task]["scores"] for task in tasks], 0))
-
-
-def differences(arm, other, value=lambda r: r["average"]):
-    """arm - other, seed by seed, over the seeds that both have."""
-    return [value(arm[seed]) - value(other[seed]) for seed in arm if seed in other]
-
-
-def leads_of(found):
-    """(group, arm, base arm, their differences) of each arm but the base."""
-    return [(key, name, base_of(arms), differences(runs, arms[base_of(arms)])) for key, arms in found.items()
-            for name, runs in arms.items() if name != base_of(arms)]
-
-
-def row_of(arm):
-    """The arm's name as a row has it."""
-    return arm + " (MobileBERT's transfer on a plain BERT)" * ("mobilebert" in arm)
-
-
-# ----------------------------------------------------------------------------------------------------- floors
-
-def constant_answer(results):
-    """The yardstick of no model at all: the class that is most frequent in dev, or one score for all."""
-    scores = {task: t["majority"] for task, t in results[0]["tasks"].items()}
-    return dict(name="constant answer", scores={task: [score] for task, score in scores.items()},
-                averages=[over(averaged(scores))(dict(scores=scores))])
-
-
-def above(leads, error):
-    """The names whose mean lead is above 0 outside the noise, of {name: leads}; None: no spread is known.
-
-    The spread is pooled over the names (few seeds know their own badly), corrected for as many comparisons;
-    to it comes `error`, the standard error from the size of the dev set."""
-    df = sum(len(values) - 1 for values in leads.values())
-    if not df:
-        return None
-    std = math.sqrt(sum(len(values) * np.var(values) for values in leads.values()) / df)
-    t = t_quantile(1 - 0.025 / len(leads), df)
-    return {name for name, values in leads.items()
-            if np.mean(values) > math.hypot(t * std / math.sqrt(len(values)), 2 * error)}
-
-
-def measuring(results, yardsticks):
-    """(tasks that measure, tasks that do not): on these neither the teacher nor any arm is above the constant
-    answer and the untrained student outside the noise.  None where one run of each cannot tell."""
-    runs_of = {y["name"]: y["runs"] for y in yardsticks if "runs" in y}
-    if len(runs_of) < 2:
-        return None
-    candidates = {(key, name): [runs[seed] for seed in sorted(runs)] for key, arms in groups(results).items()
-                  for name, runs in arms.items()} | dict(teacher=runs_of["teacher"])
-    measures, nothing = [], []
-    for task, t in results[0]["tasks"].items():
-        over_constant, over_untrained = {}, {}
-        for name, runs in candidates.items():
-            values = values_of(runs, [task])
-            untrained = values_of(runs_of["random init"][:len(runs)], [task])   # of the same seeds
-            over_constant[name] = [v - t["majority"] for v in values]
-            over_untrained[name] = [v - u for v, u in zip(values, untrained, strict=False)]
-        floor = max(t["majority"], np.mean(values_of(runs_of["random init"], [task]))) / 100
-        share = t["metric"] in ("accuracy", "f1")     # the others are correlations, whose error at 0 is this:
-        error = 100 * math.sqrt((floor * (1 - floor) if share else 1) / t["n"])
-        both = above(over_constant, error), above(over_untrained, error)
-        if None in both:
-            return None
-        (measures if both[0] & both[1] else nothing).append(task)
-    return measures, nothing
 
 
 def turned(r):
@@ -216,81 +63,120 @@ def turn_of(runs):
     return "< " * first + f"{mean / 1e6:.2g}M" + f" ({late} of {len(at)} later)" * (late > 0)
 
 
-def setting(unique_tokens, static_masks):
-    return ("all of the data" if unique_tokens is None else f"{unique_tokens:,} unique tokens") + (
-        ", static masks" if static_masks else "")
-
-
-def amount(budget, unit):
-    if unit == "hours":
-        return f"{budget:g} h" if budget >= 0.1 else f"{budget * 3600:.0f} s"
-    return f"{budget:g} FLOPs".replace("e+", "e") if unit == "flops" else f"{budget:,.0f} {unit}"
-
-
 # ----------------------------------------------------------------------------------------------------- tables
+
+def spread(values, digits=1):
+    std = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{std}" if len(values) else "collapsed"
+
+
+def signed(d, digits=1):
+    """The difference with its plain 95% interval."""
+    within = f" [{d.d - d.half:+.{digits}f}, {d.d + d.half:+.{digits}f}]" if math.isfinite(d.half) else ""
+    return f"{d.d:+.{digits}f}" + within
+
+
+def row_of(arm):
+    """The arm's name as a row has it."""
+    return arm + " (MobileBERT's transfer on a plain BERT)" * ("mobilebert" in arm)
+
 
 def markdown(head, rows):
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (head, ["---"] * len(head), *rows))
 
 
-def score_table(results, yardsticks=(), size=None):
-    """Scores, mean ± standard deviation over pretraining seeds (of a single one over its fine-tuning runs),
-    and the difference to the base arm, with the seeds that 1 point would need.  It holds nothing that depends
-    on the machine's speed.  `yardsticks`: {name, scores: {task: [percent]}, averages, runs:
-    [as results, per seed]}."""
-    tasks = list(results[0]["scores"])
-    sets, many = [averaged(tasks), *second_average(results, yardsticks)], len(tasks) > 1
-    rows = []
-    for (unique, static, budget), arms in groups(results).items():
-        base = base_of(arms)
+def aligned(head, rows, width=80):
+    """The same as text for a terminal: columns aligned, the last one cut to what is left of `width`."""
+    cells = [[str(cell) for cell in row] for row in (head, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in cells]
+    return "\n".join(line if len(line) <= width else line[:width - 1] + "…" for line in lines)
+
+
+def rate_of(runs):
+    """Recipe and peak LR of an arm's runs."""
+    recipe = runs[0].get("recipe", "paper")
+    return f"{recipe} " * (recipe != "paper") + f"{runs[0]['peak_lr']:g}"
+
+
+def score_rows(results, yardsticks):
+    """[(budget, setting, name, runs, values, Difference or None)] of every row: values are the scores, averaged over
+    the tasks that measure, of the pretraining seeds (of a single one, or of a yardstick: of its fine-tunings)."""
+    tasks, found = judge.tasks_of(results, yardsticks), []
+    for key, arms in groups(results).items():
+        against = judge.differences(arms, yardsticks, tasks)
         for name, runs in arms.items():
-            of = list(runs.values())
-            val = [r["val"]["mlm"] for r in of if "mlm" in r["val"]]
-            rows.append([amount(budget, of[0]["unit"]), setting(unique, static), row_of(name),
-                         f"{of[0]['peak_lr']:g}", f"{np.mean([r['tokens'] for r in of]):,.0f}",
-                         f"{np.mean([r['epochs'] for r in of]):.2g}", f"{np.mean(val):.2f}" if val else "",
-                         turn_of(of), *[spread(values_of(of, [task])) for task in tasks]])
-            for names in sets:
-                lead = differences(runs, arms[base], over(names))
-                rows[-1] += [spread(values_of(of, names))] * many + (
-                    ["", ""] if name == base else
-                    [signed(*interval(lead)), seeds_for(lead) if len(lead) > 1 else ""])
+            of = [runs[s] for s in sorted(runs)]
+            found.append((key[2], key[:2], name, of, values_of(judge.arm(name, of, tasks)), against.get(name)))
+    last = judge.differences(arms, yardsticks, tasks) if len(groups(results)) == 1 else {}
+    for y in yardsticks:
+        a = judge.yardstick_arm(y, tasks)
+        values = values_of(a) if a else [float(np.mean(s)) for s in zip(*(y["scores"][t] for t in tasks), strict=True)]
+        found.append((None, None, y["name"], y.get("runs", []), values, last.get(y["name"])))
+    return found
+
+
+def values_of(a):
+    """The scores that a row shows: of each seed, or of a single seed's fine-tunings."""
+    return a.means if len(a.means) > 1 else [x for of in a.scores for x in of]
+
+
+def score_table(results, yardsticks=(), size=None):
+    """Scores, mean ± standard deviation over pretraining seeds (of a single one over its fine-tuning runs), and the
+    difference to the base row with its plain 95% interval and the word for it.  It holds nothing that depends on the
+    machine's speed.  `yardsticks`: {name, runs: [as results], scores: {task: [percent]}}."""
+    tasks, many = list(results[0]["scores"]), len(results[0]["scores"]) > 1
+    used = judge.tasks_of(results, yardsticks)
+    base, rows = base_of(next(iter(groups(results).values())), yardsticks), []
+    for budget, kind, name, of, values, d in score_rows(results, yardsticks):
+        arm = budget is not None
+        val = [r["val"]["mlm"] for r in of if "mlm" in r.get("val", ())] if arm else []
+        by_task = [spread(values_of(judge.arm(name, of, [t], given=not arm))) if of else
+                   spread(next(y["scores"][t] for y in yardsticks if y["name"] == name)) for t in tasks]
+        rows.append([amount(budget, of[0]["unit"]) if arm else "", setting(*kind) if arm else "", row_of(name),
+                     rate_of(of) if arm else "", f"{np.mean([r['tokens'] for r in of]):,.0f}" if arm else "",
+                     f"{np.mean([r['epochs'] for r in of]):.2g}" if arm else "", f"{np.mean(val):.2f}" if val else "",
+                     turn_of(of) if arm else "", *by_task, *([spread(values)] if many else []),
+                     signed(d) if d else "", d.says if d else ""])
     for limited in dict.fromkeys(unique is not None for unique, _, _ in groups(results)):
         paper = PAPER.get((size, limited), {}) if set(tasks) & set(PAPER_TASKS) else {}
         for name, (tokens, *values, average) in paper.items():
             of = dict(zip(PAPER_TASKS, values, strict=True))
             rows.append([f"the paper's: {PAPERS_HOURS[size, limited]} h, one A100, one seed",
                          "limited" if limited else "all", name, "", f"{tokens:.2g}", "", "", "",
-                         *[of.get(task, "") for task in tasks], *([f"{average} (7 tasks)"] if many else []),
-                         "", "", *["", "", ""] * (len(sets) - 1)])
-    single = len({r["seed"] for r in results}) == 1
-    for y in yardsticks:
-        runs = y.get("runs", []) if single else []      # as the arms: fine-tuning runs of one model
-        rows.append(["", "", y["name"], "", "", "", "", "",
-                     *[spread(values_of(runs, [task]) if runs else y["scores"][task]) for task in tasks]])
-        for names in sets:
-            values = values_of(runs, names) if runs else np.mean([y["scores"][task] for task in names], 0)
-            rows[-1] += [spread(values)] * many + ["", ""]
-    base = base_of(next(iter(groups(results).values())))
-    head = ["budget", "data", "arm", "peak LR", "tokens", "epochs", "val MLM", "turn", *tasks]
-    for i, names in enumerate(sets):
-        of = "+".join(names) if i else "the paper's 7" * (set(PAPER_TASKS) <= set(tasks))
-        head += ["average" + f" of {of}" * bool(of)] * many + [f"Δ to {base} [95%]", "n for 1 point"]
+                         *[of.get(task, "") for task in tasks], *([f"{average} (7 tasks)"] if many else []), "", ""])
+    of = "the paper's 7" if set(PAPER_TASKS) <= set(tasks) and used == averaged(tasks) else "+".join(used)
+    head = ["budget", "data", "arm", "peak LR", "tokens", "epochs", "val MLM", "turn", *tasks,
+            *([f"average of {of}"] if many else []), f"Δ to {base} [95%]", "so"]
     unneeded = [1] * all(r["unique_tokens"] is None for r in results)   # one setting needs no column
     unneeded += [head.index("turn")] * all(turned(r) is None for r in results)
     head, *rows = ([cell for i, cell in enumerate(row) if i not in unneeded] for row in (head, *rows))
     return markdown(head, rows)
 
 
-def second_average(results, yardsticks):
-    """[the averaged tasks that measure], where that is some of them but not all; else []."""
-    found = measuring(results, yardsticks)
-    names = [task for task in averaged(results[0]["scores"]) if found and task in found[0]]
-    return [names] if 0 < len(names) < len(averaged(results[0]["scores"])) else []
+SHORT = {"ahead, outside the noise": "ahead", "behind, outside the noise": "behind", "a hint": "a hint",
+         "level within 1 point": "level", "no interval": ""}
+
+
+def screen_table(results, yardsticks=()):
+    """The table as a terminal shows it: at most 80 columns."""
+    base, blocks, rows = base_of(next(iter(groups(results).values())), yardsticks), [], []
+    last = None
+    for budget, kind, name, of, values, d in score_rows(results, yardsticks):
+        where = f"{amount(budget, of[0]['unit'])} on {setting(*kind)}" if budget is not None else last
+        if where != last:
+            rows.append([where, "", "", ""])
+        last = where
+        word = SHORT.get(d.word, f"within {d.less:.1f}") if d else ""
+        rows.append([f"  {name}", spread(values), signed(d) if d else "", word])
+    blocks.append(aligned(["", "score", f"Δ to {base} [95%]", ""], rows))
+    return "\n\n".join(blocks)
 
 
 def probes_of(r):
-    """{name of a probe: value} of one pretrained model."""
+    """{name of a probe: value} of one pretrained model; {} of what has none."""
+    if not r.get("probes"):
+        return {}
     tasks = {f"{task} {kind}": found[kind] for task, found in r["probes"]["tasks"].items()
              for kind in ("linear", "similarity") if kind in found}
     names = dict(mlm="MLM", repeated="MLM, repeated", others="MLM, others", d_order="D_order")
@@ -326,16 +212,17 @@ def best_probe(arms, column, where):
     """["Probe COLUMN at WHERE: the best arm and its lead over the base arm"], where there are two."""
     def value(r):
         return probes_of(r)[column] * (-1 if column.startswith("MLM") else 1)       # a loss: lowest is best
-    of = {name: runs for name, runs in arms.items() if all(column in probes_of(r) for r in runs.values())}
+    of = {name: statistics.Arm(name, [[value(r)] for r in runs.values()])
+          for name, runs in arms.items() if all(column in probes_of(r) for r in runs.values())}
     if len(of) < 2:
         return []
-    best, second, *_ = sorted(of, key=lambda name: -np.mean([value(r) for r in of[name].values()]))
+    best, second, *_ = sorted(of, key=lambda name: -np.mean(of[name].means))
     rival = base_of(of) if base_of(of) != best else second
-    lead = lead_in_words(differences(of[best], of[rival], value), rival, len(of) - 1, digits_of(column))
-    return [f"Probe {column} at {where}: {best}; {lead}."]
+    d = next(d for d in statistics.compare([*of.values()], rival) if d.name == best)
+    return [f"Probe {column} at {where}: {best}; against {rival} {signed(d, digits_of(column))}, {d.says}."]
 
 
-def cost_table(results):
+def cost_table(results, teacher_flops=None):
     """What the budget bought: means over seeds.  Seconds and rates are this machine's."""
     def mean(runs, key):
         return np.mean([r[key] for r in runs.values()])
@@ -347,10 +234,18 @@ def cost_table(results):
             rows.append([amount(budget, results[0]["unit"]), setting(*kind), row_of(name),
                          f"{mean(runs, 'tokens'):,.0f}", f"{times:.2f}",
                          f"{mean(runs, 'charged_seconds'):,.1f}", f"{mean(runs, 'tokens_per_second'):,.0f}",
-                         f"{mean(runs, 'teacher_share'):.0%}",
+                         f"{mean(runs, 'teacher_share'):.0%}", *prices(name, runs, budget, teacher_flops),
                          *[f"{mean(runs, 'speed'):.2f}" for _ in range(timed)]])
     return markdown(["budget", "data", "arm", "tokens", "x base", "charged s", "tokens/s", "in teacher",
+                     "FLOPs", "with the teacher's",
                      *["machine's speed"] * timed], rows)
+
+
+def prices(name, runs, budget, teacher_flops):
+    """The FLOPs of one model, and with its teacher's pretraining; "" where that is not known."""
+    row = judge.Row(name, [*runs.values()], budget, judge.needs_teacher(name))
+    whole = row.flops + row.needs_teacher * (teacher_flops or 0)
+    return f"{row.flops:.3g}", "" if row.needs_teacher and not teacher_flops else f"{whole:.3g}"
 
 
 def comma_separated(results):
@@ -368,167 +263,76 @@ def comma_separated(results):
 
 # ---------------------------------------------------------------------------------------------------- verdict
 
-def verdict(results, yardsticks=()):
-    """The table in plain words: the tasks that measure nothing; the best arm of each group and whether its
-    lead is noise, also over the untrained student, and the same over the tasks that measure; then where
-    curves cross; then what repeated data and static masks did."""
-    found, lines = groups(results), []
-    told = measuring(results, yardsticks)
-    if told and told[1]:
-        lines.append(f"Measures nothing here: {', '.join(told[1])}: neither the teacher nor any arm is above "
-                     f"the constant answer and the random init outside the noise."
-                     + " That is every task: the averages below rank noise." * (not told[0]))
-    lines += best_arms(found, yardsticks, averaged(results[0]["scores"]), "At")
-    for names in second_average(results, yardsticks):
-        lines += best_arms(found, yardsticks, names, f"Over {'+'.join(told[0])}, which measure, at")
-    return lines + crossings(found, results[0]["unit"]) + repetition(found)
-
-
-def best_arms(found, yardsticks, tasks, where):
-    """One line per group: its best arm by the mean over these tasks, and its leads."""
-    untrained = {y["name"]: {seed: dict(scores={task: y["scores"][task][seed] for task in tasks})
-                             for seed in range(len(y["averages"]))}
-                 for y in yardsticks if y["name"] in ("random init", LAYERS)}
-    value, lines = over(tasks), []
-    for (*kind, budget), arms in found.items():
-        best, *others = sorted(arms, key=lambda name: -np.mean([value(r) for r in arms[name].values()]))
-        rivals = {name: arms[name] for name in (base_of(arms), *others[:1]) if name != best} | untrained
-        leads = [lead_in_words(differences(arms[best], runs, value), name, len(rivals | arms) - 1)
-                 for name, runs in rivals.items()]
-        runs = list(arms[best].values())
-        lines.append(f"{where} {amount(budget, runs[0]['unit'])} on {setting(*kind)}, {best} scores highest: "
-                     f"{'; '.join([spread(values_of(runs, tasks)), *leads])}.")
+def verdict(results, yardsticks=(), teacher_flops=None, layers=""):
+    """The table in plain words: what to do; what measures nothing; who is ahead of whom at each budget; ceilings."""
+    lines = judge.instruction(results, yardsticks, teacher_flops, layers)
+    told = judge.measuring(results, yardsticks)
+    for task, floor in (told[1] if told else {}).items():
+        lines.append(f"{task} measures nothing here: no arm and no teacher is ahead of {floor}, outside the noise."
+                     + " No average has it." * bool(told[0] and len(results[0]["tasks"]) > 1))
+    for key, arms in groups(results).items():
+        lines += who_is_ahead(key, arms, yardsticks, judge.tasks_of(results, yardsticks))
     return lines
+
+
+def who_is_ahead(key, arms, yardsticks, tasks):
+    """[one line] for a budget: each row against the base, by its word; best against runner-up; a ceiling."""
+    (unique, static, budget), by_word = key, {}
+    against, base = judge.differences(arms, yardsticks, tasks), base_of(arms, yardsticks)
+    floors = judge.CONSTANT, judge.RANDOM, judge.NGRAMS
+    for d in against.values():
+        if d.name == judge.TEACHER or d.name in floors and d.word.startswith("behind"):
+            continue                                                    # as it should be
+        word = d.word.split(";")[0].replace("ahead, outside the noise", "ahead of it, outside the noise").replace(
+            "behind, outside the noise", "behind it, outside the noise")
+        less = f" (by less than {d.less:.1f})" * ("not told apart" in word)
+        by_word.setdefault(word, []).append(f"{d.name} {d.d:+.1f}{less}")
+    unit = next(iter(next(iter(arms.values())).values()))["unit"]
+    where = f"At {amount(budget, unit)} on {setting(unique, static)}"
+    line = f"{where}, against {base}: " + "; ".join(f"{word}: {', '.join(of)}" for word, of in by_word.items())
+    if any(d.scope for d in against.values() if math.isfinite(d.half)):
+        line += " (on this dev set only)"
+    lines = [line + "."] if by_word else []
+    table = judge.table_of(arms, yardsticks, tasks)
+    trained = sorted((a for a in table if a.name in arms and a.means), key=lambda a: -np.mean(a.means))
+    if len(trained) > 1 and min(len(a.means) for a in trained[:2]) > 2:
+        d = statistics.pair(table, trained[0].name, trained[1].name)
+        lines.append(f"{where}, {trained[0].name} scores highest; against {trained[1].name}, the next, {signed(d)}.")
+    teacher = next((a for a in table if a.name == judge.TEACHER and a.means), None)
+    full = [a.name for a in trained if teacher and np.mean(a.means) > np.mean(teacher.means) - 1]
+    if full:
+        lines.append(f"{where}, {', '.join(full)} {'is' if len(full) == 1 else 'are'} within 1 point of the teacher: "
+                     f"a ceiling, under which leads shrink.")
+    collapsed = [f"{a.name} {a.collapsed} of {a.trials}" for a in table if a.collapsed]
+    if collapsed:
+        lines.append(f"{where}, fine-tunings that predicted one class are left out of scores: {', '.join(collapsed)}. "
+                     + " ".join(d.collapsed + "." for d in against.values() if d.collapsed and d.p < 0.05))
+    return [line.strip() for line in lines]
 
 
 def resolution(results, seeds):
     """What so many seeds can tell apart at the spread of these results, in words; "" where none is known."""
-    if not (leads := [lead for *_, lead in leads_of(groups(results)) if len(lead) > 1]):
+    tasks = averaged(results[0]["scores"])
+    known = [(d.wide, d.n) for arms in groups(results).values() for d in judge.differences(arms, (), tasks).values()
+             if math.isfinite(d.wide)]
+    if not known or seeds < 2:
         return ""
-    stds, need = sorted(np.std(lead, ddof=1) for lead in leads), [seeds_for(lead) for lead in leads]
-    if seeds == 1:
-        able = "1 seed tells no difference from noise"
-    else:
-        low, mid, high = (half_width(std, seeds) for std in (stds[0], stds[len(stds) // 2], stds[-1]))
-        able = (f"{seeds} seeds tell differences from {low:.1f} to {high:.1f} points from noise "
-                f"(median {mid:.1f})")
-    return f"{able}; a difference of 1 point needs {min(need)} to {max(need)}"
-
-
-def lead_in_words(lead, rival, comparisons, digits=1):
-    """'against no_kd +1.2 [+0.3, +2.1], outside the noise': the interval plain, the judgement corrected."""
-    mean, half = interval(lead)
-    text = f"against {rival} {signed(mean, half, digits)}, "
-    if not math.isfinite(half):
-        return text + "of one seed"
-    if abs(mean) > interval(lead, comparisons)[1]:
-        return text + ("outside the noise" if mean > 0 else "behind it, outside the noise")
-    if abs(mean) > half:
-        return text + f"a hint (not outside the noise when corrected for {comparisons} comparisons)"
-    return text + "inside the noise"
-
-
-def crossings(found, unit, resamples=2000):
-    """Where an arm's mean overtakes the base arm's, or falls behind it, on the straight line between two budgets
-    over log budget; with the 95% interval of resampled seeds (bootstrap, each budget's leads on their own, their
-    deviations scaled by sqrt(n / (n - 1)); still too narrow for fewer than five seeds, which is said)."""
-    rng, lines, kinds = np.random.default_rng(0), [], {}
-    for (*kind, budget), name, base, leads in leads_of(found):
-        kinds.setdefault((*kind, name, base), []).append((budget, leads))
-    for (unique, static, name, base), points in kinds.items():
-        budgets, means = [b for b, _ in points], np.array([[np.mean(leads) for _, leads in points]])
-        drawn = np.array([rng.choice(leads, (resamples, len(leads))).mean(1) for _, leads in points]).T
-        seeds = np.array([len(leads) for _, leads in points])
-        drawn = means + (drawn - means) * np.sqrt(seeds / np.maximum(seeds - 1, 1))
-        for i, at in enumerate(crossed(budgets, means)[0]):
-            if math.isnan(at):
-                continue
-            up = means[0, i] < 0
-            again = crossed(budgets, drawn, up)
-            again = again[np.isfinite(again).any(1)]
-            nearest = np.nanargmin(np.abs(np.log(again / at)), 1)
-            low, high = np.exp(np.quantile(np.log(again[np.arange(len(again)), nearest]), (0.025, 0.975)))
-            at, low, high = (amount(float(f"{x:.2g}"), unit) for x in (at, low, high))
-            both = [interval(leads) for _, leads in points[i:i + 2]]
-            least = min(seeds[i:i + 2])
-            few = f", roughly: {least} seeds" if least < 5 else ""
-            noise = (f" [{low}, {high}], in {len(again) / resamples:.0%} of resampled seeds{few}"
-                     if all(math.isfinite(half) for _, half in both) else " (of one seed)")
-            noise += " (inside the noise)" * any(abs(mean) <= half < math.inf for mean, half in both)
-            lines.append(f"On {setting(unique, static)}, the mean of {name} "
-                         f"{'overtakes' if up else 'falls behind'} {base}'s at about {at}{noise}, between "
-                         f"{amount(budgets[i], unit)} and {amount(budgets[i + 1], unit)}.")
-    return lines
-
-
-def crossed(budgets, leads, up=None):
-    """Where rows of leads (n, budgets) change their sign (to above 0 alone, or below, by `up`): (n, budgets - 1),
-    NaN where they do not."""
-    before, after, log = leads[:, :-1], leads[:, 1:], np.log(budgets)
-    changes = before * after < 0
-    if up is not None:
-        changes &= (before < 0) == up
-    part = before / np.where(changes, before - after, 1)
-    return np.where(changes, np.exp(log[:-1] + np.diff(log) * part), np.nan)
-
-
-def repetition(found):
-    """What fewer unique tokens and static masks did to the base arm and the others' leads, seed by seed."""
-    lines = []
-    for (unique, static, budget), arms in found.items():
-        # the limited data against all of it, its static masks against its fresh ones
-        other, base = (unique if static else None, False, budget), base_of(arms)
-        before = found.get(other, {})
-        if other == (unique, static, budget) or base not in before:
-            continue
-        runs = list(arms[base].values())
-        parts = [f"{base} changes by {signed(*interval(differences(arms[base], before[base])))}"]
-        for name in (name for name in arms if name != base and name in before):
-            seeds = [seed for seed in arms[name]
-                     if all(seed in of for of in (arms[base], before[name], before[base]))]
-            change = [arms[name][s]["average"] - arms[base][s]["average"]
-                      - before[name][s]["average"] + before[base][s]["average"] for s in seeds]
-            parts.append(f"the lead of {name} over it by {signed(*interval(change))}")
-        lines.append(f"At {amount(budget, runs[0]['unit'])}, {setting(unique, static)} "
-                     f"({np.mean([r['epochs'] for r in runs]):.1f} epochs of {base}) against "
-                     f"{setting(*other[:2])}: {', '.join(parts)}.")
-    return lines
+    able = sorted(wide * math.sqrt(n / seeds) for wide, n in known)
+    return f"{seeds} seeds tell differences of about {able[len(able) // 2]:.1f} points from noise"
 
 
 def remarks(results):
-    """What the spreads and intervals mean here, and what went wrong in fine-tuning."""
-    first, counts = next(iter(results[0]["tasks"].values())), sorted(
-        len(runs) for arms in groups(results).values() for runs in arms.values())
+    """What the spreads and intervals mean here."""
+    counts = sorted(len(runs) for arms in groups(results).values() for runs in arms.values())
     seeds, most = counts[0], counts[-1]
     if most > 1:
         of = f"{seeds} to {most}" if seeds < most else f"{seeds}"
-        freedom = "as many degrees of freedom less one" if seeds < most else \
-            f"{seeds - 1} degree{'s' * (seeds > 2)} of freedom"
-        lines = [f"± is the standard deviation over {of} pretraining seeds, each fine-tuned with its own; "
-                 f"Δ is the mean of the differences seed by seed, in brackets its 95% interval (Student's t, "
-                 f"{freedom}). Both speak of other seeds, on the same "
-                 f"teacher and dev sets. \"n for 1 point\": with so many pretraining seeds a difference of 1 "
-                 f"point would be outside that interval at this spread, of which {of} seeds give a rough "
-                 f"idea."]
-    elif len(results[0]["tasks"]) == 1 and first["metric"] == "accuracy" and len(first["scores"]) > 1:
-        runs, p = len(first["scores"]), np.mean([r["average"] for r in results]) / 100
-        dev = 100 * math.sqrt(p * (1 - p) / first["n"])
-        tuning = math.sqrt(np.mean([t["std"] ** 2 for r in results for t in r["tasks"].values()]) / runs)
-        lines = [f"One pretraining seed per arm: ± is the standard deviation over {runs} fine-tuning seeds "
-                 f"of one pretrained model, so pretraining's own spread is not in it. A score's standard "
-                 f"error is {tuning:.1f} points from its {runs} fine-tuning seeds and {dev:.1f} from the "
-                 f"{first['n']:,} dev examples: a difference under "
-                 f"{2 * math.sqrt(2 * (tuning ** 2 + dev ** 2)):.1f} points is noise, a larger "
-                 f"one is a hint at most."]
+        lines = [f"± is the standard deviation over {of} pretraining seeds. Δ has a plain 95% interval for other "
+                 f"seeds and, where predictions were kept, other dev examples; its word is corrected for all rows of "
+                 f"a budget (Dunnett). How it is judged: docs/judged.md."]
     else:
-        lines = ["One pretraining seed per arm" + (": ± is the standard deviation over fine-tuning seeds of one "
-                 "pretrained model" if len(first["scores"]) > 1 else "") + ": no difference here can be told "
-                 "from noise; give --seeds 3 or more."]
-    collapsed = Counter(t for r in results for t, of in r["tasks"].items() for _ in range(of["collapsed"]))
-    if collapsed:
-        lines.append(f"Fine-tuning runs that predicted a single class, of "
-                     f"{len(results) * len(first['scores'])} per task: "
-                     f"{', '.join(f'{task} {n}' for task, n in collapsed.items())}.")
+        lines = ["One pretraining seed per arm: ± is the standard deviation over the fine-tunings of one pretrained "
+                 "model, and no difference here can be told from noise; give --seeds 3 or more."]
     devices = sorted({str(r["device"]) for r in results})
     if len(devices) > 1:
         lines.append(f"Beware: the runs were made on different devices ({', '.join(devices)}).")
@@ -562,10 +366,9 @@ def curve_look(i):
                 marker=[*MARKERS][i % len(MARKERS)])
 
 
-def figure(results, yardsticks, path):
-    """Left: the score of each arm, against the budget where there are several, ± standard deviation over
-    pretraining seeds.  Beside it, where they were logged: validation MLM loss and D_order against tokens, at the
-    largest budget of those under which most arms ran."""
+def figure(results, yardsticks, path, teacher_flops=None):
+    """Score against total FLOPs: a line per arm, the teacher charged (solid) and free (faint), its band the 95%
+    interval of the arm's mean; yardsticks as horizontal lines, named at the right edge."""
     try:
         import matplotlib
     except ImportError:
@@ -573,43 +376,51 @@ def figure(results, yardsticks, path):
         return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    found = groups(results)
-    kinds = list(dict.fromkeys(key[:2] for key in found))               # data settings
+    tasks = judge.tasks_of(results, yardsticks)
+    fig, axis = plt.subplots(layout="constrained", figsize=(8, 5))
+    kinds = list(dict.fromkeys(key[:2] for key in groups(results)))
     names = list(dict.fromkeys(r["strategy"] for r in results))
-    styles = {kind: {name: dict(color=of["colour"], marker=of["marker"], markersize=5, linewidth=1.5,
-                                linestyle=(0, of["dash"]) if of["dash"] else "-",
-                                markerfacecolor=of["colour"] if kind == kinds[0] else "white")
-                     for name, of in zip(names, map(curve_look, range(len(names))), strict=True)}
-              for kind in kinds}
-    largest = max((key for key in found if key[:2] == kinds[0]), key=lambda key: (len(found[key]), key[2]))
-    curves = [r for r in results if len(r["curve"]) > 1
-              and (r["unique_tokens"], r["static_masks"], r["budget"]) == largest]
-    logged = [(key, label) for key, label in (("mlm", "validation MLM loss, nats"), ("d_order", "D_order, nats"))
-              if any(p.get(key) is not None for r in curves for p in r["curve"])]
-    single = len(found) == 1
-    height = max(3.6, 0.28 * len(names) + 1.2 if single else 0)
-    fig, panels = plt.subplots(1, 1 + len(logged), layout="constrained", squeeze=False,
-                               figsize=((6.5, 9, 12)[len(logged)], height))
-    (one_budget if single else many_budgets)(panels[0, 0], found, kinds, names, styles, results[0]["unit"])
-    for y in yardsticks:
-        mean, at = np.mean(y["averages"]), 0.02
-        (panels[0, 0].axvline if single else panels[0, 0].axhline)(mean, color="0.4", linewidth=0.8, zorder=0)
-        panels[0, 0].annotate(y["name"], (mean, at) if single else (at, mean), fontsize=8, color="0.3",
-                              xycoords=("data", "axes fraction") if single else ("axes fraction", "data"),
-                              rotation=90 if single else 0, ha="right" if single else "left", va="bottom")
-    for panel, (key, label) in zip(panels[0, 1:], logged, strict=True):
-        for r in curves:
-            points = [(p["tokens"] / 1e6, p[key]) for p in r["curve"] if p.get(key) is not None]
-            panel.plot(*zip(*points, strict=True), **styles[kinds[0]][r["strategy"]] | dict(markersize=3),
-                       label=r["strategy"] if r["seed"] == results[0]["seed"] else None)
-        panel.set(xlabel=f"million tokens, {amount(largest[2], results[0]['unit'])}; a line per seed", ylabel=label)
-    if logged:
-        panels[0, 1].legend(fontsize=8)
-        if logged[-1][0] == "d_order":
-            panels[0, -1].axhline(D_ORDER_TURN, color="0.4", linewidth=0.8, zorder=0)
-            panels[0, -1].annotate("turn", (0.01, D_ORDER_TURN), xycoords=("axes fraction", "data"), fontsize=8,
-                                   color="0.3", va="bottom")
-    saved(fig, panels[0], path)
+    for kind in kinds:
+        for i, name in enumerate(names):
+            points = []
+            for key, arms in groups(results).items():
+                if key[:2] == kind and name in arms:
+                    table = judge.table_of(arms, yardsticks, tasks)
+                    a = next(a for a in table if a.name == name)
+                    if a.means:
+                        row = judge.Row(name, [*arms[name].values()], key[2], judge.needs_teacher(name))
+                        points.append((row.flops, float(np.mean(a.means)), statistics.half_width(table, name)))
+            if not points or not all(math.isfinite(x) for x, _, _ in points):
+                continue
+            x, y, half = map(np.array, zip(*sorted(points), strict=True))
+            look = curve_look(i)
+            style = dict(color=look["colour"], marker=look["marker"], markersize=5, linewidth=1.8,
+                         markerfacecolor=look["colour"] if kind == kinds[0] else "white")
+            charged = x + teacher_flops if teacher_flops and judge.needs_teacher(name) else None
+            label = name + (f", {setting(*kind)}" if len(kinds) > 1 else "")
+            for at, alpha in ((x, 1.0),) if charged is None else ((charged, 1.0), (x, 0.35)):
+                axis.plot(at, y, **style, alpha=alpha, label=label if alpha == 1 else None)
+                if np.isfinite(half).all():
+                    axis.fill_between(at, y - half, y + half, color=look["colour"], alpha=0.13 * alpha, linewidth=0)
+                    axis.vlines(at, y - half, y + half, color=look["colour"], alpha=0.5 * alpha)
+    heights = sorted((float(np.mean(values)), name) for budget, _, name, _, values, _ in score_rows(results, yardsticks)
+                     if budget is None and len(values))
+    axis.set_xscale("log")
+    low, high = axis.get_ylim()
+    low = min([low, *(h - 1 for h, _ in heights)])
+    axis.set_ylim(low, max([high, *(h + 1 for h, _ in heights)]))
+    gap, at = (axis.get_ylim()[1] - axis.get_ylim()[0]) / 28, -math.inf
+    for height, name in heights:                                        # no name over another, none over a line
+        axis.axhline(height, color="0.55", linewidth=0.9, zorder=0)
+        at = max(at + gap, height)
+        axis.annotate(f"{name} {height:.1f}", (1.01, at), xycoords=("axes fraction", "data"), fontsize=9, color="0.25",
+                      va="center", annotation_clip=False)
+    axis.set(xlabel="total FLOPs of a student" + (", its teacher's pretraining charged (solid) or free (faint)"
+                                                  if teacher_flops else ", its teacher's pretraining not charged"),
+             ylabel="score, %")
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, 1.12), ncols=4, frameon=False)
+    saved(fig, [axis], path)
     plt.close(fig)
 
 
@@ -619,34 +430,3 @@ def saved(fig, panels, path):
         panel.grid(color="0.92")
         panel.set_axisbelow(True)
     fig.savefig(path, dpi=150)
-
-
-def one_budget(axis, found, kinds, names, styles, unit):
-    """A row per arm: a tick per seed, the mean and its standard deviation."""
-    ((*_, budget), arms), = found.items()
-    for i, name in enumerate(names):
-        values, style = [r["average"] for r in arms[name].values()], styles[kinds[0]][name]
-        axis.plot(values, [i] * len(values), linestyle="", marker="|", markersize=11, color=style["color"])
-        axis.errorbar(np.mean(values), i, xerr=np.std(values, ddof=1) if len(values) > 1 else None, capsize=3,
-                      **style | dict(linestyle=""))
-    axis.set_yticks(range(len(names)), names)
-    axis.invert_yaxis()
-    axis.set(xlabel=f"score, %, at {amount(budget, unit)}; ticks: seeds")
-
-
-def many_budgets(axis, found, kinds, names, styles, unit):
-    """A curve per arm and data setting; lines beside each other, so that none hides another one's bars."""
-    for kind in kinds:
-        for i, name in enumerate(names):
-            at = [key for key in found if key[:2] == kind and name in found[key]]
-            of = [[r["average"] for r in found[key][name].values()] for key in at]
-            x = np.array([budget for *_, budget in at]) * 1.02 ** (i - (len(names) - 1) / 2)
-            spreads = [np.std(v, ddof=1) if len(v) > 1 else 0.0 for v in of]
-            axis.errorbar(x, list(map(np.mean, of)), spreads, capsize=2, elinewidth=0.8, **styles[kind][name],
-                          label=name + (f", {setting(*kind)}" if len(kinds) > 1 else ""))
-    axis.set_xscale("log")
-    budgets = sorted({budget for *_, budget in found})
-    axis.set_xticks(budgets, [amount(budget, unit) for budget in budgets], fontsize=8)
-    axis.minorticks_off()
-    axis.set(xlabel="budget of a run; bars: ± std over pretraining seeds", ylabel="score, %")
-    axis.legend(fontsize=8, ncols=1 + (len(names) * len(kinds) > 8))

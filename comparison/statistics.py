@@ -82,6 +82,12 @@ def compare(arms, base):
     return judged(arms, [arm for arm in arms if arm is not base], base)
 
 
+def half_width(arms, name):
+    """Half of the 95% interval of one arm's mean; infinite where no spread is known."""
+    q, f = variances(arms)[name]
+    return float(critical(f)) * math.sqrt(q) if q else math.inf
+
+
 def pair(arms, one, other):
     """The Difference of two arms alone, of a table whose spread they share.  Best and runner-up need no correction:
     their lead is the smallest that the best has."""
