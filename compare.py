@@ -444,15 +444,13 @@ def score_ngrams(plan, progress):
     a draw each with --labels, else all of them, once."""
     found, file = dict(tasks={}, predicted={}), plan.out / "ngrams/predicted.npz"
     before = dict(np.load(file)) if file.exists() else {}
-    for name, (task, parts) in {n: (plan.tasks[n], plan.texts[n]) for n in plan.texts}.items():
-        (x, y), (dev, y_dev), *_ = parts.values()
-        classes = None if task.labels == () else len(task.labels or ()) or int(y.max()) + 1
-        draws = [finetune_glue.drawn(len(y), plan.config.labels, seed) for seed in range(
-            1, 1 + (plan.config.finetune_seeds if plan.config.labels else 1))]
+    for name, task in plan.tasks.items():
+        (_, y), (_, y_dev), *_ = plan.texts[name].values()
         if name not in before:
             progress.say_line(f"n-grams on {name}")
-            logits = [ngrams.fit_predict([x[i] for i in of], y[of], dev, classes) for of in draws]
-            before[name] = np.stack([z[:, 0] if task.labels == () else z.argmax(-1) for z in logits])
+            draws = [finetune_glue.drawn(len(y), plan.config.labels, seed + 1) for seed in range(
+                plan.config.finetune_seeds if plan.config.labels else 1)]
+            _, before[name] = ngrams.score(task, plan.texts[name], draws)
         scores = [glue.evaluate(task, p, y_dev)[0][task.metrics[0]] for p in before[name]]
         found["tasks"][name] = dict(metric=task.metrics[0], n=len(y_dev), scores=scores, collapsed=0,
                                     collapsed_trials=[False] * len(scores))

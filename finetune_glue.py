@@ -40,6 +40,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
+from comparison import ngrams
 from data import TokenDirectory, hashed
 from plumbing import checkpoint, probe
 from plumbing.cli import (
@@ -440,8 +441,12 @@ def main(config):
     if config.data and not config.probe:
         raise UserError("--data is for --probe: the masked-LM probe runs on its validation blocks")
     if config.probe:
-        print("probes of the frozen encoder, which no average holds:")
-        return probes(config)
+        print("probes of the frozen encoder, which no average holds, beside n-grams and a linear classifier:")
+        found = probes(config)
+        for name, task in parse_tasks(config.tasks, config.columns).items():
+            scores, _ = ngrams.score(task, read_task(name, task, config.glue_dir))
+            print(f"{name}: n-grams {scores[0]:.1f}")
+        return found
     result = score(config)
     print()
     for name, r in result["tasks"].items():

@@ -5,7 +5,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from comparison import report
+import numpy as np
+
+import compare
+from comparison import report, statistics
+from comparison.merge import merged
 from plumbing.cli import Checked, UserError, run, writable
 from plumbing.diagnose import D_ORDER_TURN
 from plumbing.files import read_json
@@ -30,9 +34,9 @@ def arms_of(record):
 
 def of_record(name, path):
     """compare.py's figure of one record."""
-    of = record(name)
-    arms = arms_of(of)
-    report.figure([r for r in of["results"] if r["strategy"] in arms], of["yardsticks"], path)
+    _, (results, yardsticks), *_ = merged(compare.Config(merge=str(DOCS / f"records/{name}.json"), out=str(path)))
+    arms = arms_of(record(name))
+    report.figure([r for r in results if r["strategy"] in arms], yardsticks, path)
 
 
 def of_switches(plt, path):
@@ -64,7 +68,9 @@ def of_teachers(plt, path):
     fig, axis = plt.subplots(layout="constrained", figsize=(6.5, 3.8))
     for i, arm in enumerate(dict.fromkeys(row["arm"] for row in of["rows"])):
         rows, look = [row for row in of["rows"] if row["arm"] == arm], report.curve_look([*arms].index(arm))
-        means, halves = zip(*(report.interval(row["leads"]) for row in rows), strict=True)
+        means, counts = [np.mean(row["leads"]) for row in rows], [len(row["leads"]) for row in rows]
+        halves = [statistics.critical(n - 1) * np.std(row["leads"], ddof=1) / np.sqrt(n)
+                  for row, n in zip(rows, counts, strict=True)]
         beside = 0.03 * i                                               # so that no bar hides another
         axis.errorbar([row["teacher_mlm"] - beside for row in rows], means, yerr=halves, label=arm, capsize=3,
                       color=look["colour"], marker=look["marker"],

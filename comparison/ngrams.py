@@ -161,3 +161,16 @@ def fit_predict(sentences, labels, dev_sentences, classes=None, metric=None):
         if quality > best:
             best, found = quality, logits(dev(w).view(n_dev, FOLDS + 1, -1)[:, -1].numpy())
     return found
+
+
+def score(task, parts, draws=(None,)):
+    """(scores, predictions (draws, dev examples)) of a task of plumbing.glue, from the training examples of each draw
+    (their numbers; None: all)."""
+    (x, y), (dev, labels), *_ = parts.values()
+    classes = None if task.labels == () else len(task.labels or ()) or int(y.max()) + 1
+    found = []
+    for of in draws:
+        of = np.arange(len(y)) if of is None else of
+        logits = fit_predict([x[i] for i in of], y[of], dev, classes)
+        found.append(logits[:, 0] if classes is None else logits.argmax(-1))
+    return [glue.evaluate(task, p, labels)[0][task.metrics[0]] for p in found], np.stack(found)

@@ -168,7 +168,7 @@ def screen_table(results, yardsticks=()):
             rows.append([where, "", "", ""])
         last = where
         word = SHORT.get(d.word, f"within {d.less:.1f}") if d else ""
-        rows.append([f"  {name}", spread(values), signed(d) if d else "", word])
+        rows.append([f"  {name if len(name) < 28 else name[:26] + '…'}", spread(values), signed(d) if d else "", word])
     blocks.append(aligned(["", "score", f"Δ to {base} [95%]", ""], rows))
     return "\n\n".join(blocks)
 
