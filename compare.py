@@ -386,7 +386,8 @@ def execute(plan, directory, progress):
     yardsticks += [dict(name=name, runs=[m for m in others if m["name"] == name])
                    for name in dict.fromkeys(m["name"] for m in others)]
     constant = yardsticks[0]["runs"][0]
-    constant["predicted"] = {t: constant_of(plan.tasks[t], plan.texts[t], results[0]["tasks"][t]) for t in plan.texts}
+    constant["predicted"] = {t: constant_of(plan.tasks[t], plan.texts[t], t_result) for t, t_result in
+                             results[0]["tasks"].items() if t in plan.texts}
     return results, yardsticks, remarks, costs
 
 
@@ -431,7 +432,7 @@ def scored(plan, model, out, say, seed):
     config, tuning = plan.config, plan.config.finetuning(model, out, seed)
     tasks = finetune_glue.score(tuning, say)["tasks"]
     means = {name: r["mean"] for name, r in tasks.items()}
-    predicted = {name: finetune_glue.kept_predictions(name, plan.tasks[name], r, Path(out, "trials"))
+    predicted = {name: finetune_glue.kept_predictions(name, plan.tasks.get(name), r, Path(out, "trials"))
                  for name, r in tasks.items()}
     probe = dataclasses.replace(tuning, data=config.data, probe=True, seq_len=plan.runs[0].length)
     return dict(tasks=tasks, scores=means, predicted=predicted, model=str(model),

@@ -189,9 +189,11 @@ def over_all(plan, estimates, began):
 
 def at_every_choice(plan, out):
     """The directories that this run has with each recipe and peak LR: which it takes is for its process to know."""
-    run = next(each for each in plan.runs if each.out == out)
-    return [plan.run(run.arm, run.budget[1], run.unique_tokens, run.static_masks, run.seed, choice).out
-            for choice in plan.choices]
+    run = next((each for each in plan.runs if each.out == out), None)
+    if run is None:                     # a yardstick
+        return [out]
+    same = run.arm, run.budget[1], run.unique_tokens, run.static_masks, run.seed
+    return [plan.run(*same, choice).out for choice in plan.choices]
 
 
 def progressed(out):

@@ -21,7 +21,7 @@ import compare
 import finetune_glue
 import prepare
 import train
-from comparison import report
+from comparison import judge
 from conftest import TINY, text, watching
 from data import TokenDirectory
 from model import BertConfig, BertForMaskedLM
@@ -633,39 +633,6 @@ def test_the_score_of_a_task_is_the_first_of_its_official_metrics():
 
 # -------------------------------------------------------------------------------------------------------- report
 
-def result(strategy, seed, average, unique=None):
-    return dict(strategy=strategy, seed=seed, budget=4.0, unit="hours", unique_tokens=unique, static_masks=False,
-                average=average, scores=dict(mine=average), peak_lr=1e-3, steps=10, tokens=1000, epochs=2.0,
-                charged_seconds=5.0, tokens_per_second=200.0, teacher_share=0.25, val={}, device="cpu", curve=[],
-                tasks=dict(mine=dict(metric="accuracy", n=9, scores=[1], std=0.0, collapsed=0)))
-
-
-def results_of(arms, unique=None):
-    return [result(name, seed, float(v), unique) for name, values in arms.items() for seed, v in values.items()]
-
-
-def test_differences_are_taken_by_seed_where_seeds_are_missing_or_permuted():
-    """Arms are compared seed by seed over the seeds that both have, in whatever order the runs came."""
-    results = results_of({"minilm": {2: 83, 0: 61, 3: 99}, "no_kd": {1: 70, 0: 60, 2: 80}})
-    expected = "+2.0 [-10.7, +14.7]"                                    # of 1 and 3: t(0.975, 1) = 12.706
-    assert report.score_table(results).splitlines()[2].endswith(f"| {expected} | 11 |")
-    assert f"against no_kd {expected}, inside the noise" in report.verdict(results)[0]
-    more = results_of({"minilm": {2: 90, 0: 66, 1: 0}, "no_kd": {1: 60, 2: 82, 0: 63}}, unique=500)
-    # no_kd by seed +3, -10, +2; the lead of minilm by seed 3 - 1 and 8 - 3, where all four runs are there
-    assert "no_kd changes by -1.7 [-19.6, +16.3], the lead of minilm over it by +3.5 [-15.6, +22.6]" in report.verdict(
-        results + more)[-1]
-
-
-def test_the_untrained_student_is_compared_seed_by_seed():
-    """The lead over the untrained student is taken against the untrained student of the same seed."""
-    results, averages = results_of({"no_kd": {2: 61, 1: 71, 0: 51}}), [50.0, 70.0, 60.0]
-    task, = results[0]["scores"]
-    untrained = [dict(name="random init", averages=averages, scores={task: averages}),
-                 dict(name="teacher", averages=[99.0], scores={task: [99.0]})]
-    line, = report.verdict(results, untrained)
-    assert "against random init +1.0 [+1.0, +1.0], outside the noise" in line
-
-
 def score_of(embedding):
     """A made-up judge's score: a number that tells weights apart."""
     return 50 + 10 * math.sin(1e3 * embedding.double().sum().item())
@@ -681,7 +648,15 @@ def judged(corpus, deep_teacher, task, tmp_path, monkeypatch):
             Path(config.out).mkdir(parents=True, exist_ok=True)
             return dict(tasks={name: dict(metric="accuracy", mean=mean + more, std=0.0, scores=[mean + more], n=100,
                                           collapsed=0, majority=50.0, others={}) for name, more in tasks.items()})
+        def ngrams(*_):
+            return dict(scores=dict.fromkeys(tasks, 1.0), tasks={name: dict(
+                metric="accuracy", n=100, scores=[1.0], collapsed=0, majority=50.0) for name in tasks})
         monkeypatch.setattr(finetune_glue, "score", score)
+        monkeypatch.setattr(finetune_glue, "kept_predictions", lambda *_: None)
+        monkeypatch.setattr(compare, "score_ngrams", ngrams)
+        monkeypatch.setattr(compare, "constant_of", lambda *_: None)
+        monkeypatch.setattr(judge, "keep_examples", lambda *_: None)
+        monkeypatch.setattr(judge, "arrays_of", lambda *_: {})
         recipe = {k: v for k, v in FAIR.items() if k in compare.Config.__dataclass_fields__ and "budget" not in k}
         out = tmp_path / "out"
         compare.main(compare.Config(**recipe | dict(
@@ -700,10 +675,10 @@ def test_rows_of_the_untrained_students_and_of_the_teacher_are_theirs(judged, ru
         assert r["average"] == pytest.approx(score_of(checkpoint.read_weights(Path(r["model"]))[word]))
         assert f"{r['strategy']}-" in r["model"] and r["model"].endswith(f"seed{r['seed']}/model")
     untrained = [next(w for p, w in seen.first.items() if seen.names()[p] == word) for seen in (run(), run(seed=1))]
-    _, random_init, of_teacher = kept["yardsticks"]
-    assert random_init["averages"] == pytest.approx([score_of(w) for w in untrained])
-    assert of_teacher["averages"] == pytest.approx([score_of(checkpoint.read_weights(deep_teacher)[word])])
-    for name, mean in (("teacher", of_teacher["averages"][0]), ("random init", np.mean(random_init["averages"]))):
+    random_init, of_teacher = ([r["average"] for r in y["runs"]] for y in kept["yardsticks"][2:])
+    assert random_init == pytest.approx([score_of(w) for w in untrained])
+    assert of_teacher == pytest.approx([score_of(checkpoint.read_weights(deep_teacher)[word])])
+    for name, mean in (("teacher", of_teacher[0]), ("random init", np.mean(random_init))):
         row, = (line for line in table.splitlines() if f"| {name} |" in line)
         assert f" {mean:.1f} " in row
     by_seed = {(r["strategy"], r["seed"]): r["average"] for r in kept["results"]}
@@ -720,4 +695,5 @@ def test_the_average_is_over_the_papers_seven_where_all_are_there(judged, tasks,
     kept, _ = judged({name: float(more) for name, more in tasks.items()}, strategies="no_kd")
     for each in kept["results"]:
         assert each["average"] == pytest.approx(each["scores"]["qnli"] - 1 + added)
-    assert kept["yardsticks"][2]["averages"][0] == pytest.approx(kept["yardsticks"][2]["scores"]["qnli"][0] - 1 + added)
+    first, = kept["yardsticks"][2]["runs"][:1]
+    assert first["average"] == pytest.approx(first["scores"]["qnli"] - 1 + added)
