@@ -107,7 +107,7 @@ def test_bad_rows_are_listed_up_to_a_thousandth(tmp_path):
     (tmp_path / "x.jsonl").write_text("\n".join(lines) + "\n\n")
     parts = read(tmp_path / "x.jsonl", say=said.append)[1]
     assert sum(len(y) for _, y in parts.values()) == 1998
-    assert said[-1].endswith("left out: line 5 is no JSON object; line 7 has nothing in one of its columns")
+    assert said[-1].endswith("left out: line 5 is no JSON object; line 7 has nothing in 'label'")
     lines[8] = "[1]"
     (tmp_path / "x.jsonl").write_text("\n".join(lines))
     with pytest.raises(UserError, match="3 of 2,000 rows cannot be read: line 5 is no JSON object"):
@@ -117,10 +117,10 @@ def test_bad_rows_are_listed_up_to_a_thousandth(tmp_path):
 WRONG = [   # (file, its content, --columns, the message)
     ("x.csv", "text\tlabel\na\tb\n", None, "line 1: one column: commas separate the columns of a CSV, not tabs"),
     ("x.csv", "text\na\n", None, "line 1: one column: commas separate the columns of a CSV"),
-    ("x.csv", 'text,label\n"a,b\nc,d\n', None, r"no CSV \(unexpected end of data\): a field with quotes"),
+    ("x.csv", 'text,label\n"a,b\nc,d\n', None, r"no CSV \(unexpected end of data\): quotes in a field stand twice"),
     ("x.csv", 'text,label\n"a"b,c\n', None, r"x.csv, line 2: no CSV"),
     ("x.csv", "text,label\n" + "a,b\nc,d\n" * 9 + "a,b,c\n", None, "rows cannot be read: line 20 has 3 fields, not 2"),
-    ("x.csv", "", None, "line 1: one column"), ("x.csv", "text,label\n", None, "no examples|0 rows have 0"),
+    ("x.csv", "", None, "x.csv is empty"), ("x.csv", "text,label\n", None, "no examples|0 rows have 0"),
     ("x.csv", "3.5,label\na,b\n", None, "line 1 looks like an example"),
     ("x.csv", "text,text,label\na,b,c\n", None, "two columns have one name"),
     ("x.csv", "text,label\n" + "b,yes\nd,no\n" * 3, None, "6 examples are too few to set a tenth of them apart"),
@@ -130,12 +130,13 @@ WRONG = [   # (file, its content, --columns, the message)
     ("x.csv", "text,label\na,b\n", "text", "--columns text: one or two columns of text and then the label"),
     ("x.csv", "a,b,c,d\n1,2,3,4\n", None, "Say it with --columns text,label"),
     ("x.csv", "text,label\n" + "".join(f"{i},{'ab'[i % 2]}\n" for i in range(60)), None, "'text' holds no letter"),
-    ("x.csv", b"text,label\na,\xff\n", None, r"x.csv: not UTF-8 \(byte 13\)"),
-    ("x.jsonl", "[{}]\n", None, "x.jsonl, line 1: no JSON object: one per line belongs there"),
+    ("x.csv", b"text,label\na,\xff\n", None, "x.csv, line 2: not UTF-8: convert it, as in  iconv"),
+    ("x.jsonl", "[{}]\n", None, "x.jsonl is one JSON array: make it one object per line first, as in  jq"),
+    ("x.jsonl", "[1]\n", None, "x.jsonl, line 1: no JSON object: one per line belongs there"),
     ("x.jsonl", "text,label\n", None, "x.jsonl, line 1: no JSON object"),
     ("x.jsonl", '{"text": "a"}\n', None, "one column, 'text': text and a label belong there"),
-    ("x.parquet", "not parquet", None, "x.parquet cannot be read as parquet"),
-    ("x.xlsx", "", None, "x.xlsx: one of .tsv, .csv, .jsonl, .ndjson, .json, .parquet can be read"),
+    ("x.parquet", "not parquet", None, "x.parquet is damaged or not ours"),
+    ("x.xlsx", "", None, "x.xlsx: one of .tsv, .csv, .jsonl, .ndjson, .json .* or .parquet can be read"),
     ("x.tsv", "text,label\na,b\n", None, "one column: tabs separate the columns of a TSV, not commas")]
 
 
@@ -151,7 +152,7 @@ def test_wrong_files_are_refused_in_one_line(name, content, columns, message, tm
 
 def test_two_formats_of_one_part_are_refused(tmp_path):
     write(tmp_path / "train.csv"), write(tmp_path / "train.tsv")
-    with pytest.raises(UserError, match="both train.tsv and train.csv: leave one"):
+    with pytest.raises(UserError, match="both train.csv and train.tsv: leave one"):
         read(tmp_path)
 
 

@@ -26,7 +26,7 @@ from tokenizers import BertWordPieceTokenizer
 import prepare
 from conftest import text
 from data import SPECIAL, TokenDirectory
-from plumbing import sources
+from plumbing import rows, sources
 from plumbing.cli import UserError
 from plumbing.tokenizer import load_tokenizer, wordpiece
 
@@ -60,7 +60,6 @@ def wiki(real_data):
 def test_every_format_gives_the_same_bytes(raw, vocab, tmp_path, monkeypatch):
     documents, folder = text(300), tmp_path / "folder"
     (folder / "deeper").mkdir(parents=True)
-    (folder / "readme.md").write_text("not read")
     (folder / ".hidden.txt").write_text("not read")
     (folder / "a.txt").write_text("\n\n".join(documents[:100]))
     (folder / "b.TXT").write_text("\n\n".join(documents[100:200]))
@@ -75,13 +74,13 @@ def test_every_format_gives_the_same_bytes(raw, vocab, tmp_path, monkeypatch):
     (tmp_path / "packed.text").write_bytes(gzip.compress(lzma.compress(raw.read_bytes())))
     inside = [("./one", "\n\n".join(documents[:100]).encode()), ("__MACOSX/._one", b"\0\5\x16\7\0"),
               ("a.png", b"\x89PNG"), ("deep/.two.txt", b"not read"),
-              ("deep/two.json.gz", gzip.compress(jsonl(documents[100:], "body")))]
+              ("../two", jsonl(documents[100:], "body"))]
     tar(tmp_path / "packed.tar", inside)
     for suffix, pack in ((".tar.gz", gzip.compress), (".tgz", gzip.compress), (".tar.xz", lzma.compress)):
         (tmp_path / f"packed{suffix}").write_bytes(pack((tmp_path / "packed.tar").read_bytes()))
     with zipfile.ZipFile(tmp_path / "packed.zip", "w") as z:
         z.writestr("one.txt", "\n\n".join(documents[:100]))
-        z.writestr("readme.md", "not read")
+        z.writestr("table.csv", "not read")
         z.writestr("two.jsonl", jsonl(documents[100:], "body"))
     first = make(tmp_path / "out", raw, vocab=vocab)
     again = make(tmp_path / "out2", raw, vocab=vocab)
@@ -92,7 +91,8 @@ def test_every_format_gives_the_same_bytes(raw, vocab, tmp_path, monkeypatch):
         made = make(tmp_path / "out2", *given, vocab=vocab, field=field)
         assert made["sha256"] == first["sha256"], given
         archive = {".zip", ".tar", ".tgz"} & {*given[0].suffixes} if i > 1 else ()
-        assert made["met"] == ({"archived_files_left_out": 1} if archive else {})
+        assert made["met"] == (dict(archived_files_left_out=1) if archive else
+                               dict(boms=1) if given[0].name == "packed.data" else {})
     for content in (raw.read_bytes(), jsonl(documents, "text"), gzip.compress(raw.read_bytes()),
                     tar(tmp_path / "any", [("a.txt", raw.read_bytes())])):
         monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BufferedReader(io.BytesIO(content))))
@@ -112,11 +112,11 @@ def jsonl(documents, field):
     return "".join(json.dumps({"id": 1, field: document}) + "\n" for document in documents).encode()
 
 
-def parquet(path, rows, field="text"):
+def parquet(path, texts, field="text"):
     arrow = pytest.importorskip("pyarrow")
     import pyarrow.parquet
     path.parent.mkdir(parents=True, exist_ok=True)
-    pyarrow.parquet.write_table(arrow.table({"id": range(len(rows)), field: rows}), path, row_group_size=70)
+    pyarrow.parquet.write_table(arrow.table({"id": range(len(texts)), field: texts}), path, row_group_size=70)
 
 
 def test_parquet_and_rows_that_are_sentences(raw, vocab, tmp_path):
@@ -130,10 +130,10 @@ def test_parquet_and_rows_that_are_sentences(raw, vocab, tmp_path):
     assert manifest["documents"] == 100 and manifest["characters"] == first["characters"] + 200
     parquet(tmp_path / "c.parquet", [*[None] * 10, *["a line\n" * 600] * 120, *text(130)])
     assert make(tmp_path / "out2", tmp_path / "c.parquet", vocab=vocab)["met"] == {"bad_rows": 10}
-    with pytest.raises(UserError, match="no column 'body': give --field, one of id, text"):
+    with pytest.raises(UserError, match="no column 'body': give --field, one of 'id', 'text'"):
         make(tmp_path / "out3", tmp_path / "a.parquet", vocab=vocab, field="body")
     (tmp_path / "a.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-1])
-    with pytest.raises(UserError, match="a.parquet cannot be read"):
+    with pytest.raises(UserError, match="a.parquet is damaged or not ours"):
         make(tmp_path / "out3", tmp_path / "a.parquet", vocab=vocab)
 
 
@@ -198,10 +198,10 @@ def test_rows_that_are_no_rows(raw, vocab, tmp_path):
     path.write_bytes(b"\n".join([b"\xef\xbb\xbf" + good[0], b'{"text": 3}', b"[]", b"{", *good[1:], b'{"te']))
     manifest = make(tmp_path / "out", path, vocab=vocab)
     assert manifest["sha256"] == make(tmp_path / "out2", raw, vocab=vocab)["sha256"]
-    assert manifest["met"] == {"bad_rows": 4}
+    assert manifest["met"] == {"bad_rows": 4, "boms": 1}
     path.write_bytes(jsonl(["lone \ud800 surrogate, nul \0 inside"], "text"))
-    assert make(tmp_path / "out", path, vocab=vocab)["met"] == {"nul_lines": 1}
-    for content, message in ((b'{"id": 1, "body": "a"}', "give --field, one of id, body"), (b"text", "no JSON object")):
+    assert make(tmp_path / "out", path, vocab=vocab)["met"] == {"lone_surrogates": 1, "nul_lines": 1}
+    for content, message in ((b'{"id": 1, "body": "a"}', "one of 'id', 'body'"), (b"text", "no JSON object")):
         path.write_bytes(content)
         with pytest.raises(UserError, match=message):
             make(tmp_path / "out", path, vocab=vocab)
@@ -232,11 +232,12 @@ WORDS = b"some words, and more of them on a line\n" * 100
     ("a.txt", b"%PDF-1.7\n" + WORDS, "is a PDF, not text: convert it first"),
     ("a.docx", zipped(**{"[Content_Types].xml": "<x/>", "word/document.xml": "<x/>"}), "is an Office document or"),
     ("a.txt", zipped(mimetype="application/epub+zip", a="<x/>"), "is an Office document or an EPUB"),
-    ("a.zip", zipped(**{"a.png": "x", "b.csv": "x"}), r"no file to read in it \(read are .txt"),
+    ("a.zip", zipped(**{"a.png": b"\x89PNG", "b.csv": "x"}), "a.zip: no file to read in it"),
     ("a.zip", zipped(**{"in.txt": b"\x80\x04\x95" + WORDS}), r"a.zip:in.txt is a Python pickle"),
-    ("a.tar", [("b.parquet", b"PAR1" + WORDS)], r"a.tar:b.parquet is a .zip or .parquet inside of"),
-    ("a.tar", [("b.png", WORDS)], "no file to read in it"),
-    ("a.gz", b"", "damaged or cut"),
+    ("a.tar", [("b.parquet", b"PAR1" + WORDS), ("c.txt", gzip.compress(WORDS))], "a.tar: no file to read in it: what "
+     "is packed once more is to be unpacked first"),
+    ("a.zip.gz", gzip.compress(zipped(a="x")), "is a .zip or .parquet inside of something packed or a pipe: give it"),
+    ("a.gz", b"", r"damaged or not ours \(it does not begin as its name says\)"),
     ("a.doc", b"\xd0\xcf\x11\xe0" + WORDS, "is an Office document, not text"),
     ("a.txt", b"{\\rtf1 " + WORDS, "is an Office document, not text"),
     ("a.pkl", pickle.dumps(["text"] * 100), "is a Python pickle, not text"),
@@ -252,8 +253,8 @@ WORDS = b"some words, and more of them on a line\n" * 100
     ("a.csv", WORDS, "is a table, not text: write its text column as JSON lines"),
     ("a.tsv.gz", gzip.compress(WORDS, mtime=0), "is a table, not text"),
     ("a.json", b'[\n {"text": "a"}\n]', "one JSON array: make it one object per line first"),
-    ("a.json", b'{\n "text": "a"\n}', "it is no JSON object: one per line belongs here"),
-    ("a.jsonl", WORDS, "it is no JSON object: one per line belongs here"),
+    ("a.json", b'{\n "text": "a"\n}', "a.json, line 1: no JSON object: one per line belongs there"),
+    ("a.jsonl", WORDS, "a.jsonl, line 1: no JSON object: one per line belongs there"),
     ("a.txt", ("caf\xe9 au lait\n" * 100).encode("latin-1") + WORDS, "50% of its lines hold control characters or"),
     ("a.bin", bytes(range(256)) * 40, r"\d+% of its lines hold control characters or bytes that are no UTF-8"),
     ("a.txt", WORDS + bytes(200) + b"\n" * 5 + b"\1" * 20, None),
@@ -280,7 +281,7 @@ def test_a_tar_that_is_cut_anywhere_or_has_a_damaged_header_is_refused(vocab, tm
     cuts = [whole[:n] for n in (0, 1, 400, 512, 700, second, second + 100, second + 512, second + 700, 7168)]
     for content in (*cuts, whole[:second + 100] + b"x" * 100 + whole[second + 200:]):
         (tmp_path / "a.tar").write_bytes(content)
-        with pytest.raises(UserError, match="a.tar cannot be read, it is damaged or cut"):
+        with pytest.raises(UserError, match="a.tar is damaged or not ours"):
             make(tmp_path / "out", tmp_path / "a.tar", vocab=vocab)
 
 
@@ -291,9 +292,17 @@ def test_a_directory_is_read_to_its_end_and_says_what_is_left_out(vocab, tmp_pat
         part = documents[20 * i:20 * (i + 1)]
         content = jsonl(part, "text") if "json" in name.lower() else "\n\n".join(part).encode()
         (top / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
-    for name in ("f.csv", "g.csv", "h.html.gz", "i.PDF", "__MACOSX/._a", "__MACOSX/a.txt", ".git/HEAD", ".DS_Store"):
+    for i, name in enumerate(("README", "a.md", "b.rst", "c.cfg", "d.log.xz", "lines.0001")):
+        content = f"another {'text ' * i}" if name != "lines.0001" else '{"text": "a line"}\n{"text": "more lines"}\n'
+        (top / name).write_bytes(lzma.compress(content.encode()) if name.endswith("xz") else content.encode())
+    for name in ("f.csv", "g.csv", "h.html.gz", "__MACOSX/._a", "__MACOSX/a.txt", ".git/HEAD", ".DS_Store"):
         (top / name).parent.mkdir(exist_ok=True)
         (top / name).write_bytes(b"not read")
+    for name, content in (("i.PDF", b"%PDF-1.4"), ("program", b"\x7fELF"), ("j.pyc", bytes(range(200))),
+                          ("k.md", "wide".encode("utf-16")), ("l.rst", b"a\rb\r"), ("m.docx", zipped(a="b")),
+                          ("n.pkl.gz", gzip.compress(b"\x80\x04 no")), ("o.ipynb", b'{\n "cells": []\n}'),
+                          ("p.rst", "d\xe9j\xe0 vu\n".encode("latin-1") * 10), ("q.svg", b"<svg>")):
+        (top / name).write_bytes(content)
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere/j.txt").write_text("another document that is linked to")
     (top / "linked").symlink_to(tmp_path / "elsewhere")
@@ -303,11 +312,14 @@ def test_a_directory_is_read_to_its_end_and_says_what_is_left_out(vocab, tmp_pat
     config = prepare.Config([str(top)], str(tmp_path / "out"), str(vocab), val_fraction=0.1)
     prepare.main(config)
     manifest = TokenDirectory(tmp_path / "out").manifest
-    assert manifest["documents"] == 121 and manifest["files"] == 7
-    assert manifest["left_out"] == {".csv": 2, ".gz": 1, ".pdf": 1, "special file": 1,
-                                    f"{top / 'nowhere'} (No such file or directory)": 1}
+    assert manifest["documents"] == 128 and manifest["files"] == 13
+    assert manifest["left_out"] == dict.fromkeys((
+        ".gz (HTML)", "without suffix (a FIFO or a device)", f"{top / 'nowhere'} (No such file or directory)",
+        ".pdf (a PDF)", "without suffix (a program)", ".pyc (no UTF-8)", ".md (UTF-16)", ".docx (packed)",
+        ".rst (lines that end in CR alone)", ".gz (a Python pickle)", ".ipynb (JSON)", ".rst (no UTF-8)",
+        ".svg (HTML or XML)"), 1) | {".csv (a table)": 2}
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("left out: ")]
-    assert len(said) == 1 and "2 .csv, " in said[0] and f"1 {top / 'nowhere'} (No such file or directory)" in said[0]
+    assert len(said) == 1 and "2 .csv (a table), " in said[0] and said[0].endswith(", ...")
 
 
 def test_what_cannot_be_opened_is_named_with_its_reason(vocab, raw, tmp_path, monkeypatch):
@@ -322,9 +334,9 @@ def test_what_cannot_be_opened_is_named_with_its_reason(vocab, raw, tmp_path, mo
         return scandir(path) if not rest else open(path, *rest)
     monkeypatch.setattr(os, "scandir", refuse)
     assert make(tmp_path / "out", top, vocab=vocab)["left_out"] == {f"{top / 'locked'} (Permission denied)": 1}
-    with pytest.raises(UserError, match=r"no file to read in it .*; left out: 1 .*locked \(Permission denied\)"):
+    with pytest.raises(UserError, match=r"no file to read in it; left out: 1 .*locked \(Permission denied\)"):
         make(tmp_path / "out", top / "locked", vocab=vocab)
-    monkeypatch.setattr(sources, "open", refuse, raising=False)
+    monkeypatch.setattr(rows, "open", refuse, raising=False)
     (tmp_path / "secret.txt").write_bytes(raw.read_bytes())
     with pytest.raises(UserError) as e:
         make(tmp_path / "out", tmp_path / "secret.txt", vocab=vocab)
@@ -519,7 +531,7 @@ def test_a_directory_that_cannot_be_written_is_said_before_the_work(raw, vocab, 
 
 
 @pytest.mark.parametrize("name, message", [
-    ("a.txt", "UTF-16"), *((f"a.txt{s}", "damaged or cut") for s in (".gz", ".xz", ".bz2", ".zip"))])
+    ("a.txt", "UTF-16"), *((f"a.txt{s}", "is damaged or not ours") for s in (".gz", ".xz", ".bz2", ".zip"))])
 def test_a_cut_file_is_refused_and_what_was_there_stays(raw, vocab, tmp_path, name, message):
     make(tmp_path / "out", raw, vocab=vocab)
     before = files(tmp_path / "out")
