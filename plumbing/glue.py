@@ -99,7 +99,9 @@ def own_task(path, columns=None, say=print):
     with table(existing(file), Counter()) as rows:
         names = header(rows)
         if len(names) == 1:
-            raise UserError(f"{file}, line 1: {one_column(rows)}")
+            marks = dict(csv="commas, semicolons or tabs", tsv="tabs").get(rows.kind)
+            raise UserError(f"{file}, line 1: one column, {quoted(names)}: text and a label belong there"
+                            + f", which {marks} separate" * bool(marks))
         *text, label = named(file, names, columns) if columns else guessed(names)
         if columns and not 1 <= len(text) <= 2:
             raise UserError(f"--columns {columns}: one or two columns of text and then the label belong there")
@@ -180,14 +182,6 @@ def own_labels(path, seen, columns):
         raise UserError(f"{path}: {seen.total():,} rows have {len(seen):,} different labels, such as "
                         f"{next(iter(seen))[:40]!r}: is that the column of labels? Say it with --columns text,label")
     return tuple(sorted(seen))
-
-
-def one_column(rows):
-    marks, line = dict(tsv=("\t", "tabs"), csv=(",", "commas"), ssv=(";", "semicolons")), rows.names[0]
-    if rows.kind not in marks:
-        return f"one column, {line[:40]!r}: text and a label belong there"
-    other = next((f", not {word}" for mark, word in marks.values() if mark in line), "")
-    return f"one column: {marks[rows.kind][1]} separate the columns of a {rows.kind.upper()}{other}"
 
 
 # ---------------------------------------------------------------------------------------------------- reading

@@ -1,11 +1,10 @@
 """Bytes, lines and rows: the one reader behind prepare.py, fine-tuning, --probe and --predict.  Read it when a
 file of rows surprises you.
 
-bytes    gzip, xz and bzip2 are unpacked; what is no text, UTF-16, UTF-32 and lines that end in CR alone are named
-         by `no_text`, FIFOs and devices are refused, not waited for; what is cut or damaged is refused
+bytes    gzip, xz and bzip2 are unpacked; what is cut or damaged, FIFOs, devices and what `no_text` names are refused
 lines    end in LF or CRLF and hold 64 MB at most; a BOM at the start is removed
-rows     of CSV (commas or semicolons), TSV (no quotes), JSON lines or parquet, whose columns have names; blank
-         lines, and rows with nothing in any column, are none
+rows     of CSV (commas, semicolons or tabs), TSV (no quotes), JSON lines or parquet, whose columns have names; a
+         blank line, or a row with nothing in any column, is none
 text     a string.  NUL is removed, a lone surrogate becomes U+FFFD, both are counted.  Bytes, lists, objects,
          numbers and nothing at all are no text: they make a bad row
 label    a string, a number, true or false, the same in every format: 1.0 is 1, True is true, NaN is nothing
@@ -100,10 +99,8 @@ def unpacked(name, raw):
     """(a stream whose `peek` shows its first bytes, whether it had to be unpacked: a second time, and no more)."""
     stream, packed = io.BufferedReader(Full(name, raw), 2 ** 20), False
     for _ in range(2):
-        for begins, unpack in PACKED:
-            if re.match(begins, stream.peek()):
-                stream, packed = io.BufferedReader(Full(name, unpack(stream)), 2 ** 20), True
-                break
+        if unpack := next((unpack for begins, unpack in PACKED if re.match(begins, stream.peek())), None):
+            stream, packed = io.BufferedReader(Full(name, unpack(stream)), 2 ** 20), True
     return stream, packed
 
 
@@ -121,14 +118,14 @@ def no_text(start, name=""):
         code = code.upper().replace("-LE", "LE").replace("-BE", "BE")
         return code[:6], f"convert it first, as in  iconv -f {code} -t UTF-8"
     if b"\r" in start and b"\n" not in start and not re.match(ARCHIVE, start):
-        return "lines that end in CR alone", r"convert them first, as in  tr '\r' '\n'"
+        return "text whose lines end in CR alone", r"convert them first, as in  tr '\r' '\n'"
     return None
 
 
 def refuse(name, found):
     """`found` by no_text in the file of this name is its refusal; if it is None, nothing happens."""
     if found:
-        raise UserError(f"{shown(name)} is {found[0]}, not text: {found[1]}")
+        raise UserError(f"{shown(name)} is {found[0]}{', not text' * (found[0][:4] != 'text')}: {found[1]}")
 
 
 def decode(line, met):
@@ -212,7 +209,8 @@ class Table:
                 yield place, [row.get(name) for name in names]
             elif any(map(str.strip, row)) or row and width == 1:        # else a blank one
                 fits = len(row) >= width and not any(row[width:])       # with delimiters at the end, or without
-                yield place, [row[i] for i in wanted] if fits else f"has {len(row)} fields, not {width}"
+                yield place, [row[i] for i in wanted] if fits else f"has {len(row)} fields, not {width}" + (
+                    ", and a CR in it" if "\r" in "".join(row) else "")
 
     def pick(self, text, label=None):
         """(place, values, what is wrong or None) of each row: the texts in the columns at the positions `text`, and
@@ -253,9 +251,15 @@ def tsv_rows(name, lines):
 
 
 def csv_rows(name, lines):
-    start, first = next((line for line in lines if line[1].strip()), (1, ""))
-    mark = max(",;", key=lambda mark: len(next(csv.reader([first], delimiter=mark))))
-    reader = csv.reader(itertools.chain([first], (line for _, line in lines)), strict=True, delimiter=mark)
+    lines = itertools.dropwhile(lambda line: not line[1].strip(), lines)
+    first = list(itertools.islice(lines, 2)) or [(1, "")]
+
+    def columns(mark):          # of both lines; of the header, where the other one may be a part of a field
+        counts = [len(next(csv.reader([line.replace("\r", "")], delimiter=mark), "")) for _, line in first]
+        return min(counts), counts[0]
+    reader = csv.reader((line for _, line in itertools.chain(first, lines)), strict=True,
+                        delimiter=max(",;\t", key=columns))
+    start = first[0][0]
     while True:
         try:
             row = next(reader, None)

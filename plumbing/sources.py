@@ -10,14 +10,12 @@ text        a paragraph per line, a blank line between documents (--document-per
 JSON lines, parquet         a document per row, its text in --field (plumbing/rows.py)
 gzip, xz, bzip2, zip, tar   around text and JSON lines, no archive inside of another
 
-Of a directory or an archive all that is text is read, whatever it is called; the rest is counted as left out, but for
-dot files and __MACOSX.  A file given by name, or called .txt, .json and the like, that is no text is refused by what
-it is; so is one with more than 5% of bad lines or rows, or one that is damaged or cut.
-
-What text can bring is counted in manifest.json: bytes that are no UTF-8 and lone surrogates become U+FFFD (which
-BERT's normaliser drops, as it does control characters); a BOM at the start and NUL anywhere are removed; CRLF is LF, a
-lone CR a space; a line over 64 kB is cut at whitespace (the ids stay the same), a document over 262,144 characters at
-a line, into pieces on one side (see prepare.py).
+Of a directory or an archive all that is text is read, whatever it is called.  What is no text there is left out and
+counted, but for dot files and __MACOSX; a file given by name, or called .txt, .json and the like, is refused.  What is
+mended in text is counted in manifest.json: bytes that are no UTF-8 and lone surrogates become U+FFFD (which BERT's
+normaliser drops, as it does control characters); a BOM at the start and NUL are removed; CRLF is LF, a lone CR a space;
+a line over 64 kB is cut at whitespace (the ids stay the same), a document over 262,144 characters at a line, into
+pieces on one side (see prepare.py).
 """
 import ast
 import contextlib
@@ -365,6 +363,8 @@ def paragraphs(stream, met, source=None):
 
 def row_lines(table, field, rows_per_document, met):
     """The lines of the texts in column `field`, none blank, and '' after so many rows."""
+    if not table.names:                                                 # an empty file
+        return
     if field not in table.names:
         raise UserError(f"{shown(table.name)}: no column {field!r}: give --field, one of {rows.quoted(table.names)}")
     texts = (values[0] for _, values, fault in table.pick([table.names.index(field)]) if not fault)

@@ -194,7 +194,7 @@ def test_ones_own_task_has_one_or_two_sentences_and_a_class_or_a_score(tmp_path)
     (["a\t0", "b\t99999999999"], ["a\t0"], "sentence\tlabel", "without a gap"),
     (["a\t0", "b\t1"], ["a\t2"], "sentence\tlabel", "or dev has others"),
     (["a\t0", "b\t1"], [], "sentence\tlabel", "dev.tsv: no examples"),
-    (["a\t0"], ["a\t0"], "just one column", "one column: tabs separate"),
+    (["a\t0"], ["a\t0"], "just one column", "one column, 'just one column': text and a label belong there, which tabs"),
     (["a\tinf"], ["a\t0"], "sentence\tscore", "label 'inf'"),
     (["a\t1e39"], ["a\t0"], "sentence\tscore", "label '1e39' .a label here is a number"),
     (["a\t0", "b\t" + "9" * 20], ["a\t0"], "sentence\tlabel", "without a gap"),
@@ -204,7 +204,7 @@ def test_ones_own_task_has_one_or_two_sentences_and_a_class_or_a_score(tmp_path)
     (["a\tgood", "b\tgood"], ["a\tgood"], "sentence\tlabel", "2 rows have 1 different labels, such as 'good'"),
     ([f"a\tb{i}" for i in range(30)], ["a\tb1"], "sentence\tlabel", "30 rows have 30 different labels, .* is that the "
      "column of labels"),
-    (["a,0", "b,1"], ["a,0"], "sentence,label", "line 1: one column: tabs separate the columns of a TSV, not commas"),
+    (["a,0", "b,1"], ["a,0"], "sentence,label", "line 1: one column, 'sentence,label': .* which tabs separate"),
     (["b\t1"], ["a\t0"], "a\t0", r"line 1 looks like an example \(it holds 0\): a header"),
     (["b\tc\t3.75"], ["a\tc\t0"], "a\tb\t-1.5", r"line 1 looks like an example \(it holds -1.5\): a header"),
     (["1\tb"], ["0\ta"], "0\ta", r"line 1 looks like an example \(it holds 0\): a header"),
@@ -352,6 +352,15 @@ def test_padded_to_a_multiple_as_on_a_gpu_the_logits_are_the_same(teacher):
             with torch.set_grad_enabled(training):                      # two attentions
                 logits.append(model(*ft.pad(examples, 0, multiple)))
         assert (logits[0] - logits[1]).abs().max() < 1e-6
+
+
+def test_a_model_with_one_token_type_takes_no_pairs(teacher):
+    model = checkpoint.load_classifier(teacher, 2, seed=0)
+    model.config.type_vocab_size = 1
+    assert ft.predict(model, examples_of([9, 5], pairs=False), 0).shape == (2, 2)
+    for run in (lambda x: ft.predict(model, x, 0), lambda x: ft.finetune(model, x, np.zeros(2, int), 2, 1, 1e-3, 0, 0)):
+        with pytest.raises(UserError, match="type_vocab_size is 1 .*, so it takes no pairs of sentences"):
+            run(examples_of([9, 5]))
 
 
 @pytest.mark.parametrize("labels", [np.zeros(20, np.int64), np.zeros(20, np.float32)])

@@ -207,6 +207,126 @@ def test_rows_that_are_no_rows(raw, vocab, tmp_path):
             make(tmp_path / "out", path, vocab=vocab)
 
 
+@pytest.mark.parametrize("content, met, documents", [
+    ('{"text": null}\n{"id": 1}\n{oops\n' + jsonl(["a b"] + ["c d"] * 90, "text").decode(), {"bad_rows": 3}, 2),
+    ('\ufeff\n \n{"text": "a"}\n\n\r\n\t{"text": "b"}', {"boms": 1}, 2),
+    ('{"text": "a ? b"}\n{"text": "a \\ud83d b"}\n{"text": "c \\udc00\\ud800"}\n', {"lone_surrogates": 3}, 3),
+    ('{"text": "\\ud83d\\ude00 d"}\n', {}, 1), ("", None, 0), ("{}\n{}\n", None, 0)])
+def test_rows_of_json_are_read_counted_and_mended(content, met, documents, tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join([*SPECIAL, *"abcd?"]) + "\n")
+    (tmp_path / "x.jsonl").write_text(content, encoding="utf-8")
+    if not documents:
+        with pytest.raises(UserError, match="x.jsonl: no text in it"):
+            make(tmp_path / "out", tmp_path / "x.jsonl", vocab=tmp_path / "vocab.txt")
+        return
+    manifest = make(tmp_path / "out", tmp_path / "x.jsonl", vocab=tmp_path / "vocab.txt")
+    ids = np.concatenate([TokenDirectory(tmp_path / "out").split(name) for name in ("train", "val")])
+    assert manifest["met"] == met and manifest["documents"] == documents
+    assert (ids == 9).sum() == content.count("?") and manifest["unknown"] == content.count("ude00")
+
+
+@pytest.mark.parametrize("rows_, message", [
+    (['{"text": ["a", "b"]}'] * 20, "100% of its rows are damaged or have no text in the --field"),
+    (['{"text": "a"}'] * 90 + ['{"text": {"a": "b"}}'] * 10, "10% of its rows are damaged"),
+    (['{"body": "a"}'] * 60 + ['{"text": "a"}'] * 40, "no column 'text': give --field, one of 'body'"),
+    (['{"text": "a"}', '{"text": "' + "a" * 2000 + '"}'], "line 2 is longer than 0 MB: one row belongs there"),
+    (['{"text": "' + "a" * 2000], "line 1 is longer than 0 MB")])
+def test_rows_of_json_that_cannot_be_read_are_one_line(rows_, message, vocab, tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "LONGEST", 1000)
+    (tmp_path / "x.jsonl").write_text("\n".join(rows_))
+    with pytest.raises(UserError, match=message):
+        make(tmp_path / "out", tmp_path / "x.jsonl", vocab=vocab)
+
+
+def test_parquet_holds_text_in_strings_alone(raw, vocab, tmp_path):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    first, texts = make(tmp_path / "out", raw, vocab=vocab), text(300)
+    for column in (pa.array(texts, pa.large_string()), pa.array(texts).dictionary_encode(),
+                   pa.array(texts, pa.string_view())):
+        table = pa.table({"other": pa.nulls(300), "text": column, "image": [b"x" * 99] * 300})
+        pq.write_table(table, tmp_path / "x.parquet")
+        assert make(tmp_path / "out2", tmp_path / "x.parquet", vocab=vocab)["sha256"] == first["sha256"]
+    for column in ([t.encode() for t in texts], [[t] for t in texts], [{"a": t} for t in texts], pa.nulls(300)):
+        pq.write_table(pa.table({"text": column}), tmp_path / "x.parquet")
+        with pytest.raises(UserError, match="x.parquet: 100% of its rows are damaged or have no text in the --field"):
+            make(tmp_path / "out2", tmp_path / "x.parquet", vocab=vocab)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be", "cr"])
+def test_other_encodings_and_line_ends_are_named(encoding, vocab, tmp_path):
+    name = encoding.upper().replace("-LE", "LE").replace("-BE", "BE")
+    message = "text whose lines end in CR alone" if encoding == "cr" else f"{name[:6]}, not text.* iconv -f {name} -t"
+    for file, lines in (("x.txt", "\n\n".join(text(9)) + " \xe9"), ("x.md", "# caf\xe9\n\ntext"),
+                        ("x.jsonl", '{"text": "a"}\n'), ("x", '{"text": "a"}\n')):
+        content = lines.replace("\n", "\r").encode() if encoding == "cr" else lines.encode(encoding)
+        for path, packed in ((tmp_path / file, content), (tmp_path / f"{file}.gz", gzip.compress(content))):
+            path.write_bytes(packed)
+            with pytest.raises(UserError, match=f"{path.name} is {message}"):
+                make(tmp_path / "out", path, vocab=vocab)
+
+
+WRAPPED = "A heading\n=========\n\nThis is the prose of a\nfile that goes on and\non to its end.\n\nOn it\ngoes.\n"
+@pytest.mark.parametrize("name, content, said", [
+    ("a.rst", WRAPPED, True), ("a.txt", WRAPPED + "One ends.\n", True), ("a.md", WRAPPED + "One ends.\n" * 5, False),
+    ("a.txt", '"It ends."\n(So does it!)\nSo: \u201cit\u201d?\u201d\n*Ends:*\n\u5b8c\u3002\nno\n', False),
+    ("a.jsonl", jsonl(["no end", "none"], "text").decode(), False)])
+def test_hard_wrapped_prose_is_noticed(name, content, said, vocab, tmp_path, capsys):
+    (tmp_path / "top").mkdir()
+    (tmp_path / "top" / name).write_text(content, encoding="utf-8")
+    (tmp_path / "b.txt").write_text("A line that ends.\n" * 500)
+    for per in ("blank-line", "file"):
+        make(tmp_path / "out", tmp_path / "top", tmp_path / "b.txt", vocab=vocab, document_per=per)
+        lines = [line for line in capsys.readouterr().err.splitlines() if "hard-wrapped" in line]
+        assert len(lines) == (said and per == "blank-line")
+        assert all(line.startswith(f"{tmp_path / 'top'}: most lines do not end in") for line in lines)
+
+
+def test_an_archive_is_read_whatever_its_members_are_called(vocab, tmp_path):
+    names = ["../up/a.txt", "/abs/b.md", "./c", "..", "d\\e.rst", "f\x1b[31m\n.txt", "x" * 90 + ".jsonl"]
+    members = [(name, jsonl([words], "text") if "json" in name else words.encode())
+               for name, words in zip(names, text(len(names)), strict=True)]
+    tar(tmp_path / "a.tar", [*members, (".hidden/a.txt", b"not read"), ("__MACOSX/b.txt", b"not read")])
+    assert make(tmp_path / "out", tmp_path / "a.tar", vocab=vocab)["documents"] == len(names)
+    inner = (tmp_path / "a.tar").read_bytes()
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:              # links, devices, archives: counted
+        for kind in (tarfile.REGTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE):
+            info = tarfile.TarInfo("a.txt")
+            info.type, info.linkname, info.size = kind, "a.txt", 4 * (kind == tarfile.REGTYPE)
+            archive.addfile(info, io.BytesIO(b"text"))
+        for name, content in (("in.tar", inner), ("in.txt", gzip.compress(b"text")), ("in.zip", zipped(a="b")),
+                              ("in.md", "text".encode("utf-16"))):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    manifest = make(tmp_path / "out", tmp_path / "a.tar", vocab=vocab)
+    assert (manifest["documents"], manifest["met"]) == (1, {"archived_files_left_out": 8})
+    tar(tmp_path / "b.tar", [("\x1b[2J\nb.txt", b"%PDF-")])
+    with pytest.raises(UserError, match=r"b.tar:.x1b\[2J") as e:
+        make(tmp_path / "out", tmp_path / "b.tar", vocab=vocab)
+    assert str(e.value).isprintable()
+
+
+def test_what_is_no_file_is_refused_and_not_waited_for(raw, vocab, tmp_path):
+    os.mkfifo(tmp_path / "fifo.txt")
+    for source in (tmp_path / "fifo.txt", "/dev/zero"):
+        with pytest.raises(UserError, match=f"{Path(source).name} is a directory, a FIFO or a device: give a file"):
+            make(tmp_path / "out", source, vocab=vocab)
+    with pytest.raises(UserError, match="--vocab .*/fifo.txt: neither"):
+        make(tmp_path / "out", raw, vocab=tmp_path / "fifo.txt")
+
+
+def test_names_reach_no_terminal_with_escapes(raw, vocab, tmp_path, capsys):
+    (tmp_path / "top").mkdir()
+    (tmp_path / "top/a.txt").write_bytes(raw.read_bytes())
+    (tmp_path / "top/b.x\x1b[2J\n").write_bytes(bytes(range(256)))
+    prepare.main(prepare.Config([str(tmp_path / "top")], str(tmp_path / "out"), str(vocab)))
+    assert "left out: 1 .x\\x1b[2j" in (said := capsys.readouterr().err) and "\x1b[2" not in said
+    (tmp_path / "top/c\x1b[2J\n.txt").write_bytes(b"%PDF-")
+    with pytest.raises(UserError, match="is a PDF") as e:
+        make(tmp_path / "out", tmp_path / "top", vocab=vocab)
+    assert str(e.value).isprintable()
+
+
 def damage(path, raw):
     """Writes a file that cannot be read to its end."""
     content = raw.read_bytes()
@@ -316,7 +436,7 @@ def test_a_directory_is_read_to_its_end_and_says_what_is_left_out(vocab, tmp_pat
     assert manifest["left_out"] == dict.fromkeys((
         ".gz (HTML)", "without suffix (a FIFO or a device)", f"{top / 'nowhere'} (No such file or directory)",
         ".pdf (a PDF)", "without suffix (a program)", ".pyc (no UTF-8)", ".md (UTF-16)", ".docx (packed)",
-        ".rst (lines that end in CR alone)", ".gz (a Python pickle)", ".ipynb (JSON)", ".rst (no UTF-8)",
+        ".rst (text whose lines end in CR alone)", ".gz (a Python pickle)", ".ipynb (JSON)", ".rst (no UTF-8)",
         ".svg (HTML or XML)"), 1) | {".csv (a table)": 2}
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("left out: ")]
     assert len(said) == 1 and "2 .csv (a table), " in said[0] and said[0].endswith(", ...")
