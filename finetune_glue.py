@@ -129,6 +129,9 @@ def forward(model, examples, pad_id):
     device = next(model.parameters()).device
     multiple = 8 if device.type == "cuda" else 1        # attention masks aligned, fewer shapes
     padded = pad(examples, pad_id, multiple, model.config.max_position_embeddings)
+    if padded[2] is not None and model.config.type_vocab_size < 2:
+        raise UserError("type_vocab_size is 1 in the model's config.json, so it takes no pairs of sentences: give "
+                        "tasks or columns of single ones")
     return model(*(x if x is None else to_device(x, device) for x in padded))
 
 

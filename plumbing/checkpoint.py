@@ -45,7 +45,7 @@ def find_model(name):
         for file in sorted(path.iterdir()) if path.exists() else ():
             if file.is_file():
                 open(file, "rb").close()              # here, where one message names whichever is locked away
-        if (path / "config.json").exists():
+        if (path / "config.json").is_file():
             return path
     except OSError as e:
         raise UserError(f"{name} cannot be read as a model directory: {e.filename}: {e.strerror}") from None
@@ -104,9 +104,9 @@ def weight_files(path):
     """The files that hold the weights: safetensors before pytorch_model.bin, whole or
     as an index lists them."""
     for name in ("model.safetensors", "pytorch_model.bin"):
-        if (path / name).exists():
+        if (path / name).is_file():
             return [path / name]
-        if (path / f"{name}.index.json").exists():
+        if (path / f"{name}.index.json").is_file():
             try:
                 shards = json.loads((path / f"{name}.index.json").read_text())["weight_map"].values()
                 return [path / shard for shard in sorted(set(shards))]
@@ -119,7 +119,7 @@ def weight_files(path):
 def read_weights(path):
     """{tensor name: tensor}: Hugging Face's names of today, the encoder's with the prefix `bert.`."""
     weights, sums = {}, path / "SHA256SUMS"
-    sums_text = sums.read_text(errors="replace") if sums.exists() else ""
+    sums_text = sums.read_text(errors="replace") if sums.is_file() else ""
     expected = {name: digest for digest, name in re.findall(r"^(\w{64}) [ *](.+)$", sums_text, re.M)}
     for file in weight_files(path):
         if not file.exists():
@@ -234,7 +234,7 @@ def read_classifier(path):
         names = [name for _, name in sorted((int(i), str(name)) for i, name in raw.get(
             "id2label", {"0": "LABEL_0", "1": "LABEL_1"}).items())]
         file = path / "tokenizer_config.json"
-        cut = int(json.loads(file.read_text()).get("model_max_length", 1e9)) if file.exists() else 10 ** 9
+        cut = int(json.loads(file.read_text()).get("model_max_length", 1e9)) if file.is_file() else 10 ** 9
         model = BertForSequenceClassification(config, len(names))
     except (AttributeError, RuntimeError, TypeError, ValueError):
         raise UserError(f"{path}: the id2label in config.json, or "
@@ -247,7 +247,7 @@ def read_classifier(path):
 def read_tokenizer(path):
     """The tokenizer of a model directory."""
     for name in ("tokenizer.json", "vocab.txt"):
-        if (path / name).exists():
+        if (path / name).is_file():
             try:
                 return load_tokenizer(str(path / name))
             except UserError as e:

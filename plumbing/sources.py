@@ -1,40 +1,30 @@
 """From files, directories, archives, standard input and the Hub to documents: read it when one surprises you.
 
-A source is a file, a directory (its readable files, sorted; linked folders too), a quoted glob, - for
-standard input, a data set on the Hub in parquet (OWNER/NAME[@REVISION][/FOLDER]; @~parquet: the Hub's own
-conversion), or the word docstrings: the English documentation on this disk, of the standard library and of
-the packages in requirements.txt with what those require, read by `ast` and never imported.
+A source is a file, a directory (its texts, sorted; linked folders too), a quoted glob, - for standard input, a data
+set on the Hub in parquet (OWNER/NAME[@REVISION][/FOLDER]; @~parquet: the Hub's own conversion), or the word
+docstrings: the English documentation on this disk, of the standard library and of the packages in requirements.txt
+with what those require, read by `ast` and never imported.  How a file is read follows from its first bytes, its name
+comes second:
+text        a paragraph per line, a blank line between documents (--document-per file: each file is one).  Two shapes
+            have documents of their own: WikiExtractor's <doc ...> lines, and WikiText's " = Title = "
+JSON lines, parquet         a document per row, its text in --field (plumbing/rows.py)
+gzip, xz, bzip2, zip, tar   around text and JSON lines, no archive inside of another
 
-How a file is read follows from its first bytes, its name comes second:
-text        one paragraph per line, a blank line between documents (--document-per file: each file is one).  Two shapes
-            have documents of their own: WikiExtractor's <doc ...> lines, and WikiText's " = Title = ": its
-            " = = Section = = " and its blank lines end none
-JSON        a document per line, its text in --field; a first row without it is refused, later ones are counted
-parquet     the same, one file of a Hub data set downloaded ahead of the one that is read
-gzip, xz, bzip2, zip, tar   around all but parquet; a damaged or cut file is refused, never half used
-
-Of a directory or an archive, .txt, .text, .json, .jsonl, .ndjson, .parquet, archives and files without a
-suffix are read; the others are counted as left out, but for dot files and __MACOSX.  PDF, Office, pickles,
-images and the like are refused by name; so are HTML, XML and tables (.csv, .tsv), whose markup and numbers
-are no sentences; so is what has more than 5% of bad lines or rows.
-
-What text can bring, and what is done, each counted in manifest.json: bytes that are no UTF-8 become U+FFFD
-(which BERT's normaliser drops, as it does control characters); a BOM at the start and NUL anywhere are
-removed; CRLF is LF, a lone CR a space; UTF-16 is refused; a line over 64 kB is cut at whitespace (the ids
-stay the same), a document over 262,144 characters at a line, into pieces on one side (see prepare.py).
+Of a directory or an archive all that is text is read, whatever it is called.  What is no text there is left out and
+counted, but for dot files and __MACOSX; a file given by name, or called .txt, .json and the like, is refused.  What is
+mended in text is counted in manifest.json: bytes that are no UTF-8 and lone surrogates become U+FFFD (which BERT's
+normaliser drops, as it does control characters); a BOM at the start and NUL are removed; CRLF is LF, a lone CR a space;
+a line over 64 kB is cut at whitespace (the ids stay the same), a document over 262,144 characters at a line, into
+pieces on one side (see prepare.py).
 """
 import ast
-import bz2
 import contextlib
 import functools
 import glob
-import gzip
 import importlib.metadata
 import inspect
 import io
 import itertools
-import json
-import lzma
 import os
 import re
 import shutil
@@ -42,54 +32,40 @@ import sys
 import sysconfig
 import tarfile
 import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from plumbing import rows
 from plumbing.cli import UserError, shown
+from plumbing.rows import reading
 
 LINE = 2 ** 16              # bytes after which a line is cut
 DOCUMENT = 2 ** 18         # characters after which a document is cut: whole books would be most of the memory
-LOOK = 256                  # lines among which the shape of a text is looked for
+SHAPE = 256                 # lines among which the shape of a text is looked for
 BAD = 0.05           # share of bad lines or rows above which a file is refused, if there are some: these many
 BAD_BYTES, BAD_ROWS = 20, 10
-CONTROL = bytes({*range(32), 127} - {*b"\t\n\v\f\r\x1b\x1c\x1d\x1e\x1f"})
-SUFFIXES = ".txt, .text, .json, .jsonl, .ndjson, without suffix, also .gz .xz .bz2 .tar .tgz .zip, .parquet"
 # Bytes of text per byte on disk, about
 EXPANDS = {".gz": 3, ".tgz": 3, ".xz": 4, ".bz2": 4, ".zip": 3, ".parquet": 2}
-DAMAGED = (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error, zipfile.BadZipFile, tarfile.TarError,
-           RuntimeError)    # ValueError is pyarrow's, RuntimeError that of an encrypted .zip
-READABLE = re.compile(r"(^[^.]+|\.(txt|text|jsonl?|ndjson|tar))(\.(gz|xz|bz2))?$|\.(zip|tgz|parquet)$", re.I)
-JSON_NAME = re.compile(r"\.(jsonl?|ndjson)(\.(gz|xz|bz2))?$", re.I)
-PACKED = ((rb"\x1f\x8b", gzip.open), (rb"\xfd7zXZ\0", lzma.open), (rb"BZh[1-9](1AY&SY|\x17rE8P)", bz2.open))
-ZIP = rb"PK(\x03\x04|\x05\x06)"
-TEXT_FIRST = "take the text out of it first, or leave it out"
-NO_TEXT = (                 # how it begins, what it is, what to do
-    (rb"%PDF-", "a PDF", "convert it first, as pdftotext does, or leave it out"),
-    (rb"\xff\xfe|\xfe\xff", "UTF-16", "convert it first, as in  iconv -f UTF-16 -t UTF-8"),
-    (rb"\(\xb5/\xfd", "packed by Zstandard", "unpack it first, as in  zstd -dc FILE | python prepare.py -"),
-    (rb"7z\xbc\xaf|Rar!\x1a", "a 7-Zip or RAR archive", "unpack it first"),
-    (rb"\x80[\x02-\x05]", "a Python pickle", TEXT_FIRST),
-    (rb"\xd0\xcf\x11\xe0|\{\\rtf", "an Office document", TEXT_FIRST),
-    (rb"\x89PNG|\xff\xd8\xff|GIF8[79]a", "an image", TEXT_FIRST),
-    (rb"\x7fELF|\xca\xfe\xba\xbe|\xcf\xfa\xed\xfe", "a program", "leave it out"),
-    (rb"\x93NUMPY|\x89HDF|ARROW1|\xff{4}|SQLite format 3", "numpy, HDF5, Arrow or SQLite", TEXT_FIRST),
-    (rb"version https://git-lfs", "a Git LFS pointer", "fetch the file itself, as in  git lfs pull"),
-    (rb"(\xef\xbb\xbf)?\s*<(?i:!doctype|html|\?xml)", "HTML or XML", TEXT_FIRST))
-NO_TEXT_NAMES = (
-    (r"\.html?", "HTML", TEXT_FIRST),
-    (r"\.[ct]sv", "a table", "write its text column as JSON lines first, {\"text\": ...} in each"))
+# What is called so is text, or an error; the rest of a directory is looked into
+TEXT_NAME = re.compile(r"\.(txt|text|(?P<json>jsonl?|ndjson))(\.(gz|xz|bz2))?$", re.I)
+ARCHIVE_NAME = re.compile(r"\.(tar(\.(gz|xz|bz2))?|zip|tgz|parquet)$", re.I)
+JSON = rb'(\xef\xbb\xbf)?\s*(\{\s*"|\[\s*\{)'
+# Found in a directory, lines of objects: a single object, or one over many lines, is somebody's settings
+JSON_LINES = rb'(\xef\xbb\xbf)?\s*\{\s*".*\}\s*\n\s*\{\s*"'
+PACKED = b"|".join((rows.ARCHIVE, *(begins for begins, _ in rows.PACKED)))
+ENDS, CLOSING = (*".!?:…。！？：",), "\"')]}»”’*_`"
 DOC = re.compile(r"<doc id=.*>|</doc>")                                 # WikiExtractor
 TITLE, SECTION = re.compile(r"= [^=].* ="), re.compile(r"(= ){2,}[^=].*( =){2,}")           # WikiText
-HUB = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w.~-]+))?(?:/([\w./-]+?))?/?")
+HUB = re.compile(r"(?!\.)([\w.-]+/[\w.-]+)(?:@([\w.~-]+))?(?:/([\w./-]+?))?/?")
 
 
 # ------------------------------------------------------------------------------------------- sources -> files
 
 class File(NamedTuple):
+    source: str                     # where it was found
     name: str                       # what messages call it; its suffix says how to read it
     size: int                       # bytes
     fetch: Callable                 # () -> its path on this disk
@@ -100,7 +76,7 @@ def find_files(source, left_out):
     what a directory has besides, and names what cannot be opened there."""
     path = Path(source)
     if source in ("docstrings", "-"):
-        return [File(source, 0, lambda: source)]
+        return [File(source, source, 0, lambda: source)]
     try:
         if path.is_dir():
             paths = files_below(path, left_out)
@@ -108,22 +84,19 @@ def find_files(source, left_out):
             paths = [path]
         elif glob.has_magic(source):
             paths = [Path(p) for p in glob.glob(source, recursive=True) if Path(p).is_file()]
-        elif HUB.fullmatch(source) and not (path.suffix and READABLE.search(source)) and source[0] != ".":
+        elif HUB.fullmatch(source) and not (TEXT_NAME.search(source) or ARCHIVE_NAME.search(source)):
             return hub_files(source)
         else:
-            raise UserError(f"{source}: no such file: give files, directories, a Hub data set, "
-                            f"or the word docstrings")
+            raise UserError(f"{source}: no such file: give files, directories, a Hub data set, or the word docstrings")
         if not paths:
-            raise UserError(f"{source}: no file to read in it (read are "
-                            f"{SUFFIXES}){listed('; left out: ', left_out)}")
-        return [File(str(p), p.stat().st_size, lambda p=p: p) for p in sorted(paths)]
+            raise UserError(f"{source}: no file to read in it{listed('; left out: ', left_out)}")
+        return [File(source, str(p), p.stat().st_size, lambda p=p: p) for p in sorted(paths)]
     except OSError as e:
-        raise UserError(f"{source} cannot be opened ({e.strerror or e}): give "
-                        f"another, or the permission") from None
+        raise UserError(f"{source} cannot be opened ({e.strerror or e}): give another, or the permission") from None
 
 
 def files_below(top, left_out):
-    """The readable files of a directory and of those in it, linked ones once."""
+    """The texts in a directory and in those in it, linked ones once."""
     def cannot(e):
         left_out[f"{e.filename} ({e.strerror})"] += 1
 
@@ -140,20 +113,40 @@ def files_below(top, left_out):
             except OSError as e:                                        # a link that leads nowhere
                 cannot(e)
                 continue
-            if READABLE.search(path.name) and path.is_file():
-                found.append(path)
+            if what := other_than_text(str(path)) if path.is_file() else "a FIFO or a device":
+                left_out[f"{path.suffix.lower() or 'without suffix'} ({what})"] += 1
             else:
-                left_out[path.suffix.lower() or "special file"] += 1
+                found.append(path)
     return found
 
 
 def hidden(name):
-    return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
+    return any(part[0] == "." and part != ".." or part == "__MACOSX" for part in PurePosixPath(name).parts)
+
+
+def other_than_text(name, start=None):
+    """What is found in a directory, or in an archive where it begins so, if it is no text; else None.  What its name
+    calls text is some: its faults are errors."""
+    if TEXT_NAME.search(name) or start is None and ARCHIVE_NAME.search(name):
+        return None
+    if start is None:
+        with rows.opening(name) as raw:
+            start = rows.unpacked(name, raw)[0].peek()
+    if found := rows.no_text(start, name):
+        return found[0]
+    if re.match(PACKED, start):
+        return "packed"
+    if PurePosixPath(name).suffix and re.match(JSON, start) and not re.match(JSON_LINES, start):
+        return "JSON"
+    met = Counter()
+    for line in start[:LINE].splitlines():
+        rows.decode(line, met)
+    return "no UTF-8" if spoilt(met) else None
 
 
 def listed(before, left_out):
     """The twelve most frequent of what was left out, as words after `before`; "" if there is nothing."""
-    words = [f"{n:,} {name}" for name, n in left_out.most_common(12)] + ["..."] * (len(left_out) > 12)
+    words = [f"{n:,} {shown(name)}" for name, n in left_out.most_common(12)] + ["..."] * (len(left_out) > 12)
     return before * bool(words) + ", ".join(words)
 
 
@@ -165,16 +158,14 @@ def hub_files(source):
     revision = "refs/convert/parquet" if revision == "~parquet" else revision
     try:
         if hub.constants.HF_HUB_OFFLINE:
-            local = Path(hub.snapshot_download(name, repo_type="dataset", revision=revision,
-                                               local_files_only=True))
-            commit, sizes = local.name, {p.relative_to(local).as_posix(): p.stat().st_size
-                                         for p in local.rglob("*.parquet")}
+            local = Path(hub.snapshot_download(name, repo_type="dataset", revision=revision, local_files_only=True))
+            commit = local.name
+            sizes = {p.relative_to(local).as_posix(): p.stat().st_size for p in local.rglob("*.parquet")}
         else:
             info = hub.HfApi().dataset_info(name, revision=revision, files_metadata=True)
             commit, sizes = info.sha, {s.rfilename: s.size or 0 for s in info.siblings}
     except Exception as e:      # of many kinds: no network, no such data set, not allowed
-        raise UserError(f"{source}: neither on this disk nor a data set that the Hub "
-                        f"gives ({shown(e)})") from None
+        raise UserError(f"{source}: neither on this disk nor a data set that the Hub gives ({shown(e)})") from None
     inside = f"{folder}/" if folder else ""
     found = sorted(f for f in sizes if f.endswith(".parquet") and f.startswith(inside))
     found = [f for f in found if "train" in f.removeprefix(folder or "")] or found
@@ -182,20 +173,19 @@ def hub_files(source):
     if not found:
         raise UserError(f"{source}: no parquet file there")
     if not folder and len(folders) > 1:
-        raise UserError(f"{source} has {len(folders)} folders: name one, as in {name}/{folders[0]} (there "
-                        f"are {', '.join(folders[:8])} ...)")
+        raise UserError(f"{source} has {len(folders)} folders: name one, as in {name}/{shown(folders[0])} (there "
+                        f"are {', '.join(map(shown, folders[:8]))} ...)")
     for f in found:             # only a part is in the cache
         if (of := re.search(r"-of-(\d+)", f)) and len(found) < int(of[1]):
-            raise UserError(f"{source}: {len(found)} of its {int(of[1])} files are there: "
-                            f"download the rest first")
+            raise UserError(f"{source}: {len(found)} of its {int(of[1])} files are there: download the rest first")
 
     def fetch(f):
         try:
             return hub.hf_hub_download(name, f, repo_type="dataset", revision=commit)
         except Exception as e:
-            raise UserError(f"{name}/{f}: download failed ({shown(e)}): run the same command again, what "
-                            f"has been downloaded is kept") from None
-    return [File(f"{name}@{commit}/{f}", sizes[f], lambda f=f: fetch(f)) for f in found]
+            raise UserError(f"{name}/{shown(f)}: download failed ({shown(e)}): run the same command again, what has "
+                            f"been downloaded is kept") from None
+    return [File(source, f"{name}@{commit}/{f}", sizes[f], lambda f=f: fetch(f)) for f in found]
 
 
 def check_space(files, out):
@@ -203,8 +193,8 @@ def check_space(files, out):
     need = sum(f.size * EXPANDS.get(Path(f.name).suffix.lower(), 1) for f in files) // 2
     place = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
     if need > (free := shutil.disk_usage(place).free):
-        raise UserError(f"{out} will take about {need:,} bytes, {free:,} are free on its disk: make "
-                        f"room, or give another --out")
+        raise UserError(f"{out} will take about {need:,} bytes, {free:,} are free on its disk: make room, or give "
+                        f"another --out")
 
 
 # ----------------------------------------------------------------------------------------- files -> documents
@@ -226,41 +216,25 @@ def read_documents(files, met, field="text", rows_per_document=1, document_per="
             if file.name == "docstrings":
                 yield from (Piece(text, docstring=True) for _, text in docstrings())
             else:
-                yield from pieces_of(file.name, path, met, field, rows_per_document, document_per)
+                yield from pieces_of(file, path, met, field, rows_per_document, document_per)
             met["_read"] = before + file.size
 
 
-def pieces_of(name, path, met, field, rows_per_document, document_per):
+def pieces_of(file, path, met, field, rows_per_document, document_per):
     """The Pieces of one file, or of standard input."""
-    before, on_disk = met["_read"], name != "-" and os.path.isfile(path)
-    try:
-        with contextlib.nullcontext(sys.stdin.buffer) if name == "-" else open(path, "rb") as raw:
-            for inner, stream, whole in unpacked(name, raw, path if on_disk else None, met):
-                lines = lines_of(inner, stream, whole, field, rows_per_document, met)
-                lines = watched(lines, inner, raw, before, on_disk, met)
-                yield from pieces(shaped(lines, document_per), met)
-    except DAMAGED as e:
-        if getattr(e, "errno", None):
-            raise UserError(f"{name} cannot be read ({e.strerror}): mend that, or leave it out") from None
-        raise UserError(f"{name} cannot be read, it is damaged or cut ({shown(e)}): get it again, or "
-                        f"leave it out") from None
-
-
-class Full(io.RawIOBase):
-    """A stream whose reads are full ones, so that the first look shows as much of a pipe as of a file."""
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def readable(self):
-        return True
-
-    def readinto(self, buffer):
-        n = 0
-        while n < len(buffer) and (part := self.stream.read(len(buffer) - n)):
-            buffer[n:n + len(part)] = part
-            n += len(part)
-        return n
+    before, piped = met["_read"], file.name == "-"
+    if piped and sys.stdin is None:
+        raise UserError("-: standard input is closed")
+    with contextlib.nullcontext(sys.stdin.buffer) if piped else rows.opening(path, file.name) as raw:
+        for inner, stream, whole in texts_in(file.name, raw, None if piped else path, met):
+            if whole and re.match(rows.PARQUET, stream.peek()):
+                lines = row_lines(rows.Table(inner, "parquet", None, met, whole), field, rows_per_document, met)
+            elif (name := TEXT_NAME.search(inner)) and name["json"] or re.match(JSON, stream.peek()):
+                lines = row_lines(rows.Table(inner, "json", stream, met), field, rows_per_document, met)
+            else:
+                lines = paragraphs(stream, met, file.source)
+            lines = watched(lines, inner, None if piped else raw, before, met)
+            yield from pieces(shaped(lines, document_per), met)
 
 
 class Member(tarfile.TarInfo):
@@ -276,112 +250,87 @@ class Member(tarfile.TarInfo):
             raise tarfile.ReadError(str(e)) from None
 
 
-def unpacked(name, stream, path, met):
-    """(name, stream, path) of each text in a stream, archives opened.  path: None if no file on disk."""
-    stream = io.BufferedReader(Full(stream), 2 ** 20)
-    start = stream.peek()
-    for begins, what, todo in NO_TEXT:
-        if re.match(begins, start):
-            raise UserError(f"{name} is {what}, not text: {todo}")
-    for ends, what, todo in NO_TEXT_NAMES:
-        if re.search(ends + r"(\.(gz|xz|bz2))?$", name, re.I):
-            raise UserError(f"{name} is {what}, not text: {todo}")
-    if not path and re.match(ZIP + rb"|PAR1", start):
-        raise UserError(f"{name} is a .zip or .parquet inside of an archive or a pipe: give "
-                        f"it as a file of its own")
-    for begins, unpack in PACKED:
-        if re.match(begins, start):
-            with unpack(stream) as f:
-                yield from unpacked(name, f, None, met)
-            return
-    if start[257:262] == b"ustar":
-        with tarfile.open(fileobj=stream, mode="r|", tarinfo=Member) as archive:
-            yield from members(name, ((m.name, functools.partial(archive.extractfile, m))
-                                      for m in archive if m.isfile()), met)
-    elif re.match(ZIP, start):
-        with zipfile.ZipFile(path) as archive:
+def texts_in(name, raw, path, met):
+    """(name, stream, path) of each text in a file.  path: None where it was packed, or is no file of its own."""
+    stream, packed = rows.unpacked(name, raw)
+    path, start = None if packed else path, stream.peek()
+    rows.refuse(name, rows.no_text(start, name))
+    if not path and re.match(rows.ZIP + b"|" + rows.PARQUET, start):
+        raise UserError(f"{shown(name)} is a .zip or .parquet inside of something packed or a pipe: give it as a "
+                        f"file of its own")
+    if re.match(rows.TAR, start):
+        with reading(name):
+            archive = tarfile.open(fileobj=stream, mode="r|", tarinfo=Member)
+        yield from members(name, ((m.name, m.isfile() and functools.partial(archive.extractfile, m))
+                                  for m in archive if not m.isdir()), met)
+    elif re.match(rows.ZIP, start):
+        with reading(name):
+            archive = zipfile.ZipFile(path)
+        with archive:
             if {"[Content_Types].xml", "mimetype"} & set(archive.namelist()):
-                raise UserError(f"{name} is an Office document or an EPUB, not text: {TEXT_FIRST}")
+                raise UserError(f"{shown(name)} is an Office document or an EPUB, not text: {rows.TEXT_FIRST}")
             yield from members(name, ((m.filename, functools.partial(archive.open, m))
                                       for m in archive.infolist() if not m.is_dir()), met)
-    elif path and start[:4] != b"PAR1" and re.search(r"\.(gz|tgz|xz|bz2|zip|tar|parquet)$", name, re.I):
-        raise ValueError("it does not begin as its name says")
+    elif path and not re.match(rows.PARQUET, start) and re.search(r"\.(gz|tgz|xz|bz2|zip|tar|parquet)$", name, re.I):
+        raise UserError(f"{shown(name)} is damaged or not ours (it does not begin as its name says): get it again, "
+                        f"or leave it out")
     else:
         yield name, stream, path
 
 
 def members(name, inside, met):
-    """The texts among (a member's name, what opens it)."""
+    """The texts among (a member's name, what opens it or False); what is packed once more is none."""
     found = False
-    for member, opened in inside:
-        if hidden(member):
-            continue
-        if READABLE.search(PurePosixPath(member).name):
-            found = True
-            with opened() as f:
-                yield from unpacked(f"{name}:{member}", f, None, met)
-        else:
+    while True:
+        with reading(name):
+            if (member := next(inside, None)) is None:
+                break
+            if hidden(member[0]):
+                continue
+            stream = member[1] and io.BufferedReader(rows.Full(name, member[1]()), LINE)
+            start = stream and stream.peek()
+        whole = f"{name}:{member[0]}"
+        if not stream or re.match(PACKED, start) or other_than_text(whole, start):
             met["archived_files_left_out"] += 1
+            continue
+        rows.refuse(whole, rows.no_text(start, whole))
+        found = True
+        yield whole, stream, None
     if not found:
-        raise UserError(f"{name}: no file to read in it (read are {SUFFIXES})")
+        raise UserError(f"{shown(name)}: no file to read in it: what is packed once more is to be unpacked first")
 
 
-def lines_of(name, stream, path, field, rows_per_document, met):
-    """The lines of one text, documents parted by ''."""
-    start = stream.peek()
-    if start[:4] == b"PAR1":
-        return row_lines(parquet_rows(path, field, name, met), rows_per_document, met)
-    if re.match(rb"(\xef\xbb\xbf)?\s*\[\s*\{", start):
-        raise UserError(f"{name} is one JSON array: make it one object per line first, as in  jq -c '.[]'")
-    if JSON_NAME.search(name) or re.match(rb'(\xef\xbb\xbf)?\s*\{\s*"', start):
-        return row_lines(json_rows(stream, field, name, met), rows_per_document, met)
-    return paragraphs(stream, met)
+def spoilt(met):
+    return met["_bad_lines"] > BAD * met["_lines"] and met["_bad_bytes"] >= BAD_BYTES
 
 
-def watched(lines, name, raw, before, on_disk, met):
+def watched(lines, name, raw, before, met):
     """The same lines; met["_read"] follows the position in the file on disk; what is no text is refused."""
     old = Counter(met)
 
-    def check():
+    def check(least=0):
         new = Counter(met)
         new.subtract(old)
-        if new["_bad_lines"] > BAD * new["_lines"] and new["_bad_bytes"] >= BAD_BYTES:
-            raise UserError(f"{name}: {new['_bad_lines'] / new['_lines']:.0%} of its lines hold control "
-                            f"characters or bytes that are no UTF-8: leave it out if it is no text, convert "
-                            f"it first if it is another encoding, as in  iconv -f LATIN1 -t UTF-8")
-        if new["bad_rows"] > BAD * new["_rows"] and new["bad_rows"] >= BAD_ROWS:
-            raise UserError(f"{name}: {new['bad_rows'] / new['_rows']:.0%} of its rows are damaged or have "
+        if spoilt(new):
+            raise UserError(f"{shown(name)}: {new['_bad_lines'] / new['_lines']:.0%} of its lines hold control "
+                            f"characters or bytes that are no UTF-8: leave it out if it is no text, convert it first "
+                            f"if it is another encoding, as in  iconv -f LATIN1 -t UTF-8")
+        if new["bad_rows"] > BAD * max(new["_rows"], least) and new["bad_rows"] >= BAD_ROWS:
+            raise UserError(f"{shown(name)}: {new['bad_rows'] / new['_rows']:.0%} of its rows are damaged or have "
                             f"no text in the --field: mend it, or leave it out")
 
     for i, line in enumerate(lines, 1):
-        if on_disk and i % 256 == 0:
+        if raw and i % 256 == 0:
             met["_read"] = max(met["_read"], before + raw.tell())
         if i % 2 ** 16 == 0:
-            check()
+            check(1000)                                                 # rows: of fewer, the first may be the bad ones
         yield line
     check()
 
 
-def decode(line, met):
-    met["_lines"] += 1
-    bad = len(line) - len(line.translate(None, CONTROL))
-    try:
-        text = line.decode()
-    except UnicodeDecodeError:
-        text = line.decode(errors="replace")
-        met["bad_utf8_lines"] += 1
-        bad += text.count("\ufffd")
-    if bad:
-        met["_bad_lines"] += 1
-        met["_bad_bytes"] += bad
-        if "\0" in text:
-            text = text.replace("\0", "")
-            met["nul_lines"] += 1
-    return text
-
-
-def paragraphs(stream, met):
-    """The lines of a binary stream as stripped text; a long one in pieces, so that memory stays bounded."""
+def paragraphs(stream, met, source=None):
+    """The lines of a binary stream as stripped text; a long one in pieces, so that memory stays bounded.  Of a
+    source of prose it is counted how many end as sentences do."""
     rest, inside = b"", False                                           # of a long line
     for i in itertools.count():
         chunk = stream.readline(LINE)
@@ -398,66 +347,36 @@ def paragraphs(stream, met):
             if not cut:         # no whitespace: anywhere but inside of a character
                 cut = next((len(line) - back for back in (1, 2, 3, 4) if line[-back] >= 0xC0), len(line))
             line, rest = line[:cut], line[cut:]
-            if piece := decode(line, met).strip():
+            if piece := rows.decode(line, met).strip():
                 yield piece
             continue
-        text = decode(line, met).strip()
+        text = rows.decode(line, met).strip()
+        if text and source:
+            met[f"_lines of {source}"] += 1
+            met[f"_ended in {source}"] += text[-4:].rstrip(CLOSING)[-1:] in ENDS
         if text or not inside:                                       # the end of a long line is no blank line
             yield text
         inside = False
     if rest:
-        yield decode(rest, met).strip()
+        yield rows.decode(rest, met).strip()
 
 
-def json_rows(stream, field, name, met):
-    good = False
-    for line in stream:
-        if not (line := decode(line, met).strip("\ufeff \t\r\n")):
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        met["_rows"] += 1
-        if isinstance(row, dict) and isinstance(row.get(field), str):
-            good = True
-            yield row[field]
-        elif good:
-            met["bad_rows"] += 1
-        else:
-            raise UserError(f"{name}: its first row has no text in {field!r}: " + (
-                f"give --field, one of {', '.join(row)}" if isinstance(row, dict) else
-                "it is no JSON object: one per line belongs here, as  jq -c .  writes them"))
-
-
-def parquet_rows(path, field, name, met):
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(f"{name}: reading parquet takes one more package: pip install pyarrow") from None
-    size = os.path.getsize(path)
-    with pyarrow.parquet.ParquetFile(path) as file:
-        if field not in (names := file.schema_arrow.names):
-            raise UserError(f"{name}: no column {field!r}: give --field, one of {', '.join(names)}")
-        for batch in file.iter_batches(batch_size=256, columns=[field]):
-            texts = [text for text in batch.column(0).to_pylist() if isinstance(text, str)]
-            met["_rows"] += len(batch)
-            met["bad_rows"] += len(batch) - len(texts)
-            yield from texts
-            met["_read"] += size * len(batch) // file.metadata.num_rows
-
-
-def row_lines(rows, rows_per_document, met):
-    """The lines of rows' texts, none blank, and '' after so many rows."""
-    for i, text in enumerate(rows, 1):
-        yield from filter(None, paragraphs(io.BytesIO(text.encode(errors="replace")), met))
+def row_lines(table, field, rows_per_document, met):
+    """The lines of the texts in column `field`, none blank, and '' after so many rows."""
+    if not table.names:                                                 # an empty file
+        return
+    if field not in table.names:
+        raise UserError(f"{shown(table.name)}: no column {field!r}: give --field, one of {rows.quoted(table.names)}")
+    texts = (values[0] for _, values, fault in table.pick([table.names.index(field)]) if not fault)
+    for i, text in enumerate(texts, 1):
+        yield from filter(None, paragraphs(io.BytesIO(text.encode()), met))
         if i % rows_per_document == 0:
             yield ""
 
 
 def shaped(lines, document_per):
     """The same lines, documents parted by '' as the text's own shape or --document-per says."""
-    start = list(itertools.islice(lines, LOOK))
+    start = list(itertools.islice(lines, SHAPE))
     lines, first = itertools.chain(start, lines), next(filter(None, start), "")
     if DOC.fullmatch(first):
         lines = ("" if DOC.fullmatch(line) else line for line in lines if line)

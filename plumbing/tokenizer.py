@@ -60,13 +60,13 @@ def load_tokenizer(name):
     path = Path(name)
     try:
         if path.is_dir():
-            path = next((path / f for f in names if (path / f).exists()), path)
+            path = next((path / f for f in names if (path / f).is_file()), path)
         if path.is_dir():
             raise UserError(f"--vocab {name}: neither tokenizer.json nor vocab.txt is in this directory")
         config = path.parent / "tokenizer_config.json"
-        if not path.exists():
+        if not path.is_file():
             path, config = hub_tokenizer(name)
-        if config and config.exists():
+        if config and config.is_file():
             settings = json.loads(config.read_text(encoding="utf-8"))
         tokenizer = Tokenizer.from_file(str(path)) if path.suffix == ".json" else from_vocab(name, path)
         if isinstance(normalizer := tokenizer.normalizer, normalizers.BertNormalizer):

@@ -113,8 +113,10 @@ def test_mnli_has_two_dev_sets(tmp_path, monkeypatch):
     ("qnli", lambda row: row.replace("Another", "An\tother"), "line 5 has 5 fields, not 4"),
     ("mnli", lambda row: row.rpartition("\t")[0] + "\t-", "line 5 has the unknown label '-'"),
     ("cola", lambda row: row.replace("\t1\t", "\tx\t").replace("\t0\t", "\tx\t"), "line 5 has the unknown label 'x'"),
-    ("stsb", lambda row: row.rpartition("\t")[0] + "\tnan", "line 5 has the unknown label 'nan'"),
-    ("wnli", lambda row: "", "line 5 has 1 fields, not 4")])
+    ("stsb", lambda row: row.rpartition("\t")[0] + "\tnan", "line 5 has nothing in 'score'"),
+    ("stsb", lambda row: row.rpartition("\t")[0] + "\tinf", "line 5 has the unknown label 'inf'"),
+    ("cola", lambda row: row.replace("\t1\t", "\t\t").replace("\t0\t", "\t\t"), "line 5 has nothing in 'column 2'"),
+    ("wnli", lambda row: "no more", "line 5 has 1 fields, not 4")])
 def test_bad_rows_are_left_out_and_listed_up_to_a_thousandth(name, damage, listed, tmp_path):
     path, said = tmp_path / "t.tsv", []
     lines = tsv(path, name, 2000)
@@ -165,7 +167,7 @@ def test_a_task_absent_from_the_folder_comes_from_the_hub(tmp_path, monkeypatch)
                          for split in ("train", "validation_matched", "validation_mismatched")]
     with pytest.raises(UserError, match="12 examples, but GLUE's MNLI has 392,702"):
         glue.read_task("mnli", glue.TASKS["mnli"], None)
-    with pytest.raises(UserError, match="labels beyond 0 to 1"):
+    with pytest.raises(UserError, match=r"4 of 12 rows cannot be read: row 3 has the unknown label '2'.*one of 0, 1\)"):
         glue.read_task("mnli", task._replace(labels=("a", "b")), None)
 
     def unreachable(*args, **kwargs):
@@ -192,7 +194,7 @@ def test_ones_own_task_has_one_or_two_sentences_and_a_class_or_a_score(tmp_path)
     (["a\t0", "b\t99999999999"], ["a\t0"], "sentence\tlabel", "without a gap"),
     (["a\t0", "b\t1"], ["a\t2"], "sentence\tlabel", "or dev has others"),
     (["a\t0", "b\t1"], [], "sentence\tlabel", "dev.tsv: no examples"),
-    (["a\t0"], ["a\t0"], "just one column", "one column: tabs separate"),
+    (["a\t0"], ["a\t0"], "just one column", "one column, 'just one column': text and a label belong there, which tabs"),
     (["a\tinf"], ["a\t0"], "sentence\tscore", "label 'inf'"),
     (["a\t1e39"], ["a\t0"], "sentence\tscore", "label '1e39' .a label here is a number"),
     (["a\t0", "b\t" + "9" * 20], ["a\t0"], "sentence\tlabel", "without a gap"),
@@ -202,7 +204,7 @@ def test_ones_own_task_has_one_or_two_sentences_and_a_class_or_a_score(tmp_path)
     (["a\tgood", "b\tgood"], ["a\tgood"], "sentence\tlabel", "2 rows have 1 different labels, such as 'good'"),
     ([f"a\tb{i}" for i in range(30)], ["a\tb1"], "sentence\tlabel", "30 rows have 30 different labels, .* is that the "
      "column of labels"),
-    (["a,0", "b,1"], ["a,0"], "sentence,label", "line 1: one column: tabs separate the columns of a TSV, not commas"),
+    (["a,0", "b,1"], ["a,0"], "sentence,label", "line 1: one column, 'sentence,label': .* which tabs separate"),
     (["b\t1"], ["a\t0"], "a\t0", r"line 1 looks like an example \(it holds 0\): a header"),
     (["b\tc\t3.75"], ["a\tc\t0"], "a\tb\t-1.5", r"line 1 looks like an example \(it holds -1.5\): a header"),
     (["1\tb"], ["0\ta"], "0\ta", r"line 1 looks like an example \(it holds 0\): a header"),
@@ -257,15 +259,13 @@ def test_an_official_task_names_the_labels_that_it_wants(name, line, message, tm
 @pytest.mark.parametrize("name", ROWS)
 def test_a_file_of_another_kind_is_refused_by_its_first_line(name, tmp_path):
     lines = tsv(tmp_path / "t.tsv", name, 3)
-    for mark, message in ((",", "one column: tabs separate the columns of a TSV, not commas"),
-                          (";", "one column: tabs separate the columns of a TSV, not semicolons")):
-        (tmp_path / "t.tsv").write_text("\n".join(line.replace("\t", mark) for line in lines), encoding="utf-8")
-        with pytest.raises(UserError, match=f"line 1: {message}"):
-            glue.read_rows(tmp_path / "t.tsv", glue.TASKS[name])
     task = glue.TASKS[name]
+    (tmp_path / "t.tsv").write_text("\n".join(line.replace("\t", ",") for line in lines), encoding="utf-8")
+    with pytest.raises(UserError, match=f"line 1: 1 column, separated by tabs: GLUE's {task.folder} has more"):
+        glue.read_rows(tmp_path / "t.tsv", task)
     few = max(*task.text, task.label) + (task.label < 0)        # one column less than are needed
     (tmp_path / "t.tsv").write_text("\n".join("\t".join(line.split("\t")[:few]) for line in lines), encoding="utf-8")
-    with pytest.raises(UserError, match="one column" if few == 1 else f"{few} columns: GLUE's {task.folder} has more"):
+    with pytest.raises(UserError, match=f"{few} columns?, separated by tabs: GLUE's {task.folder} has more"):
         glue.read_rows(tmp_path / "t.tsv", task)
 
 
@@ -276,7 +276,7 @@ def test_a_missing_or_binary_file_is_named(tmp_path):
     with pytest.raises(UserError, match="RTE/train.tsv: no such file"):
         glue.read_task("rte", glue.TASKS["rte"], tmp_path)
     (tmp_path / "train.tsv").write_bytes(b"sentence\tlabel\n\xff\xfe\t1\n")
-    with pytest.raises(UserError, match=r"not UTF-8 \(byte 15\)"):
+    with pytest.raises(UserError, match=r"train.tsv, line 2: not UTF-8: convert it, as in  iconv"):
         glue.own_task(tmp_path)
 
 
@@ -352,6 +352,15 @@ def test_padded_to_a_multiple_as_on_a_gpu_the_logits_are_the_same(teacher):
             with torch.set_grad_enabled(training):                      # two attentions
                 logits.append(model(*ft.pad(examples, 0, multiple)))
         assert (logits[0] - logits[1]).abs().max() < 1e-6
+
+
+def test_a_model_with_one_token_type_takes_no_pairs(teacher):
+    model = checkpoint.load_classifier(teacher, 2, seed=0)
+    model.config.type_vocab_size = 1
+    assert ft.predict(model, examples_of([9, 5], pairs=False), 0).shape == (2, 2)
+    for run in (lambda x: ft.predict(model, x, 0), lambda x: ft.finetune(model, x, np.zeros(2, int), 2, 1, 1e-3, 0, 0)):
+        with pytest.raises(UserError, match="type_vocab_size is 1 .*, so it takes no pairs of sentences"):
+            run(examples_of([9, 5]))
 
 
 @pytest.mark.parametrize("labels", [np.zeros(20, np.int64), np.zeros(20, np.float32)])
@@ -593,8 +602,8 @@ WRONG = [
      "qnli, rte, wnli, or name=PATH for your own labelled text: a file, or a directory with train.tsv and dev.tsv"),
     (None, dict(tasks="rte,rte"), "--tasks 'rte': unknown or given twice; of cola, sst2, mrpc, stsb, qqp, mnli, qnli, "
      "rte, wnli, or name=PATH for your own labelled text: a file, or a directory with train.tsv and dev.tsv"),
-    (None, dict(tasks="own=m/vocab.txt"), "m/vocab.txt: one of .tsv, .csv, .jsonl, .ndjson, .json, .parquet can be "
-     "read, by the end of its name"),
+    (None, dict(tasks="own=m/vocab.txt"), "m/vocab.txt: one of .tsv, .csv, .jsonl, .ndjson, .json (each also .gz, "
+     ".xz, .bz2) or .parquet can be read, by the end of its name"),
     (None, dict(tasks="own=none"), "--tasks own=none: no such file or directory (a file of labelled text belongs "
      "there, or a directory with train.tsv and dev.tsv)"),
     (None, dict(columns="sentence,gold"), "--columns sentence,gold: t/train.tsv has no column 'gold', but 'sentence', "
@@ -662,7 +671,7 @@ def test_what_may_not_be_read_is_not_called_damaged(file, teacher, task, monkeyp
     with pytest.raises(UserError) as e:
         ft.score(config_of("m", Path("t"), tasks="own=t", out="out"))
     assert str(e.value) == (f"m cannot be read as a model directory: {file}: Permission denied" if file[0] == "m" else
-                            f"{file}: permission denied")
+                            f"{file} cannot be read (Permission denied): mend that, or leave it out")
 
 
 def test_a_place_that_cannot_be_written_is_refused_before_the_first_trial(teacher, task, monkeypatch):

@@ -26,7 +26,7 @@ from tokenizers import BertWordPieceTokenizer
 import prepare
 from conftest import text
 from data import SPECIAL, TokenDirectory
-from plumbing import sources
+from plumbing import rows, sources
 from plumbing.cli import UserError
 from plumbing.tokenizer import load_tokenizer, wordpiece
 
@@ -60,7 +60,6 @@ def wiki(real_data):
 def test_every_format_gives_the_same_bytes(raw, vocab, tmp_path, monkeypatch):
     documents, folder = text(300), tmp_path / "folder"
     (folder / "deeper").mkdir(parents=True)
-    (folder / "readme.md").write_text("not read")
     (folder / ".hidden.txt").write_text("not read")
     (folder / "a.txt").write_text("\n\n".join(documents[:100]))
     (folder / "b.TXT").write_text("\n\n".join(documents[100:200]))
@@ -75,13 +74,13 @@ def test_every_format_gives_the_same_bytes(raw, vocab, tmp_path, monkeypatch):
     (tmp_path / "packed.text").write_bytes(gzip.compress(lzma.compress(raw.read_bytes())))
     inside = [("./one", "\n\n".join(documents[:100]).encode()), ("__MACOSX/._one", b"\0\5\x16\7\0"),
               ("a.png", b"\x89PNG"), ("deep/.two.txt", b"not read"),
-              ("deep/two.json.gz", gzip.compress(jsonl(documents[100:], "body")))]
+              ("../two", jsonl(documents[100:], "body"))]
     tar(tmp_path / "packed.tar", inside)
     for suffix, pack in ((".tar.gz", gzip.compress), (".tgz", gzip.compress), (".tar.xz", lzma.compress)):
         (tmp_path / f"packed{suffix}").write_bytes(pack((tmp_path / "packed.tar").read_bytes()))
     with zipfile.ZipFile(tmp_path / "packed.zip", "w") as z:
         z.writestr("one.txt", "\n\n".join(documents[:100]))
-        z.writestr("readme.md", "not read")
+        z.writestr("table.csv", "not read")
         z.writestr("two.jsonl", jsonl(documents[100:], "body"))
     first = make(tmp_path / "out", raw, vocab=vocab)
     again = make(tmp_path / "out2", raw, vocab=vocab)
@@ -92,7 +91,8 @@ def test_every_format_gives_the_same_bytes(raw, vocab, tmp_path, monkeypatch):
         made = make(tmp_path / "out2", *given, vocab=vocab, field=field)
         assert made["sha256"] == first["sha256"], given
         archive = {".zip", ".tar", ".tgz"} & {*given[0].suffixes} if i > 1 else ()
-        assert made["met"] == ({"archived_files_left_out": 1} if archive else {})
+        assert made["met"] == (dict(archived_files_left_out=1) if archive else
+                               dict(boms=1) if given[0].name == "packed.data" else {})
     for content in (raw.read_bytes(), jsonl(documents, "text"), gzip.compress(raw.read_bytes()),
                     tar(tmp_path / "any", [("a.txt", raw.read_bytes())])):
         monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BufferedReader(io.BytesIO(content))))
@@ -112,11 +112,11 @@ def jsonl(documents, field):
     return "".join(json.dumps({"id": 1, field: document}) + "\n" for document in documents).encode()
 
 
-def parquet(path, rows, field="text"):
+def parquet(path, texts, field="text"):
     arrow = pytest.importorskip("pyarrow")
     import pyarrow.parquet
     path.parent.mkdir(parents=True, exist_ok=True)
-    pyarrow.parquet.write_table(arrow.table({"id": range(len(rows)), field: rows}), path, row_group_size=70)
+    pyarrow.parquet.write_table(arrow.table({"id": range(len(texts)), field: texts}), path, row_group_size=70)
 
 
 def test_parquet_and_rows_that_are_sentences(raw, vocab, tmp_path):
@@ -130,10 +130,10 @@ def test_parquet_and_rows_that_are_sentences(raw, vocab, tmp_path):
     assert manifest["documents"] == 100 and manifest["characters"] == first["characters"] + 200
     parquet(tmp_path / "c.parquet", [*[None] * 10, *["a line\n" * 600] * 120, *text(130)])
     assert make(tmp_path / "out2", tmp_path / "c.parquet", vocab=vocab)["met"] == {"bad_rows": 10}
-    with pytest.raises(UserError, match="no column 'body': give --field, one of id, text"):
+    with pytest.raises(UserError, match="no column 'body': give --field, one of 'id', 'text'"):
         make(tmp_path / "out3", tmp_path / "a.parquet", vocab=vocab, field="body")
     (tmp_path / "a.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-1])
-    with pytest.raises(UserError, match="a.parquet cannot be read"):
+    with pytest.raises(UserError, match="a.parquet is damaged or not ours"):
         make(tmp_path / "out3", tmp_path / "a.parquet", vocab=vocab)
 
 
@@ -198,13 +198,133 @@ def test_rows_that_are_no_rows(raw, vocab, tmp_path):
     path.write_bytes(b"\n".join([b"\xef\xbb\xbf" + good[0], b'{"text": 3}', b"[]", b"{", *good[1:], b'{"te']))
     manifest = make(tmp_path / "out", path, vocab=vocab)
     assert manifest["sha256"] == make(tmp_path / "out2", raw, vocab=vocab)["sha256"]
-    assert manifest["met"] == {"bad_rows": 4}
+    assert manifest["met"] == {"bad_rows": 4, "boms": 1}
     path.write_bytes(jsonl(["lone \ud800 surrogate, nul \0 inside"], "text"))
-    assert make(tmp_path / "out", path, vocab=vocab)["met"] == {"nul_lines": 1}
-    for content, message in ((b'{"id": 1, "body": "a"}', "give --field, one of id, body"), (b"text", "no JSON object")):
+    assert make(tmp_path / "out", path, vocab=vocab)["met"] == {"lone_surrogates": 1, "nul_lines": 1}
+    for content, message in ((b'{"id": 1, "body": "a"}', "one of 'id', 'body'"), (b"text", "no JSON object")):
         path.write_bytes(content)
         with pytest.raises(UserError, match=message):
             make(tmp_path / "out", path, vocab=vocab)
+
+
+@pytest.mark.parametrize("content, met, documents", [
+    ('{"text": null}\n{"id": 1}\n{oops\n' + jsonl(["a b"] + ["c d"] * 90, "text").decode(), {"bad_rows": 3}, 2),
+    ('\ufeff\n \n{"text": "a"}\n\n\r\n\t{"text": "b"}', {"boms": 1}, 2),
+    ('{"text": "a ? b"}\n{"text": "a \\ud83d b"}\n{"text": "c \\udc00\\ud800"}\n', {"lone_surrogates": 3}, 3),
+    ('{"text": "\\ud83d\\ude00 d"}\n', {}, 1), ("", None, 0), ("{}\n{}\n", None, 0)])
+def test_rows_of_json_are_read_counted_and_mended(content, met, documents, tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join([*SPECIAL, *"abcd?"]) + "\n")
+    (tmp_path / "x.jsonl").write_text(content, encoding="utf-8")
+    if not documents:
+        with pytest.raises(UserError, match="x.jsonl: no text in it"):
+            make(tmp_path / "out", tmp_path / "x.jsonl", vocab=tmp_path / "vocab.txt")
+        return
+    manifest = make(tmp_path / "out", tmp_path / "x.jsonl", vocab=tmp_path / "vocab.txt")
+    ids = np.concatenate([TokenDirectory(tmp_path / "out").split(name) for name in ("train", "val")])
+    assert manifest["met"] == met and manifest["documents"] == documents
+    assert (ids == 9).sum() == content.count("?") and manifest["unknown"] == content.count("ude00")
+
+
+@pytest.mark.parametrize("rows_, message", [
+    (['{"text": ["a", "b"]}'] * 20, "100% of its rows are damaged or have no text in the --field"),
+    (['{"text": "a"}'] * 90 + ['{"text": {"a": "b"}}'] * 10, "10% of its rows are damaged"),
+    (['{"body": "a"}'] * 60 + ['{"text": "a"}'] * 40, "no column 'text': give --field, one of 'body'"),
+    (['{"text": "a"}', '{"text": "' + "a" * 2000 + '"}'], "line 2 is longer than 0 MB: one row belongs there"),
+    (['{"text": "' + "a" * 2000], "line 1 is longer than 0 MB")])
+def test_rows_of_json_that_cannot_be_read_are_one_line(rows_, message, vocab, tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "LONGEST", 1000)
+    (tmp_path / "x.jsonl").write_text("\n".join(rows_))
+    with pytest.raises(UserError, match=message):
+        make(tmp_path / "out", tmp_path / "x.jsonl", vocab=vocab)
+
+
+def test_parquet_holds_text_in_strings_alone(raw, vocab, tmp_path):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    first, texts = make(tmp_path / "out", raw, vocab=vocab), text(300)
+    for column in (pa.array(texts, pa.large_string()), pa.array(texts).dictionary_encode(),
+                   pa.array(texts, pa.string_view())):
+        table = pa.table({"other": pa.nulls(300), "text": column, "image": [b"x" * 99] * 300})
+        pq.write_table(table, tmp_path / "x.parquet")
+        assert make(tmp_path / "out2", tmp_path / "x.parquet", vocab=vocab)["sha256"] == first["sha256"]
+    for column in ([t.encode() for t in texts], [[t] for t in texts], [{"a": t} for t in texts], pa.nulls(300)):
+        pq.write_table(pa.table({"text": column}), tmp_path / "x.parquet")
+        with pytest.raises(UserError, match="x.parquet: 100% of its rows are damaged or have no text in the --field"):
+            make(tmp_path / "out2", tmp_path / "x.parquet", vocab=vocab)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be", "cr"])
+def test_other_encodings_and_line_ends_are_named(encoding, vocab, tmp_path):
+    name = encoding.upper().replace("-LE", "LE").replace("-BE", "BE")
+    message = "text whose lines end in CR alone" if encoding == "cr" else f"{name[:6]}, not text.* iconv -f {name} -t"
+    for file, lines in (("x.txt", "\n\n".join(text(9)) + " \xe9"), ("x.md", "# caf\xe9\n\ntext"),
+                        ("x.jsonl", '{"text": "a"}\n'), ("x", '{"text": "a"}\n')):
+        content = lines.replace("\n", "\r").encode() if encoding == "cr" else lines.encode(encoding)
+        for path, packed in ((tmp_path / file, content), (tmp_path / f"{file}.gz", gzip.compress(content))):
+            path.write_bytes(packed)
+            with pytest.raises(UserError, match=f"{path.name} is {message}"):
+                make(tmp_path / "out", path, vocab=vocab)
+
+
+WRAPPED = "A heading\n=========\n\nThis is the prose of a\nfile that goes on and\non to its end.\n\nOn it\ngoes.\n"
+@pytest.mark.parametrize("name, content, said", [
+    ("a.rst", WRAPPED, True), ("a.txt", WRAPPED + "One ends.\n", True), ("a.md", WRAPPED + "One ends.\n" * 5, False),
+    ("a.txt", '"It ends."\n(So does it!)\nSo: \u201cit\u201d?\u201d\n*Ends:*\n\u5b8c\u3002\nno\n', False),
+    ("a.jsonl", jsonl(["no end", "none"], "text").decode(), False)])
+def test_hard_wrapped_prose_is_noticed(name, content, said, vocab, tmp_path, capsys):
+    (tmp_path / "top").mkdir()
+    (tmp_path / "top" / name).write_text(content, encoding="utf-8")
+    (tmp_path / "b.txt").write_text("A line that ends.\n" * 500)
+    for per in ("blank-line", "file"):
+        make(tmp_path / "out", tmp_path / "top", tmp_path / "b.txt", vocab=vocab, document_per=per)
+        lines = [line for line in capsys.readouterr().err.splitlines() if "hard-wrapped" in line]
+        assert len(lines) == (said and per == "blank-line")
+        assert all(line.startswith(f"{tmp_path / 'top'}: most lines do not end in") for line in lines)
+
+
+def test_an_archive_is_read_whatever_its_members_are_called(vocab, tmp_path):
+    names = ["../up/a.txt", "/abs/b.md", "./c", "..", "d\\e.rst", "f\x1b[31m\n.txt", "x" * 90 + ".jsonl"]
+    members = [(name, jsonl([words], "text") if "json" in name else words.encode())
+               for name, words in zip(names, text(len(names)), strict=True)]
+    tar(tmp_path / "a.tar", [*members, (".hidden/a.txt", b"not read"), ("__MACOSX/b.txt", b"not read")])
+    assert make(tmp_path / "out", tmp_path / "a.tar", vocab=vocab)["documents"] == len(names)
+    inner = (tmp_path / "a.tar").read_bytes()
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:              # links, devices, archives: counted
+        for kind in (tarfile.REGTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE):
+            info = tarfile.TarInfo("a.txt")
+            info.type, info.linkname, info.size = kind, "a.txt", 4 * (kind == tarfile.REGTYPE)
+            archive.addfile(info, io.BytesIO(b"text"))
+        for name, content in (("in.tar", inner), ("in.txt", gzip.compress(b"text")), ("in.zip", zipped(a="b")),
+                              ("in.md", "text".encode("utf-16"))):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    manifest = make(tmp_path / "out", tmp_path / "a.tar", vocab=vocab)
+    assert (manifest["documents"], manifest["met"]) == (1, {"archived_files_left_out": 8})
+    tar(tmp_path / "b.tar", [("\x1b[2J\nb.txt", b"%PDF-")])
+    with pytest.raises(UserError, match=r"b.tar:.x1b\[2J") as e:
+        make(tmp_path / "out", tmp_path / "b.tar", vocab=vocab)
+    assert str(e.value).isprintable()
+
+
+def test_what_is_no_file_is_refused_and_not_waited_for(raw, vocab, tmp_path):
+    os.mkfifo(tmp_path / "fifo.txt")
+    for source in (tmp_path / "fifo.txt", "/dev/zero"):
+        with pytest.raises(UserError, match=f"{Path(source).name} is a directory, a FIFO or a device: give a file"):
+            make(tmp_path / "out", source, vocab=vocab)
+    with pytest.raises(UserError, match="--vocab .*/fifo.txt: neither"):
+        make(tmp_path / "out", raw, vocab=tmp_path / "fifo.txt")
+
+
+def test_names_reach_no_terminal_with_escapes(raw, vocab, tmp_path, capsys):
+    (tmp_path / "top").mkdir()
+    (tmp_path / "top/a.txt").write_bytes(raw.read_bytes())
+    (tmp_path / "top/b.x\x1b[2J\n").write_bytes(bytes(range(256)))
+    prepare.main(prepare.Config([str(tmp_path / "top")], str(tmp_path / "out"), str(vocab)))
+    assert "left out: 1 .x\\x1b[2j" in (said := capsys.readouterr().err) and "\x1b[2" not in said
+    (tmp_path / "top/c\x1b[2J\n.txt").write_bytes(b"%PDF-")
+    with pytest.raises(UserError, match="is a PDF") as e:
+        make(tmp_path / "out", tmp_path / "top", vocab=vocab)
+    assert str(e.value).isprintable()
 
 
 def damage(path, raw):
@@ -232,11 +352,12 @@ WORDS = b"some words, and more of them on a line\n" * 100
     ("a.txt", b"%PDF-1.7\n" + WORDS, "is a PDF, not text: convert it first"),
     ("a.docx", zipped(**{"[Content_Types].xml": "<x/>", "word/document.xml": "<x/>"}), "is an Office document or"),
     ("a.txt", zipped(mimetype="application/epub+zip", a="<x/>"), "is an Office document or an EPUB"),
-    ("a.zip", zipped(**{"a.png": "x", "b.csv": "x"}), r"no file to read in it \(read are .txt"),
+    ("a.zip", zipped(**{"a.png": b"\x89PNG", "b.csv": "x"}), "a.zip: no file to read in it"),
     ("a.zip", zipped(**{"in.txt": b"\x80\x04\x95" + WORDS}), r"a.zip:in.txt is a Python pickle"),
-    ("a.tar", [("b.parquet", b"PAR1" + WORDS)], r"a.tar:b.parquet is a .zip or .parquet inside of"),
-    ("a.tar", [("b.png", WORDS)], "no file to read in it"),
-    ("a.gz", b"", "damaged or cut"),
+    ("a.tar", [("b.parquet", b"PAR1" + WORDS), ("c.txt", gzip.compress(WORDS))], "a.tar: no file to read in it: what "
+     "is packed once more is to be unpacked first"),
+    ("a.zip.gz", gzip.compress(zipped(a="x")), "is a .zip or .parquet inside of something packed or a pipe: give it"),
+    ("a.gz", b"", r"damaged or not ours \(it does not begin as its name says\)"),
     ("a.doc", b"\xd0\xcf\x11\xe0" + WORDS, "is an Office document, not text"),
     ("a.txt", b"{\\rtf1 " + WORDS, "is an Office document, not text"),
     ("a.pkl", pickle.dumps(["text"] * 100), "is a Python pickle, not text"),
@@ -252,8 +373,8 @@ WORDS = b"some words, and more of them on a line\n" * 100
     ("a.csv", WORDS, "is a table, not text: write its text column as JSON lines"),
     ("a.tsv.gz", gzip.compress(WORDS, mtime=0), "is a table, not text"),
     ("a.json", b'[\n {"text": "a"}\n]', "one JSON array: make it one object per line first"),
-    ("a.json", b'{\n "text": "a"\n}', "it is no JSON object: one per line belongs here"),
-    ("a.jsonl", WORDS, "it is no JSON object: one per line belongs here"),
+    ("a.json", b'{\n "text": "a"\n}', "a.json, line 1: no JSON object: one per line belongs there"),
+    ("a.jsonl", WORDS, "a.jsonl, line 1: no JSON object: one per line belongs there"),
     ("a.txt", ("caf\xe9 au lait\n" * 100).encode("latin-1") + WORDS, "50% of its lines hold control characters or"),
     ("a.bin", bytes(range(256)) * 40, r"\d+% of its lines hold control characters or bytes that are no UTF-8"),
     ("a.txt", WORDS + bytes(200) + b"\n" * 5 + b"\1" * 20, None),
@@ -280,7 +401,7 @@ def test_a_tar_that_is_cut_anywhere_or_has_a_damaged_header_is_refused(vocab, tm
     cuts = [whole[:n] for n in (0, 1, 400, 512, 700, second, second + 100, second + 512, second + 700, 7168)]
     for content in (*cuts, whole[:second + 100] + b"x" * 100 + whole[second + 200:]):
         (tmp_path / "a.tar").write_bytes(content)
-        with pytest.raises(UserError, match="a.tar cannot be read, it is damaged or cut"):
+        with pytest.raises(UserError, match="a.tar is damaged or not ours"):
             make(tmp_path / "out", tmp_path / "a.tar", vocab=vocab)
 
 
@@ -291,9 +412,17 @@ def test_a_directory_is_read_to_its_end_and_says_what_is_left_out(vocab, tmp_pat
         part = documents[20 * i:20 * (i + 1)]
         content = jsonl(part, "text") if "json" in name.lower() else "\n\n".join(part).encode()
         (top / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
-    for name in ("f.csv", "g.csv", "h.html.gz", "i.PDF", "__MACOSX/._a", "__MACOSX/a.txt", ".git/HEAD", ".DS_Store"):
+    for i, name in enumerate(("README", "a.md", "b.rst", "c.cfg", "d.log.xz", "lines.0001")):
+        content = f"another {'text ' * i}" if name != "lines.0001" else '{"text": "a line"}\n{"text": "more lines"}\n'
+        (top / name).write_bytes(lzma.compress(content.encode()) if name.endswith("xz") else content.encode())
+    for name in ("f.csv", "g.csv", "h.html.gz", "__MACOSX/._a", "__MACOSX/a.txt", ".git/HEAD", ".DS_Store"):
         (top / name).parent.mkdir(exist_ok=True)
         (top / name).write_bytes(b"not read")
+    for name, content in (("i.PDF", b"%PDF-1.4"), ("program", b"\x7fELF"), ("j.pyc", bytes(range(200))),
+                          ("k.md", "wide".encode("utf-16")), ("l.rst", b"a\rb\r"), ("m.docx", zipped(a="b")),
+                          ("n.pkl.gz", gzip.compress(b"\x80\x04 no")), ("o.ipynb", b'{\n "cells": []\n}'),
+                          ("p.rst", "d\xe9j\xe0 vu\n".encode("latin-1") * 10), ("q.svg", b"<svg>")):
+        (top / name).write_bytes(content)
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere/j.txt").write_text("another document that is linked to")
     (top / "linked").symlink_to(tmp_path / "elsewhere")
@@ -303,11 +432,14 @@ def test_a_directory_is_read_to_its_end_and_says_what_is_left_out(vocab, tmp_pat
     config = prepare.Config([str(top)], str(tmp_path / "out"), str(vocab), val_fraction=0.1)
     prepare.main(config)
     manifest = TokenDirectory(tmp_path / "out").manifest
-    assert manifest["documents"] == 121 and manifest["files"] == 7
-    assert manifest["left_out"] == {".csv": 2, ".gz": 1, ".pdf": 1, "special file": 1,
-                                    f"{top / 'nowhere'} (No such file or directory)": 1}
+    assert manifest["documents"] == 128 and manifest["files"] == 13
+    assert manifest["left_out"] == dict.fromkeys((
+        ".gz (HTML)", "without suffix (a FIFO or a device)", f"{top / 'nowhere'} (No such file or directory)",
+        ".pdf (a PDF)", "without suffix (a program)", ".pyc (no UTF-8)", ".md (UTF-16)", ".docx (packed)",
+        ".rst (text whose lines end in CR alone)", ".gz (a Python pickle)", ".ipynb (JSON)", ".rst (no UTF-8)",
+        ".svg (HTML or XML)"), 1) | {".csv (a table)": 2}
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("left out: ")]
-    assert len(said) == 1 and "2 .csv, " in said[0] and f"1 {top / 'nowhere'} (No such file or directory)" in said[0]
+    assert len(said) == 1 and "2 .csv (a table), " in said[0] and said[0].endswith(", ...")
 
 
 def test_what_cannot_be_opened_is_named_with_its_reason(vocab, raw, tmp_path, monkeypatch):
@@ -322,9 +454,9 @@ def test_what_cannot_be_opened_is_named_with_its_reason(vocab, raw, tmp_path, mo
         return scandir(path) if not rest else open(path, *rest)
     monkeypatch.setattr(os, "scandir", refuse)
     assert make(tmp_path / "out", top, vocab=vocab)["left_out"] == {f"{top / 'locked'} (Permission denied)": 1}
-    with pytest.raises(UserError, match=r"no file to read in it .*; left out: 1 .*locked \(Permission denied\)"):
+    with pytest.raises(UserError, match=r"no file to read in it; left out: 1 .*locked \(Permission denied\)"):
         make(tmp_path / "out", top / "locked", vocab=vocab)
-    monkeypatch.setattr(sources, "open", refuse, raising=False)
+    monkeypatch.setattr(rows, "open", refuse, raising=False)
     (tmp_path / "secret.txt").write_bytes(raw.read_bytes())
     with pytest.raises(UserError) as e:
         make(tmp_path / "out", tmp_path / "secret.txt", vocab=vocab)
@@ -519,7 +651,7 @@ def test_a_directory_that_cannot_be_written_is_said_before_the_work(raw, vocab, 
 
 
 @pytest.mark.parametrize("name, message", [
-    ("a.txt", "UTF-16"), *((f"a.txt{s}", "damaged or cut") for s in (".gz", ".xz", ".bz2", ".zip"))])
+    ("a.txt", "UTF-16"), *((f"a.txt{s}", "is damaged or not ours") for s in (".gz", ".xz", ".bz2", ".zip"))])
 def test_a_cut_file_is_refused_and_what_was_there_stays(raw, vocab, tmp_path, name, message):
     make(tmp_path / "out", raw, vocab=vocab)
     before = files(tmp_path / "out")

@@ -1,0 +1,330 @@
+"""Bytes, lines and rows: the one reader behind prepare.py, fine-tuning, --probe and --predict.  Read it when a
+file of rows surprises you.
+
+bytes    gzip, xz and bzip2 are unpacked; what is cut or damaged, FIFOs, devices and what `no_text` names are refused
+lines    end in LF or CRLF and hold 64 MB at most; a BOM at the start is removed
+rows     of CSV (commas, semicolons or tabs), TSV (no quotes), JSON lines or parquet, whose columns have names; a
+         blank line, or a row with nothing in any column, is none
+text     a string.  NUL is removed, a lone surrogate becomes U+FFFD, both are counted.  Bytes, lists, objects,
+         numbers and nothing at all are no text: they make a bad row
+label    a string, a number, true or false, the same in every format: 1.0 is 1, True is true, NaN is nothing
+"""
+import bz2
+import contextlib
+import csv
+import decimal
+import gzip
+import io
+import itertools
+import json
+import lzma
+import os
+import re
+from collections import Counter
+
+from plumbing.cli import UserError, shown
+from plumbing.files import parsing
+
+LONGEST = 2 ** 26           # bytes of a line, characters of a field
+LOOK = 100                  # rows of JSON in whose objects the names of the columns are looked for
+CONTROL = bytes({*range(32), 127} - {*b"\t\n\v\f\r\x1b\x1c\x1d\x1e\x1f"})
+KIND = re.compile(r"\.(tsv|csv|jsonl|ndjson|json|parquet)(\.(gz|xz|bz2))?$", re.I)
+FORMATS = ".tsv, .csv, .jsonl, .ndjson, .json (each also .gz, .xz, .bz2) or .parquet"
+PACKED = ((rb"\x1f\x8b", gzip.open), (rb"\xfd7zXZ\0", lzma.open), (rb"BZh[1-9](1AY&SY|\x17rE8P)", bz2.open))
+ZIP, PARQUET, TAR = rb"PK(\x03\x04|\x05\x06)", rb"PAR1", rb"(?s:.{257})ustar"
+ARCHIVE = b"|".join((ZIP, PARQUET, TAR))
+TEXT_FIRST = "take the text out of it first, or leave it out"
+NO_TEXT = (                 # how it begins, what it is, what to do
+    (rb"%PDF-", "a PDF", "convert it first, as pdftotext does, or leave it out"),
+    (rb"\(\xb5/\xfd", "packed by Zstandard", "unpack it first, as in  zstd -dc FILE | python prepare.py -"),
+    (rb"7z\xbc\xaf|Rar!\x1a", "a 7-Zip or RAR archive", "unpack it first"),
+    (rb"\x80[\x02-\x05]", "a Python pickle", TEXT_FIRST),
+    (rb"\xd0\xcf\x11\xe0|\{\\rtf", "an Office document", TEXT_FIRST),
+    (rb"\x89PNG|\xff\xd8\xff|GIF8[79]a", "an image", TEXT_FIRST),
+    (rb"\x7fELF|\xca\xfe\xba\xbe|\xcf\xfa\xed\xfe", "a program", "leave it out"),
+    (rb"\x93NUMPY|\x89HDF|ARROW1|\xff{4}|SQLite format 3", "numpy, HDF5, Arrow or SQLite", TEXT_FIRST),
+    (rb"version https://git-lfs", "a Git LFS pointer", "fetch the file itself, as in  git lfs pull"),
+    (rb"(\xef\xbb\xbf)?\s*<(?i:!doctype|html|\?xml|svg)", "HTML or XML", TEXT_FIRST))
+NO_TEXT_NAMES = (           # in prepare.py alone
+    (r"\.html?", "HTML", TEXT_FIRST),
+    (r"\.[ct]sv", "a table", "write its text column as JSON lines first, {\"text\": ...} in each"))
+NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[-+]?[0-9]+)?", re.I)
+KINDS = {dict: "an object", bytes: "bytes", type(None): "nothing", bool: "no text", int: "a number", float: "a number"}
+csv.field_size_limit(LONGEST)
+
+
+# -------------------------------------------------------------------------------------------------- bytes -> lines
+
+@contextlib.contextmanager
+def reading(name):
+    """Turns whatever a file's bytes bring about into one line.  As `parsing`, it wraps calls, never a generator."""
+    try:
+        with parsing(name):
+            yield
+    except OSError as e:
+        why = shown(e.strerror or e)
+        raise UserError(f"{shown(name)} cannot be read ({why}): mend that, or leave it out") from None
+
+
+@contextlib.contextmanager
+def opening(path, name=None):
+    """The file, open for reading, which messages call `name`."""
+    if os.path.exists(path) and not os.path.isfile(path):               # to open a FIFO may wait for ever
+        raise UserError(f"{shown(name or path)} is a directory, a FIFO or a device: give a file")
+    with reading(name or path):
+        raw = open(path, "rb")
+    with raw:
+        yield raw
+
+
+class Full(io.RawIOBase):
+    """A stream whose reads are full ones, so that the first look shows as much of a pipe as of a file."""
+
+    def __init__(self, name, stream):
+        self.name, self.stream = name, stream
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        n = 0
+        with reading(self.name):
+            while n < len(buffer) and (part := self.stream.read(len(buffer) - n)):
+                buffer[n:n + len(part)] = part
+                n += len(part)
+        return n
+
+
+def unpacked(name, raw):
+    """(a stream whose `peek` shows its first bytes, whether it had to be unpacked: a second time, and no more)."""
+    stream, packed = io.BufferedReader(Full(name, raw), 2 ** 20), False
+    for _ in range(2):
+        if unpack := next((unpack for begins, unpack in PACKED if re.match(begins, stream.peek())), None):
+            stream, packed = io.BufferedReader(Full(name, unpack(stream)), 2 ** 20), True
+    return stream, packed
+
+
+def no_text(start, name=""):
+    """(what it is, what to do) of what cannot be read as text, by its first bytes or its name; else None."""
+    for begins, what, todo in NO_TEXT:
+        if re.match(begins, start):
+            return what, todo
+    for ends, what, todo in NO_TEXT_NAMES:
+        if re.search(ends + r"(\.(gz|xz|bz2))?$", name, re.I):
+            return what, todo
+    code, head = json.detect_encoding(start[:16]), start[:16]
+    zeros = 5 * head.count(0) >= 2 * len(head) and "\0" not in head.decode(code, "ignore")
+    if code in ("utf-16", "utf-32") or code[:5] != "utf-8" and zeros:                       # with a BOM, or without
+        code = code.upper().replace("-LE", "LE").replace("-BE", "BE")
+        return code[:6], f"convert it first, as in  iconv -f {code} -t UTF-8"
+    if b"\r" in start and b"\n" not in start and not re.match(ARCHIVE, start):
+        return "text whose lines end in CR alone", r"convert them first, as in  tr '\r' '\n'"
+    return None
+
+
+def refuse(name, found):
+    """`found` by no_text in the file of this name is its refusal; if it is None, nothing happens."""
+    if found:
+        raise UserError(f"{shown(name)} is {found[0]}{', not text' * (found[0][:4] != 'text')}: {found[1]}")
+
+
+def decode(line, met):
+    """A line as text.  `met` counts what is damaged; what begins with _ is for us alone."""
+    met["_lines"] += 1
+    bad = len(line) - len(line.translate(None, CONTROL))
+    try:
+        text = line.decode()
+    except UnicodeDecodeError:
+        text = line.decode(errors="replace")
+        met["bad_utf8_lines"] += 1
+        bad += text.count("\ufffd")
+    if bad:
+        met["_bad_lines"] += 1
+        met["_bad_bytes"] += bad
+        if "\0" in text:
+            text = text.replace("\0", "")
+            met["nul_lines"] += 1
+    return text
+
+
+def lines_of(name, stream, met, strict):
+    """(number, text) of each line; `strict` refuses what is no UTF-8."""
+    for number in itertools.count(1):
+        if len(line := stream.readline(LONGEST + 1)) > LONGEST:
+            raise UserError(f"{shown(name)}, line {number} is longer than {LONGEST >> 20} MB: one row belongs there")
+        if not line:
+            return
+        if number == 1 and line[:3] == b"\xef\xbb\xbf":
+            met["boms"] += 1
+            line = line[3:]
+        text = decode(line, met)
+        if strict and met["bad_utf8_lines"]:
+            raise UserError(f"{shown(name)}, line {number}: not UTF-8: convert it, as in  iconv -f LATIN1 -t UTF-8")
+        yield number, text
+
+
+# --------------------------------------------------------------------------------------------------- lines -> rows
+
+class Table:
+    """The rows of a stream, read once: `names` of its columns, then `cells` or `pick`.
+
+    kind: csv, tsv, json, or parquet, which is read from `path` and takes no stream.  met: counts what was met, bad
+    rows too.  strict: what is no UTF-8 is refused; else it becomes U+FFFD."""
+
+    def __init__(self, name, kind, stream, met, path=None, strict=False, header=True):
+        self.name, self.kind, self.met, self.path, first = name, kind, met, path, []
+        if kind == "parquet":
+            try:
+                import pyarrow.parquet
+            except ImportError:
+                raise UserError(f"{shown(name)}: parquet takes one more package: pip install pyarrow") from None
+            with reading(name):
+                self.file = pyarrow.parquet.ParquetFile(path)
+                self.names = self.file.schema_arrow.names
+            return
+        if kind == "json" and re.match(rb"(\xef\xbb\xbf)?\s*\[\s*\{", stream.peek()):
+            raise UserError(f"{shown(name)} is one JSON array: make it one object per line first, as in  jq -c '.[]'")
+        self.rows = dict(csv=csv_rows, tsv=tsv_rows, json=json_rows)[kind](name, lines_of(name, stream, met, strict))
+        if kind == "json":          # the names of most of the first objects: one may lack some, or be damaged
+            first = list(itertools.islice(self.rows, LOOK))
+            objects = [row for _, row in first if row is not None]
+            if first and not objects:
+                raise UserError(f"{shown(name)}, {first[0][0]}: no JSON object: one per line belongs there, such as "
+                                f'{{"text": "..."}}; jq -c .  writes them so')
+            count = Counter(key for row in objects for key in row)
+            self.names = [key for key, n in count.items() if 2 * n >= len(objects)]
+        else:
+            place, self.names = next((row for row in self.rows if any(map(str.strip, row[1]))), ("", []))
+            if not header:
+                first, self.names = [(place, self.names)], [f"column {i + 1}" for i in range(len(self.names))]
+        self.rows = itertools.chain(first, self.rows)
+
+    def cells(self, wanted):
+        """(place, what stands in the columns at the positions `wanted`) of each row, or (place, what is wrong)."""
+        names, width = [self.names[i] for i in wanted], len(self.names)
+        for place, row in parquet_rows(self, names) if self.kind == "parquet" else self.rows:
+            if row is None:
+                yield place, "is no JSON object"
+            elif isinstance(row, dict):
+                yield place, [row.get(name) for name in names]
+            elif any(map(str.strip, row)) or row and width == 1:        # else a blank one
+                fits = len(row) >= width and not any(row[width:])       # with delimiters at the end, or without
+                yield place, [row[i] for i in wanted] if fits else f"has {len(row)} fields, not {width}" + (
+                    ", and a CR in it" if "\r" in "".join(row) else "")
+
+    def pick(self, text, label=None):
+        """(place, values, what is wrong or None) of each row: the texts in the columns at the positions `text`, and
+        the label in column `label`."""
+        columns = [(i, text_of) for i in text] + [(label, label_of)] * (label is not None)
+        for place, cells in self.cells([i for i, _ in columns]):
+            values, fault = [], cells if isinstance(cells, str) else None
+            for (i, read), cell in () if fault else zip(columns, cells, strict=True):
+                try:
+                    values.append(read(cell, self.met))
+                except ValueError as e:
+                    fault = f"has {e} in {self.names[i][:40]!r}"
+                    break
+            self.met["_rows"] += 1
+            self.met["bad_rows"] += bool(fault)
+            yield place, tuple(values), fault
+
+
+@contextlib.contextmanager
+def table(path, met, header=True):
+    """The Table of labelled text, whose kind is what the end of its name says."""
+    _, kind, _, pack = KIND.search(path.name).group(0, 1, 2, 3)
+    with opening(path) as raw:
+        stream, packed = unpacked(path, raw)
+        refuse(path, no_text(start := stream.peek()))
+        if packed != bool(pack) or kind.lower() != "parquet" and re.match(ARCHIVE, start):
+            raise UserError(f"{shown(path)} does not begin as its name says: it is damaged, or an Office document, "
+                            f"parquet or an archive under another name")
+        kind = kind.lower() if kind.lower() in ("csv", "tsv", "parquet") else "json"
+        yield Table(path, kind, stream, met, path, strict=True, header=header)
+
+
+def tsv_rows(name, lines):
+    """No quotes: GLUE's files have some that are text."""
+    for at, line in lines:
+        line = line.rstrip("\r\n")
+        yield f"line {at}", line.split("\t") if line else []
+
+
+def csv_rows(name, lines):
+    lines = itertools.dropwhile(lambda line: not line[1].strip(), lines)
+    first = list(itertools.islice(lines, 2)) or [(1, "")]
+
+    def columns(mark):          # of both lines; of the header, where the other one may be a part of a field
+        counts = [len(next(csv.reader([line.replace("\r", "")], delimiter=mark), "")) for _, line in first]
+        return min(counts), counts[0]
+    reader = csv.reader((line for _, line in itertools.chain(first, lines)), strict=True,
+                        delimiter=max(",;\t", key=columns))
+    start = first[0][0]
+    while True:
+        try:
+            row = next(reader, None)
+        except csv.Error as e:
+            todo = "quotes in a field stand twice, and the field in quotes" if "new-line" not in str(e) else (
+                r"a line ends in CR, or holds one outside quotes: convert them first, as in  tr '\r' '\n'")
+            raise UserError(f"{shown(name)}, line {start + reader.line_num - 1}: no CSV ({e}): {todo}") from None
+        if row is None:
+            return
+        yield f"line {start + reader.line_num - 1}", row
+
+
+def json_rows(name, lines):
+    """Objects, or None for what is none."""
+    for at, line in lines:
+        if line := line.strip("\ufeff \t\r\n"):
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+            yield f"line {at}", row if isinstance(row, dict) else None
+
+
+def parquet_rows(table, names):
+    """Objects with these columns alone."""
+    size, total, at = os.path.getsize(table.path), table.file.metadata.num_rows, 0
+    with reading(table.name):
+        batches = table.file.iter_batches(256, columns=names)
+    while True:
+        with reading(table.name):
+            if (batch := next(batches, None)) is None:
+                return
+            rows = batch.to_pylist()
+        for row in rows:
+            at += 1
+            yield f"row {at}", row
+        table.met["_read"] += size * len(rows) // total
+
+
+# -------------------------------------------------------------------------------------------------- cells -> values
+
+def text_of(value, met):
+    """The text in a cell; ValueError says, in words, what else is there."""
+    if not isinstance(value, str):
+        raise ValueError("nothing" if value != value else KINDS.get(type(value), f"a {type(value).__name__}"))
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        value, n = re.subn("[\ud800-\udfff]", "\ufffd", value)
+        met["lone_surrogates"] += n
+    if "\0" in value:
+        value = value.replace("\0", "")
+        met["nul_lines"] += 1
+    return value
+
+
+def label_of(value, met):
+    """The label in a cell, as the same text from every format; ValueError says what else is there."""
+    text = text_of(str(value) if isinstance(value, int | float | decimal.Decimal) else value, met).strip()
+    if NUMBER.fullmatch(text) and (number := float(text)).is_integer() and abs(number) < 2 ** 53:
+        return str(int(number))
+    if text.lower() in ("", "nan"):
+        raise ValueError("nothing")
+    return text.lower() if text.lower() in ("true", "false") else text
+
+
+def quoted(names):
+    return ", ".join(repr(name[:40]) for name in names)
