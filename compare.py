@@ -61,7 +61,7 @@ from plumbing.cli import (
     writable,
 )
 from plumbing.device import choose_device
-from plumbing.files import read_json, share_runs, write_json, write_whole
+from plumbing.files import parsing, read_json, records, share_runs, write_json, write_whole
 from plumbing.rundir import contents
 from step import check_teacher, fitting_micro_batch, initial_student, start_from, student_shape
 from strategies import PHASED, STRATEGIES
@@ -328,7 +328,9 @@ def describe(plan, seconds, finetune_seconds, texts):
     print(f"  fine-tuning {models} models on {', '.join(texts)}: very roughly "
           f"{duration(models * finetune_seconds)}" + ", and their probes on top of it" * config.probe)
     record = plan.out / "results.json"
-    if record.exists() and (able := report.resolution(read_json(record)["results"], config.seeds)):
+    with parsing(record):
+        able = record.exists() and report.resolution(read_json(record)["results"], config.seeds)
+    if able:
         print(f"  by the spread in {record}, {able}")
 
 
@@ -487,7 +489,7 @@ def result_of(plan, each, summary):
     """What a run was and cost, as report.py reads it."""
     kept = ("seed", "peak_lr", "steps", "tokens", "epochs", "charged_seconds", "tokens_per_second",
             "teacher_share", "val", "device")
-    log = map(json.loads, Path(each.out, "log.jsonl").open())
+    log = (record for _, record in records(Path(each.out, "log.jsonl").read_bytes().split(b"\n")))
     curve = [dict(seconds=r["seconds"], tokens=r["step"] * summary["tokens"] // summary["steps"],
                   mlm=r["val"]["mlm"], d_order=r.get("d_order")) for r in log if "mlm" in r.get("val", {})]
     return dict({k: summary[k] for k in kept}, strategy=each.arm, budget=each.budget[1], unit=plan.unit,
@@ -542,9 +544,9 @@ def write_report(config, results, yardsticks, remarks=(), costs=(), size=None):
 def main(config):
     began = time.monotonic()
     if config.merge:
-        config, *found = merged(config)
-        writable(config.out)
-        return write_report(config, *found)
+        with parsing(f"--merge {config.merge}"):
+            config, *found = merged(config)
+            return write_report(config, *found)
     writable(config.out)
     demonstration = config.data is None
     if demonstration:

@@ -1,11 +1,10 @@
 """Earlier comparisons in one: compare.py --merge.  Read it with comparison/report.py."""
-import contextlib
 import dataclasses
-import json
 from pathlib import Path
 
 from comparison import report
 from plumbing.cli import UserError, flag_of
+from plumbing.files import json_object
 
 # What earlier comparisons must share to be merged: the student, its masks, the recipe of fine-tuning
 SAME = ("size", "heads", "seq_len", "mask_rate", "mask_seed", "mask_variants", "init_std", "optimizer",
@@ -22,9 +21,8 @@ def merged(config):
         if not file.is_file():
             raise UserError(f"--merge: {file} is not there: give directories that compare.py has finished, "
                             f"or their results.json")
-        with contextlib.suppress(ValueError):
-            records[path] = json.loads(file.read_text())
-        if not {"config", "results", "yardsticks"} <= set(records.get(path, ())):
+        records[path] = json_object(file)
+        if not {"config", "results", "yardsticks"} <= records[path].keys():
             raise UserError(f"--merge: {file} is no results.json that compare.py has written")
     if Path(config.out, "runs").exists() or {Path(config.out)} & set(map(Path, records)):
         raise UserError(f"--out {config.out} holds a comparison of its own: give --merge another --out")

@@ -19,7 +19,7 @@ import torch
 
 from data import Blocks, hashed
 from plumbing.cli import UserError
-from plumbing.files import sha256, write_json
+from plumbing.files import json_object, parsing, sha256, write_json
 from plumbing.rundir import NOT_THE_RUN, contents
 from strategies import SAMPLED_CE, SOFT_CE
 
@@ -54,7 +54,8 @@ def like_cached(path, batch):
     if not path:
         return batch
     file = Path(path) / "manifest.json"
-    n = json.loads(file.read_text())["widest"] if file.exists() else 1
+    with parsing(file):
+        n = int(json_object(file)["widest"]) if file.exists() else 1
     drawn = torch.zeros(len(batch.labels), n, dtype=torch.long, device=batch.ids.device)
     return CachedBatch(*batch, drawn, drawn.float())
 
@@ -107,13 +108,13 @@ class Artefact:
 
     def __init__(self, path):
         self.path, self.name = Path(path), f"{self.flag} {path}"
-        try:
-            self.manifest = dict(json.loads((self.path / "manifest.json").read_text()))
-        except (OSError, TypeError, ValueError):
-            raise UserError(f"{self.name}: nothing finished is there (no manifest.json that can be read): "
-                            f"make it with  python offline.py {self.made_by} ..., which goes on where it was "
-                            f"stopped") from None
-        for name, (size, _) in self.manifest["files"].items():
+        if not (file := self.path / "manifest.json").is_file():
+            raise UserError(f"{self.name}: nothing finished is there (no manifest.json): make it with  python "
+                            f"offline.py {self.made_by} ..., which goes on where it was stopped")
+        with parsing(file, f"remove {self.path} and run offline.py {self.made_by} again"):
+            self.manifest = json_object(file)
+            sizes = {name: int(size) for name, (size, _) in self.manifest["files"].items()}
+        for name, size in sizes.items():
             file = self.path / name
             there = file.stat().st_size if file.exists() else 0
             if there != size:

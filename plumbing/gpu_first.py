@@ -261,7 +261,7 @@ def train_runs(config):
                                     ("no_kd", "no_kd", 20)):
         hours = (1 if config.tiny else seconds) / 3600
         script(*training(config, name, strategy, "--budget-hours", hours))
-        summary = json.loads(Path(config.out, "runs", name, "summary.json").read_text())
+        summary = json.loads(Path(config.out, "runs", name, "summary.json").read_text(encoding="utf-8"))
         print({k: summary[k] for k in ("steps", "tokens_per_second", "teacher_share", "charged", "uncharged",
                                        "overshoot", "val", "device", "bf16")})
 
@@ -309,7 +309,7 @@ def tests(config):
     copy = Path(config.out, "runs/tests")
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "runs", "data"), dirs_exist_ok=True)
     conftest = copy / "tests/conftest.py"
-    conftest.write_text(conftest.read_text().replace('device="cpu"', 'device="cuda", compile=False'))
+    conftest.write_text(conftest.read_text("utf-8").replace('device="cpu"', 'device="cuda", compile=False'), "utf-8")
     files = [f"tests/test_{name}.py" for name in ("train", "bench", "kd_losses")]
     subprocess.run([sys.executable, "-m", "pytest", "-q", "--tb=short", "-m", "not slow", *files],
                    cwd=copy, check=True)
@@ -323,7 +323,7 @@ PARTS = dict(env=(env, 60), micro=(micro, 90), parity=(parity, 500), bench=(benc
 
 def ended(part, flags, log):
     """The exit status of a part in a process of its own, or that its time was up."""
-    with open(log, "w") as f:
+    with open(log, "w", encoding="utf-8") as f:
         process = subprocess.Popen(
             [sys.executable, "-m", "plumbing.gpu_first", "--here", "--parts", part, *flags],
             cwd=ROOT, stdout=f, stderr=f, start_new_session=True,
@@ -358,8 +358,8 @@ def main(config):
         status = ended(part, [f"--out={out}", *given], log)
         failed += [part] * (status != 0)
         said = f"{part}: {status or 'good'}, {time.monotonic() - began:.0f} s"
-        with open(out / "report.md", "a") as report:
-            report.write(f"\n## {said}\n\n```\n{log.read_text(errors='replace')[-6000:]}\n```\n")
+        with open(out / "report.md", "a", encoding="utf-8") as report:
+            report.write(f"\n## {said}\n\n```\n{log.read_text('utf-8', 'replace')[-6000:]}\n```\n")
         print(said)
     if failed:
         raise UserError(f"{', '.join(failed)} did not end well: see {out}/report.md")

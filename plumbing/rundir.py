@@ -96,7 +96,7 @@ class Run:
             self.out.mkdir(parents=True, exist_ok=True)
             write_json(self.out / "config.json", record)
             checkpoint.cut_log(self.out / "log.jsonl", budget.steps)
-            self.log = (self.out / "log.jsonl").open("a", buffering=1)
+            self.log = (self.out / "log.jsonl").open("a", buffering=1, encoding="utf-8")
             self.events = self.event_writer and self.event_writer(self.out, purge_step=budget.steps + 1)
 
     def next_phase(self, signals):

@@ -299,7 +299,7 @@ def test_a_merged_report_overwrites_no_comparison_and_needs_a_record(tmp_path):
     (tmp_path / "broken").write_text("{")
     (tmp_path / "other").write_text('{"runs": []}')
     for merge, out, says in ((first, first, "holds a comparison of its own"),
-                             (f"{first},{tmp_path}/broken", "all", "no results.json"),
+                             (f"{first},{tmp_path}/broken", "all", "broken is damaged or not ours"),
                              (f"{tmp_path}/other", "all", "is no results.json that compare.py has written")):
         with pytest.raises(UserError, match=says):
             compare.main(compare.Config(merge=merge, out=str(tmp_path / out)))
