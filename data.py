@@ -72,7 +72,7 @@ class TokenDirectory:
                 sizes, _ = ({name: self.manifest[key][name] for name in FILES} for key in ("bytes", "sha256"))
                 counts, width = {name: self.manifest[name] for name in COUNTS}, np.dtype(self.dtype).itemsize
                 if not all(type(n) is int and n >= 0 for n in (*sizes.values(), *counts.values())) or any(
-                        sizes[f"{split}.bin"] != counts[f"{split}_tokens"] * width for split in ("train", "val")):
+                        not 0 < sizes[f"{s}.bin"] == counts[f"{s}_tokens"] * width for s in ("train", "val")):
                     raise ValueError("its sizes and counts")
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(f"{path} is not a token directory (no manifest.json): make one with  "

@@ -111,7 +111,7 @@ class Artefact:
         if not (file := self.path / "manifest.json").is_file():
             raise UserError(f"{self.name}: nothing finished is there (no manifest.json): make it with  python "
                             f"offline.py {self.made_by} ..., which goes on where it was stopped")
-        with parsing(file, f"remove {self.path} and run offline.py {self.made_by} again"):
+        with parsing(file, f"give what  python offline.py {self.made_by}  has made"):
             self.manifest = json_object(file)
             sizes = {name: int(size) for name, (size, _) in self.manifest["files"].items()}
         for name, size in sizes.items():
@@ -223,7 +223,8 @@ class Offline:
             a.refuse_other(corpus=directory.manifest["sha256"])
         if self.selection:
             self.selection.refuse_other(seq_len=config.length)
-            self.keep = np.load(self.selection.file)
+            with parsing(self.selection.file):
+                self.keep = np.load(self.selection.file)
         if self.cache and config.teacher != type(config).teacher:       # without --teacher: the cache's own
             self.cache.refuse_other(teacher=contents(directory, config.teacher)["contents of teacher"])
         self.blocks(config.phases[-1])                                  # refuses what does not fit together

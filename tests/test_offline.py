@@ -289,6 +289,9 @@ def test_another_teacher_or_corpus_and_damaged_files_are_refused(from_cache, nar
     prepare.prepare(prepare.Config(["made up"], str(other), str(corpus), None, 0.1), text(100, 1))
     with pytest.raises(UserError, match="was made with another corpus"):
         train.train(from_cache(data=str(other)), **QUIET)
+    for given in (dict(teacher_cache=str(corpus)), dict(keep=str(corpus / "train.bin"))):
+        with pytest.raises(UserError, match="manifest.json is damaged or not ours .*: give what  python"):
+            train.train(from_cache(**given), **QUIET)
     whole = (copied / "pairs").read_bytes()
     for damaged, message in ((whole[:-3], r"pairs is damaged .*bytes.: remove"),
                              (whole[:50] + b"?" + whole[51:], r"pairs is damaged .its sha256")):
