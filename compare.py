@@ -57,7 +57,7 @@ from plumbing.cli import (
     writable,
 )
 from plumbing.device import choose_device, fitting_micro_batch
-from plumbing.files import read_json, share_runs, write_json, write_whole
+from plumbing.files import parsing, read_json, records, share_runs, write_json, write_whole
 from plumbing.rundir import contents
 from plumbing.student import initial_student, start_from, student_shape
 from plumbing.validation import validation_blocks
@@ -294,7 +294,9 @@ def describe(plan, seconds, finetune_seconds, texts):
                         ) != config.finetune_seeds:
         print(f"  at these costs --finetune-seeds {m} tells most for its price (it is {config.finetune_seeds})")
     record = plan.out / "results.json"
-    if record.exists() and (able := report.resolution(read_json(record)["results"], config.seeds)):
+    with parsing(record):
+        able = record.exists() and report.resolution(read_json(record)["results"], config.seeds)
+    if able:
         print(f"  by the spread in {record}, {able}")
 
 
@@ -488,7 +490,7 @@ def result_of(plan, each, summary):
     """What a run was and cost, as report.py reads it."""
     kept = ("seed", "peak_lr", "steps", "tokens", "epochs", "charged_seconds", "tokens_per_second",
             "teacher_share", "val", "device")
-    log = map(json.loads, Path(each.out, "log.jsonl").open())
+    log = (record for _, record in records(Path(each.out, "log.jsonl").read_bytes().split(b"\n")))
     curve = [dict(seconds=r["seconds"], tokens=r["step"] * summary["tokens"] // summary["steps"],
                   mlm=r["val"]["mlm"], d_order=r.get("d_order")) for r in log if "mlm" in r.get("val", {})]
     return dict({k: summary[k] for k in kept}, strategy=each.arm, budget=each.budget[1], unit=plan.unit,
@@ -557,7 +559,8 @@ def write_report(config, results, yardsticks, remarks=(), costs=(), size=None, l
 def main(config):
     began = time.monotonic()
     if config.merge:
-        config, found, labels, teacher_flops = merged(config)
+        with parsing(f"--merge {config.merge}"):
+            config, found, labels, teacher_flops = merged(config)
         writable(config.out)
         return write_report(config, *found, labels=labels, teacher_flops=teacher_flops)
     writable(config.out)

@@ -26,7 +26,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from plumbing.cli import Checked, Length, Natural, Seed, UserError, run
+from plumbing.cli import Checked, Length, Natural, Seed, UserError, run, shown
+from plumbing.files import parsing
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 FILES = ("train.bin", "val.bin", "tokenizer.json")
@@ -60,22 +61,22 @@ class TokenDirectory:
     """The files of a token directory, opened.  `split(name)` is the memmapped ids of "train" or "val"."""
 
     def __init__(self, path):
-        self.path = Path(path)
+        self.path, file = Path(path), Path(path) / "manifest.json"
         try:
-            self.manifest = json.loads((self.path / "manifest.json").read_text())
-            self.dtype = {"uint16": np.uint16, "uint32": np.uint32}[self.manifest["dtype"]]
-            sizes, _ = ({name: self.manifest[key][name] for name in FILES} for key in ("bytes", "sha256"))
-            whole = all(isinstance(self.manifest[name], int) for name in COUNTS)
+            with parsing(file, "run prepare.py again"):
+                self.manifest = json.loads(file.read_text(encoding="utf-8"))
+                self.dtype = {"uint16": np.uint16, "uint32": np.uint32}[self.manifest["dtype"]]
+                sizes, _ = ({name: self.manifest[key][name] for name in FILES} for key in ("bytes", "sha256"))
+                counts, width = {name: self.manifest[name] for name in COUNTS}, np.dtype(self.dtype).itemsize
+                if not all(type(n) is int and n >= 0 for n in (*sizes.values(), *counts.values())) or any(
+                        not 0 < sizes[f"{s}.bin"] == counts[f"{s}_tokens"] * width for s in ("train", "val")):
+                    raise ValueError("its sizes and counts")
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(f"{path} is not a token directory (no manifest.json): make one with  "
                             f"python prepare.py TEXT.txt --vocab bert-base-uncased --out {path}") from None
         except OSError as e:
-            raise UserError(f"{self.path / 'manifest.json'} cannot be read ({e.strerror}): mend that, or run "
+            raise UserError(f"{file} cannot be read ({e.strerror}): mend that, or run "
                             f"prepare.py with another --out") from None
-        except (ValueError, LookupError, TypeError):
-            whole = False
-        if not whole:
-            raise UserError(f"{self.path / 'manifest.json'} is damaged: run prepare.py again") from None
         for name, size in sizes.items():
             try:
                 with open(self.path / name, "rb") as f:
@@ -88,19 +89,16 @@ class TokenDirectory:
             if found != size:
                 raise UserError(f"{self.path / name}: {found} bytes where manifest.json says {size}: "
                                 f"run prepare.py again")
-        try:
-            self.vocab = self.read_tokenizer().get_vocab()
-            self.special = {token: self.vocab[token] for token in SPECIAL}
-        except Exception:       # tokenizers raises a bare one
-            raise UserError(f"{self.path / 'tokenizer.json'} is damaged: run prepare.py again") from None
+        self.vocab = self.read_tokenizer().get_vocab()
+        self.special = {token: self.vocab[token] for token in SPECIAL}
         if len(self.vocab) != self.manifest["vocab_size"]:
             raise UserError(f"{self.path / 'tokenizer.json'} has {len(self.vocab)} tokens where "
                             f"manifest.json says {self.manifest['vocab_size']}: it belongs to other files; "
                             f"run prepare.py again")
 
     def read_tokenizer(self):
-        from tokenizers import Tokenizer
-        return Tokenizer.from_file(str(self.path / "tokenizer.json"))
+        from plumbing.tokenizer import load_tokenizer  # which imports this file
+        return load_tokenizer(str(self.path / "tokenizer.json"), "")
 
     def split(self, name):
         return np.memmap(self.path / f"{name}.bin", dtype=self.dtype, mode="r")
@@ -112,7 +110,8 @@ class TokenDirectory:
 
     def verify(self):
         """Compares every file with its sha256 in the manifest, every id with the size of the vocabulary."""
-        for name, expected in self.manifest["sha256"].items():
+        for name in FILES:
+            expected = shown(self.manifest["sha256"][name])
             with open(self.path / name, "rb") as f:
                 found = hashlib.file_digest(f, "sha256").hexdigest()
             if found != expected:

@@ -57,7 +57,7 @@ from plumbing.cli import (
     writable,
 )
 from plumbing.device import choose_device, multiplies_in_bf16
-from plumbing.files import sha256, share, write_json, write_whole
+from plumbing.files import parsing, sha256, share, write_json, write_whole
 from plumbing.glue import BINARY, PAPER, TASKS, Task, evaluate, parse_tasks, read_task, rows_of_text
 from step import autocast, decay_groups, to_device
 from train import learning_rate
@@ -195,11 +195,11 @@ def finished(file, settings, save=False):
     """The result of a trial that ran before, and with `save` has its classifier beside it; else None."""
     if not file.exists():
         return None
-    try:
-        result = json.loads(file.read_text())
+    with parsing(file, "delete it and run this again"):
+        result = json.loads(file.read_text(encoding="utf-8"))
         differ = [k for k in settings if settings[k] != result["settings"].get(k)]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{file} is damaged: delete it and run this again") from None
+        if not all(map(math.isfinite, result.get("scores", {}).values())):
+            raise ValueError("a score that is no number")
     if differ:
         raise UserError(f"{file} was run with another {', '.join(differ)}: give another --out, or delete it")
     return result if not save or file.with_suffix("").is_dir() else None
@@ -343,9 +343,6 @@ def opened(config, say):
     digests = [sha256(f)[:16] for f in (path / "config.json", *checkpoint.weight_files(path))]
     if config.max_len > model.max_position_embeddings:
         raise UserError(f"--max-len {config.max_len}: {path} takes 8 to {model.max_position_embeddings}")
-    if tokenizer.get_vocab_size() > model.vocab_size:
-        raise UserError(f"{path}: config.json has vocab_size {model.vocab_size}, its tokenizer "
-                        f"{tokenizer.get_vocab_size()} tokens")
     texts = {name: read_task(name, task, config.glue_dir, say) for name, task in tasks.items()}
     out = Path(config.out or Path("runs/glue", config.model.strip("/.").replace("/", "_")))
     setup = Setup(config, path, digests, tokenizer, choose_device(config.device), say=say)

@@ -229,7 +229,7 @@ def make(config, documents, out, files, left_out):
         if "docstrings" in config.sources:
             manifest["versions"] = {"python": platform.python_version()} | {
                 name: importlib.metadata.version(name) for name in sorted(required_packages())}
-        part["manifest.json"].write_text(json.dumps(manifest, indent=1) + "\n")
+        part["manifest.json"].write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         for name in names:
             with open(part[name], "rb+") as f:
                 os.fsync(f.fileno())

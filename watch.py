@@ -28,7 +28,7 @@ from comparison.report import MARKERS, curve_look
 from finetune_glue import embedded
 from plumbing.checkpoint import find_model, framed, load_mlm, read_tokenizer
 from plumbing.cli import UserError, in_turn, run
-from plumbing.files import write_whole
+from plumbing.files import json_object, parsing, records, write_whole
 from plumbing.screen import RECENT, amount, changes, spent
 
 UNITS = {"hours": "charged hours", "flops": "FLOPs", "tokens": "tokens", "steps": "steps"}
@@ -59,35 +59,19 @@ def plain(text):
     return "".join(c if c.isprintable() else "?" for c in str(text))
 
 
-def read_json(file):
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise UserError(f"{file} cannot be read as JSON ({type(e).__name__}): it is cut or damaged") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{file} holds no JSON object: it is damaged, or not a file of ours")
-    return found
-
-
 def read_log(file):
-    """One record per step; the last line may be half-written, no other one."""
-    text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
-    records, lines = {}, text.split("\n") if text else []
-    for i, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-            records.setdefault(record["step"] + 0, {}).update(record, seconds=record["seconds"] + 0)
-        except (ValueError, TypeError, KeyError):
-            if i < len(lines):
-                raise UserError(f"{file}, line {i} is not a line of train.py's: the log is damaged") from None
-    return sorted(records.values(), key=lambda record: record["step"])
+    """One record per step."""
+    steps = {}
+    for _, record in records(file.read_bytes().split(b"\n") if file.exists() else ()):
+        steps.setdefault(record["step"], {}).update(record)
+    return sorted(steps.values(), key=lambda record: record["step"])
 
 
 class Run:
     """One run directory as it is now."""
 
     def __init__(self, path):
-        self.path, self.name, self.config = path, path.name, read_json(path / "config.json")
+        self.path, self.name, self.config = path, path.name, json_object(path / "config.json")
         if "model_type" in self.config:
             raise UserError(f"{path} is a model directory: give its run's directory, or  --model "
                             f"{path} --sentence ...")
@@ -96,7 +80,11 @@ class Run:
             raise UserError(f"{path}/config.json is not that of a run of train.py")
         self.length = in_turn(self.config["seq_len"], int)[-1][1]        # S of the run's end: tokens of a step
         self.unit, self.total = budgets[0], self.config[f"budget_{budgets[0]}"]
-        self.summary = read_json(path / "summary.json") if (path / "summary.json").exists() else {}
+        self.summary = json_object(path / "summary.json") if (path / "summary.json").exists() else {}
+        needed = ("tokens_per_second", "student_flops", "teacher_flops", "steps")
+        numbers = self.total, self.config["batch_size"], *(self.summary.get(k, 1) for k in needed)
+        if not all(map(math.isfinite, numbers)):
+            raise ValueError("a number that is not finite")
         self.records = read_log(path / "log.jsonl")
         self.latest = {k: v for record in self.records for k, v in record.items()}
         terms = [k for k, v in self.latest.items() if k not in NOT_A_TERM and isinstance(v, int | float)]
@@ -151,19 +139,22 @@ class Run:
 
 def find(paths):
     """([Run], [directory of a comparison]); the names of the runs differ."""
-    runs, comparisons = [], []
+    found, comparisons, runs = [], [], []
     for path in map(Path, paths):
         if (path / "config.json").is_file():
-            runs.append(Run(path))
+            found.append(path)
         elif (path / "results.json").is_file() or (path / "runs").is_dir():
             comparisons.append(path)
             # its teacher while it is pretrained: afterwards the curve of a longer run
             # would only squeeze the others
             teacher = [] if (path / "teacher/summary.json").exists() else path.glob("teacher/config.json")
-            runs += [Run(file.parent) for file in (*teacher, *sorted(path.glob("runs/*/config.json")))]
+            found += [file.parent for file in (*teacher, *sorted(path.glob("runs/*/config.json")))]
         else:
             raise UserError(f"{plain(path)} is neither a run's directory (no config.json) nor a comparison's "
                             f"(no results.json, no runs): give directories that train.py or compare.py wrote")
+    for path in found:
+        with parsing(path):
+            runs.append(Run(path))
     names = [each.path.name for each in runs]
     for each in runs:
         each.name = plain(each.name if names.count(each.path.name) == 1 and each.name else each.path)
@@ -245,7 +236,8 @@ def styles(runs):
 
 
 def verdict(path):
-    return read_json(path / "results.json").get("verdict", []) if (path / "results.json").exists() else []
+    with parsing(file := path / "results.json"):
+        return [*map(str, json_object(file).get("verdict", []))] if file.exists() else []
 
 
 def figure(runs, names, unit, file):

@@ -21,7 +21,7 @@ SAY_EVERY = 10.0            # seconds
 def worker(do, config, log, threads):
     """do(config) in a process of its own, what it prints in `log`; exits with the status
     that run() would give."""
-    sys.stdout = sys.stderr = open(log, "w", buffering=1, errors="replace")
+    sys.stdout = sys.stderr = open(log, "w", buffering=1, encoding="utf-8", errors="replace")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     torch.set_num_threads(threads)
     try:
@@ -57,7 +57,7 @@ def run(jobs, do, config, out, status, say=print):
         while any(p.exitcode is None for p in processes):
             bad = [i for i, p in enumerate(processes) if p.exitcode]
             if bad:
-                lines = (folder / f"{bad[0]}.log").read_text().splitlines() or ["no word"]
+                lines = (folder / f"{bad[0]}.log").read_text("utf-8", "replace").splitlines() or ["no word"]
                 raise UserError(f"worker {bad[0]} of {jobs} stopped ({lines[-1].removeprefix('error: ')}): "
                                 f"{folder}/{bad[0]}.log; the same command goes on")
             time.sleep(0.2)

@@ -1,7 +1,5 @@
 """Earlier comparisons in one: compare.py --merge.  Read it with comparison/report.py."""
-import contextlib
 import dataclasses
-import json
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +7,7 @@ import numpy as np
 import train
 from comparison import judge
 from plumbing.cli import UserError, flag_of
+from plumbing.files import json_object
 from strategies import RECIPES
 
 OF_THE_MACHINE = {"micro_batch", "val_times", "device", "compile", "bf16", "recipe"}
@@ -35,9 +34,8 @@ def merged(config):
         if not file.is_file():
             raise UserError(f"--merge: {file} is not there: give directories that compare.py has finished, "
                             f"or their results.json")
-        with contextlib.suppress(ValueError):
-            records[path] = json.loads(file.read_text())
-        if not {"config", "results", "yardsticks"} <= set(records.get(path, ())):
+        records[path] = json_object(file)
+        if not {"config", "results", "yardsticks"} <= records[path].keys():
             raise UserError(f"--merge: {file} is no results.json that compare.py has written")
     if Path(config.out, "runs").exists() or {Path(config.out)} & set(map(Path, records)):
         raise UserError(f"--out {config.out} holds a comparison of its own: give --merge another --out")

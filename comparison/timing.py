@@ -2,7 +2,6 @@
 noted of a machine whose speed changes.  Read it when compare.py's times surprise you."""
 import contextlib
 import dataclasses
-import json
 import math
 import time
 from pathlib import Path
@@ -15,7 +14,7 @@ from model import BertForMaskedLM, BertForSequenceClassification
 from plumbing.budget import Stages
 from plumbing.cli import UserError
 from plumbing.device import choose_device, halve_micro_batch_until_it_fits, multiplies_in_bf16, ready_process
-from plumbing.files import read_json, write_json
+from plumbing.files import read_json, records, write_json
 from plumbing.price import flops_per_block
 from plumbing.student import student_shape
 from step import Arm
@@ -177,10 +176,9 @@ def over_all(plan, estimates, began):
         if Path(at, "glue/glue.json").exists() or at in tuning and Path(at, "summary.json").exists():
             finished, share = finished + 1, 1.0
         elif log.exists():
-            line = log.read_text().splitlines()[-1:] or ["{}"]
-            with contextlib.suppress(ValueError):                       # half a line
-                share = 0.8 * json.loads(line[0]).get("progress", 0.0)
-                under_way.append(f"{name} {share / 0.8:.0%}" if share < 0.8 else f"{name} is scored")
+            _, last = next(records(reversed(log.read_bytes().split(b"\n"))), (b"", {}))
+            share = 0.8 * last.get("progress", 0.0)
+            under_way.append(f"{name} {share / 0.8:.0%}" if share < 0.8 else f"{name} is scored")
         done += share * estimates.get(out, estimates.get(f"score {out}"))
     part = done / max(sum(estimates.values()), 1e-9)
     left = f", {duration((time.monotonic() - began) * (1 - part) / part)} left" if part > 0.02 else ""

@@ -50,7 +50,7 @@ for at, label in zip(masked[0].tolist(), labels.tolist(), strict=True):
 
 # %% 3. The teacher: 4 layers of width 128.  The student: 2 layers of width 64, as many heads, random weights.
 # Numbers have 64 bits here, so that two ways of computing the same thing agree to many digits.
-shape = {k: v for k, v in json.loads((TEACHER / "config.json").read_text()).items() if hasattr(BertConfig, k)}
+shape = {k: v for k, v in json.loads((TEACHER / "config.json").read_text("utf-8")).items() if hasattr(BertConfig, k)}
 teacher = BertForMaskedLM(BertConfig(**shape)).double().eval().requires_grad_(False)
 teacher.load_state_dict(torch.load(TEACHER / "pytorch_model.bin", weights_only=True))
 torch.manual_seed(0)

@@ -2,9 +2,10 @@
 
 A model directory is a Hugging Face BERT directory: config.json, weights under Hugging Face's tensor names,
 vocab.txt and tokenizer.json.  Any such directory, or a Hub id, is a teacher or a student to fine-tune:
-safetensors or pytorch_model.bin, whole or sharded, with or without the prefix `bert.`, the pooler and the LM
-head, in any precision.  What a checkpoint holds is either used or listed as ignored; what it lacks is refused
-unless it is not needed.
+safetensors or pytorch_model.bin, whole or sharded, with or without the prefix `bert.` (or torch's own), the
+pooler and the LM head, in any precision of floats.  What config.json says of the computation is understood or
+refused by name.  What a checkpoint holds is either used or listed as ignored; what it lacks is refused unless it
+is not needed.
 
 A student is written with its LM head (opens with AutoModelForMaskedLM) where its strategy trains one, else as
 an encoder (AutoModel).  Nothing is unpickled beyond tensors (`weights_only=True`).
@@ -25,14 +26,22 @@ from tokenizers import Tokenizer
 from tokenizers.processors import BertProcessing
 
 from model import ACTIVATIONS, BertConfig, BertForMaskedLM, BertForSequenceClassification
-from plumbing.cli import UserError
-from plumbing.files import sha256, write_whole
+from plumbing.cli import UserError, shown
+from plumbing.files import json_object, parsing, records, sha256, write_whole
 from plumbing.tokenizer import load_tokenizer
 
 OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias",
              "cls.predictions.decoder.bias": "cls.predictions.bias"}
 DECODER = "cls.predictions.decoder.weight"              # tied: the word embedding under another name
 EMBEDDING = "bert.embeddings.word_embeddings.weight"
+WRAPPERS = r"^((module|_orig_mod|base_model|model|bert)\.)*(?=(bert|embeddings|encoder|pooler|cls|classifier)\.)"
+PLAIN = dict(is_decoder=False, add_cross_attention=False, is_encoder_decoder=False, quantization_config=None,
+             position_embedding_type="absolute", pruned_heads={}, auto_map=None)    # else it is another computation
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+POOLER = ("bert.pooler.dense.weight", "bert.pooler.dense.bias")
+PARTS = {"an adapter that was not merged into the weights": r"lora_|base_layer|adapter|modules_to_save",
+         "quantised weights": r"\.(SCB|qweight|qzeros|scales?|g_idx|absmax|quant_|_packed|zero_point|weight_scale)",
+         "a decoder's cross-attention": "crossattention", "relative positions": "distance_embedding|relative"}
 
 
 # ---------------------------------------------------------------------------------------------------- reading
@@ -45,6 +54,9 @@ def find_model(name):
         for file in sorted(path.iterdir()) if path.exists() else ():
             if file.is_file():
                 open(file, "rb").close()              # here, where one message names whichever is locked away
+        if (path / "adapter_config.json").exists():
+            raise UserError(f"{name} holds an adapter (adapter_config.json): merge it into its base model "
+                            f"(merge_and_unload of peft), and give that")
         if (path / "config.json").is_file():
             return path
     except OSError as e:
@@ -68,88 +80,101 @@ def find_model(name):
     return path
 
 
+def raw_config(path):
+    return json_object(path / "config.json")
+
+
 def read_config(path):
-    try:
-        raw = dict(json.loads((path / "config.json").read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as e:
-        raise UserError(f"{path}/config.json is not a JSON object ({e})") from None
-    kind = raw.get("model_type")
-    if kind != "bert":
-        raise UserError(f"{path}: model_type is {kind!r}: only BERT works here (model_type 'bert')")
-    config = BertConfig(**{f.name: raw[f.name] for f in dataclasses.fields(BertConfig) if f.name in raw})
-    for field in dataclasses.fields(config):
-        value, least = getattr(config, field.name), int(field.name != "pad_token_id")
-        if field.type is int and (type(value) is not int or value < least):
-            raise UserError(f"{path}/config.json: {field.name} is {value!r}: a whole number from "
-                            f"{least} belongs there")
-        if field.type is float and (type(value) not in (int, float) or not 0 <= value <= 1):
-            raise UserError(f"{path}/config.json: {field.name} is {value!r}: a number "
-                            f"from 0 to 1 belongs there")
-    if config.pad_token_id >= config.vocab_size:
-        raise UserError(f"{path}/config.json: pad_token_id is {config.pad_token_id}, beyond a vocab_size of "
-                        f"{config.vocab_size}")
-    if config.hidden_act not in ACTIVATIONS:
-        raise UserError(f"{path}: hidden_act is {config.hidden_act!r}: one of "
-                        f"{', '.join(ACTIVATIONS)} works here")
-    if raw.get("position_embedding_type", "absolute") != "absolute":
-        raise UserError(f"{path}: position_embedding_type is "
-                        f"{raw['position_embedding_type']!r}: only absolute works")
-    if config.hidden_size % config.num_attention_heads:
-        raise UserError(f"{path}/config.json: hidden_size {config.hidden_size} is not a multiple of "
-                        f"{config.num_attention_heads} heads")
-    return config
+    """The BertConfig of a model directory: of a BERT, and as large as the files of its weights allow."""
+    file, raw = path / "config.json", raw_config(path)
+
+    def need(good, name, value, wanted):
+        if not good:
+            raise UserError(f"{file}: {name} is {shown(repr(value), 60)}: {wanted}")
+    with parsing(file):
+        kind, family = raw.get("model_type"), raw.get("architectures") or ["Bert"]
+        need(kind == "bert" or kind is None and family[0].startswith("Bert"), "model_type", kind,
+             "only BERT works here (model_type 'bert')")
+        c = BertConfig(**{f.name: raw[f.name] for f in dataclasses.fields(BertConfig) if f.name in raw})
+        for name, plain in (PLAIN | dict(embedding_size=c.hidden_size)).items():
+            need(raw.get(name) in (None, plain), name, raw.get(name), f"only {plain!r} works here")
+        for f in dataclasses.fields(c):
+            value, least = getattr(c, f.name), int(f.name != "pad_token_id")
+            need(f.type is not int or type(value) is int and value >= least or value is None and not least,
+                 f.name, value, f"a whole number from {least} belongs there")
+            need(f.type is not float or type(value) in (int, float) and 0 <= value <= 1,
+                 f.name, value, "a number from 0 to 1 belongs there")
+        need((c.pad_token_id or 0) < c.vocab_size, "pad_token_id", c.pad_token_id,
+             f"it lies beyond a vocab_size of {c.vocab_size}")
+        need(c.hidden_act in ACTIVATIONS, "hidden_act", c.hidden_act, f"one of {', '.join(ACTIVATIONS)} works here")
+        need(c.hidden_size % c.num_attention_heads == 0, "hidden_size", c.hidden_size,
+             f"it is not a multiple of {c.num_attention_heads} heads")
+    least = c.hidden_size * (c.vocab_size + c.max_position_embeddings + c.type_vocab_size + c.num_hidden_layers * (
+        4 * c.hidden_size + 2 * c.intermediate_size)) + 500 * c.num_hidden_layers       # its names alone take 500
+    held = sum(f.stat().st_size for f in weight_files(path))
+    if least > held:
+        raise UserError(f"{file} describes a model of {least:,} numbers and more, its weights are {held:,} bytes: "
+                        f"they are cut, quantised, or another model's")
+    return c
 
 
 def weight_files(path):
     """The files that hold the weights: safetensors before pytorch_model.bin, whole or
     as an index lists them."""
     for name in ("model.safetensors", "pytorch_model.bin"):
-        if (path / name).is_file():
-            return [path / name]
-        if (path / f"{name}.index.json").is_file():
-            try:
-                shards = json.loads((path / f"{name}.index.json").read_text())["weight_map"].values()
-                return [path / shard for shard in sorted(set(shards))]
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise UserError(f"{path}/{name}.index.json is damaged: it "
-                                f"names no files of weights") from None
+        files, index = [path / name], path / f"{name}.index.json"
+        if not files[0].is_file() and index.is_file():
+            with parsing(index):
+                files = [path / Path(shard).name for shard in sorted(set(json_object(index)["weight_map"].values()))]
+            for file in files:
+                if not file.is_file():
+                    raise UserError(f"{shown(file)}: no such file, though {path} lists it")
+        if files and files[0].is_file():
+            return files
     raise UserError(f"{path}: neither model.safetensors nor pytorch_model.bin is there, nor an index of them")
 
 
 def read_weights(path):
     """{tensor name: tensor}: Hugging Face's names of today, the encoder's with the prefix `bert.`."""
-    weights, sums = {}, path / "SHA256SUMS"
-    sums_text = sums.read_text(errors="replace") if sums.is_file() else ""
+    sums, named = path / "SHA256SUMS", {}
+    sums_text = sums.read_text(encoding="utf-8", errors="replace") if sums.is_file() else ""
     expected = {name: digest for digest, name in re.findall(r"^(\w{64}) [ *](.+)$", sums_text, re.M)}
     for file in weight_files(path):
-        if not file.exists():
-            raise UserError(f"{file}: no such file, though {path} lists it")
         if file.name in expected and expected[file.name] != sha256(file):
             raise UserError(f"{file} is not the file that was written: its sha256 is not the one in {sums}")
-        weights |= tensors_in(file)
-    named = {}
-    for name, tensor in weights.items():
-        for old, new in OLD_NAMES.items():
-            name = re.sub(rf"(^|\.){re.escape(old)}$", rf"\g<1>{new}", name)
-        named["bert." + name if name.startswith(("embeddings.", "encoder.", "pooler.")) else name] = tensor
+        for name, tensor in tensors_in(file).items():
+            if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+                raise UserError(f"{file}: {shown(name, 60)} is no tensor ({type(tensor).__name__}): of a "
+                                f"training checkpoint, the model's state_dict alone belongs here")
+            name = re.sub(WRAPPERS, "", name)
+            for old, new in OLD_NAMES.items():
+                name = re.sub(rf"(^|\.){re.escape(old)}$", rf"\g<1>{new}", name)
+            name = "bert." * name.startswith(("embeddings.", "encoder.", "pooler.")) + name
+            if not same(named.setdefault(name, tensor), tensor):
+                raise UserError(f"{file}: {shown(name)} is there twice, with different values")
+    if DECODER in named:
+        named.setdefault(EMBEDDING, named[DECODER])                     # saved once, under the other name
     return named
 
 
+def same(a, b):
+    return a is b or a is not None and a.shape == b.shape and bool((a == b).all())
+
+
 def tensors_in(file):
-    try:
-        if file.suffix == ".safetensors":
+    if file.suffix == ".safetensors":
+        try:
             from safetensors.torch import load_file
+        except ImportError:
+            raise UserError(f"{file} needs safetensors: pip install safetensors") from None
+        with parsing(file):
             return load_file(file)
-        with open(file, "rb") as f:
-            zipped = f.read(2) == b"PK"
-        if zipped and zipfile.ZipFile(file).testzip():                  # torch skips the CRCs
-            raise zipfile.BadZipFile
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except ImportError:
-        raise UserError(f"{file} needs safetensors: pip install safetensors") from None
-    except Exception as e:      # a cut or forged file: safetensors, zipfile and pickle each raise their own
-        raise UserError(f"{file} cannot be read as tensors ({type(e).__name__}): it is cut, damaged or not a "
-                        f"checkpoint") from None
+    with parsing(file):
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as z:            # torch skips the CRCs, and compresses nothing: a bomb might
+                if any(part.compress_type for part in z.infolist()) or z.testzip():
+                    raise zipfile.BadZipFile
+        return {**torch.load(file, map_location="cpu", weights_only=True)}
 
 
 class Loaded(NamedTuple):
@@ -161,26 +186,35 @@ class Loaded(NamedTuple):
 def fill(model, path, optional=()):
     """Loads the directory's weights into `model`; what is missing must lie under one of
     the prefixes `optional`."""
-    weights, own = read_weights(path), model.state_dict()
+    weights, own, layers = read_weights(path), model.state_dict(), model.config.num_hidden_layers
+    there = {int(i) for i in re.findall(r"^bert\.encoder\.layer\.(\d+)\.", "\n".join(weights), re.M)}
+    for name in weights:
+        if of := [part for part, pattern in PARTS.items() if re.search(pattern, name)]:
+            raise UserError(f"{path}: {shown(name)} belongs to {of[0]}: only the weights of a plain BERT work here")
+    if there and max(there) != layers - 1:
+        raise UserError(f"{path}: config.json asks for {layers} layers, the weights hold {max(there) + 1}")
+    for name in weights:
+        if name.startswith("bert.") and name not in own and name not in POOLER and not name.endswith("_ids"):
+            raise UserError(f"{path}: {shown(name)} belongs to no plain BERT: only the weights of one work here")
     missing = [name for name in own if name not in weights]
-    needed = [name for name in missing if not name.startswith(optional or "-")]
-    if needed:
-        raise UserError(f"{path}: {len(needed)} tensors are missing, {needed[0]} first; config.json asks for "
-                        f"{model.config.num_hidden_layers} layers")
-    for name in own.keys() & weights.keys():
-        if own[name].shape != weights[name].shape:
-            raise UserError(f"{path}: {name} is {tuple(weights[name].shape)}, "
-                            f"but config.json makes it {tuple(own[name].shape)}")
-        if not weights[name].isfinite().all():
+    if needed := [name for name in missing if not name.startswith(optional or "-")]:
+        raise UserError(f"{path}: {len(needed)} tensors are missing, {needed[0]} first; there are "
+                        f"{shown(', '.join(sorted(weights.keys() - own.keys()) or weights), 120)}")
+    for name in (own.keys() | {DECODER}) & weights.keys():
+        tensor, shape = weights[name], own.get(name, own[EMBEDDING]).shape
+        if tensor.dtype not in FLOATS or tensor.layout != torch.strided or tensor.is_meta:
+            raise UserError(f"{path}: {name} holds {tensor.dtype}, {tensor.layout}: quantised weights, or none: "
+                            f"floats belong there")
+        if tensor.shape != shape:
+            raise UserError(f"{path}: {name} is {tuple(tensor.shape)}, but config.json makes it {tuple(shape)}")
+        if not tensor.isfinite().all():
             raise UserError(f"{path}: {name} holds values that are not finite: the file is damaged")
-    beyond = [name for name in weights if name.startswith("bert.encoder.layer.") and name not in own]
-    if beyond:
-        raise UserError(f"{path}: config.json asks for {model.config.num_hidden_layers} layers, the weights "
-                        f"hold more ({beyond[0]})")
-    if DECODER in weights and not torch.equal(weights[DECODER], weights[EMBEDDING]):
-        raise UserError(f"{path}: {DECODER} is not the word embedding: an untied decoder does not work here")
+    if "cls.predictions.bias" in own.keys() & weights.keys():
+        tied = raw_config(path).get("tie_word_embeddings") is not False
+        if not same(weights.get(DECODER, weights[EMBEDDING] if tied else None), weights[EMBEDDING]):
+            raise UserError(f"{path}: {DECODER} is not the word embedding: an untied decoder does not work here")
     model.load_state_dict({name: weights[name] for name in own if name in weights}, strict=False)
-    return Loaded(model, missing, [name for name in weights if name not in own and name != DECODER])
+    return Loaded(model, missing, [shown(name) for name in weights if name not in own and name != DECODER])
 
 
 def load_mlm(path, vocab_size=None):
@@ -223,37 +257,31 @@ class Classifier(NamedTuple):
 
 def read_classifier(path):
     """What --save, or transformers, has written as a BertForSequenceClassification."""
-    config, raw = read_config(path), json.loads((path / "config.json").read_text())
+    config, raw = read_config(path), raw_config(path)
     if raw.get("architectures") != ["BertForSequenceClassification"]:
-        raise UserError(f"{path} is no classifier (its config.json says {raw.get('architectures')}): "
+        raise UserError(f"{path} is no classifier (its config.json says {shown(raw.get('architectures'), 60)}): "
                         f"fine-tune one with --save, and give the directory beside its trial's scores")
     if raw.get("problem_type") == "multi_label_classification":
         raise UserError(f"{path} gives an example any number of labels: only one label of several, "
                         f"or a score, works here")
-    try:        # transformers leaves two classes without names of their own out
-        names = [name for _, name in sorted((int(i), str(name)) for i, name in raw.get(
-            "id2label", {"0": "LABEL_0", "1": "LABEL_1"}).items())]
-        file = path / "tokenizer_config.json"
-        cut = int(json.loads(file.read_text()).get("model_max_length", 1e9)) if file.is_file() else 10 ** 9
-        model = BertForSequenceClassification(config, len(names))
-    except (AttributeError, RuntimeError, TypeError, ValueError):
-        raise UserError(f"{path}: the id2label in config.json, or "
-                        f"tokenizer_config.json, is damaged") from None
-    score = raw.get("problem_type") == "regression" or len(names) == 1
-    return Classifier(fill(model, path).model.eval(), names, score, raw.get("text_columns", []),
+    with parsing(path / "config.json"):     # transformers leaves two classes without names of their own out
+        names = {int(i): str(name) for i, name in raw.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"}).items()}
+        names, columns = [names[i] for i in range(len(names))], list(map(str, raw.get("text_columns", [])))
+    with parsing(file := path / "tokenizer_config.json"):
+        cut = int(json_object(file).get("model_max_length", 1e9)) if file.is_file() else 10 ** 9
+        if cut < 8:
+            raise ValueError(f"model_max_length {cut}")
+    model = fill(BertForSequenceClassification(config, len(names)), path).model.eval()
+    return Classifier(model, names, raw.get("problem_type") == "regression" or len(names) == 1, columns,
                       min(cut, config.max_position_embeddings))
 
 
 def read_tokenizer(path):
     """The tokenizer of a model directory."""
-    for name in ("tokenizer.json", "vocab.txt"):
-        if (path / name).is_file():
-            try:
-                return load_tokenizer(str(path / name))
-            except UserError as e:
-                raise UserError(f"{path / name} is not the vocabulary of a BERT, or is damaged "
-                                f"({str(e).removeprefix(f'--vocab {path / name}: ')})") from None
-    raise UserError(f"{path}: neither tokenizer.json nor vocab.txt is there, so its ids mean nothing")
+    tokenizer, size = load_tokenizer(str(path), ""), read_config(path).vocab_size
+    if size < tokenizer.get_vocab_size():
+        raise UserError(f"{path}: config.json has vocab_size {size}, its tokenizer {tokenizer.get_vocab_size()} tokens")
+    return tokenizer
 
 
 def framed(tokenizer):
@@ -275,9 +303,6 @@ def same_vocabulary(tokenizer, path):
         raise UserError(f"{path} has another vocabulary than the data: {len(differ)} tokens differ, first "
                         + ", ".join(f"{t!r} ({ours.get(t)} here, {theirs.get(t)} there)" for t in differ[:5])
                         + f": prepare the data with  --vocab {path}")
-    if read_config(path).vocab_size < len(theirs):
-        raise UserError(f"{path}: config.json has vocab_size {read_config(path).vocab_size}, its tokenizer "
-                        f"{len(theirs)} tokens")
 
 
 # -------------------------------------------------------------------------------------------------- run state
@@ -303,10 +328,8 @@ def load_run(out, say):
     for file in files:
         data = file.read_bytes()
         if hashlib.sha256(data[:-32]).digest() == data[-32:]:
-            try:
+            with parsing(file):         # a forged pickle with a right checksum
                 return torch.load(io.BytesIO(data[:-32]), map_location="cpu", weights_only=True)
-            except Exception as e:      # a forged pickle with a right checksum
-                raise UserError(f"{file} is not a checkpoint of ours ({type(e).__name__})") from None
         say(f"warning: {file} is damaged (its sha256 does not match)")
     if files:
         names = " and ".join(file.name for file in files)
@@ -317,16 +340,9 @@ def load_run(out, say):
 def cut_log(file, step):
     """Leaves the lines of log.jsonl up to `step`: what a killed run wrote beyond its
     checkpoint is done again."""
-    if not file.exists():
-        return
-    kept = []
-    for line in file.read_text().split("\n"):
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except ValueError:              # the last line of a killed run, cut short
-            pass
-    write_whole(file, "".join(kept).encode())
+    if file.exists():
+        kept = [line + b"\n" for line, said in records(file.read_bytes().split(b"\n")) if said["step"] <= step]
+        write_whole(file, b"".join(kept))
 
 
 # ---------------------------------------------------------------------------------------------------- writing

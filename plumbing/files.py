@@ -7,6 +7,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -29,6 +30,24 @@ def parsing(file, remedy="get it again, or leave it out"):
             raise
         raise UserError(f"{shown(file)} is damaged or not ours ({type(e).__name__}: {shown(e, 100)}): "
                         f"{remedy}") from e
+
+
+def json_object(file):
+    """The dict in a JSON file of another program's."""
+    with parsing(file):
+        return {**json.loads(file.read_text(encoding="utf-8"))}
+
+
+def records(lines):
+    """(line, what it says) of those of a log.jsonl's lines, as bytes, that train.py has written whole: a kill or a
+    full disk leaves half a line."""
+    for line in lines:
+        with contextlib.suppress(AttributeError, LookupError, TypeError, ValueError, RecursionError):
+            record = json.loads(line)
+            values = [v for k, v in record.items() if k != "val"] + [*(record.get("val") or {}).values()]
+            if all(isinstance(v, int | float | None) for v in values) and math.isfinite(
+                    record["seconds"] + record.get("progress", 0)) and record["step"] // 1 == record["step"]:
+                yield line, record
 
 
 def write_whole(file, data):
@@ -57,8 +76,8 @@ def write_json(file, value):
 def read_json(file):
     """The dict in one of our own files."""
     try:
-        return dict(json.loads(file.read_text()))
-    except (FileNotFoundError, TypeError, ValueError):
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (FileNotFoundError, TypeError, ValueError, RecursionError):
         raise UserError(f"{file} is missing or damaged, so what {file.parent} holds cannot be told: give "
                         f"another --out, or remove that directory") from None
 

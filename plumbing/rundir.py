@@ -88,7 +88,7 @@ class Run:
             self.out.mkdir(parents=True, exist_ok=True)
             write_json(self.out / "config.json", record)
             checkpoint.cut_log(self.out / "log.jsonl", budget.steps)
-            self.log = (self.out / "log.jsonl").open("a", buffering=1)
+            self.log = (self.out / "log.jsonl").open("a", buffering=1, encoding="utf-8")
 
     def next_phase(self, signals):
         """Ends the phase and enters the next one that has a share left; nothing of it is on the clock."""

@@ -451,7 +451,7 @@ def required_packages():
     """The packages that requirements.txt names, with what they require in turn: no other installed one."""
     from packaging.requirements import Requirement  # comes with tokenizers, through huggingface_hub
     from packaging.utils import canonicalize_name
-    lines = (Path(__file__).parents[1] / "requirements.txt").read_text().splitlines()
+    lines = (Path(__file__).parents[1] / "requirements.txt").read_text(encoding="utf-8").splitlines()
     todo, found = [line for line in (line.split("#")[0].strip() for line in lines) if line], set()
     while todo:
         need = Requirement(todo.pop())

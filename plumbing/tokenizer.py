@@ -6,21 +6,29 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from data import SPECIAL
 from plumbing.cli import UserError, shown
+from plumbing.files import json_object, parsing
 
 ALPHABET = 1000             # characters a trained vocabulary knows, the most frequent ones
+VOCABULARIES = ("tokenizer.json", "vocab.txt")
+BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")
+GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")              # these take tokenizer.json as it is
+CLASSES = ("BertTokenizer", "BertTokenizerFast", "DistilBertTokenizer", "DistilBertTokenizerFast", *GENERIC, None)
+KINDS = ("BertNormalizer BertPreTokenizer Sequence Lowercase NFC NFD NFKC NFKD Strip StripAccents Whitespace "
+         "WhitespaceSplit Punctuation Digits").split()                  # a Replace or Split of another's need not end
 
 
-def wordpiece(vocab, lowercase=True):
+def wordpiece(vocab, lowercase=True, added=(), **normalizer):
     """BERT's tokenizer, as Hugging Face's tokenizers builds it, for a token -> id map."""
     tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase, **normalizer)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
     if vocab:
+        tokenizer.add_tokens(list(added))
         tokenizer.add_special_tokens(list(SPECIAL))
         tokenizer.post_processor = processors.TemplateProcessing(
             single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1",
@@ -51,64 +59,110 @@ def train_vocabulary(texts, size):
     return wordpiece({token: i for i, token in enumerate(tokens)})
 
 
-def load_tokenizer(name):
-    """A tokenizer from vocab.txt, tokenizer.json, a directory that holds one of them, or a Hub id.
+def load_tokenizer(name, flag="--vocab "):
+    """A tokenizer from vocab.txt, tokenizer.json, a directory that holds one of them, or a Hub id, which gives the ids
+    of transformers' BertTokenizer.  What the files beside it say is honoured or refused by name.
 
-    Casing is what tokenizer_config.json beside it says; else what tokenizer.json says; a vocab.txt alone is
-    cased if it has tokens with capitals."""
-    names, settings = ("tokenizer.json", "vocab.txt"), {}
-    path = Path(name)
-    try:
-        if path.is_dir():
-            path = next((path / f for f in names if (path / f).is_file()), path)
-        if path.is_dir():
-            raise UserError(f"--vocab {name}: neither tokenizer.json nor vocab.txt is in this directory")
-        config = path.parent / "tokenizer_config.json"
-        if not path.is_file():
-            path, config = hub_tokenizer(name)
-        if config and config.is_file():
-            settings = json.loads(config.read_text(encoding="utf-8"))
-        tokenizer = Tokenizer.from_file(str(path)) if path.suffix == ".json" else from_vocab(name, path)
-        if isinstance(normalizer := tokenizer.normalizer, normalizers.BertNormalizer):
-            for theirs, ours in (("do_lower_case", "lowercase"), ("strip_accents", "strip_accents"),
-                                 ("tokenize_chinese_chars", "handle_chinese_chars")):
-                if theirs in settings:
-                    setattr(normalizer, ours, settings[theirs])
-            tokenizer.normalizer = normalizer
-    except UserError:
-        raise
-    except Exception as e:      # tokenizers raises a bare Exception for whatever it does not like
-        raise UserError(f"--vocab {name}: cannot be read ({getattr(e, 'strerror', None) or shown(e)}): "
-                        f"give a vocab.txt or a tokenizer.json that can") from None
-    vocab = tokenizer.get_vocab()
-    check_special(name, vocab)
-    if max(vocab.values()) >= len(vocab):
-        raise UserError(f"--vocab {name}: {len(vocab):,} tokens with ids up to {max(vocab.values()):,}: a "
-                        f"token is there twice, or one is missing")
+    Casing is what tokenizer_config.json says; else what tokenizer.json says; a vocab.txt alone lower-cases, unless
+    one in twenty of its words has capitals."""
+    path, where = Path(name), f"{flag}{name}"
+    if path.is_dir():
+        path = next((path / f for f in VOCABULARIES if (path / f).is_file()), None)
+        if not path:
+            raise UserError(f"{where}: neither tokenizer.json nor vocab.txt is in this directory")
+    elif not path.exists():
+        path = hub_tokenizer(name)
+    settings, special, legacy, model = (json_object(f) if f.is_file() else {} for f in map(path.with_name, BESIDE))
+
+    def only(what, found, allowed):
+        if found not in allowed:
+            raise UserError(f"{where}: {what} is {shown(found, 60)}: "
+                            f"only {', '.join(str(a or 'none') for a in allowed)} works here")
+    with parsing(where, "give a vocab.txt or a tokenizer.json that can be read"):
+        only("tokenizer_class", kind := settings.get("tokenizer_class") or model.get("tokenizer_class"), CLASSES)
+        only("auto_map", settings.get("auto_map"), [None])
+        if "added_tokens_decoder" in settings:                          # it says what the two older files said
+            legacy = {}
+        else:
+            settings = settings | special
+        added, ids = added_tokens(settings, legacy)
+        for key, token in zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL, strict=True):
+            only(key, content(settings.get(key)), [token, None])
+        change = {ours: settings[theirs] for theirs, ours in (
+            ("do_lower_case", "lowercase"), ("strip_accents", "strip_accents"),
+            ("tokenize_chinese_chars", "handle_chinese_chars")) if theirs in settings}
+        if path.suffix == ".json":
+            raw = json_object(path)
+            if kind not in GENERIC and (raw.get("normalizer") or {}).get("type") == "BertNormalizer":
+                raw["normalizer"] |= change
+            tokenizer = Tokenizer.from_str(json.dumps(raw))
+            tokenizer.add_tokens(added)
+        else:
+            tokenizer = from_vocab(where, path, added, change)
+        vocab, parts = tokenizer.get_vocab(), json.loads(tokenizer.to_str())
+        only("model", parts["model"].get("type"), ["WordPiece"])
+        only("unk_token", parts["model"]["unk_token"], ["[UNK]"])
+        for part in ("normalizer", "pre_tokenizer"):
+            for found in re.findall(r'"type": "(\w+)"', json.dumps(parts[part])):
+                only(part, found, KINDS)
+        if wrong := [token for token in ids if vocab.get(token) != ids[token]]:
+            raise UserError(f"{where}: {shown(repr(wrong[0]), 60)} has the id {vocab.get(wrong[0])} in it, and "
+                            f"{shown(ids[wrong[0]], 60)} in the list of added tokens")
+        check_special(where, vocab)
+        if sorted(vocab.values()) != list(range(len(vocab))):
+            raise UserError(f"{where}: {len(vocab):,} tokens with ids up to {max(vocab.values()):,}: a "
+                            f"token is there twice, or one is missing")
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
 
 
-def from_vocab(name, path):
+def content(token):
+    """The text of a token, which stands alone or with its flags."""
+    return token["content"] if isinstance(token, dict) else token
+
+
+def added_tokens(settings, legacy):
+    """([AddedToken], in the order in which transformers adds them; {text: id} of those whose id is said)."""
+    extra = settings.get("additional_special_tokens") or settings.get("extra_special_tokens") or []
+    special = [settings[k] for k in sorted(settings) if k.endswith("_token")]
+    special += extra.values() if isinstance(extra, dict) else extra
+    special = [{**t} if isinstance(t, dict) else dict(content=t) for t in special if isinstance(t, str | dict)]
+    names = [token["content"] for token in special]
+    known = {int(i): token for i, token in settings.get("added_tokens_decoder", {}).items()}
+    known |= {i: dict(content=text, normalized=text not in names) for text, i in legacy.items()}
+    tokens = [known[i] for i in sorted(known)] + special
+    for token in tokens:
+        token.pop("__type", None)
+        token["special"] = token.get("special", False) or token["content"] in names
+    return [AddedToken(**token) for token in tokens], {token["content"]: i for i, token in known.items()}
+
+
+def from_vocab(where, path, added, normalizer):
     """The tokenizer of a vocab.txt."""
-    with open(path, encoding="utf-8") as f:             # not splitlines(): U+2028 may be a token
-        tokens = [line.rstrip("\n") for line in f]
-    check_special(name, set(tokens))
-    cased = any(token != token.lower() for token in tokens if token not in SPECIAL)
-    return wordpiece({token: i for i, token in enumerate(tokens)}, lowercase=not cased)
+    with open(path, encoding="utf-8", newline="\n") as f:
+        lines = f.read().rstrip("\r\n").split("\n")                    # not splitlines(): U+2028 may be a token
+    tokens, vocab = [line.rstrip() or line.rstrip("\r") for line in lines], {}
+    check_special(where, set(tokens))
+    for i, token in enumerate(tokens):
+        if vocab.setdefault(token, i) != i:
+            raise UserError(f"{where}: lines {vocab[token] + 1:,} and {i + 1:,} are both "
+                            f"{shown(repr(token), 60) if token else 'blank lines'}: each token stands there once")
+    words = [token for token in tokens if not re.fullmatch(r"\[.*\]|<.*>", token)]
+    lower = sum(token != token.lower() for token in words) < 0.05 * len(words)
+    return wordpiece(vocab, added=added, **dict(lowercase=lower) | normalizer)
 
 
 def hub_tokenizer(name):
-    """(tokenizer.json or vocab.txt, tokenizer_config.json or None) of a model on the Hub,
-    as files on this disk."""
+    """The tokenizer.json or vocab.txt of a model on the Hub, as a file on this disk; what belongs to
+    it lies beside it."""
     if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) or name.endswith((".txt", ".json")):
         raise UserError(f"--vocab {name}: neither on this disk nor a name on the Hub: give a vocab.txt, a "
                         f"tokenizer.json, a directory that holds one, or a Hub id")
     import huggingface_hub as hub  # comes with tokenizers
     import huggingface_hub.errors  # which it does not import by itself
     found = []
-    for names in (("tokenizer.json", "vocab.txt"), ("tokenizer_config.json",)):
+    for names in (VOCABULARIES, *((f,) for f in BESIDE)):
         for f in names:
             try:
                 found.append(Path(hub.hf_hub_download(name, f)))
@@ -118,18 +172,18 @@ def hub_tokenizer(name):
             except Exception as e:      # of many kinds: no network, no such model, not allowed
                 raise UserError(f"--vocab {name}: neither a vocabulary on this disk nor one that the Hub or "
                                 f"its cache gives ({shown(e)})") from None
-        else:
-            found.append(None)
-    if not found[0]:
+    if not found or found[0].name not in VOCABULARIES:
         raise UserError(f"--vocab {name}: neither tokenizer.json nor vocab.txt is to be had "
                         f"from the Hub or its cache")
-    return found
+    return found[0]
 
 
-def check_special(name, vocab):
+def check_special(where, vocab):
     missing = [token for token in SPECIAL if token not in vocab]
     if missing:
-        raise UserError(f"--vocab {name}: a BERT vocabulary has {' '.join(missing)}, this one does not")
+        raise UserError(f"{where}: a BERT vocabulary has {' '.join(missing)}, this one does not")
+    if len(vocab) == len(SPECIAL):
+        raise UserError(f"{where}: a vocabulary without words: {' '.join(SPECIAL)} and nothing else")
 
 
 def fingerprint(tokenizer):

@@ -1,8 +1,15 @@
 """Model directories: transformers' are read, ours open in transformers, broken ones are refused."""
+import ast
 import json
+import os
 import pickle
+import re
 import shutil
+import subprocess
+import sys
 import warnings
+import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +18,9 @@ from tokenizers import normalizers
 import train
 from conftest import text
 from data import SPECIAL, TokenDirectory
-from model import BertConfig, BertForMaskedLM
+from model import BertConfig, BertForMaskedLM, BertForSequenceClassification
 from plumbing import checkpoint
+from plumbing.checkpoint import DECODER, EMBEDDING
 from plumbing.cli import UserError
 from plumbing.tokenizer import wordpiece
 from step import make_arm
@@ -248,6 +256,112 @@ def test_the_names_that_checkpoints_go_by(tmp_path, change):
         compare_mlm(ours, reference)
 
 
+def renamed(change):
+    return lambda weights: {change(name): tensor for name, tensor in weights.items()}
+
+
+@pytest.mark.parametrize("change", [
+    *(renamed(lambda name, p=p: p + name) for p in ("module.", "_orig_mod.", "module._orig_mod.", "model.", "bert.")),
+    renamed(lambda name: "module." + name.removeprefix("bert.")),
+    renamed(lambda name: name.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta")),
+    lambda w: {DECODER if name == EMBEDDING else name: tensor for name, tensor in w.items()},
+    lambda w: w | {DECODER: w[EMBEDDING].clone(), "module." + DECODER: w[EMBEDDING].clone()},
+    lambda w: {name: tensor.double() for name, tensor in w.items()}])
+def test_other_names_of_the_same_weights_are_read(tmp_path, change):
+    from safetensors.torch import load_file, save_file
+    reference = theirs()
+    store(reference, tmp_path, "safetensors")
+    file = tmp_path / "model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+    ours, missing, ignored = checkpoint.load_mlm(tmp_path)
+    assert not missing and not ignored
+    compare_mlm(ours, reference)
+
+
+@pytest.mark.parametrize("changes", [
+    dict(pad_token_id=None), dict(model_type=None), dict(pruned_heads={}), dict(chunk_size_feed_forward=5),
+    dict(embedding_size=32), dict(is_decoder=False, quantization_config=None, position_embedding_type="absolute"),
+    dict(use_cache=False, classifier_dropout=0.3, id2label={"0": "a"}, torch_dtype="float16", cell={}, pre_trained="")])
+def test_what_changes_no_computation_is_read(tmp_path, changes):
+    """pad_token_id null: transformers' own model then starts without a row for padding, and takes this one."""
+    reference = theirs()
+    store(reference, tmp_path, "safetensors")
+    edit(tmp_path, **changes)
+    ours = checkpoint.load_mlm(tmp_path).model
+    compare_mlm(ours, reference)
+    if changes.get("model_type", "bert"):
+        compare_mlm(ours, pytest.importorskip("transformers").AutoModelForMaskedLM.from_pretrained(
+            tmp_path, dtype=torch.float32).eval())
+    checkpoint.save_model(tmp_path / "again", ours, wordpiece({t: i for i, t in enumerate([*SPECIAL, "a"])}))
+    compare_mlm(checkpoint.load_mlm(tmp_path / "again").model, reference)
+
+
+QUERY = "bert.encoder.layer.1.attention.self.query.weight"
+
+
+@pytest.mark.parametrize("change, message", [
+    (renamed(lambda name: name.replace("bert.", "distilbert.")), "are missing, bert.*; there are distilbert.emb"),
+    (renamed(lambda name: name.replace("query.", "query.base_layer.")), "query.base_layer.bias belongs to an adapter"),
+    (lambda w: w | {QUERY.replace("weight", "lora_A.weight"): torch.zeros(2, 32)}, "lora_A.weight belongs to an ad"),
+    (lambda w: w | {QUERY.replace("weight", "SCB"): torch.zeros(32)}, "query.SCB belongs to quantised weights"),
+    (lambda w: w | {QUERY + ".absmax": torch.zeros(32)}, "absmax belongs to quantised weights"),
+    (lambda w: w | {QUERY: w[QUERY].to(torch.int8)}, "query.weight holds torch.int8.*floats belong there"),
+    (lambda w: w | {QUERY: w[QUERY].to(torch.uint8)}, "query.weight holds torch.uint8"),
+    (lambda w: w | {QUERY: w[QUERY].to(torch.float8_e4m3fn)}, "query.weight holds torch.float8"),
+    (lambda w: w | {QUERY: w[QUERY].to_sparse()}, "query.weight holds torch.float32, torch.sparse_coo"),
+    (lambda w: w | {QUERY: w[QUERY].to("meta")}, "query.weight holds torch.float32"),
+    (lambda w: w | {QUERY.replace("self.query", "self.distance_embedding"): w[QUERY]}, "belongs to relative positions"),
+    (lambda w: w | {"bert.encoder.layer.0.crossattention.self.key.weight": w[QUERY]}, "a decoder's cross-attention"),
+    (lambda w: w | {"bert.embeddings_project.weight": w[QUERY]}, "project.weight belongs to no plain BERT"),
+    (lambda w: w | {"bert.\x1b[31m\nx": w[QUERY]}, r"bert.\\x1b\[31m belongs to no plain BERT"),
+    (lambda w: w | {"module." + QUERY: w[QUERY] + 1}, "query.weight is there twice, with different values"),
+    (lambda w: {"state_dict": w, "epoch": 3}, "state_dict is no tensor .dict.: of a training checkpoint"),
+    (lambda w: [*w.values()], "is damaged or not ours .TypeError"), (lambda w: w | {3: w[QUERY]}, "3 is no tensor"),
+    (lambda w: w | {EMBEDDING: torch.zeros(1, 1).expand(10 ** 6, 10 ** 6)}, "is .1000000, 1000000., but config.json"),
+    (lambda w: w | {EMBEDDING: w[EMBEDDING] * float("inf")}, "not finite")])
+def test_weights_of_another_kind_are_named(tmp_path, change, message):
+    store(theirs(), tmp_path, "bin")
+    file = tmp_path / "pytorch_model.bin"
+    torch.save(change(torch.load(file, weights_only=True)), file)
+    with pytest.raises(UserError, match=message) as e:
+        checkpoint.load_mlm(tmp_path)
+    assert str(e.value).isprintable() and "layers" not in str(e.value)
+
+
+def test_a_compressed_archive_and_a_record_that_is_cut_are_refused(tmp_path):
+    """torch compresses nothing, so what is compressed may be a bomb; a tensor may claim more than its record holds."""
+    store(theirs(), tmp_path, "bin")
+    file = tmp_path / "pytorch_model.bin"
+    with zipfile.ZipFile(file) as z:
+        parts = {part.filename: z.read(part) for part in z.infolist()}
+    for how, cut in ((zipfile.ZIP_DEFLATED, 10 ** 6), (zipfile.ZIP_STORED, 8)):
+        with zipfile.ZipFile(file, "w", how) as z:
+            for name, data in parts.items():
+                z.writestr(name, data[:cut] if name.endswith("/0") else data)
+            z.writestr("archive/more", bytes(10 ** 6))
+        with pytest.raises(UserError, match="is damaged or not ours"):
+            checkpoint.load_mlm(tmp_path)
+
+
+def test_an_adapter_without_its_base_model_is_called_one(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"holds an adapter \(adapter_config.json\): merge it into its base model"):
+        checkpoint.find_model(str(tmp_path))
+
+
+def test_an_untied_decoder_matters_to_a_head_alone(tmp_path):
+    store(theirs(), tmp_path, "bin")
+    file = tmp_path / "pytorch_model.bin"
+    torch.save(torch.load(file, weights_only=True) | {DECODER: torch.zeros(120, 32)}, file)
+    checkpoint.load_classifier(tmp_path, 2, seed=0)
+    with pytest.raises(UserError, match="untied decoder"):
+        checkpoint.load_mlm(tmp_path)
+    store(theirs(), tmp_path, "bin")
+    edit(tmp_path, tie_word_embeddings=False)                           # transformers' decoder would be a random one
+    with pytest.raises(UserError, match="untied decoder"):
+        checkpoint.load_mlm(tmp_path)
+
+
 def test_a_padded_vocabulary_is_cut(tmp_path, corpus, tiny, teacher):
     padded = tmp_path / "padded"
     shutil.copytree(teacher, padded)
@@ -289,11 +403,12 @@ def test_a_malicious_pickle_is_rejected_and_nothing_is_executed(tmp_path):
     store(theirs(), tmp_path, "bin")
     sentinel = str(tmp_path / "executed")
     for protocol in (2, 4):
-        (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Malice(sentinel), protocol=protocol))
-        with pytest.raises(UserError, match="cannot be read as tensors"):
+        malice = pickle.dumps(Malice(sentinel), protocol=protocol)
+        (tmp_path / "pytorch_model.bin").write_bytes(malice + bytes(10 ** 6))       # as large as the model
+        with pytest.raises(UserError, match="is damaged or not ours"):
             checkpoint.load_mlm(tmp_path)
-    torch.save({"x": Malice(sentinel)}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(UserError, match="cannot be read as tensors"):
+    torch.save({"x": Malice(sentinel), "y": torch.zeros(10 ** 6)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="is damaged or not ours"):
         checkpoint.load_mlm(tmp_path)
     assert not (tmp_path / "executed").exists()
 
@@ -305,10 +420,13 @@ def test_damaged_files_are_refused(tmp_path, how):
     whole = file.read_bytes()
     flip_at = 20 if how == "safetensors" else len(whole) // 2           # its header; a tensor's bytes
     flipped = whole[:flip_at] + bytes([whole[flip_at] ^ 0x10]) + whole[flip_at + 1:]
-    for damage in (whole[:-1], whole[:len(whole) // 2], b"", flipped):
+    for damage in (whole[:-1], whole[:len(whole) // 2], flipped):
         file.write_bytes(damage)
-        with pytest.raises(UserError, match="cannot be read as tensors"):
+        with pytest.raises(UserError, match="is damaged or not ours"):
             checkpoint.load_mlm(tmp_path)
+    file.write_bytes(b"")
+    with pytest.raises(UserError, match="its weights are 0 bytes: they are cut, quantised, or another model's"):
+        checkpoint.load_mlm(tmp_path)
 
 
 def test_any_flipped_bit_of_a_directory_of_ours_is_found(teacher, tmp_path):
@@ -329,13 +447,25 @@ def edit(path, **changes):
 @pytest.mark.parametrize("changes, message", [
     (dict(model_type="roberta"), "only BERT works"), (dict(model_type="modernbert"), "only BERT works"),
     (dict(hidden_act="silu"), "gelu, gelu_new, relu"), (dict(position_embedding_type="relative_key"), "absolute"),
-    (dict(num_hidden_layers=1), "the weights hold more"), (dict(num_hidden_layers=3), "tensors are missing"),
+    (dict(num_hidden_layers=1), "asks for 1 layers, the weights hold 2"),
+    (dict(num_hidden_layers=3), "asks for 3 layers, the weights hold 2"),
     (dict(hidden_size=64), r"config.json makes it \("), (dict(vocab_size=50), "config.json makes it"),
     (dict(num_attention_heads=5), "not a multiple of 5"), (dict(hidden_size="wide"), "hidden_size is 'wide'"),
     (dict(vocab_size=True), "vocab_size is True"), (dict(layer_norm_eps=None), "layer_norm_eps is None"),
     (dict(hidden_dropout_prob=1.5), "hidden_dropout_prob is 1.5: a number from 0 to 1"),
     (dict(num_hidden_layers=0), "num_hidden_layers is 0: a whole number from 1"),
-    (dict(pad_token_id=120), "pad_token_id is 120, beyond")])
+    (dict(is_decoder=True), "is_decoder is True: only False"), (dict(add_cross_attention=True), "add_cross_attention"),
+    (dict(quantization_config=dict(load_in_8bit=True)), "quantization_config is {'load_in_8bit': True}: only None"),
+    (dict(embedding_size=16), "embedding_size is 16: only 32"), (dict(pruned_heads={"0": [1]}), "pruned_heads is {'0'"),
+    (dict(auto_map={"AutoModel": "x.Y"}), "auto_map is"), (dict(is_encoder_decoder=True), "is_encoder_decoder is True"),
+    (dict(model_type=None, architectures=["RobertaModel"]), "model_type is None: only BERT"),
+    (dict(hidden_act=["gelu"]), "config.json is damaged or not ours .TypeError"),
+    (dict(hidden_act="\x1b[31m"), r"hidden_act is '\\x1b\[31m'"),
+    (dict(layer_norm_eps=float("nan")), "layer_norm_eps is nan"), (dict(vocab_size=1e12), "vocab_size is 10{12}.0"),
+    *((dict([(name, 10 ** 10)]), "a model of .* numbers and more, its weights are .* bytes") for name in (
+        "vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "max_position_embeddings",
+        "type_vocab_size")),
+    (dict(pad_token_id=120), "pad_token_id is 120: it lies beyond a vocab_size of 120")])
 def test_a_config_that_does_not_match_is_refused(tmp_path, changes, message):
     store(theirs(), tmp_path, "safetensors")
     edit(tmp_path, **changes)
@@ -410,3 +540,33 @@ def test_a_vocabulary_of_the_same_size_is_not_the_same(corpus, teacher, tmp_path
         checkpoint.same_vocabulary(tokenizer, tmp_path / "m")
 
 
+def test_a_c_locale_changes_nothing(teacher, tmp_path):
+    """A label of a UTF-8 config.json is printed, a model of ours is asked, and a token directory is described."""
+    shutil.copytree(teacher, tmp_path / "m")
+    model = BertForSequenceClassification(checkpoint.read_config(teacher), 2)
+    checkpoint.save_model(tmp_path / "m", model, checkpoint.read_tokenizer(teacher), names=["größer", "kleín"])
+    raw = json.loads((tmp_path / "m/config.json").read_text(encoding="utf-8"))
+    (tmp_path / "m/config.json").write_text(json.dumps(raw, ensure_ascii=False), encoding="utf-8")
+    (tmp_path / "rows.csv").write_text("text\nà la größe\n", encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "finetune_glue.py", "--model", tmp_path / "m", "--predict", tmp_path / "rows.csv"], text=True,
+        capture_output=True, cwd=Path(train.__file__).parent,
+        env=os.environ | dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0"))
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["label"] in ("größer", "kleín")
+
+
+def test_text_is_read_and_written_with_an_encoding_everywhere():
+    """In binary, or as UTF-8: what the locale says is never asked."""
+    root, found = Path(train.__file__).parent, []
+    for file in (file for where in (".", "plumbing", "comparison", "exercises") for file in root.glob(f"{where}/*.py")):
+        for call in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not isinstance(call, ast.Call):
+                continue
+            name, said = getattr(call.func, "attr", getattr(call.func, "id", "")), ast.unparse(call)
+            place = {"read_text": 0, "write_text": 1}.get(name, 9)      # where the encoding stands among the arguments
+            binary = re.search(r"'[rwa]b\+?'|^(os|tarfile)\.open", said)
+            if name in ("read_text", "write_text", "open", "fdopen") and not (
+                    binary or "encoding=" in said or len(call.args) > place):
+                found.append(f"{file.name}:{call.lineno}: {said}")
+    assert not found

@@ -304,9 +304,15 @@ def test_a_merged_report_overwrites_no_comparison_and_needs_a_record(tmp_path):
     first = record(tmp_path / "a", {"no_kd": [60, 61]}, 1e12)
     (tmp_path / "broken").write_text("{")
     (tmp_path / "other").write_text('{"runs": []}')
+    (tmp_path / "strange").write_text(json.dumps(dict(config=[], results=3, yardsticks="x")))
+    raw = json.loads((tmp_path / "a/results.json").read_text())
+    raw["results"][0]["scores"] = dict(own=["high", {}])
+    (tmp_path / "odd").write_text(json.dumps(raw))
     for merge, out, says in ((first, first, "holds a comparison of its own"),
-                             (f"{first},{tmp_path}/broken", "all", "no results.json"),
-                             (f"{tmp_path}/other", "all", "is no results.json that compare.py has written")):
+                             (f"{first},{tmp_path}/broken", "all", "broken is damaged or not ours"),
+                             (f"{tmp_path}/other", "all", "is no results.json that compare.py has written"),
+                             (f"{first},{tmp_path}/strange", "all", "strange is damaged or not ours"),
+                             (f"{tmp_path}/odd", "all", "odd is damaged or not ours")):
         with pytest.raises(UserError, match=says):
             compare.main(compare.Config(merge=merge, out=str(tmp_path / out)))
 

@@ -130,10 +130,13 @@ def test_the_shortest_blocks_and_a_validation_set_without_one(corpus):
 @pytest.mark.parametrize("edit", [
     lambda m: m.clear(), lambda m: m.pop("dtype"), lambda m: m.update(dtype="float64"), lambda m: m.update(dtype=[]),
     lambda m: m.update(bytes=3), lambda m: m["bytes"].pop("val.bin"), lambda m: m.pop("sha256"),
-    lambda m: m["sha256"].pop("val.bin"), lambda m: m.update(vocab_size="300"), lambda m: m.pop("unknown")])
+    lambda m: m["sha256"].pop("val.bin"), lambda m: m.update(vocab_size="300"), lambda m: m.pop("unknown"),
+    lambda m: m.update(unknown=-1), lambda m: m.update(train_tokens=True), lambda m: m.update(val_tokens=0),
+    lambda m: (m.update(val_tokens=0), m["bytes"].update({"val.bin": 0})),
+    lambda m: m["bytes"].update({"val.bin": float("nan")}), lambda m: m.update(dtype="uint32")])
 def test_a_manifest_that_is_none_is_damaged(copy, edit):
     change(copy, edit, {})
-    with pytest.raises(UserError, match="manifest.json is damaged: run prepare.py again"):
+    with pytest.raises(UserError, match=r"manifest.json is damaged or not ours \(.*\): run prepare.py again"):
         TokenDirectory(copy)
 
 

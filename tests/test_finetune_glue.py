@@ -555,9 +555,10 @@ def test_what_is_cut_is_counted(teacher, task, capsys):
 
 
 def test_a_damaged_trial_is_named(tmp_path):
-    for text in ('{"scores"', "[]", '{"scores": {}}'):
+    for text in ('{"scores"', "[]", '{"scores": {}}', '{"settings": {"epochs": 1}, "scores": {"accuracy": "high"}}',
+                 '{"settings": {"epochs": 1}, "scores": {"accuracy": NaN}}', '{"settings": []}', "[" * 10 ** 5):
         (tmp_path / "t.json").write_text(text)
-        with pytest.raises(UserError, match="t.json is damaged: delete it"):
+        with pytest.raises(UserError, match="t.json is damaged or not ours .*: delete it"):
             ft.finished(tmp_path / "t.json", dict(epochs=1))
 
 
@@ -623,11 +624,11 @@ WRONG = [
      "directory"),
     (None, dict(model="none/of/them"), "none/of/them is neither a model directory nor a Hub id (no such directory)"),
     (None, dict(model="t"), "t is not a model directory (no config.json)"),
-    (lambda m, t: (m / "tokenizer.json").write_text('{"version": "1.0", "trunc'), {}, "m/tokenizer.json is not the "
-     "vocabulary of a BERT, or is damaged (cannot be read (EOF while parsing a string at line 1 column 25): "
-     "give a vocab.txt or a tokenizer.json that can)"),
-    (lambda m, t: (m / "config.json").write_text("[1, 2]"), {}, "m/config.json is not a JSON object (cannot "
-     "convert dictionary update sequence element #0 to a sequence)"),
+    (lambda m, t: (m / "tokenizer.json").write_text('{"version": "1.0", "trunc'), {}, "m/tokenizer.json is damaged "
+     "or not ours (JSONDecodeError: Unterminated string starting at: line 1 column 20 (char 19)): get it again, or "
+     "leave it out"),
+    (lambda m, t: (m / "config.json").write_text("[1, 2]"), {}, "m/config.json is damaged or not "
+     "ours (TypeError: 'list' object is not a mapping): get it again, or leave it out"),
     (lambda m, t: spoiled_config(m, hidden_size="wide"), {},
      "m/config.json: hidden_size is 'wide': a whole number from 1 belongs there"),
     (lambda m, t: spoiled_config(m, num_attention_heads=0), {},
@@ -635,9 +636,9 @@ WRONG = [
     (lambda m, t: spoiled_config(m, layer_norm_eps="tiny"), {},
      "m/config.json: layer_norm_eps is 'tiny': a number from 0 to 1 belongs there"),
     (lambda m, t: spoiled_config(m, pad_token_id=300), {},
-     "m/config.json: pad_token_id is 300, beyond a vocab_size of 300"),
-    (lambda m, t: next(m.glob("model.s*")).rename(m / "model.safetensors.index.json"), {},
-     "m/model.safetensors.index.json is damaged: it names no files of weights"),
+     "m/config.json: pad_token_id is 300: it lies beyond a vocab_size of 300"),
+    (lambda m, t: (next(m.glob("model.s*")).unlink(), (m / "model.safetensors.index.json").write_text("{}")), {},
+     "m/model.safetensors.index.json is damaged or not ours (KeyError: 'weight_map'): get it again, or leave it out"),
     (None, dict(batch_sizes="16,x"), "16,x"), (None, dict(peak_lrs="0"), "--peak-lrs"),
     (None, dict(seeds=0), "--seeds"), (None, dict(max_len=4000), "--max-len 4000: m takes 8 to 512")]
 

@@ -491,7 +491,8 @@ def test_what_is_no_classifier_is_refused(teacher, classified, tmp_path, capsys)
     kept = shutil.copytree(classified[0], tmp_path / "kept")
     config = Path(kept, "config.json")
     raw = json.loads(config.read_text())
-    for change, message in ((dict(id2label=[1]), "id2label in config.json"), (
+    for change, message in ((dict(id2label=[1]), "config.json is damaged or not ours"), (
+            dict(id2label={"1": "a", "2": "b"}), "config.json is damaged or not ours .KeyError: 0"), (
             dict(problem_type="multi_label_classification"), "any number of labels"),
             (dict(id2label={"0": "a", "1": "b", "2": "c"}), "classifier.* is ")):
         config.write_text(json.dumps(raw | change))

@@ -3,13 +3,16 @@ import json
 import re
 import shutil
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import train
 import watch
+from comparison import timing
 from plumbing import checkpoint, cli
+from plumbing.checkpoint import cut_log
 from plumbing.cli import UserError
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -107,6 +110,28 @@ def test_long_logs_are_thinned_but_keep_their_end_and_validations(made):
     assert [y for _, y in run.points("tokens/s", "steps")] == pytest.approx([1000] * len(run.axes["steps"]))
 
 
+STRANGE = (b"", b"[1, 2]", b"7", b"null", b'{"step": 3', b'{"step": 3, "seconds": "1"}', b"\xff\xfe{", b"{}",
+           b'{"step": 3, "seconds": NaN}', b'{"step": [], "seconds": 1}', b'{"step": 3, "seconds": 1, "loss": "\xe9"}',
+           b'{"step": 3, "seconds": 1, "val": [1]}', b'{"step": 3, "seconds": 1, "loss": {}}', b"[" * 10 ** 5,
+           b'{"step": 3, "seconds": 1, "val": {"mlm": "low"}}', b'{"step": NaN, "seconds": 1}')
+
+
+def test_lines_of_a_log_that_are_none_are_passed_over_as_half_lines_are(made):
+    """By watch.py, by a run that goes on, and by the line over a comparison's processes."""
+    path = made(steps=100)
+    expected, log = watch.Run(path), path / "log.jsonl"
+    good = [line for line in log.read_bytes().split(b"\n") if line.endswith(b"}")]
+    mixed = [line for pair in zip(good, STRANGE * len(good), strict=False) for line in pair]
+    log.write_bytes(b"\n".join([*mixed, *STRANGE]) + b"\n")
+    found = watch.Run(path)
+    assert found.records == expected.records and found.curves == expected.curves and len(expected.records) >= 10
+    plan = SimpleNamespace(all=[SimpleNamespace(out=str(path))], yardsticks=[], tuning={}, lrs=[1])
+    assert timing.over_all(plan, {str(path): 10.0}, 0.0).endswith(" run 28%")
+    cut_log(log, 20)
+    kept = [json.loads(line) for line in log.read_bytes().splitlines()]
+    assert [r["step"] for r in kept] == [r["step"] for r in map(json.loads, good) if r["step"] <= 20]
+
+
 def test_follow_redraws_until_ctrl_c(made, monkeypatch):
     path, naps = made(), []
 
@@ -125,12 +150,14 @@ def test_follow_redraws_until_ctrl_c(made, monkeypatch):
     (lambda p: dict(x="days"), "--x days: one of hours, flops"),
     (lambda p: dict(out="x.pdf"), "ends in .html or .png"),
     (lambda p: dict(out=str(p / "no/x.html")), "cannot be written: No such file"),
-    (lambda p: (p / "config.json").write_text("{"), "cannot be read as JSON"),
-    (lambda p: (p / "config.json").write_text("[]"), "no JSON object"),
+    (lambda p: (p / "config.json").write_text("{"), "config.json is damaged or not ours"),
+    (lambda p: (p / "config.json").write_text("[]"), "not a mapping"),
     (lambda p: (p / "config.json").write_text('{"model_type": "bert"}'), "is a model directory"),
     (lambda p: (p / "config.json").write_text("{}"), "not that of a run"),
-    (lambda p: (p / "log.jsonl").write_text('{"step": 1, "seconds": 1}\n{"step"\n{"step": 2, "seconds"'), "line 2"),
-    (lambda p: (p / "log.jsonl").write_text('{"step": 1, "seconds": "1"}\n'), "line 1")])
+    (lambda p: (p / "config.json").write_text('{"budget_steps": "x", "batch_size": 8, "seq_len": 8}'), "damaged"),
+    (lambda p: (p / "summary.json").write_text('{"tokens_per_second": NaN}'), "run is damaged or not ours .V"),
+    (lambda p: (p / "summary.json").write_text('{"tokens_per_second": []}'), "run is damaged or not ours .T"),
+    (lambda p: (p / "summary.json").write_text("[" * 10 ** 5), "summary.json is damaged or not ours .RecursionError")])
 def test_bad_input_is_one_clear_line(made, change, message):
     path = made()
     other = change(path)
