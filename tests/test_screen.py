@@ -97,7 +97,7 @@ def test_a_pipe_sees_no_carriage_return_and_where_a_validation_stands(tiny, corp
     assert re.fullmatch(r"at 50.0%, step 20: mlm \d.\d+ \(-\d.*\), (better|worse|between) .*, D_order -?0.\d\d", first)
     config = SimpleNamespace(model=str(tmp_path / "run/model"), seq_len=32)
     directory = TokenDirectory(corpus)
-    forward = diagnose.masked_lm(config, directory)
+    forward, _ = diagnose.masked_lm(config.model, directory, config.seq_len)
     batch = diagnose.validation(train.validation_blocks(directory, 32), 8)
     counted = {name: losses.mean() for name, losses in diagnose.counting(directory, batch)[0].items()}
     order = diagnose.d_order(forward, batch, directory.special)
