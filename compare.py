@@ -31,6 +31,7 @@ import numpy as np
 import torch
 
 import finetune_glue
+import miniplm
 import offline
 import train
 from comparison import jobs, report, timing
@@ -144,7 +145,6 @@ class Config(Checked):
 SHARED = ("data", "size", "heads", "seq_len", "mask_rate", "mask_seed", "mask_variants", "init_std", "optimizer",
           "clip", "batch_size", "micro_batch", "dropout", "weight_decay", "val_blocks", "val_times", "device",
           "compile", "bf16")
-OFFLINE = {"miniplm": ("teacher", "reference", "random", "flipped", "all")}     # its controls, charged alike
 
 
 # ------------------------------------------------------------------------------------------------------- plan
@@ -164,7 +164,7 @@ class Plan:
             raise UserError(f"--arms {config.arms}: {twice[0]} is given twice")
         if self.unit in ("flops", "hours"):                             # what was paid once: in both ledgers
             self.names = list(dict.fromkeys(part for name in self.names for part in (
-                name, *[f"{name}+amortised"] * (name == "miniplm" or "+cached" in name))))
+                name, *[f"{name}+amortised"] * ("+cached" in name))))
         uniques = [None if part == "all" else checked("--unique-tokens", part, Count)
                    for part in config.unique_tokens.split(",")]
         limited = [n for n in uniques if n]
@@ -183,6 +183,7 @@ class Plan:
         except ValueError as e:
             raise UserError(f"--size: {e}") from None
         self.lrs, self.artefacts, self.teacher = numbers(config.peak_lrs or "") or [None], {}, None
+        self.choices, self.arms = {}, {}        # {directory: miniplm.Config}, {run directory: its arm}
         if config.teacher == "train":
             size = config.teacher_size or f"{2 * self.shape.num_hidden_layers}L{self.shape.hidden_size}"
             budget = config.teacher_budget or 4 * self.budgets[-1]
@@ -207,28 +208,29 @@ class Plan:
     def run(self, arm, budget, unique=None, static=False, seed=0, lr=None, **other):
         """The train.Config of one run; its directory's name says all that it differs in from the others."""
         strategy, *suffixes = arm.split("+")
-        controls = OFFLINE.get(strategy, ())
+        controls = miniplm.CONTROLS if strategy == "miniplm" else ()
         if len(set(suffixes)) < len(suffixes) or not {
                 "init", "released", "cached", "amortised", *controls}.issuperset(suffixes):
             raise UserError(f"--arms {arm}: after the strategy may come +init (it starts from the teacher), "
                             f"+released (what the paper's code computes) and +cached (its teacher is asked "
                             f"once for all), each once; after miniplm one of "
-                            f"+{', +'.join(OFFLINE['miniplm'])}")
+                            f"+{', +'.join(miniplm.CONTROLS)}")
         name = (f"{train.file_name(arm)}-{budget:g}{self.unit}" + f"-{unique}ids" * (unique is not None)
                 + "-static" * static + (f"-lr{lr:g}" if lr else "") + f"-seed{seed}")
         if "cached" in suffixes:
             other["teacher_cache"] = self.config.teacher_cache or self.artefact("cache", unique)
         if controls:
-            kept = [name for name in suffixes if name in controls]
-            if len(kept) > 1:
+            rules = [rule for rule in suffixes if rule in controls] or ["kept"]
+            if len(rules) > 1:
                 raise UserError(f"--arms {arm}: one control at a time")
-            other["keep"] = f"{self.artefact('miniplm', unique)}/{(*kept, 'difference')[0]}.npy"
-            strategy = "no_kd"
-        return train.Config(**{k: getattr(self.config, k) for k in SHARED} | dict(
+            other["data"], strategy = f"{self.chosen_from(unique)}/{rules[0]}", "no_kd"
+        each = train.Config(**{k: getattr(self.config, k) for k in SHARED} | dict(
             strategy=strategy, init="teacher" if "init" in suffixes else None,
             ledger="amortised" if "amortised" in suffixes else "full", as_released="released" in suffixes,
             teacher=self.teacher_model, unique_tokens=unique, static_masks=static, seed=seed, peak_lr=lr,
             out=str(self.out / "runs" / name)) | {f"budget_{self.unit}": budget} | other)
+        self.arms[each.out] = arm
+        return each
 
     @property
     def teacher_model(self):
@@ -242,13 +244,25 @@ class Plan:
                             "--mask-variants 1 with it")
         same = dict(teacher=self.teacher_model, data=c.data, out=path, mask_seed=c.mask_seed or 0,
                     seq_len=in_turn(c.seq_len, int)[-1][1], unique_tokens=unique, device=c.device, bf16=c.bf16)
-        if kind == "cache":
-            self.artefacts[path] = partial(offline.cache, offline.Cache(**same, variants=c.mask_variants))
-        else:               # the reference has a third of the student's width, in whole heads of 64
-            self.artefacts[path] = partial(offline.score, offline.Score(
-                **same, reference_size=f"2L{max(64, self.shape.hidden_size // 3 // 64 * 64)}",
-                reference_epochs=c.reference_epochs, draws=c.score_draws, batch_size=c.batch_size))
+        self.artefacts[path] = partial(offline.cache, offline.Cache(**same, variants=c.mask_variants))
         return path
+
+    def chosen_from(self, unique):
+        """Where the data of the arms miniplm lie; at first they are noted as something to be made."""
+        c, path = self.config, str(self.out / ("miniplm" + f"-{unique}ids" * (unique is not None)))
+        rules = [rule for rule in miniplm.CONTROLS if any(
+            name.startswith("miniplm+") and rule in name.split("+") for name in self.names)]
+        # The reference has a third of the student's width, in whole heads of 64
+        self.choices[path] = miniplm.Config(
+            [c.data], self.teacher_model, path, ",".join(rules), draws=c.score_draws,
+            reference_size=f"2L{max(64, self.shape.hidden_size // 3 // 64 * 64)}",
+            reference_epochs=c.reference_epochs, batch_size=c.batch_size, seq_len=in_turn(c.seq_len, int)[-1][1],
+            unique_tokens=unique, device=c.device, bf16=c.bf16)
+        return path
+
+    def paid(self, each):
+        """The run with what its data have cost taken off its budget."""
+        return each if each.data == self.config.data else miniplm.paid(each)
 
     def runs_at(self, lrs):
         """The compared runs, seeds outermost: stopped early, what is there compares all, over fewer seeds."""
@@ -322,8 +336,9 @@ def describe(plan, seconds, finetune_seconds, texts):
              f"{duration(seconds[plan.teacher.out])}" if plan.teacher else "")
           + f"; {[*seconds.values()].count(0)} are finished, the others take about "
             f"{duration(sum(seconds.values()))} in one process")
-    if plan.artefacts:
-        print(f"  before them, once for all that use it, and charged to each: {', '.join(plan.artefacts)}")
+    if before := [*plan.artefacts, *plan.choices]:
+        charged = ", and charged to each" * (plan.unit in ("flops", "hours"))
+        print(f"  before them, once for all that use it{charged}: {', '.join(before)}")
     models = len(plan.runs) + len(plan.yardsticks)
     print(f"  fine-tuning {models} models on {', '.join(texts)}: very roughly "
           f"{duration(models * finetune_seconds)}" + ", and their probes on top of it" * config.probe)
@@ -379,10 +394,10 @@ def work(config):
 def execute(plan, directory, progress):
     """Trains and scores every run and the yardsticks, and what is finished not again: (results,
     yardsticks, remarks, costs)."""
-    remarks, costs, teachers_cost = [], [], None
+    remarks, costs = [], []
 
     def trained(each):
-        return train.train(each, say=progress.say, status=progress.step)
+        return train.train(plan.paid(each), say=progress.say, status=progress.step)
 
     def teach(_):
         with progress.on(plan.teacher.out, f"teacher {plan.teacher.size}"):
@@ -402,10 +417,12 @@ def execute(plan, directory, progress):
                        f"{taught['val']['mlm']:.2f}; its own pretraining is charged to no arm"
                        + (", and it has seen all of the data." if plan.settings != [(None, False)] else "."))
         costs.append(f"The teacher's pretraining took {duration(taught['charged_seconds'])}.")
-        teachers_cost = dict(flops=taught["student_flops"],
-                             hours=taught["charged_seconds"] / 3600).get(plan.unit)
     for make in plan.artefacts.values():
         make(say=progress.say_line)
+    for choice in plan.choices.values():
+        miniplm.miniplm(choice, say=progress.say_line)
+    for each in plan.all:
+        plan.paid(each)                                                 # refused now, not after other arms' hours
     register(plan.tuning.values(), directory)
     if plan.tuning:
         lrs, tried, cost = tuned(plan, progress, trained)
@@ -426,7 +443,7 @@ def execute(plan, directory, progress):
         of = [m for m in others if m["name"] == name]
         yardsticks.append(dict(name=name, averages=[m["average"] for m in of], runs=of,
                                scores={task: [m["scores"][task] for m in of] for task in of[0]["scores"]}))
-    return results, yardsticks, remarks + report.ledgers(results, teachers_cost), costs
+    return results, yardsticks, remarks + report.spent_before(results), costs
 
 
 def tuned(plan, progress, trained):
@@ -490,9 +507,9 @@ def result_of(plan, each, summary):
     log = map(json.loads, Path(each.out, "log.jsonl").open())
     curve = [dict(seconds=r["seconds"], tokens=r["step"] * summary["tokens"] // summary["steps"],
                   mlm=r["val"]["mlm"], d_order=r.get("d_order")) for r in log if "mlm" in r.get("val", {})]
-    return dict({k: summary[k] for k in kept}, strategy=each.arm, budget=each.budget[1], unit=plan.unit,
+    return dict({k: summary[k] for k in kept}, strategy=plan.arms[each.out], budget=each.budget[1], unit=plan.unit,
                 unique_tokens=each.unique_tokens, static_masks=each.static_masks, model=f"{each.out}/model",
-                curve=curve, offline=summary.get("offline", {}))        # of an older version's run: none
+                curve=curve, spent_before=each.budget[1] - summary["budget"][plan.unit])
 
 
 # ----------------------------------------------------------------------------------------------------- report

@@ -60,4 +60,4 @@ def merged(config):
     recipe = {k: v for k, v in records[first]["config"].items() if k in names}
     recipe |= dict(out=config.out, probe=all(r["config"].get("probe") for r in records.values()))
     results = list(results.values())
-    return Config(**recipe), results, list(yardsticks.values()), report.ledgers(results)
+    return Config(**recipe), results, list(yardsticks.values()), report.spent_before(results)

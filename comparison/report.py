@@ -539,27 +539,16 @@ def remarks(results):
     return lines
 
 
-def ledgers(results, pretraining=None):
-    """What was spent of the budget before the first step on what several runs share, a line for all arms alike.
-    `pretraining`: of the teacher, in the budget's unit, where it was trained for this."""
+def spent_before(results):
+    """What of the budget was spent before the first step, on the data that a run reads: a line for all arms alike."""
     lines, unit = {}, results[0]["unit"]
     for (*kind, budget), arms in groups(results).items():
-        for name, of in arms.items():
-            runs = [r["offline"] for r in of.values() if r.get("offline")]
-            if not runs:
-                continue
-            charge = np.mean([r["charge"] for r in runs])
-            line = (f"of {amount(budget, unit)} on {setting(*kind)}, {charge / budget:.0%} was spent before "
-                    f"the first step, on {' and '.join(a['path'] for a in runs[0]['artefacts'])}")
-            if runs[0]["ledger"] == "amortised":
-                shared = sorted({n for r in runs for n in r["sharing"]})
-                line += f", shared by the {' or '.join(map(str, shared))} run(s) registered with it"
-            elif pretraining:
-                whole = (charge + pretraining) / budget
-                line += f"; with its teacher's pretraining {whole:.0%}"
-                line += ", so no student at all" * bool(whole >= 1)
-            line += "." + " This unit charges steps alone." * (unit not in ("flops", "hours"))
-            lines.setdefault(line, []).append(row_of(name))
+        for name, of in arms.items():           # older records have it under "offline"
+            spent = np.mean([r.get("spent_before") or r.get("offline", {}).get("charge", 0) for r in of.values()])
+            if spent or name.startswith("miniplm"):
+                line = (f"of {amount(budget, unit)} on {setting(*kind)}, {spent / budget:.0%} was spent before the "
+                        "first step." + " This unit charges steps alone." * (unit not in ("flops", "hours")))
+                lines.setdefault(line, []).append(row_of(name))
     return [f"{', '.join(names)}: {line}" for line, names in lines.items()]
 
 

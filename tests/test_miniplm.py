@@ -3,6 +3,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -12,8 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_compare import small, task  # noqa: F401 - fixtures
 from test_reliability import Killed
 
+import compare
 import miniplm
 import prepare
 import train
@@ -409,6 +412,57 @@ def test_hours_of_other_hardware_are_no_cost(made, tiny, tmp_path):
     (kept / "manifest.json").write_text(json.dumps(m | dict(hardware="a GPU")))
     with pytest.raises(UserError, match="made on a GPU, whose seconds are not those of CPU .*: make it here, or"):
         miniplm.paid(run)
+
+
+# ---------------------------------------------------------------------------------------------- in a comparison
+
+def test_miniplm_and_its_controls_go_the_whole_way(small, tmp_path, lenient):  # noqa: F811
+    names = ["no_kd", "miniplm", "miniplm+random"]
+    config = small(arms=",".join(names), budget_steps=None, budget_flops="4.4e9", unique_tokens="8000",
+                   reference_epochs=2)
+    compare.main(config)
+    results = json.loads((tmp_path / "out/results.json").read_text())["results"]
+    out, table = tmp_path / "out/miniplm-8000ids", (tmp_path / "out/table.md").read_text()
+    costs = {rule: json.loads((out / rule / "manifest.json").read_text())["flops"] for rule in ("kept", "random")}
+    assert [r["strategy"] for r in results] == names and not (out / "flipped").exists()
+    assert costs["kept"] == costs["random"] and 4.4e8 < costs["kept"] < 4.4e9
+    for r in results:
+        run = Path(r["model"]).parent
+        summary, record = (json.loads((run / f"{name}.json").read_text()) for name in ("summary", "config"))
+        assert (r["budget"], r["unique_tokens"]) == (4.4e9, 8000) and summary["strategy"] == "no_kd"
+        if r["strategy"] == "no_kd":
+            assert r["spent_before"] == 0 and record["budget_flops"] == 4.4e9 and record["unique_tokens"] == 8000
+        else:
+            rule = r["strategy"].partition("+")[2] or "kept"
+            assert r["spent_before"] == costs["kept"] == 4.4e9 - record["budget_flops"]
+            assert record["data"] == str(out / rule) and record["unique_tokens"] is None
+            over = summary["student_flops"] - (4.4e9 - costs["kept"])           # by less than a step
+            assert 0 <= over < summary["student_flops"] / summary["steps"]
+    assert len({r["tokens"] for r in results}) == 2
+    share = f"of 4.4e09 FLOPs on 8,000 unique tokens, {costs['kept'] / 4.4e9:.0%} was spent before the first step."
+    assert re.search(rf"^miniplm.*, miniplm.random.*: {re.escape(share)}$", table, re.M)
+    stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*") if p.suffix in (".bin", ".safetensors")}
+    compare.main(config)
+    assert stamps and all(p.stat().st_mtime_ns == stamp for p, stamp in stamps.items())
+
+
+def test_an_arm_to_which_its_data_leave_nothing_is_refused_before_any_run(small, tmp_path, lenient):  # noqa: F811
+    config = small(arms="no_kd,miniplm", budget_steps=None, budget_flops="1e9", unique_tokens="8000")
+    with pytest.raises(UserError, match=r"1e\+09: making .*miniplm-8000ids/kept has cost .* leaves the student n"):
+        compare.main(config)
+    assert not list((tmp_path / "out/runs").glob("*"))
+
+
+def test_arms_of_miniplm_are_no_kd_on_the_directories_of_their_controls(small):  # noqa: F811
+    plan = compare.Plan(small(arms=",".join(f"miniplm+{rule}" for rule in miniplm.CONTROLS), unique_tokens="all,8000"))
+    assert [Path(each.data).name for each in plan.runs] == [*miniplm.CONTROLS] * 2
+    assert {each.strategy for each in plan.runs} == {"no_kd"}
+    assert [Path(path).name for path in plan.choices] == ["miniplm", "miniplm-8000ids"]
+    assert all(choice.controls == ",".join(miniplm.CONTROLS) for choice in plan.choices.values())
+    with pytest.raises(UserError, match="after miniplm one of .random"):
+        compare.Plan(small(arms="miniplm+best"))
+    with pytest.raises(UserError, match="one control at a time"):
+        compare.Plan(small(arms="miniplm+random+flipped"))
 
 
 # -------------------------------------------------------------------------------------------------------- slow

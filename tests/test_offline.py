@@ -12,10 +12,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_compare import small, task  # noqa: F401 - fixtures
 from test_reliability import OFTEN, QUIET, Killed, final, interrupted
 
-import compare
 import offline
 import prepare
 import train
@@ -355,29 +353,6 @@ def test_hours_of_other_hardware_are_no_charge(from_cache, copied):
     assert summary["offline"]["charge"] == 3599 / 3600 and 0.5 < summary["charged_seconds"] < 3
 
 
-def test_cached_arms_stand_in_both_ledgers_and_beside_their_teachers_cost(small, tmp_path):  # noqa: F811
-    config = small(arms="no_kd,vanilla_kd+cached", mask_seed=0, mask_variants=1, teacher="train", seeds=2,
-                   budget_steps=None, budget_flops="6e8", teacher_budget=1e8, unique_tokens="3000")
-    compare.main(config)
-    table = (tmp_path / "out/table.md").read_text()
-    results = json.loads((tmp_path / "out/results.json").read_text())["results"]
-    kept = {(r["strategy"], r["seed"]): r for r in results}
-    cost = json.loads((tmp_path / "out/offline/cache-3000ids/manifest.json").read_text())["flops"]
-    for seed in range(2):
-        full, shared = (kept["vanilla_kd+cached" + ledger, seed]["offline"] for ledger in ("", "+amortised"))
-        assert full["charge"] == cost and shared["charge"] == cost / 2 and shared["sharing"] == [2]
-    assert kept["no_kd", 0]["offline"] == {}
-    assert "| vanilla_kd+cached (FULL) |" in table and "| vanilla_kd+cached (AMORTISED) |" in table
-    assert "shared by the 2 run(s) registered with it." in table
-    whole = (cost + json.loads((tmp_path / "out/teacher/summary.json").read_text())["student_flops"]) / 6e8
-    assert f"; with its teacher's pretraining {whole:.0%}" in table
-    plan = compare.Plan(config)
-    assert {each.mask_seed for each in plan.runs} == {0} and {each.mask_variants for each in plan.runs} == {1}
-    with pytest.raises(UserError, match=r"\+cached needs the same masks in all runs: give --mask-seed 0"):
-        compare.Plan(small(arms="vanilla_kd+cached"))
-    assert compare.Plan(small(arms="miniplm")).names == ["miniplm"]     # steps charge nothing: one ledger
-
-
 # ---------------------------------------------------------------------------------------------------- MiniPLM
 
 def test_units_are_kept_by_each_rule_in_the_order_of_the_corpus_and_ties_by_id():
@@ -571,31 +546,6 @@ def test_a_selection_trains_on_its_blocks_alone_and_belongs_to_its_corpus(corpus
                            (dict(unique_tokens=900), "but with --unique-tokens 900 there are 30")):
         with pytest.raises(UserError, match=message):
             train.train(tiny(**dict(keep=kept, out=str(tmp_path / "other")) | other), **QUIET)
-
-
-def test_miniplm_and_its_controls_go_the_whole_way(small, tmp_path, lenient):  # noqa: F811
-    names = ["miniplm", "miniplm+amortised", "miniplm+random", "miniplm+all"]
-    config = small(arms="miniplm,miniplm+random,miniplm+all", seeds=2, budget_steps=None, budget_flops="4.4e9",
-                   unique_tokens="8000", reference_epochs=2)
-    compare.main(config)
-    results = json.loads((tmp_path / "out/results.json").read_text())["results"]
-    table, out = (tmp_path / "out/table.md").read_text(), tmp_path / "out/offline/miniplm-8000ids"
-    cost = json.loads((out / "manifest.json").read_text())["flops"]
-    assert [r["strategy"] for r in results] == names * 2
-    for r in results:                                           # controls pay as much, and share nothing
-        assert r["offline"]["charge"] == cost * (0.5 if r["strategy"] == "miniplm+amortised" else 1)
-    tokens = {r["strategy"]: r["tokens"] for r in results}
-    assert len({tokens[name] for name in names if name != "miniplm+amortised"}) == 1
-    assert tokens["miniplm"] < tokens["miniplm+amortised"]
-    for name in ("miniplm (FULL)", "miniplm (AMORTISED)", "miniplm+random (FULL)"):
-        assert f"| {name} |" in table
-    assert len(list(out.glob("runs/*.json"))) == 2
-    plan = compare.Plan(small(arms=",".join(f"miniplm+{c}" for c in compare.OFFLINE["miniplm"])))
-    assert [Path(each.keep).stem for each in plan.runs] == list(compare.OFFLINE["miniplm"])
-    with pytest.raises(UserError, match="after miniplm one of .teacher"):
-        compare.Plan(small(arms="miniplm+best"))
-    with pytest.raises(UserError, match="one control at a time"):
-        compare.Plan(small(arms="miniplm+random+flipped"))
 
 
 PARAGRAPH = ("Returns a new tensor with the same shape as the input tensor, whose elements are the sum of "
