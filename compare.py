@@ -33,6 +33,7 @@ import numpy as np
 import torch
 
 import finetune_glue
+import miniplm
 import train
 from comparison import jobs, judge, ngrams, report, statistics, timing
 from comparison.demonstration import demonstrated, look
@@ -168,6 +169,7 @@ class Plan:
             raise UserError(f"--size: {e}") from None
         lrs, recipes = numbers(config.peak_lrs or "") or [None], (config.recipes or config.recipe).split(",")
         self.choices, self.teacher = [(recipe, lr) for recipe in recipes for lr in lrs], None
+        self.selections, self.arms = {}, {}     # {directory: miniplm.Config}, {run directory: its arm}
         if config.teacher == "train":
             size = config.teacher_size or f"{2 * self.shape.num_hidden_layers}L{self.shape.hidden_size}"
             budget = config.teacher_budget or 4 * self.budgets[-1]
@@ -196,23 +198,49 @@ class Plan:
         """The train.Config of one run; its directory's name says all that it differs in from the others.
         `choice`: (recipe, peak LR or None)."""
         strategy, *suffixes = arm.split("+")
-        if len(set(suffixes)) < len(suffixes) or not {"init", "released"}.issuperset(suffixes):
+        controls = miniplm.CONTROLS if strategy == "miniplm" else ()
+        if len(set(suffixes)) < len(suffixes) or not {"init", "released", *controls}.issuperset(suffixes):
             raise UserError(f"--arms {arm}: after the strategy may come +init (it starts from the teacher) and "
-                            f"+released (what the paper's code computes), each once")
+                            f"+released (what the paper's code computes), each once; after miniplm one of "
+                            f"+{', +'.join(miniplm.CONTROLS)}")
+        if strategy == "miniplm":
+            rules = [rule for rule in suffixes if rule in controls] or ["kept"]
+            if len(rules) > 1:
+                raise UserError(f"--arms {arm}: one control at a time")
+            other["data"], strategy = f"{self.chosen_from(unique)}/{rules[0]}", "no_kd"
         recipe, lr = choice or (self.config.recipe, None)
         name = (f"{train.file_name(arm)}-{budget:g}{self.unit}" + f"-{unique}ids" * (unique is not None)
                 + "-static" * static + f"-{recipe}" * bool(choice and self.config.recipes)
                 + (f"-lr{lr:g}" if lr else "") + f"-seed{seed}")
-        return train.Config(**{k: getattr(self.config, k) for k in SHARED} | dict(
+        each = train.Config(**{k: getattr(self.config, k) for k in SHARED} | dict(
             strategy=strategy, init="teacher" if "init" in suffixes else None,
             init_layers=self.config.init_layers if "init" in suffixes or strategy == "distilbert" else None,
             as_released="released" in suffixes,
             teacher=self.teacher_model, unique_tokens=unique, static_masks=static, seed=seed, recipe=recipe,
             peak_lr=lr, out=str(self.out / "runs" / name)) | {f"budget_{self.unit}": budget} | other)
+        self.arms[each.out] = arm
+        return each
 
     @property
     def teacher_model(self):
         return str(self.out / "teacher/model") if self.config.teacher == "train" else self.config.teacher
+
+    def chosen_from(self, unique):
+        """Where the data of the arms miniplm lie; at first they are noted as something to be made."""
+        c, path = self.config, str(self.out / ("miniplm" + f"-{unique}ids" * (unique is not None)))
+        rules = [rule for rule in miniplm.CONTROLS if any(
+            name.startswith("miniplm+") and rule in name.split("+") for name in self.names)]
+        # The reference has a third of the student's width, in whole heads of 64
+        self.selections[path] = miniplm.Config(
+            [c.data], self.teacher_model, path, ",".join(rules), draws=c.score_draws,
+            reference_size=f"2L{max(64, self.shape.hidden_size // 3 // 64 * 64)}",
+            reference_epochs=c.reference_epochs, batch_size=c.batch_size, seq_len=c.length,
+            unique_tokens=unique, device=c.device, bf16=c.bf16)
+        return path
+
+    def paid(self, each):
+        """The run with what its data have cost taken off its budget."""
+        return each if each.data == self.config.data else miniplm.paid(each)
 
     def runs_at(self, chosen):
         """The compared runs, seeds outermost: stopped early, what is there compares all, over fewer seeds."""
@@ -286,6 +314,9 @@ def describe(plan, seconds, finetune_seconds, texts):
              f"{duration(seconds[plan.teacher.out])}" if plan.teacher else "")
           + f"; {[*seconds.values()].count(0)} are finished, the others take about "
             f"{duration(sum(seconds.values()))} in one process")
+    if plan.selections:
+        charged = ", and charged to each" * (plan.unit in ("flops", "hours"))
+        print(f"  before them, once for all that use it{charged}: {', '.join(plan.selections)}")
     models = len(plan.runs) + len(plan.yardsticks)
     print(f"  fine-tuning {models} models on {', '.join(texts)}: very roughly "
           f"{duration(models * finetune_seconds)}" + ", and their probes on top of it" * config.probe)
@@ -349,7 +380,7 @@ def execute(plan, directory, progress):
     remarks, costs = [], []
 
     def trained(each):
-        return train.train(each, say=progress.say, status=progress.step)
+        return train.train(plan.paid(each), say=progress.say, status=progress.step)
 
     def teach(_):
         with progress.on(plan.teacher.out, f"teacher {plan.teacher.size}"):
@@ -370,6 +401,10 @@ def execute(plan, directory, progress):
                        + (", and it has seen all of the data." if plan.settings != [(None, False)] else "."))
         costs.append(f"The teacher's pretraining took {duration(taught['charged_seconds'])}.")
         plan.teacher_flops = taught["student_flops"]
+    for selection in plan.selections.values():
+        miniplm.miniplm(selection, say=progress.say_line)
+    for each in plan.all:
+        plan.paid(each)                                                 # refused now, not after other arms' hours
     if plan.tuning:
         chosen, tried, cost = tuned(plan, progress, trained)
         before, plan.runs = plan.runs, plan.runs_at(chosen)
@@ -390,7 +425,7 @@ def execute(plan, directory, progress):
     constant = yardsticks[0]["runs"][0]
     constant["predicted"] = {t: constant_of(plan.tasks[t], plan.texts[t], t_result) for t, t_result in
                              results[0]["tasks"].items() if t in plan.texts}
-    return results, yardsticks, remarks, costs
+    return results, yardsticks, remarks + report.spent_before(results), costs
 
 
 def tuned(plan, progress, trained):
@@ -493,9 +528,10 @@ def result_of(plan, each, summary):
     log = (record for _, record in records(Path(each.out, "log.jsonl").read_bytes().split(b"\n")))
     curve = [dict(seconds=r["seconds"], tokens=r["step"] * summary["tokens"] // summary["steps"],
                   mlm=r["val"]["mlm"], d_order=r.get("d_order")) for r in log if "mlm" in r.get("val", {})]
-    return dict({k: summary[k] for k in kept}, strategy=each.arm, budget=each.budget[1], unit=plan.unit,
+    return dict({k: summary[k] for k in kept}, strategy=plan.arms[each.out], budget=each.budget[1], unit=plan.unit,
                 unique_tokens=each.unique_tokens, static_masks=each.static_masks, recipe=each.recipe, curve=curve,
-                flops=summary["student_flops"] + summary["teacher_flops"])
+                flops=summary["student_flops"] + summary["teacher_flops"],
+                spent_before=each.budget[1] - summary["budget"][plan.unit])
 
 
 # ----------------------------------------------------------------------------------------------------- report

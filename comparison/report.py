@@ -339,6 +339,19 @@ def remarks(results):
     return lines
 
 
+def spent_before(results):
+    """What of the budget was spent before the first step, on the data that a run reads: a line for all arms alike."""
+    lines, unit = {}, results[0]["unit"]
+    for (*kind, budget), arms in groups(results).items():
+        for name, of in arms.items():           # older records have it under "offline"
+            spent = np.mean([r.get("spent_before") or r.get("offline", {}).get("charge", 0) for r in of.values()])
+            if spent or name.startswith("miniplm"):
+                line = (f"of {amount(budget, unit)} on {setting(*kind)}, {spent / budget:.0%} was spent before the "
+                        "first step." + " This unit charges steps alone." * (unit not in ("flops", "hours")))
+                lines.setdefault(line, []).append(row_of(name))
+    return [f"{', '.join(names)}: {line}" for line, names in lines.items()]
+
+
 def drift(results):
     """A warning where the arms ran at different speeds under a budget in hours."""
     timed = [r for r in results if r.get("speed")]

@@ -76,7 +76,7 @@ def estimate(plan, directory, teacher):
     seconds, rates = {}, {}
     for each in plan.all:
         _, budget = each.budget
-        kind = each.size, plan.unit != "flops" and each.arm             # a FLOP takes every arm about as long
+        kind = each.size, plan.unit != "flops" and plan.arms.get(each.out)             # a FLOP takes every arm about as long
         if (Path(each.out) / "summary.json").exists():
             seconds[each.out] = 0.0
         elif plan.unit == "hours":
@@ -190,7 +190,7 @@ def at_every_choice(plan, out):
     run = next((each for each in plan.runs if each.out == out), None)
     if run is None:                     # a yardstick
         return [out]
-    same = run.arm, run.budget[1], run.unique_tokens, run.static_masks, run.seed
+    same = plan.arms[out], run.budget[1], run.unique_tokens, run.static_masks, run.seed
     return [plan.run(*same, choice).out for choice in plan.choices]
 
 

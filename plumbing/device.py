@@ -40,6 +40,12 @@ def gpu_uuid(device):
     return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
 
 
+def hardware(device):
+    """Whose seconds they are."""
+    return (torch.cuda.get_device_name(device) if device.type == "cuda" else
+            f"CPU {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} thread(s)")
+
+
 @contextlib.contextmanager
 def alone(device, unit):
     """Under an hour budget: of two runs of one user on one GPU each would get a part of its hours, so the

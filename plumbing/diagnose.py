@@ -180,7 +180,8 @@ def main(config):
 
 
 def diagnose(directory, config):
-    forward = masked_lm(config, directory) if config.model else None    # refused before anything is counted
+    # refused before anything is counted
+    forward, _ = masked_lm(config.model, directory, config.seq_len) if config.model else (None, None)
     batch = validation(Blocks(directory, "val", config.seq_len, seed=0), config.val_blocks)
     again, (losses, context) = repeated(batch), counting(directory, batch)
     means = {name: loss.mean() for name, loss in losses.items()}
@@ -201,19 +202,21 @@ def diagnose(directory, config):
               + f", under {D_ORDER_TURN}: it has no attention structure to give" * (d < D_ORDER_TURN))
 
 
-def masked_lm(config, directory):
+def masked_lm(path, directory, seq_len, flag="--model", device=None, bf16=False):
+    """(forward(ids, masked) -> logits (M, V) on the device, the model's BertConfig) of a model directory or
+    Hub id.  Refuses, as `flag`, what has no LM head, another vocabulary or too few positions."""
     from plumbing import checkpoint
-    path = checkpoint.find_model(config.model)
-    checkpoint.same_vocabulary(directory.read_tokenizer(), path)
-    model, missing, _ = checkpoint.load_mlm(path, len(directory.vocab))
+    found = checkpoint.find_model(path)
+    checkpoint.same_vocabulary(directory.read_tokenizer(), found)
+    model, missing, _ = checkpoint.load_mlm(found, len(directory.vocab))
     if missing:
-        raise UserError(f"--model {config.model} has no LM head, so it has no masked-LM loss: give one saved "
-                        f"by a strategy that trains it")
-    if config.seq_len > model.config.max_position_embeddings:
-        raise UserError(f"--seq-len {config.seq_len}: --model {config.model} ends at position "
+        raise UserError(f"{flag} {path} has no LM head, so it has no masked-LM loss: give one saved by a strategy "
+                        f"that trains it")
+    if seq_len > model.config.max_position_embeddings:
+        raise UserError(f"--seq-len {seq_len}: {flag} {path} ends at position "
                         f"{model.config.max_position_embeddings}")
-    model.eval()
-    return lambda ids, masked: model(ids, masked)["logits"]
+    model.to(device, torch.bfloat16 if bf16 else None).eval()
+    return lambda ids, masked: model(ids.to(device), masked.to(device))["logits"], model.config
 
 
 if __name__ == "__main__":

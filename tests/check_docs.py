@@ -21,7 +21,7 @@ NUMBER = r"\d+(?:,\d{3})+|[-+]?\d+\.\d+"
 
 
 PROGRAMS = ("train", "prepare", "data", "finetune_glue", "compare", "bench_throughput", "watch", "plumbing.diagnose",
-            "comparison.figures")
+            "comparison.figures", "miniplm")
 FOREIGN = ("--nproc-per-node", "--logdir")          # torchrun's, tensorboard's
 
 
@@ -50,8 +50,6 @@ def program(command):
         at = 2 if words[1] == "-m" else 1
     else:
         return None
-    if words[at] == "offline.py":                   # its first word says what to make
-        words[at:at + 2] = [" ".join(words[at:at + 2])]
     return words[at], words[at + 1:]
 
 
@@ -59,9 +57,8 @@ def config_of(name):
     """(dataclass, help) behind a program's flags; None for one that has no such parser."""
     if (name := name.replace(".py", "")) not in PROGRAMS:
         return None
-    name, _, word = name.partition(" ")
     module = importlib.import_module(name)
-    return getattr(module, word.title() or "Config"), module.__doc__
+    return module.Config, module.__doc__
 
 
 def flags_of(config):
