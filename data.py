@@ -62,7 +62,7 @@ class TokenDirectory:
     def __init__(self, path):
         self.path = Path(path)
         try:
-            self.manifest = json.loads((self.path / "manifest.json").read_text())
+            self.manifest = json.loads((self.path / "manifest.json").read_text(encoding="utf-8"))
             self.dtype = {"uint16": np.uint16, "uint32": np.uint32}[self.manifest["dtype"]]
             sizes, _ = ({name: self.manifest[key][name] for name in FILES} for key in ("bytes", "sha256"))
             whole = all(isinstance(self.manifest[name], int) for name in COUNTS)

@@ -88,7 +88,7 @@ def demonstrated(config):
 def look(results, config):
     """A masked sentence as each student of the first seed fills it in, and what is nearest to a query."""
     lines = Path(config.out) / "package/lines.txt"
-    rows = (Path(config.out) / "package/dev.tsv").read_text().splitlines()[1:]
+    rows = (Path(config.out) / "package/dev.tsv").read_text(encoding="utf-8").splitlines()[1:]
     write_whole(lines, "".join(row.rpartition("\t")[0] + "\n" for row in rows).encode())
     print(f"To look at (seed 0): \"{MASKED}\", and of {len(rows):,} docstrings the nearest to \"{QUERY}\"")
     for each in results:

@@ -33,7 +33,7 @@ def merged(config):
             raise UserError(f"--merge: {file} is not there: give directories that compare.py has finished, "
                             f"or their results.json")
         with contextlib.suppress(ValueError):
-            records[path] = json.loads(file.read_text())
+            records[path] = json.loads(file.read_text(encoding="utf-8"))
         if not {"config", "results", "yardsticks"} <= set(records.get(path, ())):
             raise UserError(f"--merge: {file} is no results.json that compare.py has written")
     if Path(config.out, "runs").exists() or {Path(config.out)} & set(map(Path, records)):

@@ -177,7 +177,7 @@ def over_all(plan, estimates, began):
         if Path(at, "glue/glue.json").exists() or at in tuning and Path(at, "summary.json").exists():
             finished, share = finished + 1, 1.0
         elif log.exists():
-            line = log.read_text().splitlines()[-1:] or ["{}"]
+            line = log.read_text(encoding="utf-8", errors="replace").splitlines()[-1:] or ["{}"]
             with contextlib.suppress(ValueError):                       # half a line
                 share = 0.8 * json.loads(line[0]).get("progress", 0.0)
                 under_way.append(f"{name} {share / 0.8:.0%}" if share < 0.8 else f"{name} is scored")

@@ -6,10 +6,16 @@ the rest: as a whole, or cell by cell in an editor that knows `# %%`.
 Each loss is computed twice: by kd_losses.py, and here by hand in a line or two.  The two must agree to ten
 digits, or the tour stops.  It reads the teacher in teacher/, downloads nothing and takes seconds.
 """
+import argparse
 import json
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+
+if __name__ == "__main__" and Path(sys.argv[0]).name == "tour.py":     # as a whole: no flags, and `| head` ends it
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter).parse_args()
+    signal.signal(getattr(signal, "SIGPIPE", signal.SIGTERM), signal.SIG_DFL)
 
 import numpy as np
 import torch
@@ -50,7 +56,7 @@ for at, label in zip(masked[0].tolist(), labels.tolist(), strict=True):
 
 # %% 3. The teacher: 4 layers of width 128.  The student: 2 layers of width 64, as many heads, random weights.
 # Numbers have 64 bits here, so that two ways of computing the same thing agree to many digits.
-shape = {k: v for k, v in json.loads((TEACHER / "config.json").read_text()).items() if hasattr(BertConfig, k)}
+shape = {k: v for k, v in json.loads((TEACHER / "config.json").read_text("utf-8")).items() if hasattr(BertConfig, k)}
 teacher = BertForMaskedLM(BertConfig(**shape)).double().eval().requires_grad_(False)
 teacher.load_state_dict(torch.load(TEACHER / "pytorch_model.bin", weights_only=True))
 torch.manual_seed(0)

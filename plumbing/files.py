@@ -57,7 +57,7 @@ def write_json(file, value):
 def read_json(file):
     """The dict in one of our own files."""
     try:
-        return dict(json.loads(file.read_text()))
+        return dict(json.loads(file.read_text(encoding="utf-8")))
     except (FileNotFoundError, TypeError, ValueError):
         raise UserError(f"{file} is missing or damaged, so what {file.parent} holds cannot be told: give "
                         f"another --out, or remove that directory") from None
