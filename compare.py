@@ -37,22 +37,10 @@ from comparison.demonstration import demonstrated, look
 from comparison.merge import merged
 from comparison.timing import Progress, duration
 from data import Blocks, TokenDirectory
-from model import BertConfig
 from plumbing import checkpoint, glue
 from plumbing.budget import UNITS, one_budget
 from plumbing.checks import NotFinite, check_teacher
-from plumbing.cli import (
-    Count,
-    Counts,
-    Positive,
-    Positives,
-    UserError,
-    checked,
-    flag_of,
-    numbers,
-    run,
-    writable,
-)
+from plumbing.cli import Count, Counts, Positive, Positives, Times, UserError, checked, flag_of, numbers, run, writable
 from plumbing.device import choose_device, fitting_micro_batch
 from plumbing.files import read_json, share_runs, write_json, write_whole
 from plumbing.rundir import contents
@@ -66,23 +54,23 @@ class Config(train.Recipe):
     # budget
     total_hours: Positive | None = None  # in place of a budget: all of it, fine-tuning included, within so many hours
     budget_hours: Positives | None = None   # budgets of each arm on train.py's clock, such as 1,2,4: a run each
-    budget_flops: Positives | None = None   # or in matmul FLOPs of student and teacher
+    budget_flops: Annotated[str, float, "[1e-9, 1e24]"] | None = None   # or in matmul FLOPs of student and teacher
     budget_tokens: Counts | None = None  # or in tokens
     budget_steps: Counts | None = None  # or in optimizer steps
     # arms
     strategies: Annotated[str, str, (*STRATEGIES, *PHASED)] = "no_kd,vanilla_kd,tinybert,minilm"    # the arms
     arms: str | None = None             # or STRATEGY, PHASE:END/../PHASE, miniplm; then +init, +released
-    seeds: Count = 3                    # pretraining seeds 0, 1, ... of each arm; an interval needs two
+    seeds: Times = 3                    # pretraining seeds 0, 1, ... of each arm; an interval needs two
     recipes: Annotated[str, str, tuple(RECIPES)] | None = None  # several: each arm takes its best; default: --recipe
     peak_lrs: Positives | None = None   # of every arm; several: its best at each budget; default: the recipe's
     unique_tokens: str = "all"     # data settings such as all,2000000: the first so many ids, again and again
     static_masks: bool = False          # the limited settings with the same masks in every epoch as well
-    reference_epochs: Count = 1         # of miniplm: passes of its reference over what is held out for it
-    score_draws: Count = 1              # of miniplm: masks of each block that are scored
+    reference_epochs: Times = 1         # of miniplm: passes of its reference over what is held out for it
+    score_draws: Times = 1              # of miniplm: masks of each block that are scored
     # teacher
     teacher: str | None = None        # model directory, Hub id, or train: pretrain one on the same data first
     teacher_size: str | None = None     # of --teacher train; default: twice the student's layers
-    teacher_budget: Positive | None = None  # of --teacher train, in the budget's unit; default: 4 x the largest budget
+    teacher_budget: Annotated[float, "[1e-9, 1e24]"] | None = None  # of --teacher train; default: 4 x the largest
     # data
     data: str | None = None             # token directory; without it the demonstration runs
     val_times: Count = 4                # validations over the budget
@@ -90,16 +78,16 @@ class Config(train.Recipe):
     glue_dir: str | None = None         # folder of GLUE's official TSVs
     tasks: str | None = None            # cola,name=PATH,...; default: all of GLUE with --glue-dir
     columns: str | None = None          # of your own tasks: text,label or text,text,label; default: guessed
-    finetune_seeds: Count = 3           # fine-tuning runs per pretrained model
-    finetune_batch_sizes: Counts = "16,32"          # the grid of fine-tuning: examples per step ...
+    finetune_seeds: Times = 3           # fine-tuning runs per pretrained model
+    finetune_batch_sizes: Annotated[str, int, "[1, 4096]"] = "16,32"    # the grid of fine-tuning: examples per step ...
     finetune_lrs: Positives = "1e-5,3e-5,5e-5,8e-5"  # ... times peak learning rates
     quick: bool = False                 # one point of that grid in its place: batch 32, lr 5e-5
-    finetune_epochs: Count = 5          # passes over the training examples
-    max_len: Annotated[int, "[8, inf)"] = 128       # ids an example is cut to
+    finetune_epochs: Times = 5          # passes over the training examples
+    max_len: Annotated[int, "[8, 65536]"] = 128     # ids an example is cut to
     probe: bool = False                 # what each frozen encoder knows as well, in a table of its own
     # run
     out: str = "runs/compare"     # directory for the runs, table.md, results.json, results.csv and figure.png
-    jobs: Count | None = None         # processes over the runs; default: 1, in the demonstration one per core
+    jobs: Times | None = None         # processes over the runs; default: 1, in the demonstration one per core
     dry_run: bool = False               # print the plan and its time only
     merge: str | None = None         # instead: earlier comparisons (directories or results.json), one report of all
 
@@ -125,6 +113,7 @@ class Config(train.Recipe):
 
 # What every run of a comparison takes from its command line as it stands there
 SHARED = ("data", *(f.name for f in dataclasses.fields(train.Recipe)))
+MANY_RUNS = 5_000
 
 
 # ------------------------------------------------------------------------------------------------------- plan
@@ -140,8 +129,8 @@ class Plan:
         if config.arms and config.strategies != Config.strategies:
             raise UserError("give --strategies or --arms, not both")
         self.names = (config.arms or config.strategies).split(",")
-        if twice := [name for name in self.names if self.names.count(name) > 1]:
-            raise UserError(f"--arms {config.arms}: {twice[0]} is given twice")
+        if not all(self.names) or len(set(self.names)) < len(self.names):
+            raise UserError(f"--arms {config.arms}: must be arms, separated by commas, none twice")
         uniques = [None if part == "all" else checked("--unique-tokens", part, Count)
                    for part in config.unique_tokens.split(",")]
         limited = [n for n in uniques if n]
@@ -155,20 +144,20 @@ class Plan:
         if self.unit == "hours" and (config.jobs or 1) > max(1, torch.cuda.device_count()):
             raise UserError(f"--jobs {config.jobs} under --budget-hours: runs that share a device would take "
                             f"each other's time: give --budget-flops, or one job per GPU")
-        try:
-            self.shape = BertConfig.of_size(config.size, config.heads)
-        except ValueError as e:
-            raise UserError(f"--size: {e}") from None
         lrs, recipes = numbers(config.peak_lrs or "") or [None], (config.recipes or config.recipe).split(",")
         self.choices, self.teacher = [(recipe, lr) for recipe in recipes for lr in lrs], None
         if config.teacher == "train":
-            size = config.teacher_size or f"{2 * self.shape.num_hidden_layers}L{self.shape.hidden_size}"
+            size = config.teacher_size or f"{2 * config.shape.num_hidden_layers}L{config.shape.hidden_size}"
             budget = config.teacher_budget or 4 * self.budgets[-1]
             self.teacher = self.run("no_kd", math.ceil(budget) if whole is int else budget, size=size,
                                     out=str(self.out / "teacher"),
                                     choice=self.choices[0] if len(self.choices) == 1 else None)
         elif config.teacher_size or config.teacher_budget:
             raise UserError("--teacher-size and --teacher-budget belong to --teacher train")
+        runs = len(self.names) * len(self.budgets) * (len(self.settings) * config.seeds + len(self.choices))
+        if runs > MANY_RUNS:
+            raise UserError(f"these are {runs:,} runs, and {MANY_RUNS:,} can be planned: give fewer arms, budgets, "
+                            f"--seeds, --peak-lrs or --unique-tokens")
         self.tuning = {(name, budget, choice): self.run(name, budget, *self.settings[0], choice=choice)
                        for budget in self.budgets for name in self.names for choice in self.choices
                        if len(self.choices) > 1}
@@ -439,7 +428,7 @@ def result_of(plan, each, summary):
     """What a run was and cost, as report.py reads it."""
     kept = ("seed", "peak_lr", "steps", "tokens", "epochs", "charged_seconds", "tokens_per_second",
             "teacher_share", "val", "device")
-    log = map(json.loads, Path(each.out, "log.jsonl").open())
+    log = map(json.loads, Path(each.out, "log.jsonl").open(encoding="utf-8"))
     curve = [dict(seconds=r["seconds"], tokens=r["step"] * summary["tokens"] // summary["steps"],
                   mlm=r["val"]["mlm"], d_order=r.get("d_order")) for r in log if "mlm" in r.get("val", {})]
     return dict({k: summary[k] for k in kept}, strategy=each.arm, budget=each.budget[1], unit=plan.unit,

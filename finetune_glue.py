@@ -42,19 +42,7 @@ from tqdm import tqdm
 
 from data import TokenDirectory, hashed
 from plumbing import checkpoint, probe
-from plumbing.cli import (
-    Checked,
-    Count,
-    Counts,
-    Length,
-    Positives,
-    Seed,
-    Share,
-    UserError,
-    numbers,
-    run,
-    writable,
-)
+from plumbing.cli import Checked, Length, Positives, Seed, Share, Times, UserError, numbers, run, writable
 from plumbing.device import choose_device, multiplies_in_bf16
 from plumbing.files import sha256, share, write_json, write_whole
 from plumbing.glue import BINARY, PAPER, TASKS, Task, evaluate, parse_tasks, read_task, rows_of_text
@@ -69,13 +57,13 @@ class Config(Checked):
     tasks: str = "cola,sst2,mrpc,stsb,qqp,mnli,qnli,rte"    # GLUE's names (wnli too); name=PATH: your own
     columns: str | None = None              # of your own: text,label or text,text,label; default: guessed
     predict: str | None = None       # a file of text: --model, a classifier, labels it, one JSON line per row
-    batch_sizes: Counts = "16,32"           # the grid: examples per step ...
+    batch_sizes: Annotated[str, int, "[1, 4096]"] = "16,32"     # the grid: examples per step ...
     peak_lrs: Positives = "1e-5,3e-5,5e-5,8e-5"     # ... times learning rates, reached after 6% of the steps
     quick: bool = False                     # one grid point, batch 32 and lr 5e-5, in the grid's place
-    seeds: Count = 3                        # runs of the chosen point: mean and standard deviation over them
+    seeds: Times = 3                        # runs of the chosen point: mean and standard deviation over them
     first_seed: Seed | None = None      # of those runs; default: 1 after a grid, which runs on seed 0, else 0
-    epochs: Count = 5                       # passes over the training examples
-    max_len: Annotated[int, "[8, inf)"] = 128       # ids an example is cut to, [CLS] and [SEP] included
+    epochs: Times = 5                       # passes over the training examples
+    max_len: Annotated[int, "[8, 65536]"] = 128     # ids an example is cut to, [CLS] and [SEP] included
     dropout: Share = 0.1                    # in the encoder and before the classifier
     out: str | None = None                  # directory of trials and glue.json; default: runs/glue/MODEL
     probe: bool = False                    # no fine-tuning: what the frozen encoder knows (plumbing/probe.py)
@@ -191,7 +179,7 @@ def finished(file, settings, save=False):
     if not file.exists():
         return None
     try:
-        result = json.loads(file.read_text())
+        result = json.loads(file.read_text(encoding="utf-8"))
         differ = [k for k in settings if settings[k] != result["settings"].get(k)]
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{file} is damaged: delete it and run this again") from None
