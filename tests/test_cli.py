@@ -166,6 +166,7 @@ WRONG = [                                       # (command, its line on stderr, 
     (TRAIN + " --batch-size 65536 --seq-len 8192", "--batch-size 65536 x --seq-len 8192: at most 33,554,432 tokens a"),
     *((f"{TRAIN} --strategy no_kd:{share}/no_kd", f"--strategy no_kd:{share}/no_kd: phase no_kd:{share}: every")
       for share in ("\u0660.\u0665", "1e-400", "1_0", "nan", "")),
+    (TRAIN + " --unique-tokens 1e12", "--unique-tokens 1000000000000: {corpus}/train.bin has "),
     (TRAIN + " --strategy 'a\nb'", r"--strategy a\nb: must be one of no_kd, "),
     (TRAIN + " --strategy minilm --teacher {file}", "{file} "),
     (TRAIN + " --strategy minilm --teacher {tmp}", "{tmp} is not a model directory (no config.json)"),

@@ -773,7 +773,7 @@ def test_a_missing_or_empty_corpus_is_refused_and_leaves_no_manifest(tmp_path, c
 
 
 def test_a_vocabulary_that_is_none_is_refused(raw, tmp_path):
-    for vocab, size, message in ((None, None, "either --vocab"), ("x", 5, "either --vocab"),
+    for vocab, size, message in ((None, None, "either --vocab"), ("x", 300, "either --vocab"),
                                  (tmp_path / "nowhere.txt", None, "neither"), (raw, None, r"\[PAD\]")):
         with pytest.raises(UserError, match=message):
             make(tmp_path / "out", raw, vocab=vocab and str(vocab), vocab_size=size)
