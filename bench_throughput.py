@@ -60,7 +60,7 @@ class Config(Checked):
     size: str = "6L768"                 # student: layers L width
     teacher_size: str = "12L768"        # teacher: layers L width
     heads: Count | None = None          # attention heads of the student; default: width / 64
-    vocab_size: Annotated[int, "[6, inf)"] = 30522      # V, ids in the vocabulary
+    vocab_size: Annotated[int, "[6, 1e6]"] = 30522      # V, ids in the vocabulary
     strategies: Annotated[str, str, (*STRATEGIES, *PHASED)] = ",".join(STRATEGIES)  # arms, and no_kd
     as_released: bool = False          # beside them what the paper's released code computes under their names
     baseline: Literal["transformers"] | None = None     # beside them that package's BertForMaskedLM, and a TinyBERT

@@ -40,7 +40,6 @@ from comparison.demonstration import demonstrated, look
 from comparison.merge import merged
 from comparison.timing import Progress, duration
 from data import Blocks, TokenDirectory
-from model import BertConfig
 from plumbing import checkpoint, glue
 from plumbing.budget import UNITS, one_budget
 from plumbing.checks import NotFinite, check_teacher
@@ -50,6 +49,7 @@ from plumbing.cli import (
     Positive,
     Positives,
     Seed,
+    Times,
     UserError,
     checked,
     flag_of,
@@ -70,26 +70,26 @@ class Config(train.Recipe):
     # budget
     total_hours: Positive | None = None  # in place of a budget: all of it, fine-tuning included, within so many hours
     budget_hours: Positives | None = None   # budgets of each arm on train.py's clock, such as 1,2,4: a run each
-    budget_flops: Positives | None = None   # or in matmul FLOPs of student and teacher
+    budget_flops: Annotated[str, float, "[1e-9, 1e24]"] | None = None   # or in matmul FLOPs of student and teacher
     budget_tokens: Counts | None = None  # or in tokens
     budget_steps: Counts | None = None  # or in optimizer steps
     # arms
     strategies: Annotated[str, str, (*STRATEGIES, *PHASED)] = "no_kd,vanilla_kd,tinybert,minilm"    # the arms
     arms: str | None = None             # or STRATEGY, PHASE:END/../PHASE, miniplm; then +init, +released
-    seeds: Count = 3                    # pretraining seeds of each arm; an interval needs two
+    seeds: Times = 3                    # pretraining seeds of each arm; an interval needs two
     first_seed: Seed = 0                # the first of them; choices are made on one that is not among them
     recipes: Annotated[str, str, tuple(RECIPES)] | None = None  # several: each arm takes its best; default: --recipe
     peak_lrs: Positives | None = None   # of every arm; several: its best at each budget; default: the recipe's
     unique_tokens: str = "all"     # data settings such as all,2000000: the first so many ids, again and again
     static_masks: bool = False          # the limited settings with the same masks in every epoch as well
-    reference_epochs: Count = 1         # of miniplm: passes of its reference over what is held out for it
-    score_draws: Count = 1              # of miniplm: masks of each block that are scored
+    reference_epochs: Times = 1         # of miniplm: passes of its reference over what is held out for it
+    score_draws: Times = 1              # of miniplm: masks of each block that are scored
     # teacher
     teacher: str | None = None        # model directory, Hub id, or train: pretrain one on the same data first
     init_layers: Annotated[str, int, "[0, inf)"] | None = None  # of cut and +init; default: first, last, evenly
     teacher_size: str | None = None     # of --teacher train; default: twice the student's layers
-    teacher_budget: Positive | None = None  # of --teacher train, in the budget's unit; default: 4 x the largest budget
-    teacher_flops: Positive | None = None   # what a given teacher's pretraining took, to charge it; default: not known
+    teacher_budget: Annotated[float, "[1e-9, 1e24]"] | None = None  # of --teacher train; default: 4 x the largest
+    teacher_flops: Annotated[float, "[1e-9, 1e24]"] | None = None   # that a given teacher took; default: not known
     # data
     data: str | None = None             # token directory; without it the demonstration runs
     val_times: Count = 4                # validations over the budget
@@ -97,17 +97,17 @@ class Config(train.Recipe):
     glue_dir: str | None = None         # folder of GLUE's official TSVs
     tasks: str | None = None            # cola,name=PATH,...; default: all of GLUE with --glue-dir
     columns: str | None = None          # of your own tasks: text,label or text,text,label; default: guessed
-    finetune_seeds: Count = 4           # fine-tuning runs per pretrained model
+    finetune_seeds: Times = 4           # fine-tuning runs per pretrained model
     labels: Count | None = None         # training examples, drawn anew for each of them; default: all there are
-    finetune_batch_sizes: Counts = "16,32"          # the grid of fine-tuning: examples per step ...
+    finetune_batch_sizes: Annotated[str, int, "[1, 4096]"] = "16,32"    # the grid of fine-tuning: examples per step ...
     finetune_lrs: Positives = "1e-5,3e-5,5e-5,8e-5"  # ... times peak learning rates
     quick: bool = False                 # one point of that grid in its place: batch 32, lr 5e-5
-    finetune_epochs: Count = 5          # passes over the training examples
-    max_len: Annotated[int, "[8, inf)"] = 128       # ids an example is cut to
+    finetune_epochs: Times = 5          # passes over the training examples
+    max_len: Annotated[int, "[8, 65536]"] = 128     # ids an example is cut to
     probe: bool = False                 # what each frozen encoder knows as well, in a table of its own
     # run
     out: str = "runs/compare"     # directory for the runs, table.md, results.json, results.csv and figure.png
-    jobs: Count | None = None         # processes over the runs; default: 1, in the demonstration one per core
+    jobs: Times | None = None         # processes over the runs; default: 1, in the demonstration one per core
     dry_run: bool = False               # print the plan and its time only
     merge: str | None = None         # instead: earlier comparisons (directories or results.json), one report of all
 
@@ -133,6 +133,7 @@ class Config(train.Recipe):
 
 # What every run of a comparison takes from its command line as it stands there
 SHARED = ("data", *(f.name for f in dataclasses.fields(train.Recipe)))
+MANY_RUNS = 5_000
 
 
 # ------------------------------------------------------------------------------------------------------- plan
@@ -148,8 +149,8 @@ class Plan:
         if config.arms and config.strategies != Config.strategies:
             raise UserError("give --strategies or --arms, not both")
         self.names = (config.arms or config.strategies).split(",")
-        if twice := [name for name in self.names if self.names.count(name) > 1]:
-            raise UserError(f"--arms {config.arms}: {twice[0]} is given twice")
+        if not all(self.names) or len(set(self.names)) < len(self.names):
+            raise UserError(f"--arms {config.arms}: must be arms, separated by commas, none twice")
         uniques = [None if part == "all" else checked("--unique-tokens", part, Count)
                    for part in config.unique_tokens.split(",")]
         limited = [n for n in uniques if n]
@@ -163,15 +164,11 @@ class Plan:
         if self.unit == "hours" and (config.jobs or 1) > max(1, torch.cuda.device_count()):
             raise UserError(f"--jobs {config.jobs} under --budget-hours: runs that share a device would take "
                             f"each other's time: give --budget-flops, or one job per GPU")
-        try:
-            self.shape = BertConfig.of_size(config.size, config.heads)
-        except ValueError as e:
-            raise UserError(f"--size: {e}") from None
         lrs, recipes = numbers(config.peak_lrs or "") or [None], (config.recipes or config.recipe).split(",")
         self.choices, self.teacher = [(recipe, lr) for recipe in recipes for lr in lrs], None
         self.selections, self.arms = {}, {}     # {directory: miniplm.Config}, {run directory: its arm}
         if config.teacher == "train":
-            size = config.teacher_size or f"{2 * self.shape.num_hidden_layers}L{self.shape.hidden_size}"
+            size = config.teacher_size or f"{2 * config.shape.num_hidden_layers}L{config.shape.hidden_size}"
             budget = config.teacher_budget or 4 * self.budgets[-1]
             self.teacher = self.run("no_kd", math.ceil(budget) if whole is int else budget, size=size,
                                     out=str(self.out / "teacher"),
@@ -180,6 +177,10 @@ class Plan:
             raise UserError("--teacher-size and --teacher-budget belong to --teacher train")
         self.seeds = range(config.first_seed, config.first_seed + config.seeds)
         apart = self.seeds[0] - 1 if self.seeds[0] else 999             # what it chooses is reported on other seeds
+        runs = len(self.names) * len(self.budgets) * (len(self.settings) * config.seeds + len(self.choices))
+        if runs > MANY_RUNS:
+            raise UserError(f"these are {runs:,} runs, and {MANY_RUNS:,} can be planned: give fewer arms, budgets, "
+                            f"--seeds, --peak-lrs or --unique-tokens")
         self.tuning = {(name, budget, choice): self.run(name, budget, *self.settings[0], apart, choice)
                        for budget in self.budgets for name in self.names for choice in self.choices
                        if len(self.choices) > 1}
@@ -233,7 +234,7 @@ class Plan:
         # The reference has a third of the student's width, in whole heads of 64
         self.selections[path] = miniplm.Config(
             [c.data], self.teacher_model, path, ",".join(rules), draws=c.score_draws,
-            reference_size=f"2L{max(64, self.shape.hidden_size // 3 // 64 * 64)}",
+            reference_size=f"2L{max(64, c.shape.hidden_size // 3 // 64 * 64)}",
             reference_epochs=c.reference_epochs, batch_size=c.batch_size, seq_len=c.length,
             unique_tokens=unique, device=c.device, bf16=c.bf16)
         return path

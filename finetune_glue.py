@@ -43,19 +43,7 @@ from tqdm import tqdm
 from comparison import ngrams
 from data import TokenDirectory, hashed
 from plumbing import checkpoint, probe
-from plumbing.cli import (
-    Checked,
-    Count,
-    Counts,
-    Length,
-    Positives,
-    Seed,
-    Share,
-    UserError,
-    numbers,
-    run,
-    writable,
-)
+from plumbing.cli import Checked, Length, Positives, Seed, Share, Times, UserError, numbers, run, writable
 from plumbing.device import choose_device, multiplies_in_bf16
 from plumbing.files import parsing, sha256, share, write_json, write_whole
 from plumbing.glue import BINARY, PAPER, TASKS, Task, evaluate, parse_tasks, read_task, rows_of_text
@@ -70,14 +58,14 @@ class Config(Checked):
     tasks: str = "cola,sst2,mrpc,stsb,qqp,mnli,qnli,rte"    # GLUE's names (wnli too); name=PATH: your own
     columns: str | None = None              # of your own: text,label or text,text,label; default: guessed
     predict: str | None = None       # a file of text: --model, a classifier, labels it, one JSON line per row
-    batch_sizes: Counts = "16,32"           # the grid: examples per step ...
+    batch_sizes: Annotated[str, int, "[1, 4096]"] = "16,32"     # the grid: examples per step ...
     peak_lrs: Positives = "1e-5,3e-5,5e-5,8e-5"     # ... times learning rates, reached after 6% of the steps
     quick: bool = False                     # one grid point, batch 32 and lr 5e-5, in the grid's place
-    labels: Count | None = None             # of the training examples, drawn anew for each run; default: all
-    seeds: Count = 3                        # runs of the chosen point: mean and standard deviation over them
+    labels: Annotated[int, "[1, 1e9]"] | None = None    # training examples, drawn anew for each run; default: all
+    seeds: Times = 3                        # runs of the chosen point: mean and standard deviation over them
     first_seed: Seed | None = None      # of those runs; default: 1 after a grid, which runs on seed 0, else 0
-    epochs: Count = 5                       # passes over the training examples
-    max_len: Annotated[int, "[8, inf)"] = 128       # ids an example is cut to, [CLS] and [SEP] included
+    epochs: Times = 5                       # passes over the training examples
+    max_len: Annotated[int, "[8, 65536]"] = 128     # ids an example is cut to, [CLS] and [SEP] included
     dropout: Share = 0.1                    # in the encoder and before the classifier
     out: str | None = None                  # directory of trials and glue.json; default: runs/glue/MODEL
     probe: bool = False                    # no fine-tuning: what the frozen encoder knows (plumbing/probe.py)

@@ -33,8 +33,8 @@ from plumbing.device import choose_device, hardware, multiplies_in_bf16, ready_p
 from plumbing.diagnose import masked_lm, token_losses
 from plumbing.files import read_json, sha256, share_runs, write_json, write_whole
 from plumbing.glue import spearman
+from plumbing.price import flops_per_block
 from plumbing.rundir import contents
-from step import flops_per_block
 
 UNIT, HELD_OUT = 8, 20          # blocks in a unit; one unit in so many is the reference's
 CHUNK = 500                     # units in a file of scores
@@ -92,7 +92,7 @@ def make(config, out, source, request, device, say):
     pool = units[~held][np.argsort(hashed(units[~held], 1), kind="stable")]     # its beginning: a sample
 
     models, flops, seconds = both_models(config, out, source, blocks, units[held], device, say)
-    price = train.Config("vanilla_kd", seq_len=config.seq_len)      # of whose teacher a forward pass is charged
+    price = train.Config(strategy="vanilla_kd", seq_len=config.seq_len)     # of whose teacher a forward pass is charged
     flops += config.draws * len(pool) * UNIT * sum(flops_per_block(price, shape, shape)[1] for _, shape in models)
     say(f"{len(pool):,} units to score: {flops:.3g} FLOPs, the reference's training included")
     reliability, gap = gate(scored(config, out, blocks, pool[:GATE_UNITS], models)[0])
@@ -122,7 +122,7 @@ def both_models(config, out, source, blocks, held, device, say):
     if not (out / "held_out/manifest.json").exists():
         write(out / "held_out", source, ids_of(blocks, held), dict(rule="held out"))
     taught = train.train(train.Config(
-        "no_kd", budget_tokens=config.reference_epochs * there * config.seq_len, data=str(out / "held_out"),
+        strategy="no_kd", budget_tokens=config.reference_epochs * there * config.seq_len, data=str(out / "held_out"),
         size=config.reference_size, out=str(out / "reference_run"), seq_len=config.seq_len, dropout=0.0, val_times=1,
         batch_size=config.batch_size, device=config.device, bf16=config.bf16), say=say)
     return [teacher, masked_lm(out / "reference_run/model", *how)], taught["student_flops"], taught["charged_seconds"]

@@ -1,5 +1,4 @@
-"""The BERT encoder, its MLM head and its classification head, by hand.  Read it after
-exercises/tinybert_in_25_lines.py.
+"""The BERT encoder, its MLM head and its classification head, by hand.  Read it after tinybert_in_25_lines.py.
 
 The module tree carries the tensor names of Hugging Face's BERT, so `state_dict()` is that format and nothing
 has to be exported.  A forward pass computes what it is asked for (`want`) and stops there:
@@ -29,6 +28,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+LARGEST = 4e9               # parameters that --size can ask for
 ACTIVATIONS = {"gelu": F.gelu, "gelu_new": partial(F.gelu, approximate="tanh"), "relu": F.relu}
 
 
@@ -52,15 +52,18 @@ class BertConfig:
     @classmethod
     def of_size(cls, size, heads=None, **other):
         """'6L768' -> 6 layers of width 768; heads = width / 64 unless given; feed-forward 4 x width."""
-        found = re.fullmatch(r"([1-9]\d*)L([1-9]\d*)", size)
+        found = re.fullmatch(r"([1-9][0-9]{0,2})L([1-9][0-9]{0,4})", size)
         if not found:
             raise ValueError(f"size {size!r} is not LAYERSLWIDTH, such as 6L768")
         layers, width = map(int, found.groups())
         heads = heads or max(1, width // 64)
         if width % heads:
             raise ValueError(f"width {width} is not a multiple of {heads} heads")
-        return cls(num_hidden_layers=layers, hidden_size=width, num_attention_heads=heads,
-                   intermediate_size=4 * width, **other)
+        c = cls(num_hidden_layers=layers, hidden_size=width, num_attention_heads=heads,
+                intermediate_size=4 * width, **other)
+        if (count := width * (12 * layers * width + c.vocab_size)) > LARGEST:
+            raise ValueError(f"size {size!r} has {count:.1e} parameters, and {LARGEST:.0e} are the most")
+        return c
 
     @property
     def size(self):

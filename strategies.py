@@ -35,7 +35,7 @@ from kd_losses import (
     soft_kl,
     value_relation_kl,
 )
-from plumbing.cli import UserError
+from plumbing.cli import UserError, read
 
 LAST, FIRST = ((-1, -1),), ((0, 0),)                # pairs of layers: (the student's, the teacher's)
 LOGITS = {"logits", "all_logits"}
@@ -269,7 +269,7 @@ def phases_of(text, depth, as_released=False):
                             + ", or several in turn, such as tinybert:0.3/no_kd")
         last = i == len(parts) - 1
         try:
-            end = 1.0 if last else float(share)
+            end = 1.0 if last else read(share, float)
         except ValueError:
             end = math.nan
         if colon if last else not begin < end < 1:

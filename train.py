@@ -22,7 +22,6 @@ import dataclasses
 import functools
 import itertools
 import os
-import re
 import sys
 import time
 from dataclasses import dataclass
@@ -32,9 +31,10 @@ from typing import Annotated, Literal
 import torch
 
 from data import Blocks, TokenDirectory, prefetch
+from model import BertConfig
 from plumbing.budget import Budget, Stages, Stopped, one_budget, stop_signals
 from plumbing.checks import check_run, refuse_non_finite
-from plumbing.cli import Checked, Count, Lengths, NotNegative, Positive, Seed, Share, in_turn, run, writable
+from plumbing.cli import Checked, Count, Lengths, NotNegative, Positive, Seed, Share, UserError, in_turn, run, writable
 from plumbing.device import Ranks, alone, choose_device, fitting_micro_batch, halve_micro_batch_until_it_fits
 from plumbing.price import price
 from plumbing.rehearsal import rehearse
@@ -75,6 +75,14 @@ class Recipe(Checked):
         return RECIPES[self.recipe][name] if given is None else given
 
     @functools.cached_property
+    def shape(self):
+        """The BertConfig that --size and --heads say."""
+        try:
+            return BertConfig.of_size(self.size, self.heads)
+        except ValueError as e:
+            raise UserError(f"--size: {e}") from None
+
+    @functools.cached_property
     def lengths(self):
         """[(end, S)]: block lengths in turn, each to a share of the budget."""
         return in_turn(self.seq_len, int)
@@ -95,14 +103,14 @@ class Config(Recipe):
     # budget
     strategy: str = "no_kd"             # of strategies.STRATEGIES; or phases: tinybert:0.3/no_kd
     budget_hours: Positive | None = None    # the budget, in hours on the clock described above
-    budget_flops: Positive | None = None    # or in matmul FLOPs of student and teacher
+    budget_flops: Annotated[float, "[1e-9, 1e24]"] | None = None    # or in matmul FLOPs of student and teacher
     budget_tokens: Count | None = None  # or in tokens
     budget_steps: Count | None = None   # or in optimizer steps
     fractions: Annotated[str, float, "(0, 1)"] = ""     # of the budget, as 0.25,0.5: to save models there too
     # teacher
     teacher: str = "bert-base-uncased"  # model directory or Hub id; not read by no_kd unless --init teacher
     init: Literal["random", "teacher"] | None = None    # teacher: its weights; default: the strategy's
-    init_layers: Annotated[str, int, "[0, inf)"] | None = None  # of the teacher, from 0; default: first, last, evenly
+    init_layers: Annotated[str, int, "[0, 999]"] | None = None  # of the teacher, from 0; default: first, last, evenly
     tau: Positive | None = None         # temperature of the soft targets; default: 1, distilbert: 2
     as_released: bool = False           # FOR SCIENCE ONLY: what the paper's released code computes
     # data
@@ -146,7 +154,7 @@ class Config(Recipe):
     @functools.cached_property
     def phases(self):
         """[strategies.Phase], with the run's own temperature and block lengths."""
-        phases = phases_of(self.strategy, int(re.match(r"\d*", self.size)[0] or 1), self.as_released)
+        phases = phases_of(self.strategy, self.shape.num_hidden_layers, self.as_released)
         return parts([phase._replace(strategy=phase.strategy._replace(tau=self.tau or phase.strategy.tau))
                       for phase in phases], self.lengths)
 
@@ -272,6 +280,7 @@ def begin(config, now, say, status):
     began = now()
     config.check()
     out, directory = config.path, TokenDirectory(config.data)
+    Blocks(directory, "train", config.length, config.seed, config.unique_tokens)        # refuses more than there are
     record = config.record | contents(directory, config.teacher if config.reads_teacher else None)
     if summary := finished(record, out, Config().record):
         say(f"{out} is finished: nothing to do")

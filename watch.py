@@ -20,6 +20,7 @@ import time
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ import torch
 from comparison.report import MARKERS, curve_look
 from finetune_glue import embedded
 from plumbing.checkpoint import find_model, framed, load_mlm, read_tokenizer
-from plumbing.cli import UserError, in_turn, run
+from plumbing.cli import Checked, UserError, in_turn, run
 from plumbing.files import json_object, parsing, records, write_whole
 from plumbing.screen import RECENT, amount, changes, spent
 
@@ -41,9 +42,9 @@ WARNING = ("Losses of different strategies are different quantities: between run
 
 
 @dataclass
-class Config:
+class Config(Checked):
     runs: list[str] = field(default_factory=list)   # run directories, or comparisons' directories
-    x: str = "hours"            # the horizontal axis: hours (charged), flops, tokens or steps
+    x: Annotated[str, tuple(UNITS)] = "hours"   # the horizontal axis; hours: the charged ones
     follow: bool = False        # redraw every few seconds, the file of --out too; Ctrl-C ends it
     out: str | None = None      # FILE.html, a page to pass on, or FILE.png, a figure
     model: str | None = None    # instead of runs: a model directory or Hub id, to be asked
@@ -325,8 +326,6 @@ def main(config, say=print):
 
 def watch(config, say=print):
     file = Path(config.out) if config.out else None
-    if config.x not in UNITS:
-        raise UserError(f"--x {config.x}: one of {', '.join(UNITS)}")
     if file and file.suffix not in (".png", ".html"):
         raise UserError(f"--out {config.out}: a name that ends in .html or .png")
     try:

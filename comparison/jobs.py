@@ -21,7 +21,7 @@ SAY_EVERY = 10.0            # seconds
 def worker(do, config, log, threads):
     """do(config) in a process of its own, what it prints in `log`; exits with the status
     that run() would give."""
-    sys.stdout = sys.stderr = open(log, "w", buffering=1, encoding="utf-8", errors="replace")
+    sys.stdout = sys.stderr = open(log, "w", 1, encoding="utf-8", errors="replace")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     torch.set_num_threads(threads)
     try:
@@ -34,6 +34,15 @@ def worker(do, config, log, threads):
     except Exception:
         traceback.print_exc()
         sys.exit(1)
+
+
+def reason(code, log):
+    """Why a worker stopped: the signal that ended it, or the last line of its log."""
+    if number := -code if code < 0 else max(0, code - 128):
+        return (f"signal {number}, {signal.strsignal(number)}"
+                + ": perhaps there was no memory left" * (number == signal.SIGKILL))
+    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+    return (lines or ["no word"])[-1].removeprefix("error: ")
 
 
 def run(jobs, do, config, out, status, say=print):
@@ -54,12 +63,11 @@ def run(jobs, do, config, out, status, say=print):
                 os.environ["CUDA_VISIBLE_DEVICES"] = names[i % gpus]
             processes.append(context.Process(target=worker, args=(do, config, folder / f"{i}.log", threads)))
             processes[-1].start()
-        while any(p.exitcode is None for p in processes):
-            bad = [i for i, p in enumerate(processes) if p.exitcode]
-            if bad:
-                lines = (folder / f"{bad[0]}.log").read_text("utf-8", "replace").splitlines() or ["no word"]
-                raise UserError(f"worker {bad[0]} of {jobs} stopped ({lines[-1].removeprefix('error: ')}): "
-                                f"{folder}/{bad[0]}.log; the same command goes on")
+        while None in (codes := [p.exitcode for p in processes]) or any(codes):
+            for i, code in enumerate(codes):
+                if code:
+                    raise UserError(f"worker {i} of {jobs} stopped ({reason(code, folder / f'{i}.log')}): "
+                                    f"{folder}/{i}.log; the same command goes on")
             time.sleep(0.2)
             if time.monotonic() - said >= SAY_EVERY:
                 said = time.monotonic()

@@ -76,7 +76,7 @@ def estimate(plan, directory, teacher):
     seconds, rates = {}, {}
     for each in plan.all:
         _, budget = each.budget
-        kind = each.size, plan.unit != "flops" and plan.arms.get(each.out)             # a FLOP takes every arm about as long
+        kind = each.size, plan.unit != "flops" and plan.arms.get(each.out)     # a FLOP takes every arm about as long
         if (Path(each.out) / "summary.json").exists():
             seconds[each.out] = 0.0
         elif plan.unit == "hours":

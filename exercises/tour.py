@@ -6,10 +6,16 @@ the rest: as a whole, or cell by cell in an editor that knows `# %%`.
 Each loss is computed twice: by kd_losses.py, and here by hand in a line or two.  The two must agree to ten
 digits, or the tour stops.  It reads the teacher in teacher/, downloads nothing and takes seconds.
 """
+import argparse
 import json
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+
+if __name__ == "__main__" and Path(sys.argv[0]).name == "tour.py":     # as a whole: no flags, and `| head` ends it
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter).parse_args()
+    signal.signal(getattr(signal, "SIGPIPE", signal.SIGTERM), signal.SIG_DFL)
 
 import numpy as np
 import torch

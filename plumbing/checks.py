@@ -1,11 +1,13 @@
 """What a run refuses before it begins: fields that do not go together, a teacher that a strategy cannot use."""
 import math
-import os
 
 import torch
 
 from plumbing.cli import UserError, numbers
+from plumbing.device import Ranks
 from strategies import AS_RELEASED, STRATEGIES
+
+MANY_TOKENS = 2 ** 25       # a step's batch, which is made as a whole: 1 GB
 
 
 def check_run(config):
@@ -23,7 +25,10 @@ def check_run(config):
         raise UserError(f"--seq-len {config.seq_len}: each must divide the last one, so that all steps have as "
                         f"many tokens")
     config.budget  # noqa: B018
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if config.batch_size * config.length > MANY_TOKENS:
+        raise UserError(f"--batch-size {config.batch_size} x --seq-len {config.length}: at most {MANY_TOKENS:,} tokens "
+                        f"a step")
+    ranks = Ranks().size
     if config.micro_batch and config.batch_size % (config.micro_batch * ranks):
         raise UserError(f"--batch-size {config.batch_size} is not a multiple of "
                         f"--micro-batch {config.micro_batch}" + f" x {ranks} processes" * (ranks > 1))

@@ -21,6 +21,7 @@ import argparse
 import dataclasses
 import difflib
 import errno
+import functools
 import inspect
 import os
 import re
@@ -32,17 +33,21 @@ import typing
 from pathlib import Path
 from typing import Annotated, Literal
 
-Count = Annotated[int, "[1, inf)"]              # a whole number may be written 1e6
-Counts = Annotated[str, int, "[1, inf)"]
-Positive = Annotated[float, "(0, inf)"]
-Positives = Annotated[str, float, "(0, inf)"]
-Natural = Annotated[int, "[0, inf)"]
-NotNegative = Annotated[float, "[0, inf)"]
+# Every interval ends where a number is absurd, so that none is found out by an allocation or an overflow
+Count = Annotated[int, "[1, 1e15]"]             # a whole number may be written 1e6
+Counts = Annotated[str, int, "[1, 1e15]"]
+Times = Annotated[int, "[1, 1000]"]             # what is done again and again: seeds, epochs, processes
+Positive = Annotated[float, "[1e-9, 1e5]"]
+Positives = Annotated[str, float, "[1e-9, 1e5]"]
+Natural = Annotated[int, "[0, 1e4]"]
+NotNegative = Annotated[float, "[0, 1e5]"]
 Share = Annotated[float, "[0, 1)"]
-Fraction = Annotated[float, "(0, 1)"]
+Fraction = Annotated[float, "[1e-9, 1)"]
 Seed = Annotated[int, "[0, 1e18]"]
-Length = Annotated[int, "[4, 65536]"]           # of a block: [CLS], [SEP] and two ids, of which one is masked
-Lengths = Annotated[str, "in turn", int, "[4, 65536]"]
+Length = Annotated[int, "[4, 8192]"]            # of a block: [CLS], [SEP] and two ids, of which one is masked
+Lengths = Annotated[str, "in turn", int, "[4, 8192]"]
+MANY = 64                                       # values in a list
+NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", re.I)   # no 1_0, no digits but these
 GONE = {                                        # (script, flag): what to do in its place
     ("compare.py", "--shard"): "processes with the same --out share the runs, and --jobs N starts several",
     ("finetune_glue.py", "--shard"): "processes with the same --out share the trials"}
@@ -55,8 +60,12 @@ class UserError(Exception):
 def shown(what, length=200):
     """A name out of a file or an archive, or an exception's words, as a terminal may see it: the first line,
     of at most `length` characters, with no escape and no control character in it."""
-    lines = (str(what).strip() or type(what).__name__).splitlines()
-    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in (lines or [""])[0])
+    return one_line((str(what).strip() or type(what).__name__).splitlines()[0], length)
+
+
+def one_line(text, length):
+    """The same of a whole text: its line ends are escaped too."""
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
     return line if len(line) <= length else line[:length - 4] + " ..."
 
 
@@ -73,14 +82,16 @@ class Checked:
                 setattr(self, field.name, checked(flag_of(field.name), value, kind))
 
 
+@functools.cache
 def annotated(cls):
-    """(field, annotation) of a dataclass; of `int | None` the annotation is int, since None is a default."""
-    hints = typing.get_type_hints(cls, include_extras=True)
+    """[(field, annotation)] of a dataclass; of `int | None` the annotation is int, since None is a default."""
+    hints, found = typing.get_type_hints(cls, include_extras=True), []
     for field in dataclasses.fields(cls):
         kind = hints[field.name]
         if typing.get_origin(kind) in (types.UnionType, typing.Union):
             kind = next(k for k in typing.get_args(kind) if k is not type(None))
-        yield field, kind
+        found.append((field, kind))
+    return found
 
 
 def flag_of(name):
@@ -101,6 +112,11 @@ def checked(flag, value, kind):
     """The value, held against its annotation; of a list the text as it is."""
     of, several, limit = allowed(kind)
     if not (limit or of in (int, float)):
+        for text in value if isinstance(value, list) else [value]:
+            if not str(text).strip():
+                raise UserError(f"{flag} is empty: say what belongs there, or leave it out")
+            if any("\ud800" <= c <= "\udfff" for c in str(text)):
+                raise UserError(f"{flag} {one_line(text, 100)}: is not UTF-8, or the locale is not (PYTHONUTF8=1)")
         return value
     try:
         if turns := several == "in turn":
@@ -110,8 +126,9 @@ def checked(flag, value, kind):
         good = (turns or len(set(found)) == len(found) > 0) and all(inside(v, limit) for v in found)
     except (TypeError, ValueError):
         good = False
-    if not good:
-        raise UserError(f"{flag} {value}: must be {wanted(of, several, limit)}")
+    if not good or len(found) > MANY:
+        raise UserError(f"{flag} {one_line(value, 100)}: must be {wanted(of, several, limit)}"
+                        + f", at most {MANY} of them" * (good and len(found) > MANY))
     return found[0] if not several or turns and len(found) == 1 else value
 
 
@@ -124,21 +141,25 @@ def in_turn(text, of=float):
     """[(END, VALUE)] of VALUE:END,...,VALUE: each to a share of the budget that rises, the last to 1."""
     *before, last = str(text).split(",")
     pairs = [part.split(":") for part in before] + [(last, 1)]
-    found = [(float(end), read(value, of)) for value, end in pairs]
+    found = [(read(end, float), read(value, of)) for value, end in pairs]
     if not all(a < b for (a, _), (b, _) in zip([(0, None), *found], found, strict=False)):
         raise ValueError(text)
     return found
 
 
 def read(value, of):
-    if of is not int:
-        return of(value)
+    """A name, or a number as people write it: 12, 1e6, .5; nothing else that Python's int and float take."""
+    text = str(value)
+    if of is str:
+        return text
+    if not NUMBER.fullmatch(text) or text[0] == "-" and not float(text):                    # -0
+        raise ValueError(text)
     try:
-        return int(str(value))
-    except ValueError:
-        if not float(value).is_integer():
+        return of(text)
+    except ValueError:                          # 1e6
+        if not float(text).is_integer():
             raise
-        return int(float(value))                # 1e6
+        return int(float(text))
 
 
 def inside(value, limit):
@@ -239,6 +260,10 @@ def joined(argv, valued, flags, parser):
 
 def run(main, cls, doc):
     """main(config) as a program."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:          # closed (>&-): the next file would get its number, and its output
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+            os.set_inheritable(getattr(sys, name).fileno(), True)
     sys.stdout.reconfigure(line_buffering=True, errors="replace")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -253,10 +278,14 @@ def run(main, cls, doc):
         if e.filename is None and e.errno != errno.ENOSPC:
             raise
         fail(f"{e.filename or 'the disk'}: {e.strerror}")
+    except (MemoryError, RuntimeError) as e:    # numpy's, and torch's on a CPU
+        if not isinstance(e, MemoryError) and "can't allocate memory" not in str(e):
+            raise
+        fail(f"there is not enough memory for these sizes ({shown(e)}): give smaller ones")
     except KeyboardInterrupt:
         sys.exit(130)
 
 
 def fail(message):
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {one_line(message, 4000)}", file=sys.stderr)
     sys.exit(2)

@@ -15,20 +15,52 @@ from plumbing.cli import UserError
 from plumbing.files import lock
 
 
+class Ranks:
+    """The processes of a torchrun, or this one alone.  All decide on sums that all see alike."""
+
+    def __init__(self):
+        """From what torchrun puts into the environment: with a part of it, a run would write nothing or wait
+        for ever."""
+        numbers = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        given = {name: os.environ[name] for name in (*numbers, "MASTER_ADDR", "MASTER_PORT") if name in os.environ}
+        texts = [given.get(name, alone) for name, alone in numbers.items()]
+        whole = all(re.fullmatch("[0-9]{1,9}", text) for text in texts)
+        self.rank, self.size, self.local = map(int, texts) if whole else (1, 0, 1)
+        if max(self.rank, self.local) >= self.size or ("RANK" in given) != ("WORLD_SIZE" in given) or (
+                self.size > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= given.keys()):
+            raise UserError(f"{', '.join(f'{name}={value}' for name, value in given.items())} in the environment "
+                            f"is not what torchrun puts there: start this with torchrun, or unset it")
+
+    def join(self, device):
+        if self.size > 1 and not dist.is_initialized():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+
+    def leave(self):
+        if self.size > 1:
+            dist.barrier()
+            dist.destroy_process_group()
+
+    def sum(self, values):
+        """The tensor's sum over ranks, as a list.  For a tensor on the device it waits for the device."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values.tolist()
+
+
 def choose_device(name=None):
     """The device of --device, made the current one; without a name CUDA where there is one.  Under torchrun
     each process has a GPU of its own."""
-    gpus, ranks = torch.cuda.device_count(), int(os.environ.get("WORLD_SIZE", 1))
+    gpus, ranks = torch.cuda.device_count(), Ranks()
     name = name or ("cuda" if gpus else "cpu")
-    found = re.fullmatch(r"cpu|cuda(:\d+)?", name)
+    found = re.fullmatch(r"cpu|cuda(:[0-9]{1,4})?", name)
     if not found:
         raise UserError(f"--device {name}: must be cpu, cuda or cuda:N")
     if name == "cpu":
         return torch.device(name)
-    if found[1] and ranks > 1:
-        raise UserError(f"--device {name}: {ranks} processes would share one GPU: --device cuda gives each "
+    if found[1] and ranks.size > 1:
+        raise UserError(f"--device {name}: {ranks.size} processes would share one GPU: --device cuda gives each "
                         f"its own")
-    index = int(found[1][1:] if found[1] else os.environ.get("LOCAL_RANK", 0))
+    index = int(found[1][1:]) if found[1] else ranks.local
     if index >= gpus:
         raise UserError(f"--device {name}: torch sees {gpus} CUDA device(s) here: give "
                         + (f"one below cuda:{gpus}, or fewer processes" if gpus else "--device cpu"))
@@ -58,28 +90,6 @@ def alone(device, unit):
                             f"each would get a part of its hours: wait for it, or give another --device, or "
                             f"--budget-flops")
         yield
-
-
-class Ranks:
-    """The processes of a torchrun, or this one alone.  All decide on sums that all see alike."""
-
-    def __init__(self):
-        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-    def join(self, device):
-        if self.size > 1 and not dist.is_initialized():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-
-    def leave(self):
-        if self.size > 1:
-            dist.barrier()
-            dist.destroy_process_group()
-
-    def sum(self, values):
-        """The tensor's sum over ranks, as a list.  For a tensor on the device it waits for the device."""
-        if self.size > 1:
-            dist.all_reduce(values)
-        return values.tolist()
 
 
 def halve_micro_batch_until_it_fits(main):

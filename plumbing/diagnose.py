@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from data import SCAN, Blocks, TokenDirectory, hashed
-from plumbing.cli import UserError, run
+from plumbing.cli import Checked, Count, Length, UserError, run
 
 D_ORDER_TURN = 0.3          # nat; under it a teacher has no attention structure to give
 COUNTED = 2 ** 26           # training ids that are counted over: the first ones
@@ -167,11 +167,11 @@ def repeated(batch):
 # ----------------------------------------------------------------------------------------------------- script
 
 @dataclass
-class Config:
+class Config(Checked):
     directory: list[str]        # token directories
     model: str | None = None    # a model directory or Hub id with an LM head
-    seq_len: int = 128          # block length
-    val_blocks: int = 512       # validation blocks
+    seq_len: Length = 128       # block length
+    val_blocks: Count = 512     # validation blocks
 
 
 def main(config):

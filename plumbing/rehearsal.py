@@ -39,11 +39,12 @@ def rehearse(run, gradients, blocks, batches):
     tokens, charged, say = config.batch_size * config.length, steps * seconds, run.say
     say(f"memory: {memory(arm.device)}")
     say(f"speed: {tokens / seconds:,.0f} tokens/s, {seconds:.3g} s a step, measured over {len(took)}")
+    ends = min(time.time() + charged + validations, 253_370_764_800)    # the year 9999
     say(f"--budget-{budget.unit} {budget.total:g} buys {steps:,} steps, {steps * tokens:,} tokens, "
         f"{blocks.epochs(steps, config.batch_size * arm.phase.times):.3g} epochs in "
         f"{amount(charged / 3600, 'hours')}, and "
         f"{amount(validations / 3600, 'hours')} go to {config.val_times} validations: begun now, it ends on "
-        + time.strftime("%Y-%m-%d at %H:%M", time.localtime(time.time() + charged + validations)))
+        + time.strftime("%Y-%m-%d at %H:%M", time.localtime(ends)))
 
 
 def memory(device):

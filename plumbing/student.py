@@ -1,23 +1,19 @@
 """The birth of a student: its shape, its first weights, what it copies of its teacher.  Read it after step.py."""
+import dataclasses
 import math
 
 import torch
 
-from model import BertConfig, BertForMaskedLM
-from plumbing.cli import UserError
+from model import BertForMaskedLM
 
 
 def student_shape(config, directory):
     """The BertConfig of a run's student."""
-    try:
-        shape = BertConfig.of_size(
-            config.size, config.heads, vocab_size=len(directory.vocab),
-            pad_token_id=directory.special["[PAD]"], hidden_dropout_prob=config.dropout,
-            attention_probs_dropout_prob=config.dropout, max_position_embeddings=max(512, config.length))
-    except ValueError as e:
-        raise UserError(f"--size: {e}") from None
-    shape.initializer_range = config.of_recipe("init_std") or math.sqrt(0.4 / shape.hidden_size)
-    return shape
+    std = config.of_recipe("init_std") or math.sqrt(0.4 / config.shape.hidden_size)
+    return dataclasses.replace(
+        config.shape, vocab_size=len(directory.vocab), pad_token_id=directory.special["[PAD]"],
+        hidden_dropout_prob=config.dropout, attention_probs_dropout_prob=config.dropout,
+        max_position_embeddings=max(512, config.length), initializer_range=std)
 
 
 def initial_student(config, directory):

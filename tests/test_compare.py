@@ -21,7 +21,7 @@ import compare
 import finetune_glue
 import prepare
 import train
-from comparison import demonstration, timing
+from comparison import demonstration, jobs, timing
 from conftest import TINY, text
 from data import TokenDirectory
 from plumbing import checkpoint, glue
@@ -407,6 +407,17 @@ def test_arms_that_ran_at_different_speeds_are_told(small, tmp_path, monkeypatch
             assert ("1.00 (no_kd), 0.83 (minilm)" in table) == told
 
 
+def test_of_a_worker_that_a_signal_ended_the_signal_is_told(tmp_path):
+    """Not what its log ends with, and also where it was the last one at work."""
+    with pytest.raises(UserError, match="worker 0 of 1 stopped .signal 9, Killed: perhaps there was no memory left.: "):
+        jobs.run(1, signal.raise_signal, signal.SIGKILL, tmp_path, lambda: "")
+    log = tmp_path / "log"
+    assert jobs.reason(1, log) == "no word"
+    log.write_text("step 3\nerror: no space left\n")
+    assert [jobs.reason(code, log) for code in (1, 2, 143, -15)] == [
+        "no space left", "no space left", "signal 15, Terminated", "signal 15, Terminated"]
+
+
 @pytest.mark.slow
 def test_killed_and_run_by_two_processes_the_table_is_the_same(small, tmp_path):
     config = small(seeds=2, budget_steps="30,60", strategies="no_kd,minilm")
@@ -481,7 +492,7 @@ def test_the_task_holds_validation_documents_alone_and_splits_them(tmp_path, mon
     (dict(arms="no_kd+warm"), "--arms no_kd+warm: after the strategy may come +init"),
     (dict(arms="no_kd+init+init"), "each once"),
     (dict(arms="no_kd,magic"), "--strategy magic: must be one of no_kd"),
-    (dict(arms="no_kd,no_kd"), "--arms no_kd,no_kd: no_kd is given twice"),
+    (dict(arms="no_kd,no_kd"), "--arms no_kd,no_kd: must be arms, separated by commas, none twice"),
     (dict(arms="tinybert:0.3"), "phase tinybert:0.3: "),
     (dict(arms="no_kd+released"), "no other code was released for no_kd"),
     (dict(arms="no_kd,no_kd+init"), "no_kd --init teacher needs a student as wide as its teacher"),

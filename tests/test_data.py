@@ -107,8 +107,7 @@ def test_what_is_no_token_directory_is_refused(corpus, tmp_path):
     (dict(seq_len=2), "--seq-len 2: must be a whole number, at least 4"),
     (dict(seq_len=3), "--seq-len 3: must be a whole number, at least 4"),
     (dict(seq_len=-5), "--seq-len -5: must be a whole number, at least 4"),
-    (dict(seq_len=65536), "train.bin: {train_tokens} ids do not make one block of length 65536: run prepare.py "
-                            "again with more text, or give a smaller --seq-len"),
+    (dict(seq_len=65536), "--seq-len 65536: must be a whole number, at least 4 and at most 8192"),
     (dict(seed=-1), "--seed -1: must be a whole number, at least 0"), (dict(seed=10 ** 30), "--seed 1000000"),
     (dict(show=-1), "--show -1: must be a whole number, at least 0"),
     (dict(directory=["/none"]), "/none is not a token directory (no manifest.json): make one with  python prepare.py"),
@@ -123,8 +122,11 @@ def test_the_shortest_blocks_and_a_validation_set_without_one(corpus):
     directory = TokenDirectory(corpus)
     ids, masked, _ = Blocks(directory, "train", 4, 0).batch(0, 8)
     assert ids.shape == (8, 4) and masked.shape == (8, 1)
-    with pytest.raises(UserError, match="run prepare.py again with a larger --val-fraction, or give a smaller --seq"):
-        Blocks(directory, "val", 10 ** 6, 0)
+    for split, more in (("val", "a larger --val-fraction"), ("train", "more text")):
+        ids = directory.manifest[f"{split}_tokens"]
+        with pytest.raises(UserError, match=f"/{split}.bin: {ids} ids do not make one block of length 1000000: run "
+                                            f"prepare.py again with {more}, or give a smaller --seq-len"):
+            Blocks(directory, split, 10 ** 6, 0)
 
 
 @pytest.mark.parametrize("edit", [

@@ -1,18 +1,26 @@
 """The tour, the exercises with their solutions and without, and what the pages say."""
+import copy
 import dataclasses
+import os
 import re
 import runpy
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import check_docs
 import pytest
+import torch
 
 import prepare
 import train
 from conftest import text
+from data import Blocks, TokenDirectory
+from exercises import tinybert_in_25_lines
+from plumbing.budget import Stages
 from plumbing.cli import parse
+from step import make_arm
 
 ROOT = Path(__file__).parents[1]
 
@@ -23,6 +31,42 @@ def test_the_tour_runs_with_the_four_packages(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     seen = runpy.run_path("exercises/tour.py")
     assert capsys.readouterr().out.count(" by hand ") > len(seen["done"]) and seen["loss"] > seen["entropy"]
+
+
+@pytest.mark.parametrize("after, status, said", [
+    ("| head -1", 0, ""), (">&-", 0, ""), ("--help", 0, ""), ("--fast", 2, "usage: tour.py [-h]"),
+    ("x", 2, "usage: tour.py [-h]")])
+def test_the_tour_from_another_directory_in_a_c_locale(tmp_path, after, status, said):
+    env = os.environ | dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    command = f"{sys.executable} {ROOT}/exercises/tour.py {after}"
+    done = subprocess.run(["sh", "-c", command], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == status and done.stderr.startswith(said) and bool(done.stderr) == bool(said), done.stderr
+
+
+def test_distillation_in_25_lines_is_the_real_step(tiny, narrow_teacher, monkeypatch, capsys):
+    """Its loss and every gradient are those of train.py's step; no import but torch and model.py."""
+    config = tiny(strategy="tinybert", teacher=str(narrow_teacher))
+    directory = TokenDirectory(config.data)
+    arm, batch = make_arm(config, directory), Blocks(directory, "train", config.length, seed=0).batch(3, 8)
+    student = copy.deepcopy(arm.student).requires_grad_()
+    names, values = train.gradients(arm, batch, 0, Stages(arm.device))
+    loss = tinybert_in_25_lines.tinybert(student, arm.teacher, torch.from_numpy(batch.ids))
+    loss.backward()
+    assert loss.item() == pytest.approx(values[names.index("loss")].item(), abs=1e-6) and loss > 0.1
+    theirs = {name: p.grad for name, p in arm.student.named_parameters()}
+    reached = [name for name, p in student.named_parameters() if p.grad is not None]
+    assert reached == [name for name, grad in theirs.items() if grad is not None] and len(reached) > 30
+    for name, p in student.named_parameters():
+        assert name not in reached or torch.allclose(p.grad, theirs[name], rtol=0, atol=1e-6), name
+    assert max(theirs[name].abs().max() for name in reached) > 0.01     # 1e-6 is small beside it
+    source = Path(tinybert_in_25_lines.__file__).read_text()
+    code = source.split('"""')[2].split("\n")
+    assert sum(map(bool, code)) == 25 and re.findall(r"^\s*(?:import|from) (\S+)", "\n".join(code), re.M) == [
+        "torch", "torch.nn.functional", "model"]
+    monkeypatch.chdir(ROOT)
+    runpy.run_path("exercises/tinybert_in_25_lines.py", run_name="__main__")
+    losses = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
+    assert len(losses) == 20 and losses[-1] < 0.7 * losses[0]
 
 
 class Outcomes:

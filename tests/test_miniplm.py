@@ -26,7 +26,7 @@ from model import BertConfig
 from plumbing import checkpoint, sources
 from plumbing.cli import UserError
 from plumbing.files import write_json, write_whole
-from step import flops_per_block
+from plumbing.price import flops_per_block
 
 ROOT = Path(__file__).parents[1]
 SILENT = lambda line: None  # noqa: E731

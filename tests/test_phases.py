@@ -40,7 +40,7 @@ def test_an_expression_is_phases_one_after_another():
 
 @pytest.mark.parametrize("text, message", [
     ("magic", "--strategy magic: must be one of no_kd, "), ("tinybert:0.3/magic", "not 'magic', or several in turn"),
-    ("", "must be one of"), ("tinybert/no_kd", "phase tinybert: every phase but the last is NAME:END"),
+    ("", "--strategy is empty"), ("tinybert/no_kd", "phase tinybert: every phase but the last is NAME:END"),
     ("tinybert:1.3/no_kd", "phase tinybert:1.3: "), ("tinybert:0/no_kd", "phase tinybert:0: "),
     ("tinybert:nan/no_kd", "phase tinybert:nan: "), ("tinybert:x/no_kd", "phase tinybert:x: "),
     ("tinybert:0.3/minilm:0.2/no_kd", "phase minilm:0.2: "), ("no_kd:0.5", "phase no_kd:0.5: "),

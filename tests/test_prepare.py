@@ -606,18 +606,18 @@ def test_a_second_prepare_with_the_same_out_is_refused(raw, vocab, tmp_path, mon
 
 @pytest.mark.parametrize("changes, expected", [
     (dict(vocab=None), "give either --vocab (an existing vocabulary) or --vocab-size (train one)"),
-    (dict(vocab=None, vocab_size=-5), "--vocab-size -5: must be a whole number, at least 1"),
-    (dict(vocab=None, vocab_size=10 ** 12), "--vocab-size 1000000000000: more than the 5 special tokens"),
+    (dict(vocab=None, vocab_size=-5), "--vocab-size -5: must be a whole number, at least 6"),
+    (dict(vocab=None, vocab_size=10 ** 12), "--vocab-size 1000000000000: must be a whole number, at least 6 and"),
     (dict(vocab=None, vocab_size=9), "--vocab-size 9: the text's characters alone take"),
     (dict(vocab="/none/vocab.txt"), "--vocab /none/vocab.txt: neither on this disk nor a name on the Hub: give a "
                                     "vocab.txt, a tokenizer.json, a directory that holds one, or a Hub id"),
     (dict(vocab="{tmp}"), "neither tokenizer.json nor vocab.txt is in this directory"),
     (dict(vocab="{tmp}/damaged/tokenizer.json"), "damaged/tokenizer.json is damaged or not ours (JSONDecodeError: "),
     (dict(vocab="{tmp}/damaged/vocab.txt"), "damaged/vocab.txt is damaged or not ours (UnicodeDecodeError: "),
-    (dict(val_fraction=0.0), "--val-fraction 0.0: must be a number, above 0 and below 1"),
-    (dict(val_fraction=1.0), "--val-fraction 1.0: must be a number, above 0 and below 1"),
-    (dict(val_fraction=-0.1), "--val-fraction -0.1: must be a number, above 0 and below 1"),
-    (dict(val_fraction=float("nan")), "--val-fraction nan: must be a number, above 0 and below 1"),
+    (dict(val_fraction=0.0), "--val-fraction 0.0: must be a number, at least 1e-9 and below 1"),
+    (dict(val_fraction=1.0), "--val-fraction 1.0: must be a number, at least 1e-9 and below 1"),
+    (dict(val_fraction=-0.1), "--val-fraction -0.1: must be a number, at least 1e-9 and below 1"),
+    (dict(val_fraction=float("nan")), "--val-fraction nan: must be a number, at least 1e-9 and below 1"),
     (dict(rows_per_document=0), "--rows-per-document 0: must be a whole number, at least 1"),
     (dict(document_per="page"), "--document-per page: must be one of blank-line, file"),
     (dict(document_per="file", rows_per_document=2), "--document-per file joins all rows of a file: leave out"),
@@ -905,7 +905,7 @@ def test_a_missing_or_empty_corpus_is_refused_and_leaves_no_manifest(tmp_path, c
 
 
 def test_a_vocabulary_that_is_none_is_refused(raw, tmp_path):
-    for vocab, size, message in ((None, None, "either --vocab"), ("x", 5, "either --vocab"),
+    for vocab, size, message in ((None, None, "either --vocab"), ("x", 300, "either --vocab"),
                                  (tmp_path / "nowhere.txt", None, "neither"), (raw, None, r"\[PAD\]")):
         with pytest.raises(UserError, match=message):
             make(tmp_path / "out", raw, vocab=vocab and str(vocab), vocab_size=size)

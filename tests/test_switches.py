@@ -20,11 +20,11 @@ QUIET = dict(say=lambda line: None)
 
 @pytest.mark.parametrize("changes, message", [
     (dict(seq_len="16:0.5,32"), None), (dict(seq_len="16:.25,16:.5,32"), None),
-    *((dict(seq_len=text), f"--seq-len {text}: must be a whole number, at least 4 and at most 65536, or several in "
+    *((dict(seq_len=text), f"--seq-len {text}: must be a whole number, at least 4 and at most 8192, or several in "
        "turn") for text in ("16:0.5", "16,32", "16:0.5:1,32", "16:1,32", "16:0,32", "16:nan,32", "16:.5,8:.4,32",
                             "2:.5,32", "x:.5,32", "16:.5,", "")),
     (dict(seq_len="24:0.5,32"), "--seq-len 24:0.5,32: each must divide the last one"),
-    (dict(init_std=0), "--init-std 0: must be a number, above 0"), (dict(optimizer="muon"), None),
+    (dict(init_std=0), "--init-std 0: must be a number, at least 1e-9"), (dict(optimizer="muon"), None),
     (dict(optimizer="sgd"), "--optimizer sgd: must be one of adamw, muon")])
 def test_what_the_switches_allow(tiny, changes, message):
     with pytest.raises(UserError) if message else contextlib.nullcontext() as e:

@@ -199,7 +199,8 @@ def test_a_micro_batch_that_nobody_gave_is_halved_until_it_fits_and_then_kept(ti
     (None, 1024, 1, 256), (None, 10, 1, 10), (None, 1000, 1, 250), (15.8e9, 1024, 1, 256), (85.0e9, 1024, 1, 1024),
     (85.0e9, 2048, 1, 1024), (85.0e9, 64, 1, 64), (85.0e9, 1024, 8, 128), (15.8e9, 1024, 2, 256), (15.8e9, 3, 8, 1)])
 def test_the_micro_batch_is_what_the_device_takes_and_divides_the_batch(memory, batch, ranks, micro, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    for name, value in dict(RANK=0, WORLD_SIZE=ranks, MASTER_ADDR="localhost", MASTER_PORT=29500).items():
+        monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=memory))
     device = torch.device("cuda", 0) if memory else torch.device("cpu")
     assert fitting_micro_batch(device, batch) == micro
@@ -319,7 +320,7 @@ def test_other_heads_other_vocabulary_other_budgets_are_refused(tiny, teacher, c
             (dict(strategy="distilbert", teacher=str(teacher)), "as wide as its teacher: 32 and 48; give --size 2L48"),
             (dict(init="teacher", teacher=str(teacher)), "--init teacher needs"),
             (dict(init="teacher", size="5L32"), "fewer layers"), (dict(init="teacher", heads=4), "--heads 2"),
-            (dict(budget_steps=0), "at least 1"), (dict(budget_steps=None, budget_hours=math.nan), "above 0"),
+            (dict(budget_steps=0), "at least 1"), (dict(budget_steps=None, budget_hours=math.nan), "at least 1e-9"),
             (dict(batch_size=9, micro_batch=4), "multiple"), (dict(size="big"), "--size"),
             (dict(size="2L32", heads=5), "multiple of 5 heads"), (dict(data=str(tmp_path)), "prepare.py"),
             (dict(strategy="tinybert", heads=4), "--heads 2"), (dict(strategy="minilm", heads=4), "--heads 2"),

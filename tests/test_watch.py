@@ -147,7 +147,7 @@ def test_follow_redraws_until_ctrl_c(made, monkeypatch):
 
 @pytest.mark.parametrize("change, message", [
     (lambda p: dict(paths=[p / "nowhere"]), "neither a run's directory"),
-    (lambda p: dict(x="days"), "--x days: one of hours, flops"),
+    (lambda p: dict(x="days"), "--x days: must be one of hours, flops"),
     (lambda p: dict(out="x.pdf"), "ends in .html or .png"),
     (lambda p: dict(out=str(p / "no/x.html")), "cannot be written: No such file"),
     (lambda p: (p / "config.json").write_text("{"), "config.json is damaged or not ours"),
