@@ -43,8 +43,8 @@ from plumbing.device import (
     choose_device,
     fitting_micro_batch,
     halve_micro_batch_until_it_fits,
-    keep_freed_memory,
     multiplies_in_bf16,
+    ready_process,
 )
 from plumbing.files import write_json
 from plumbing.price import flops_per_block
@@ -223,8 +223,6 @@ class TransformersArm(Arm):
 def teacher_alone(config, blocks):
     """The teacher's forward pass as vanilla_kd has it, and what one change at a time costs or saves."""
     shape, device = config.shape(config.teacher_size), torch.device(config.device)
-    if device.type == "cpu":
-        keep_freed_memory()                                             # as make_arm does
     with device:
         fp32, bf16 = (BertForMaskedLM(shape).to(dtype).eval() for dtype in (torch.float32, torch.bfloat16))
     ids, masked, _ = (torch.from_numpy(a).to(device) for a in blocks.batch(0, config.micro_batch))
@@ -344,6 +342,7 @@ def main(config):
           f"{config.seq_len} in micro-batches of {config.micro_batch}; {device}, "
           f"{'bf16' if config.bf16 else 'fp32'}, {'compiled' if config.compile else 'eager'}, dropout "
           f"{config.dropout:g}, torch {torch.__version__}")
+    ready_process(torch.device(config.device))                          # as make_arm does
     entries = list((teacher_alone if config.teacher_cost else arms)(config, blocks))
     take_turns(entries, config)
     rows = [row(e, entries[0], config, peak_flops(device) if config.bf16 else None) for e in entries]

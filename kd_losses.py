@@ -18,6 +18,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 
 def at_least_fp32(loss):
@@ -147,6 +148,9 @@ def attention_kl(q_s, k_s, q_t, k_t, real=None):
 
     All (B, N, S, H), N equal on both sides (H may differ).  Summed over the real keys, averaged over heads
     and real queries (rows)."""
+    if (real is None and q_s.device.type == "cpu" and not torch.compiler.is_compiling()
+            and q_s[..., 0].numel() * q_s.shape[-2] >= AttentionKL.at_once):
+        return AttentionKL.apply(q_s, k_s, q_t, k_t)
     a_s, a_t = scores(q_s, k_s), scores(q_t, k_t)                                           # (B, N, S, S)
     if real is not None:            # padding keys: a finite minimum, so that no inf - inf can arise
         padding = ~real.bool()[:, None, None, :]
@@ -176,3 +180,35 @@ def relation_kl(x_s, x_t, relation_heads, real=None):
     heads of H_r = D / N_r, so widths and head counts may differ.  Sums and averages as attention_kl."""
     x_s, x_t = (x.unflatten(-1, (relation_heads, -1)).transpose(1, 2) for x in (x_s, x_t))  # (B, N_r, S, H_r)
     return attention_kl(x_s, x_s, x_t, x_t, real)
+
+
+class AttentionKL(torch.autograd.Function):
+    """attention_kl of full blocks on a CPU: loss and gradient in one pass over some heads at a time, whose scores
+    A_s and A_t stay in the cache.  With respect to A_s the gradient is
+
+        (softmax(A_s) - softmax(A_t)) / (N * rows)
+
+    q_s, k_s, q_t, k_t (B, N, S, H).  No gradient to the teacher, no second derivative."""
+    at_once = 2 ** 18           # scores for each thread, a MB; it pays from one such block on
+
+    @staticmethod
+    def forward(ctx, *qk):
+        (*_, S, H), rows = qk[0].shape, qk[0][..., 0].numel()
+        heads = max(1, AttentionKL.at_once * torch.get_num_threads() // S ** 2)
+        loss, grads = 0.0, []
+        for q_s, k_s, q_t, k_t in zip(*(x.flatten(0, 1).split(heads) for x in qk), strict=True):
+            a_s, a_t = (q / math.sqrt(q.shape[-1]) @ k.mT for q, k in ((q_s, k_s), (q_t, k_t)))  # (heads, S, S)
+            e_s, e_t = (a.sub_(a.amax(-1, keepdim=True)).exp() for a in (a_s, a_t))
+            z_s, z_t = e_s.sum(-1, keepdim=True), e_t.sum(-1, keepdim=True)
+            p_t = e_t.div_(z_t)
+            loss += p_t.flatten().dot(a_t.sub_(a_s).flatten()) + (z_s / z_t).log().sum()
+            if any(ctx.needs_input_grad):
+                g = e_s.div_(z_s).sub_(p_t)
+                grads.append((g @ k_s, g.mT @ q_s))
+        ctx.save_for_backward(*(torch.cat(g).view_as(qk[0]) / (rows * math.sqrt(H)) for g in zip(*grads, strict=True)))
+        return loss / rows
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return *(grad * g for g in ctx.saved_tensors), None, None

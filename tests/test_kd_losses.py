@@ -288,6 +288,56 @@ def test_more_padding_and_other_padding_content_change_nothing(name):
         assert found.item() == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.parametrize("name", ["attention_kl", "value_relation_kl", "relation_kl"])
+def test_by_blocks_of_heads_loss_and_gradient_are_those_of_the_equation(name, monkeypatch):
+    """6 or 8 heads in blocks of 4 at most; at this size attention_kl is else the equation itself."""
+    torch.manual_seed(6)
+    loss, args, expected = cases(False)[name]
+    student, teacher = student_and_teacher(name, args)
+    inputs = [a.requires_grad_() for a in args[student]]
+    plain = loss(*args)
+    gradients = torch.autograd.grad(3 * plain, inputs)
+    monkeypatch.setattr(kd.AttentionKL, "at_once", 4 * S ** 2 // torch.get_num_threads())
+    for a in args[teacher]:
+        a.requires_grad_()
+    found = loss(*args)
+    assert found.grad_fn.name() == "AttentionKLBackward" != plain.grad_fn.name()
+    assert found.item() == pytest.approx(expected, rel=1e-9)
+    (3 * found).backward()
+    for a, gradient in zip(inputs, gradients, strict=True):
+        torch.testing.assert_close(a.grad, gradient, rtol=1e-9, atol=1e-12)
+    assert all(a.grad is None for a in args[teacher])
+    rest = [a.detach() if isinstance(a, torch.Tensor) else a for a in args[student.stop:]]
+    assert torch.autograd.gradcheck(lambda *xs: loss(*xs, *rest), inputs)
+    with torch.no_grad():
+        assert loss(*args).item() == found.item()
+
+
+def test_by_blocks_where_it_pays_and_in_fp32_whatever_comes_in(monkeypatch):
+    """From 2^18 scores on, on a CPU, without padding or a compiler; bf16 under autocast as exactly as fp32."""
+    torch.manual_seed(6)
+    x_s, x_t = (torch.randn(2, 128, 64, dtype=torch.bfloat16) for _ in range(2))            # 2 * 8 * 128^2 = 2^18
+    one = torch.ones(2, 128)
+    x_s.requires_grad_()
+
+    def by_blocks(*args):
+        return kd.relation_kl(*args).grad_fn.name() == "AttentionKLBackward"
+    assert by_blocks(x_s, x_t, 8) and not by_blocks(x_s, x_t, 4) and not by_blocks(x_s[:, 1:], x_t[:, 1:], 8)
+    assert not by_blocks(x_s, x_t, 8, one) and not by_blocks(x_s.to("meta"), x_t.to("meta"), 8)
+    exact = x_s.detach().double().requires_grad_()
+    kd.relation_kl(exact, x_t.double(), 8, one).backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        for dtype, precision in (torch.float32, 1e-5), (torch.bfloat16, 4e-3):              # a bf16 gradient is rounded
+            x = x_s.detach().to(dtype).requires_grad_()
+            loss = kd.relation_kl(x, x_t, 8)
+            loss.backward()
+            assert loss.item() == pytest.approx(kd.relation_kl(exact, x_t.double(), 8, one).item(), rel=1e-5)
+            assert loss.dtype == torch.float32 and x.grad.dtype == dtype
+            assert (x.grad - exact.grad).norm() < precision * exact.grad.norm()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert not by_blocks(x_s, x_t, 8)
+
+
 @pytest.mark.parametrize("padding", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_are_those_of_finite_differences(name, padding):
