@@ -2,7 +2,6 @@
 not recompile, and draws the dropout it says."""
 import dataclasses
 import json
-import sys
 from functools import partial
 
 import pytest
@@ -28,18 +27,23 @@ def test_the_table_holds_every_arm_against_no_kd_and_its_flops(capsys, tmp_path)
     bench.main(dataclasses.replace(TINY, as_released=True, json=str(tmp_path / "bench.json")))
     found = json.loads((tmp_path / "bench.json").read_text())
     rows = {r["arm"]: r for r in found["rows"]}
-    assert list(rows) == ["no_kd", "vanilla_kd", "minilmv2", "vanilla_kd, as released", "minilmv2, as released"]
-    assert rows["no_kd"]["cost"] == rows["no_kd"]["by FLOPs"] == "1.00" and "MFU" not in rows["no_kd"]
+    assert list(rows) == ["no_kd", "vanilla_kd", "vanilla_kd as released", "minilmv2", "minilmv2 as released"]
+    assert rows["no_kd"]["cost"] == rows["no_kd"]["FLOPs"] == "1.00" and "MFU" not in rows["no_kd"]
     assert all(len(seconds) == 3 and min(seconds) > 0 for seconds in found["seconds"].values())
     # minilmv2 stops early by itself, and not as released; the table says what flops_per_block says
-    assert float(rows["minilmv2"]["by FLOPs"]) < float(rows["minilmv2, as released"]["by FLOPs"])
+    assert float(rows["minilmv2"]["FLOPs"]) < float(rows["minilmv2 as released"]["FLOPs"])
     config = TINY.for_machine()
     shapes = config.shape("2L32"), config.shape("3L48")
     ratio = sum(flops_per_block(config.of_arm("vanilla_kd"), *shapes)) / flops_per_block(
         config.of_arm("no_kd"), shapes[0])[0]
-    assert float(rows["vanilla_kd"]["by FLOPs"]) == pytest.approx(ratio, abs=0.005)
-    assert "teacher" in rows["vanilla_kd"] and "teacher" not in rows["no_kd"]
-    assert "| vanilla_kd |" in capsys.readouterr().out
+    assert float(rows["vanilla_kd"]["FLOPs"]) == pytest.approx(ratio, abs=0.005)
+    assert rows["vanilla_kd"]["teacher"] != "0%" == rows["no_kd"]["teacher"]
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines()[1:])) <= 80 and "\nvanilla_kd as released  " in out
+    method, graph = found["said"]
+    costs = [float(rows[name]["cost"]) for name in ("vanilla_kd", "minilmv2")]
+    assert f"a distilled token costs {min(costs):.2f} to {max(costs):.2f} times" in method
+    assert "as released" not in method and "the paper's 1.8" in graph
 
 
 @pytest.mark.slow
@@ -47,7 +51,7 @@ def test_transformers_takes_its_turn(capsys):
     pytest.importorskip("transformers")
     bench.main(dataclasses.replace(TINY, strategies="no_kd", teacher_size="3L32", baseline="transformers"))
     out = capsys.readouterr().out
-    assert "| transformers MLM |" in out and "| transformers TinyBERT |" in out
+    assert "\ntransformers MLM " in out
 
 
 def test_the_baseline_masked_lm_is_the_same_loss():
@@ -64,13 +68,6 @@ def test_the_baseline_masked_lm_is_the_same_loss():
     batch = Blocks(bench.RandomTokens(300), "train", 32, 0).batch(0, 8)
     losses = [arm.forward(*arm.to_device(batch))[0].item() for arm in arms]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
-
-
-@pytest.mark.slow
-def test_teacher_cost_has_a_row_for_each_saving(capsys):
-    bench.main(dataclasses.replace(TINY, teacher_cost=True))
-    out = capsys.readouterr().out
-    assert all(f"| {name} |" in out for name in ("fp32 weights", "compiled", "stops at the last q, k, v"))
 
 
 def test_the_loader_alone(capsys):
@@ -99,11 +96,10 @@ def test_mfu_is_of_known_devices_only(name, peak):
     assert bench.peak_flops(name) == (peak and peak * 1e12)
 
 
-@pytest.mark.parametrize("package, flag", [("transformers", "baseline"), ("matplotlib", "figure")])
-def test_a_missing_package_is_named_before_anything_is_measured(package, flag, monkeypatch):
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(cli.UserError, match=f"pip install {package}"):
-        bench.main(dataclasses.replace(TINY, **{flag: package}))
+def test_a_missing_package_is_named_before_anything_is_measured(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(cli.UserError, match="pip install transformers"):
+        bench.main(dataclasses.replace(TINY, baseline="transformers"))
 
 
 # ------------------------------------------------------------------------------------------------ the step itself
@@ -223,7 +219,7 @@ def test_all_arms_compile_in_one_process(capsys):
     """Ten arms share the code of one forward pass, each with a variant of its own."""
     bench.main(dataclasses.replace(TINY, teacher_size="3L32", strategies=",".join(STRATEGIES), as_released=True,
                                    compile=True))
-    assert capsys.readouterr().out.count("as released |") == 4
+    assert capsys.readouterr().out.count(" as released ") >= 4
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])

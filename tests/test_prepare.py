@@ -343,7 +343,7 @@ def damage(path, raw):
 def zipped(**contents):
     with zipfile.ZipFile(file := io.BytesIO(), "w") as z:
         for name, content in contents.items():
-            z.writestr(name, content)
+            z.writestr(zipfile.ZipInfo(name), content)                  # without today's date: a test's name
     return file.getvalue()
 
 
@@ -354,9 +354,9 @@ WORDS = b"some words, and more of them on a line\n" * 100
     ("a.txt", zipped(mimetype="application/epub+zip", a="<x/>"), "is an Office document or an EPUB"),
     ("a.zip", zipped(**{"a.png": b"\x89PNG", "b.csv": "x"}), "a.zip: no file to read in it"),
     ("a.zip", zipped(**{"in.txt": b"\x80\x04\x95" + WORDS}), r"a.zip:in.txt is a Python pickle"),
-    ("a.tar", [("b.parquet", b"PAR1" + WORDS), ("c.txt", gzip.compress(WORDS))], "a.tar: no file to read in it: what "
+    ("a.tar", [("b.parquet", b"PAR1" + WORDS), ("c.txt", gzip.compress(WORDS, mtime=0))], "a.tar: no file to read in it: what "
      "is packed once more is to be unpacked first"),
-    ("a.zip.gz", gzip.compress(zipped(a="x")), "is a .zip or .parquet inside of something packed or a pipe: give it"),
+    ("a.zip.gz", gzip.compress(zipped(a="x"), mtime=0), "is a .zip or .parquet inside of something packed or a pipe: give it"),
     ("a.gz", b"", r"damaged or not ours \(it does not begin as its name says\)"),
     ("a.doc", b"\xd0\xcf\x11\xe0" + WORDS, "is an Office document, not text"),
     ("a.txt", b"{\\rtf1 " + WORDS, "is an Office document, not text"),

@@ -188,8 +188,8 @@ def test_the_pictures_of_the_docs_are_drawn_from_the_records(tmp_path):
     assert drawn == {p.name for p in figures.DOCS.glob("*.png")} and len(drawn) > 1
 
 
-@pytest.mark.parametrize("record", [p for p in figures.DOCS.glob("records/*.json") if '"yardsticks"' in p.read_text()],
-                         ids=lambda p: p.stem)
+@pytest.mark.parametrize("record", [p for p in sorted(figures.DOCS.glob("records/*.json"))
+                                    if '"yardsticks"' in p.read_text()], ids=lambda p: p.stem)
 def test_every_record_is_merged_and_judged_again(record, tmp_path):
     """Arms and fields of older versions as they stand."""
     _, (results, yardsticks), *_ = merge.merged(compare.Config(merge=str(record), out=str(tmp_path / "out")))
