@@ -354,9 +354,10 @@ WORDS = b"some words, and more of them on a line\n" * 100
     ("a.txt", zipped(mimetype="application/epub+zip", a="<x/>"), "is an Office document or an EPUB"),
     ("a.zip", zipped(**{"a.png": b"\x89PNG", "b.csv": "x"}), "a.zip: no file to read in it"),
     ("a.zip", zipped(**{"in.txt": b"\x80\x04\x95" + WORDS}), r"a.zip:in.txt is a Python pickle"),
-    ("a.tar", [("b.parquet", b"PAR1" + WORDS), ("c.txt", gzip.compress(WORDS, mtime=0))], "a.tar: no file to read in it: what "
-     "is packed once more is to be unpacked first"),
-    ("a.zip.gz", gzip.compress(zipped(a="x"), mtime=0), "is a .zip or .parquet inside of something packed or a pipe: give it"),
+    ("a.tar", [("b.parquet", b"PAR1" + WORDS), ("c.txt", gzip.compress(WORDS, mtime=0))],
+     "a.tar: no file to read in it: what is packed once more is to be unpacked first"),
+    ("a.zip.gz", gzip.compress(zipped(a="x"), mtime=0),
+     "is a .zip or .parquet inside of something packed or a pipe: give it"),
     ("a.gz", b"", r"damaged or not ours \(it does not begin as its name says\)"),
     ("a.doc", b"\xd0\xcf\x11\xe0" + WORDS, "is an Office document, not text"),
     ("a.txt", b"{\\rtf1 " + WORDS, "is an Office document, not text"),
