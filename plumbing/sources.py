@@ -53,8 +53,8 @@ EXPANDS = {".gz": 3, ".tgz": 3, ".xz": 4, ".bz2": 4, ".zip": 3, ".parquet": 2}
 TEXT_NAME = re.compile(r"\.(txt|text|(?P<json>jsonl?|ndjson))(\.(gz|xz|bz2))?$", re.I)
 ARCHIVE_NAME = re.compile(r"\.(tar(\.(gz|xz|bz2))?|zip|tgz|parquet)$", re.I)
 JSON = rb'(\xef\xbb\xbf)?\s*(\{\s*"|\[\s*\{)'
-# Found in a directory, lines of objects: a single object, or one over many lines, is somebody's settings
-JSON_LINES = rb'(\xef\xbb\xbf)?\s*\{\s*".*\}\s*\n\s*\{\s*"'
+# Found in a directory, lines of objects: one over many lines is somebody's settings, as is a single one of another name
+JSON_LINES, JSON_SETTINGS = rb'(\xef\xbb\xbf)?\s*\{\s*".*\}\s*\n\s*\{\s*"', rb"(\xef\xbb\xbf)?\s*\{[ \t\r]*\n"
 PACKED = b"|".join((rows.ARCHIVE, *(begins for begins, _ in rows.PACKED)))
 ENDS, CLOSING = (*".!?:…。！？：",), "\"')]}»”’*_`"
 DOC = re.compile(r"<doc id=.*>|</doc>")                                 # WikiExtractor
@@ -127,11 +127,14 @@ def hidden(name):
 def other_than_text(name, start=None):
     """What is found in a directory, or in an archive where it begins so, if it is no text; else None.  What its name
     calls text is some: its faults are errors."""
-    if TEXT_NAME.search(name) or start is None and ARCHIVE_NAME.search(name):
+    called = TEXT_NAME.search(name)
+    if called and not called["json"] or start is None and ARCHIVE_NAME.search(name):
         return None
     if start is None:
         with rows.opening(name) as raw:
             start = rows.unpacked(name, raw)[0].peek()
+    if called:
+        return "JSON over many lines" if re.match(JSON_SETTINGS, start) else None
     if found := rows.no_text(start, name):
         return found[0]
     if re.match(PACKED, start):

@@ -422,7 +422,8 @@ def test_a_directory_is_read_to_its_end_and_says_what_is_left_out(vocab, tmp_pat
     for name, content in (("i.PDF", b"%PDF-1.4"), ("program", b"\x7fELF"), ("j.pyc", bytes(range(200))),
                           ("k.md", "wide".encode("utf-16")), ("l.rst", b"a\rb\r"), ("m.docx", zipped(a="b")),
                           ("n.pkl.gz", gzip.compress(b"\x80\x04 no")), ("o.ipynb", b'{\n "cells": []\n}'),
-                          ("p.rst", "d\xe9j\xe0 vu\n".encode("latin-1") * 10), ("q.svg", b"<svg>")):
+                          ("r.json", b'{ \r\n "a": 1\n}'), ("p.rst", "d\xe9j\xe0 vu\n".encode("latin-1") * 10),
+                          ("q.svg", b"<svg>")):
         (top / name).write_bytes(content)
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere/j.txt").write_text("another document that is linked to")
@@ -438,7 +439,7 @@ def test_a_directory_is_read_to_its_end_and_says_what_is_left_out(vocab, tmp_pat
         ".gz (HTML)", "without suffix (a FIFO or a device)", f"{top / 'nowhere'} (No such file or directory)",
         ".pdf (a PDF)", "without suffix (a program)", ".pyc (no UTF-8)", ".md (UTF-16)", ".docx (packed)",
         ".rst (text whose lines end in CR alone)", ".gz (a Python pickle)", ".ipynb (JSON)", ".rst (no UTF-8)",
-        ".svg (HTML or XML)"), 1) | {".csv (a table)": 2}
+        ".svg (HTML or XML)", ".json (JSON over many lines)"), 1) | {".csv (a table)": 2}
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("left out: ")]
     assert len(said) == 1 and "2 .csv (a table), " in said[0] and said[0].endswith(", ...")
 
