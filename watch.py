@@ -79,8 +79,11 @@ class Run:
         if len(budgets) != 1 or not {"batch_size", "seq_len"} <= self.config.keys():
             raise UserError(f"{path}/config.json is not that of a run of train.py")
         self.length = in_turn(self.config["seq_len"], int)[-1][1]        # S of the run's end: tokens of a step
-        self.unit, self.total = budgets[0], self.config[f"budget_{budgets[0]}"] + 0
+        self.unit, self.total = budgets[0], self.config[f"budget_{budgets[0]}"]
         self.summary = json_object(path / "summary.json") if (path / "summary.json").exists() else {}
+        numbers = [self.summary.get(k, 1) for k in ("tokens_per_second", "student_flops", "teacher_flops", "steps")]
+        if not all(map(math.isfinite, [*numbers, self.total, self.length, self.config["batch_size"]])):
+            raise ValueError("a number that is not finite")
         self.records = read_log(path / "log.jsonl")
         self.latest = {k: v for record in self.records for k, v in record.items()}
         terms = [k for k, v in self.latest.items() if k not in NOT_A_TERM and isinstance(v, int | float)]

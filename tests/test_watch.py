@@ -155,6 +155,8 @@ def test_follow_redraws_until_ctrl_c(made, monkeypatch):
     (lambda p: (p / "config.json").write_text('{"model_type": "bert"}'), "is a model directory"),
     (lambda p: (p / "config.json").write_text("{}"), "not that of a run"),
     (lambda p: (p / "config.json").write_text('{"budget_steps": "x", "batch_size": 8, "seq_len": 8}'), "damaged"),
+    (lambda p: (p / "summary.json").write_text('{"tokens_per_second": NaN}'), "run is damaged or not ours .V"),
+    (lambda p: (p / "summary.json").write_text('{"tokens_per_second": []}'), "run is damaged or not ours .T"),
     (lambda p: (p / "summary.json").write_text("[" * 10 ** 5), "summary.json is damaged or not ours .RecursionError")])
 def test_bad_input_is_one_clear_line(made, change, message):
     path = made()
