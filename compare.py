@@ -121,7 +121,7 @@ class Config(train.Recipe):
         micro = before or fitting_micro_batch(choose_device(self.device), self.batch_size)
         return dataclasses.replace(self, micro_batch=micro)
 
-    def finetuning(self, model, out, seed=0):
+    def finetuning(self, model="a model", out="a directory", seed=0):
         """The finetune_glue.Config for one model: fresh fine-tuning seeds for each pretraining seed."""
         return finetune_glue.Config(
             model=str(model), glue_dir=self.glue_dir, tasks=self.tasks, columns=self.columns,
@@ -540,7 +540,7 @@ def result_of(plan, each, summary):
 def recipe(config):
     """[a line on fine-tuning], where it is not the paper's grid or a part of it."""
     ours = finetune_glue.Config
-    if (set(finetune_glue.grid(config.finetuning("", ""))) <= set(finetune_glue.grid(ours("")))
+    if (set(finetune_glue.grid(config.finetuning())) <= set(finetune_glue.grid(ours("a model")))
             and (config.finetune_epochs, config.max_len) == (ours.epochs, ours.max_len)):
         return []
     return [f"Fine-tuning is outside the paper's grid (batch {ours.batch_sizes}, lr {ours.peak_lrs}, "

@@ -51,7 +51,7 @@ def finetuning_seconds(plan, directory, texts):
     """Seconds of fine-tuning one student on every task with every trial, by trying a few batches of each
     task with random weights."""
     config, tokenizer, device = plan.config, directory.read_tokenizer(), choose_device(plan.config.device)
-    points = finetune_glue.grid(config.finetuning("", ""))
+    points = finetune_glue.grid(config.finetuning())
     batch, trials = points[0][0], config.finetune_seeds + (len(points) if len(points) > 1 else 0)
     model, seconds = BertForSequenceClassification(student_shape(plan.runs[0], directory), 2).to(device), 0.0
     for parts in texts.values():
