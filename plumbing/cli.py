@@ -43,6 +43,8 @@ Fraction = Annotated[float, "(0, 1)"]
 Seed = Annotated[int, "[0, 1e18]"]
 Length = Annotated[int, "[4, 65536]"]           # of a block: [CLS], [SEP] and two ids, of which one is masked
 Lengths = Annotated[str, "in turn", int, "[4, 65536]"]
+# The signals that ask a process to end: a hang-up not under nohup, nor on Windows
+ENDING = [s for s in (signal.SIGTERM, getattr(signal, "SIGHUP", None)) if s and signal.getsignal(s) != signal.SIG_IGN]
 GONE = {                                        # (script, flag): what to do in its place
     ("compare.py", "--shard"): "processes with the same --out share the runs, and --jobs N starts several",
     ("finetune_glue.py", "--shard"): "processes with the same --out share the trials"}
@@ -234,7 +236,8 @@ def run(main, cls, doc):
     """main(config) as a program."""
     sys.stdout.reconfigure(line_buffering=True, errors="replace")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for number in ENDING:
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         main(parse(cls, doc))
     except UserError as e:
