@@ -58,10 +58,9 @@ from plumbing.cli import (
     in_turn,
     numbers,
     run,
-    writable,
 )
 from plumbing.device import choose_device
-from plumbing.files import read_json, share_runs, write_json, write_whole
+from plumbing.files import claim, read_json, share_runs, write_json, write_whole
 from plumbing.rundir import contents
 from step import check_teacher, fitting_micro_batch, initial_student, start_from, student_shape
 from strategies import PHASED, STRATEGIES
@@ -276,6 +275,8 @@ def check_inputs(plan):
     for unique, static in plan.settings:
         Blocks(directory, "train", plan.runs[0].length, 0, unique, static)       # refuses more than there are
     train.validation_blocks(directory, plan.runs[0].length)
+    for each in plan.all:
+        claim(each.out, "run", dry_run=True)
     return directory, texts
 
 
@@ -306,6 +307,7 @@ def within(config):
     plan = Plan(config.for_machine())
     each = timing.hours_each(plan, hours, *check_inputs(plan))
     if not config.dry_run:
+        claim(config.out, "compare")
         write_json(file, dict(total_hours=hours, budget_hours=each))
     return dataclasses.replace(config, budget_hours=each)
 
@@ -334,7 +336,8 @@ def describe(plan, seconds, finetune_seconds, texts):
 
 def same_inputs(plan, directory, texts):
     """Notes in OUT/inputs.json what the runs are made from; refuses to mix them with others."""
-    varies = ("strategy", "init", "as_released", "peak_lr", "seed", "unique_tokens", "static_masks", "out")
+    varies = ("strategy", "init", "as_released", "peak_lr", "seed", "unique_tokens", "static_masks", "out", "data",
+              *["teacher"] * (plan.teacher is None))                    # of these two the contents count
     now = {flag_of(k): v for k, v in dataclasses.asdict(plan.run("no_kd", plan.budgets[0])).items()
            if k not in varies and not k.startswith("budget")}
     now |= contents(directory, None if plan.teacher else plan.config.teacher)
@@ -358,6 +361,7 @@ def compare(plan):
     describe(plan, seconds, finetune_seconds, texts)
     if config.dry_run:
         return None
+    claim(plan.out, "compare")
     share_runs([plan.out], lambda _: same_inputs(plan, directory, texts))
     compared = {each.out for each in plan.runs}
     progress = Progress({out: s + finetune_seconds * (out in compared) for out, s in seconds.items()}
@@ -392,7 +396,7 @@ def execute(plan, directory, progress):
         with progress.on(each.out, Path(each.out).name):
             summary, speed = timing.timed(plan, directory, each, trained)
             found = scored(plan, f"{each.out}/model", f"{each.out}/glue", progress.say, each.seed)
-            for file in Path(each.out).glob("checkpoint*.pt"):          # the model and the log stay
+            for file in checkpoint.checkpoints(Path(each.out)):         # the model and the log stay
                 file.unlink()
         return dict(result_of(plan, each, summary), **found, speed=speed)
 
@@ -543,9 +547,9 @@ def main(config):
     began = time.monotonic()
     if config.merge:
         config, *found = merged(config)
-        writable(config.out)
+        claim(config.out, "compare")
         return write_report(config, *found)
-    writable(config.out)
+    claim(config.out, "compare", dry_run=True)
     demonstration = config.data is None
     if demonstration:
         config = demonstrated(config)

@@ -53,10 +53,9 @@ from plumbing.cli import (
     UserError,
     numbers,
     run,
-    writable,
 )
 from plumbing.device import choose_device, multiplies_in_bf16
-from plumbing.files import sha256, share, write_json, write_whole
+from plumbing.files import claim, sha256, share, write_json, write_whole
 from plumbing.glue import BINARY, PAPER, TASKS, Task, evaluate, parse_tasks, read_task, rows_of_text
 from step import autocast, decay_groups, moved
 from train import learning_rate
@@ -218,6 +217,8 @@ def fit(setup, file, batch, lr, seed):
     config, name, task, device = setup.config, setup.name, setup.task, setup.device
     (x, y), *dev = setup.parts.values()
     began, pad_id = time.monotonic(), setup.tokenizer.token_to_id("[PAD]")
+    if config.save:
+        checkpoint.room(file.with_suffix(""))                           # now, not when all is trained
     num_labels = 1 if task.labels == () else len(task.labels or ()) or int(y.max()) + 1
     model = checkpoint.load_classifier(setup.path, num_labels, seed, config.dropout).to(device)
     losses = finetune(model, x, y, batch, config.epochs, lr, seed, pad_id, file.stem,
@@ -322,15 +323,15 @@ def opened(config, say):
         raise UserError(f"{path}: config.json has vocab_size {model.vocab_size}, its tokenizer "
                         f"{tokenizer.get_vocab_size()} tokens")
     texts = {name: read_task(name, task, config.glue_dir, say) for name, task in tasks.items()}
-    out = Path(config.out or Path("runs/glue", config.model.strip("/.").replace("/", "_")))
+    out = "runs/glue/" + config.model.strip("/.").replace("/", "_") if config.out is None else config.out
     setup = Setup(config, path, digests, tokenizer, choose_device(config.device), say=say)
-    return setup, tasks, texts, writable(out)
+    return setup, tasks, texts, claim(out, "glue")
 
 
 def score(config, say=print):
     """Fine-tunes and scores on every task; returns what glue.json holds, scores in percent."""
     setup, tasks, texts, out = opened(config, say)
-    (out / "trials").mkdir(parents=True, exist_ok=True)
+    (out / "trials").mkdir(exist_ok=True)
     results = {}
     for name, task in tasks.items():
         parts, truncated = {}, {}
@@ -364,7 +365,6 @@ def probes(config, say=print):
                                     for x, y in parts.values()]).encode())
     settings = dict(model=setup.digests, examples=examples.hexdigest()[:16], max_len=config.max_len,
                     seq_len=config.seq_len, data=directory and directory.manifest["sha256"])
-    out.mkdir(parents=True, exist_ok=True)
     result = finished(out / "probes.json", settings)
     if result:
         return result

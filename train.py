@@ -18,6 +18,7 @@ runs on many GPUs.
 
 Source of the recipe: Bui 2024 (arXiv 2404.19319), section 3 and appendix.
 """
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -34,6 +35,7 @@ import torch
 from data import Blocks, TokenDirectory, prefetch
 from plumbing.artefact import Offline, arm_of, from_cache, refuse
 from plumbing.budget import Budget, Stages, Stopped, one_budget, stop_signals
+from plumbing.checkpoint import checkpoints
 from plumbing.cli import (
     Checked,
     Count,
@@ -45,11 +47,10 @@ from plumbing.cli import (
     UserError,
     in_turn,
     run,
-    writable,
 )
 from plumbing.device import alone, choose_device
 from plumbing.rehearsal import rehearse
-from plumbing.rundir import Run, begun, contents, finished
+from plumbing.rundir import Run, begun, contents, finished, run_directory
 from plumbing.screen import what_next
 from step import Ranks, fitting_micro_batch, make_arm, memory_told
 from strategies import AS_RELEASED, parts, phases_of
@@ -154,7 +155,7 @@ class Config(Checked):
     @property
     def path(self):
         """The run directory."""
-        return Path(self.out or f"runs/{file_name(self.strategy)}")
+        return Path(f"runs/{file_name(self.strategy)}" if self.out is None else self.out or " ")   # claim refuses that
 
     @property
     def phases(self):
@@ -273,10 +274,14 @@ def train(config, now=time.monotonic, say=print, status=None, keep=None):
     The same call goes on where a stopped run's checkpoint is; a finished run is not run again.  `status` gets
     the record of the last step every two seconds, in place of the status line.  `keep`: ids of the blocks to
     train on, in place of --keep's."""
-    run, summary = begin(config, now, say, status, keep)
-    if not run:
-        return summary
-    arm, budget, stages, ranks = run.arm, run.budget, run.stages, run.arm.ranks
+    with contextlib.ExitStack() as held:                        # the run directory
+        run, summary = begin(config, now, say, status, keep, held)
+        return trained(run) if run else summary
+
+
+def trained(run):
+    """The loop, from the run's step to the end of its budget; returns the summary."""
+    config, arm, budget, stages, ranks = run.config, run.arm, run.budget, run.stages, run.arm.ranks
     blocks, batches = stream(run, arm.phase)
     budget.start()
     stages.mark(None)
@@ -296,7 +301,7 @@ def train(config, now=time.monotonic, say=print, status=None, keep=None):
             stages.read()
             if stop:
                 raise Stopped
-            refuse_non_finite(budget.steps, values)
+            refuse_non_finite(run, values)
             # budget, learning rate, update
             progress = budget.progress
             ramp = arm.strategy.ramp or [config.warmup]
@@ -328,8 +333,9 @@ def agreed(ranks, names, values, budget, signals):
     return values, stop
 
 
-def begin(config, now, say, status, keep):
-    """(the Run at the step where it stopped, None); with nothing to run (None, what train returns)."""
+def begin(config, now, say, status, keep, held):
+    """(the Run at the step where it stopped, None); with nothing to run (None, what train returns).  `held`: the
+    stack on which rank 0 holds the run directory."""
     began = now()
     config.check()
     out, directory = config.path, TokenDirectory(config.data)
@@ -342,7 +348,8 @@ def begin(config, now, say, status, keep):
         return None, summary
     unit, total = config.budget
     with alone(choose_device(config.device), unit):      # refused now, not after minutes of compilation
-        writable(out)
+        if Ranks().rank == 0:
+            held.enter_context(run_directory(config))
     arm = make_arm(config, directory)
     directory.verify()
     offline.verify()
@@ -364,7 +371,7 @@ def begin(config, now, say, status, keep):
 def main(config, **options):
     summary = train(config, **options)
     if summary and Ranks().rank == 0:
-        print(what_next(config.out or f"runs/{config.strategy}", "d_order" in summary))
+        print(what_next(config.path, "d_order" in summary))
     if Ranks().size > 1:
         # torch 2.13: gloo's threads sometimes abort a process while Python shuts down, after all is written
         sys.stdout.flush()
@@ -389,11 +396,12 @@ class NotFinite(UserError):
     """A loss or a gradient is infinite or not a number."""
 
 
-def refuse_non_finite(step, values):
+def refuse_non_finite(run, values):
     bad = [name for name, value in values.items() if not math.isfinite(value)]
     if bad:
-        raise NotFinite(f"step {step}: {' and '.join(bad)} not finite: stopped before the update; the last "
-                        f"checkpoint is good; try a smaller --peak-lr, --clip 1 or --no-bf16")
+        left = "the last checkpoint is good" if checkpoints(run.out) else "there is no checkpoint yet"
+        raise NotFinite(f"step {run.budget.steps}: {' and '.join(bad)} not finite: stopped before the update; "
+                        f"{left}; try a smaller --peak-lr, --clip 1 or --no-bf16")
 
 
 def validation_blocks(directory, seq_len, say=lambda line: None):
