@@ -55,10 +55,9 @@ from plumbing.cli import (
     flag_of,
     numbers,
     run,
-    writable,
 )
 from plumbing.device import choose_device, fitting_micro_batch
-from plumbing.files import parsing, read_json, records, share_runs, write_json, write_whole
+from plumbing.files import claim, parsing, read_json, records, share_runs, write_json, write_whole
 from plumbing.rundir import contents
 from plumbing.student import initial_student, start_from, student_shape
 from plumbing.validation import validation_blocks
@@ -269,6 +268,8 @@ def check_inputs(plan):
     for unique, static in plan.settings:
         Blocks(directory, "train", plan.runs[0].length, 0, unique, static)       # refuses more than there are
     validation_blocks(directory, plan.runs[0].length)
+    for each in plan.all:
+        claim(each.out, "run", dry_run=True)
     return directory, texts
 
 
@@ -299,6 +300,7 @@ def within(config):
     plan = Plan(config.for_machine())
     each = timing.hours_each(plan, hours, *check_inputs(plan))
     if not config.dry_run:
+        claim(config.out, "compare")
         write_json(file, dict(total_hours=hours, budget_hours=each))
     return dataclasses.replace(config, budget_hours=each)
 
@@ -335,7 +337,7 @@ def describe(plan, seconds, finetune_seconds, texts):
 def same_inputs(plan, directory, texts):
     """Notes in OUT/inputs.json what the runs are made from; refuses to mix them with others."""
     now = {flag_of(k): v for k, v in plan.run("no_kd", plan.budgets[0]).record.items()
-           if k in (*SHARED, "teacher")}
+           if k in (*SHARED, "teacher") and k not in ("data", *["teacher"] * (plan.teacher is None))}   # contents count
     now |= contents(directory, None if plan.teacher else plan.config.teacher)
     now |= {f"task {name}": hashlib.sha256(json.dumps(
         [(part, x, np.asarray(y).tolist()) for part, (x, y) in parts.items()]).encode()).hexdigest()
@@ -357,6 +359,7 @@ def compare(plan):
     describe(plan, seconds, finetune_seconds, texts)
     if config.dry_run:
         return None
+    claim(plan.out, "compare")
     share_runs([plan.out], lambda _: same_inputs(plan, directory, texts))
     compared = {each.out for each in plan.runs}
     progress = Progress({out: s + finetune_seconds * (out in compared) for out, s in seconds.items()}
@@ -391,7 +394,7 @@ def execute(plan, directory, progress):
         with progress.on(each.out, Path(each.out).name):
             summary, speed = timing.timed(plan, directory, each, trained)
             found = scored(plan, f"{each.out}/model", f"{each.out}/glue", progress.say, each.seed)
-            for file in Path(each.out).glob("checkpoint*.pt"):          # the model and the log stay
+            for file in checkpoint.checkpoints(Path(each.out)):         # the model and the log stay
                 file.unlink()
         return dict(result_of(plan, each, summary), **found, speed=speed)
 
@@ -598,9 +601,9 @@ def main(config):
     if config.merge:
         with parsing(f"--merge {config.merge}"):
             config, found, labels, teacher_flops = merged(config)
-        writable(config.out)
+        claim(config.out, "compare")
         return write_report(config, *found, labels=labels, teacher_flops=teacher_flops)
-    writable(config.out)
+    claim(config.out, "compare", dry_run=True)
     demonstration = config.data is None
     if demonstration:
         config = demonstrated(config)

@@ -32,6 +32,7 @@ from plumbing.files import parsing
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 FILES = ("train.bin", "val.bin", "tokenizer.json")
 COUNTS = ("vocab_size", "train_tokens", "val_tokens", "unknown")
+VERIFIED = set()            # (file, sha256, bytes, time of its last change) in this process
 SCAN = 2 ** 22              # ids looked at in one go, so that describing a large file takes no memory
 
 
@@ -109,7 +110,12 @@ class TokenDirectory:
         return (ids[at:at + SCAN] for at in range(0, len(ids), SCAN))
 
     def verify(self):
-        """Compares every file with its sha256 in the manifest, every id with the size of the vocabulary."""
+        """Compares every file with its sha256 in the manifest, every id with the size of the vocabulary: once in a
+        process, as long as no file's size or time of change is another."""
+        files = [(self.path.absolute() / name, expected) for name, expected in self.manifest["sha256"].items()]
+        state = {(file, expected, file.stat().st_size, file.stat().st_mtime_ns) for file, expected in files}
+        if state <= VERIFIED:
+            return
         for name in FILES:
             expected = shown(self.manifest["sha256"][name])
             with open(self.path / name, "rb") as f:
@@ -122,6 +128,7 @@ class TokenDirectory:
             if largest >= len(self.vocab):
                 raise UserError(f"{self.path / name}.bin: id {largest} in it, the vocabulary ends at "
                                 f"{len(self.vocab) - 1}: run prepare.py again")
+        VERIFIED.update(state)
 
 
 def masked_positions(seq_len):

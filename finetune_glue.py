@@ -43,9 +43,9 @@ from tqdm import tqdm
 from comparison import ngrams
 from data import TokenDirectory, hashed
 from plumbing import checkpoint, probe
-from plumbing.cli import Checked, Length, Positives, Seed, Share, Times, UserError, numbers, run, writable
+from plumbing.cli import Checked, Length, Positives, Seed, Share, Times, UserError, numbers, run
 from plumbing.device import choose_device, multiplies_in_bf16
-from plumbing.files import parsing, sha256, share, write_json, write_whole
+from plumbing.files import claim, parsing, sha256, share, write_json, write_whole
 from plumbing.glue import BINARY, PAPER, TASKS, Task, evaluate, parse_tasks, read_task, rows_of_text
 from step import autocast, decay_groups, to_device
 from train import learning_rate
@@ -220,6 +220,8 @@ def fit(setup, file, batch, lr, seed):
     of = drawn(len(y), config.labels, seed)
     x, y_drawn = [x[i] for i in of], y[of]
     began, pad_id = time.monotonic(), setup.tokenizer.token_to_id("[PAD]")
+    if config.save:
+        checkpoint.room(file.with_suffix(""))                           # now, not when all is trained
     num_labels = 1 if task.labels == () else len(task.labels or ()) or int(y.max()) + 1
     model = checkpoint.load_classifier(setup.path, num_labels, seed, config.dropout).to(device)
     losses = finetune(model, x, y_drawn, batch, config.epochs, lr, seed, pad_id, file.stem,
@@ -332,15 +334,15 @@ def opened(config, say):
     if config.max_len > model.max_position_embeddings:
         raise UserError(f"--max-len {config.max_len}: {path} takes 8 to {model.max_position_embeddings}")
     texts = {name: read_task(name, task, config.glue_dir, say) for name, task in tasks.items()}
-    out = Path(config.out or Path("runs/glue", config.model.strip("/.").replace("/", "_")))
+    out = "runs/glue/" + config.model.strip("/.").replace("/", "_") if config.out is None else config.out
     setup = Setup(config, path, digests, tokenizer, choose_device(config.device), say=say)
-    return setup, tasks, texts, writable(out)
+    return setup, tasks, texts, claim(out, "glue")
 
 
 def score(config, say=print):
     """Fine-tunes and scores on every task; returns what glue.json holds, scores in percent."""
     setup, tasks, texts, out = opened(config, say)
-    (out / "trials").mkdir(parents=True, exist_ok=True)
+    (out / "trials").mkdir(exist_ok=True)
     results = {}
     for name, task in tasks.items():
         parts, truncated = {}, {}
@@ -374,7 +376,6 @@ def probes(config, say=print):
                                     for x, y in parts.values()]).encode())
     settings = dict(model=setup.digests, examples=examples.hexdigest()[:16], max_len=config.max_len,
                     seq_len=config.seq_len, data=directory and directory.manifest["sha256"])
-    out.mkdir(parents=True, exist_ok=True)
     result = finished(out / "probes.json", settings)
     if result:
         return result

@@ -33,7 +33,6 @@ import time
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
@@ -41,7 +40,7 @@ from tokenizers import normalizers
 from tqdm import tqdm
 
 from plumbing.cli import Checked, Count, Fraction, UserError, run
-from plumbing.files import lock, sha256
+from plumbing.files import claim, hold, sha256
 from plumbing.sources import Piece, check_space, find_files, listed, read_documents, required_packages
 from plumbing.tokenizer import fingerprint, load_tokenizer, train_vocabulary
 
@@ -163,36 +162,19 @@ def prepare(config, documents=None):
         raise UserError("give either --vocab (an existing vocabulary) or --vocab-size (train one)")
     if config.document_per == "file" and config.rows_per_document > 1:
         raise UserError("--document-per file joins all rows of a file: leave out --rows-per-document")
-    out, files, left_out = Path(config.out), [], Counter()
+    out, files, left_out = claim(config.out, "tokens", dry_run=True), [], Counter()
     if documents is None:
         files = [file for source in config.sources for file in find_files(source, left_out)]
         if left_out:
             print(listed("left out: ", left_out), file=sys.stderr)
         check_space(files, out)
     try:
-        with locked(out):
+        with hold(out, "tokens"):
             return make(config, documents, out, files, left_out)
     except OSError as e:
         full = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         todo = "make room, or give another --out" if full else "give a directory that can be written as --out"
         raise UserError(f"{out} cannot be written ({e.strerror or e}): {todo}") from None
-
-
-@contextlib.contextmanager
-def locked(out):
-    """Holds the directory, made if it is not there, against another prepare.py."""
-    out.mkdir(parents=True, exist_ok=True)
-    if not os.access(out, os.W_OK):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    try:
-        with lock(out) as ours:
-            if not ours:
-                raise UserError(f"{out}: another prepare.py is writing there: wait for "
-                                f"it, or give another --out")
-            yield
-    finally:
-        with contextlib.suppress(OSError):                            # a failed run leaves no empty directory
-            out.rmdir()
 
 
 def make(config, documents, out, files, left_out):

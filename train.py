@@ -18,6 +18,7 @@ runs on many GPUs.
 
 Source of the recipe: Bui 2024 (arXiv 2404.19319), section 3 and appendix.
 """
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -34,11 +35,11 @@ from data import Blocks, TokenDirectory, prefetch
 from model import BertConfig
 from plumbing.budget import Budget, Stages, Stopped, one_budget, stop_signals
 from plumbing.checks import check_run, refuse_non_finite
-from plumbing.cli import Checked, Count, Lengths, NotNegative, Positive, Seed, Share, UserError, in_turn, run, writable
+from plumbing.cli import Checked, Count, Lengths, NotNegative, Positive, Seed, Share, UserError, in_turn, run
 from plumbing.device import Ranks, alone, choose_device, fitting_micro_batch, halve_micro_batch_until_it_fits
 from plumbing.price import price
 from plumbing.rehearsal import rehearse
-from plumbing.rundir import Run, begun, contents, finished
+from plumbing.rundir import Run, begun, contents, finished, run_directory
 from plumbing.screen import what_next
 from plumbing.validation import validation_blocks
 from step import make_arm
@@ -149,7 +150,7 @@ class Config(Recipe):
     @property
     def path(self):
         """The run directory."""
-        return Path(self.out or f"runs/{file_name(self.strategy)}")
+        return Path(f"runs/{file_name(self.strategy)}" if self.out is None else self.out or " ")   # claim refuses that
 
     @functools.cached_property
     def phases(self):
@@ -220,10 +221,14 @@ def train(config, now=time.monotonic, say=print, status=None):
 
     The same call goes on where a stopped run's checkpoint is; a finished run is not run again.  `status` gets
     the record of the last step every two seconds, in place of the status line."""
-    run, summary = begin(config, now, say, status)
-    if not run:
-        return summary
-    arm, budget, stages, ranks = run.arm, run.budget, run.stages, run.arm.ranks
+    with contextlib.ExitStack() as held:                        # the run directory
+        run, summary = begin(config, now, say, status, held)
+        return trained(run) if run else summary
+
+
+def trained(run):
+    """The loop, from the run's step to the end of its budget; returns the summary."""
+    config, arm, budget, stages, ranks = run.config, run.arm, run.budget, run.stages, run.arm.ranks
     blocks, batches = stream(run, arm.phase)
     budget.start()
     stages.mark(None)
@@ -243,7 +248,7 @@ def train(config, now=time.monotonic, say=print, status=None):
             stages.read()
             if stop:
                 raise Stopped
-            refuse_non_finite(budget.steps, values)
+            refuse_non_finite(run, values)
             # budget, learning rate, update
             progress = budget.progress
             ramp = arm.strategy.ramp or [config.warmup]
@@ -275,8 +280,9 @@ def agreed(ranks, names, values, budget, signals):
     return values, stop
 
 
-def begin(config, now, say, status):
-    """(the Run at the step where it stopped, None); with nothing to run (None, what train returns)."""
+def begin(config, now, say, status, held):
+    """(the Run at the step where it stopped, None); with nothing to run (None, what train returns).  `held`: the
+    stack on which rank 0 holds the run directory."""
     began = now()
     config.check()
     out, directory = config.path, TokenDirectory(config.data)
@@ -287,7 +293,8 @@ def begin(config, now, say, status):
         return None, summary
     unit, total = config.budget
     with alone(choose_device(config.device), unit):      # refused now, not after minutes of compilation
-        writable(out)
+        if Ranks().rank == 0:
+            held.enter_context(run_directory(config))
     arm = make_arm(config, directory)
     directory.verify()
     main_rank = arm.ranks.rank == 0
@@ -308,7 +315,7 @@ def begin(config, now, say, status):
 def main(config, **options):
     summary = train(config, **options)
     if summary and Ranks().rank == 0:
-        print(what_next(config.out or f"runs/{config.strategy}", "d_order" in summary))
+        print(what_next(config.path, "d_order" in summary))
     if Ranks().size > 1:
         # torch 2.13: gloo's threads sometimes abort a process while Python shuts down, after all is written
         sys.stdout.flush()

@@ -1,7 +1,9 @@
 """The demonstration's text, task and sizes: what `python compare.py` runs on where nobody gives it data."""
+import atexit
 import bisect
 import dataclasses
 import os
+import tempfile
 from pathlib import Path
 
 from tqdm import tqdm
@@ -10,7 +12,7 @@ import prepare
 import watch
 from plumbing import sources
 from plumbing.cli import UserError
-from plumbing.files import share_runs, write_whole
+from plumbing.files import claim, share_runs, write_whole
 
 TEACHER = Path(__file__).parents[1] / "teacher"        # how it was made: its README.md
 VAL_FRACTION = 0.1
@@ -54,8 +56,13 @@ def package_task(task, documents):
         write_whole(task / f"{name}.tsv", ("sentence\tlabel\n" + "".join(part)).encode())
 
 
-def written(out):
-    """(token directory, --tasks) of the demonstration, under OUT; what is there stays."""
+def written(out, dry_run=False):
+    """(token directory, --tasks) of the demonstration, under OUT; what is there stays.  A dry run makes nothing
+    there, but what goes with the process."""
+    if dry_run and not Path(out, "data/manifest.json").exists():
+        scratch = tempfile.TemporaryDirectory()
+        atexit.register(scratch.cleanup)
+        out = f"{scratch.name}/compare"
     task, data = Path(out) / "package", Path(out) / "data"
 
     def make(_):
@@ -66,6 +73,7 @@ def written(out):
         package_task(task, documents)
         prepare.prepare(prepare.Config(["docstrings"], str(data), str(TEACHER), val_fraction=VAL_FRACTION),
                         [text for _, text in documents])
+    claim(out, "compare")
     share_runs([out], make)
     return str(data), f"package={task}"
 
@@ -80,7 +88,7 @@ def demonstrated(config):
                         f"--data, has its own sizes; give --data, --teacher and a budget")
     if config.arms is None and config.strategies == type(config).strategies:
         config = dataclasses.replace(config, arms=ARMS)
-    data, tasks = written(config.out)
+    data, tasks = written(config.out, config.dry_run)
     jobs = config.jobs or os.cpu_count() or 1
     return dataclasses.replace(config, **SETTING, jobs=jobs, data=data, tasks=tasks)
 

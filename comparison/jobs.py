@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from plumbing.cli import UserError
+from plumbing.cli import ENDING, UserError
 
 SAY_EVERY = 10.0            # seconds
 
@@ -22,7 +22,8 @@ def worker(do, config, log, threads):
     """do(config) in a process of its own, what it prints in `log`; exits with the status
     that run() would give."""
     sys.stdout = sys.stderr = open(log, "w", 1, encoding="utf-8", errors="replace")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for number in ENDING:
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     torch.set_num_threads(threads)
     try:
         do(config)

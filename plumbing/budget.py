@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from plumbing.cli import UserError
+from plumbing.cli import ENDING, UserError
 
 UNITS = ("hours", "flops", "tokens", "steps")
 
@@ -94,7 +94,7 @@ class Stages:
 
 
 class Stopped(Exception):
-    """SIGTERM or SIGINT came: the run ends with a checkpoint of its last finished step."""
+    """SIGTERM, SIGHUP or SIGINT came: the run ends with a checkpoint of its last finished step."""
 
 
 @contextlib.contextmanager
@@ -106,7 +106,7 @@ def stop_signals():
         yield caught
         return
     before = {s: signal.signal(s, lambda number, frame: caught.append(number))
-              for s in (signal.SIGTERM, signal.SIGINT)}
+              for s in (*ENDING, signal.SIGINT)}
     try:
         yield caught
     finally:

@@ -10,13 +10,13 @@ is not needed.
 A student is written with its LM head (opens with AutoModelForMaskedLM) where its strategy trains one, else as
 an encoder (AutoModel).  Nothing is unpickled beyond tensors (`weights_only=True`).
 """
+import contextlib
 import dataclasses
 import hashlib
 import io
 import json
 import os
 import re
-import shutil
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -42,6 +42,11 @@ POOLER = ("bert.pooler.dense.weight", "bert.pooler.dense.bias")
 PARTS = {"an adapter that was not merged into the weights": r"lora_|base_layer|adapter|modules_to_save",
          "quantised weights": r"\.(SCB|qweight|qzeros|scales?|g_idx|absmax|quant_|_packed|zero_point|weight_scale)",
          "a decoder's cross-attention": "crossattention", "relative positions": "distance_embedding|relative"}
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+# All that save_model writes; SHA256SUMS, which tells a model of ours, is written first and goes last
+MODEL = {*WEIGHTS, "SHA256SUMS", "config.json", "tokenizer.json", "vocab.txt", "tokenizer_config.json",
+         "modules.json", "1_Pooling", "1_Pooling/config.json", "README.md"}
+CHECKPOINTS = ("checkpoint.pt", "checkpoint.new.pt", "checkpoint.before.pt")      # newest first
 
 
 # ---------------------------------------------------------------------------------------------------- reading
@@ -50,6 +55,8 @@ def find_model(name):
     """The model directory `name`: a directory on this disk, or HUB_ID[@REVISION] through
     huggingface_hub's cache."""
     path = Path(name)
+    if not path.exists() and beside(path, "old").exists():              # save_model was killed between two renames
+        path = beside(path, "old")
     try:
         for file in sorted(path.iterdir()) if path.exists() else ():
             if file.is_file():
@@ -320,11 +327,15 @@ def save_run(out, state):
     os.replace(new, out / "checkpoint.pt")
 
 
+def checkpoints(out):
+    """The files of a run's checkpoints, newest first."""
+    return [out / name for name in CHECKPOINTS if (out / name).exists()]
+
+
 def load_run(out, say):
     """The newest good state in `out`, or None where no checkpoint was ever written.
     Damage is never a restart."""
-    files = [out / f"checkpoint.{name}pt" for name in ("", "new.", "before.")]
-    files = [file for file in files if file.exists()]
+    files = checkpoints(out)
     for file in files:
         data = file.read_bytes()
         if hashlib.sha256(data[:-32]).digest() == data[-32:]:
@@ -353,9 +364,11 @@ def save_model(directory, model, tokenizer, head=True, card="", max_len=None, na
 
     `card` is the text of its README.md; `max_len`: how many ids it was fine-tuned on, where its tokenizer is
     to cut.  `names`: of a classifier's labels; `columns`: those that its text stood in.
-    Written beside its place and moved there, so that a directory of that name is always whole."""
-    directory, part = Path(directory), Path(f"{directory}.part")
-    shutil.rmtree(part, ignore_errors=True)
+    Written and synced beside its place, then moved there: whatever happens, a whole one of that name, or the
+    one before beside it (find_model reads that, the next save moves it back)."""
+    directory = Path(directory)
+    room(directory)
+    part = beside(directory, "part")
     (part / "1_Pooling").mkdir(parents=True)
     c = model.config
     kind = type(model).__name__ if head else "BertModel"
@@ -370,13 +383,14 @@ def save_model(directory, model, tokenizer, head=True, card="", max_len=None, na
                      text_columns=list(columns),                     # a pipeline's sigmoid is not for scores:
                      problem_type="regression" if len(names) == 1 else "single_label_classification")
     try:
-        from safetensors.torch import save_file
-        file = part / "model.safetensors"
-        save_file(weights, file, metadata={"format": "pt"})
+        from safetensors.torch import save
+        file, data = part / WEIGHTS[0], save(weights, metadata={"format": "pt"})
     except ImportError:
-        file = part / "pytorch_model.bin"
-        torch.save(weights, file)
-    write(part / "SHA256SUMS", f"{sha256(file)}  {file.name}\n")
+        file, buffer = part / WEIGHTS[1], io.BytesIO()
+        torch.save(weights, buffer)
+        data = buffer.getvalue()
+    write(part / "SHA256SUMS", f"{hashlib.sha256(data).hexdigest()}  {file.name}\n")
+    write_whole(file, data)
     write(part / "config.json", dict(
         model_type="bert", architectures=[kind], **dataclasses.asdict(c), **extra))
     save_tokenizer(part, framed(tokenizer), max_len or c.max_position_embeddings)
@@ -386,18 +400,78 @@ def save_model(directory, model, tokenizer, head=True, card="", max_len=None, na
     write(part / "1_Pooling/config.json", dict(
         word_embedding_dimension=c.hidden_size, pooling_mode_mean_tokens=True))
     write(part / "README.md", card)
-    shutil.rmtree(directory, ignore_errors=True)
+    for folder in (part / "1_Pooling", part):
+        synced(folder)
+    if directory.exists():
+        os.replace(directory, beside(directory, "old"))
     os.replace(part, directory)
+    synced(directory.parent)
+    remove(beside(directory, "old"))
+
+
+def beside(directory, what):
+    """Where a model is while it is written (part), or while the new one takes its place (old)."""
+    return directory.parent / f"{directory.name}.{what}"
+
+
+def room(directory, dry_run=False):
+    """Makes room for save_model: what a killed one has left goes, or back to its place.  Refuses, before
+    anything is lost, what is no model of ours, whole or begun."""
+    part, old = beside(directory, "part"), beside(directory, "old")
+    for place in (directory, part, old):
+        entries(place)
+    if dry_run:
+        return
+    if old.exists() and not directory.exists():
+        os.replace(old, directory)
+    remove(part)
+    remove(old)
+
+
+def entries(directory):
+    """What save_model has written there, SHA256SUMS last; what it has not is refused."""
+    sums = directory / "SHA256SUMS"
+    vouched = re.findall(r"^(\w{64})  (.+)$", sums.read_text(errors="replace"), re.M) if sums.is_file() else []
+
+    def ours(path):
+        name = re.sub(r"\.\d+\.part$", "", path.relative_to(directory).as_posix())
+        return (name in MODEL and not path.is_symlink() and path.is_dir() == (name == "1_Pooling")
+                and (vouched or name in ("1_Pooling", "SHA256SUMS"))
+                and (path.name not in WEIGHTS or (sha256(path), path.name) in vouched))
+    found = sorted(directory.rglob("*"), key=lambda path: (path == sums, -len(path.parts), path))
+    foreign = [path for path in found if not ours(path)]
+    if os.path.lexists(directory) and (directory.is_symlink() or not directory.is_dir()):
+        foreign = [directory]
+    if foreign:
+        raise UserError(f"{shown(foreign[0])} is not ours, and {directory} is where a model is to be saved: "
+                        f"nothing was touched; move it away, or give another --out")
+    return found
+
+
+def remove(directory):
+    """Unlinks a model of ours, by the names that save_model writes."""
+    for path in (*entries(directory), *[directory] * directory.exists()):
+        path.rmdir() if path.is_dir() else path.unlink()
+
+
+def synced(directory):
+    """Puts the names in a directory on the disk, where that can be asked for."""
+    with contextlib.suppress(OSError):
+        handle = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def write(file, value):
     text = value if isinstance(value, str) else json.dumps(value, indent=1) + "\n"
-    file.write_text(text, encoding="utf-8")
+    write_whole(file, text.encode())
 
 
 def save_tokenizer(directory, tokenizer, max_len):
     """tokenizer.json, vocab.txt and what transformers has to be told of them."""
-    tokenizer.save(str(directory / "tokenizer.json"))
+    write(directory / "tokenizer.json", tokenizer.to_str(pretty=True))
     vocab = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     write(directory / "vocab.txt", "".join(f"{token}\n" for token, _ in vocab))
     normalizer = json.loads(tokenizer.to_str())["normalizer"] or {}

@@ -3,6 +3,7 @@ import math
 
 import torch
 
+from plumbing.checkpoint import checkpoints
 from plumbing.cli import UserError, numbers
 from plumbing.device import Ranks
 from strategies import AS_RELEASED, STRATEGIES
@@ -80,8 +81,9 @@ class NotFinite(UserError):
     """A loss or a gradient is infinite or not a number."""
 
 
-def refuse_non_finite(step, values):
+def refuse_non_finite(run, values):
     bad = [name for name, value in values.items() if not math.isfinite(value)]
     if bad:
-        raise NotFinite(f"step {step}: {' and '.join(bad)} not finite: stopped before the update; the last "
-                        f"checkpoint is good; try a smaller --peak-lr, --clip 1 or --no-bf16")
+        left = "the last checkpoint is good" if checkpoints(run.out) else "there is no checkpoint yet"
+        raise NotFinite(f"step {run.budget.steps}: {' and '.join(bad)} not finite: stopped before the update; "
+                        f"{left}; try a smaller --peak-lr, --clip 1 or --no-bf16")

@@ -48,6 +48,8 @@ Length = Annotated[int, "[4, 8192]"]            # of a block: [CLS], [SEP] and t
 Lengths = Annotated[str, "in turn", int, "[4, 8192]"]
 MANY = 64                                       # values in a list
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", re.I)   # no 1_0, no digits but these
+# The signals that ask a process to end: a hang-up not under nohup, nor on Windows
+ENDING = [s for s in (signal.SIGTERM, getattr(signal, "SIGHUP", None)) if s and signal.getsignal(s) != signal.SIG_IGN]
 GONE = {                                        # (script, flag): what to do in its place
     ("compare.py", "--shard"): "processes with the same --out share the runs, and --jobs N starts several",
     ("finetune_glue.py", "--shard"): "processes with the same --out share the trials"}
@@ -266,7 +268,8 @@ def run(main, cls, doc):
             os.set_inheritable(getattr(sys, name).fileno(), True)
     sys.stdout.reconfigure(line_buffering=True, errors="replace")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for number in ENDING:
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         main(parse(cls, doc))
     except UserError as e:

@@ -1,20 +1,33 @@
-"""Files that are whole or not there, and locks that end with their process.
+"""Files that are whole or not there, directories that are ours, and locks that end with their process.
 
-One atomic writer, one lock, one wait loop: for checkpoints, model directories, trials,
+One atomic writer, one claim, one lock, one wait loop: for checkpoints, model directories, trials,
 tables and token directories.
 """
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
 from pathlib import Path
 
-from plumbing.cli import UserError, shown
+from plumbing.cli import UserError, shown, writable
+
+MARK = ".nanokd"            # the file in each directory that we write to; it says of which kind
+# kind: (in words, {its own files: keys of what is in them}); by them one is known that was written before there
+# were marks
+KINDS = {"run": ("a run of train.py", {"config.json": {"strategy"}}),
+         "tokens": ("a token directory", {"manifest.json": {"sha256", "vocab_size"}}),
+         "compare": ("a comparison", {"inputs.json": {"--data"}, "results.json": {"config", "results", "yardsticks"}}),
+         "glue": ("finetune_glue.py's", {"glue.json": {"model", "tasks"}, "probes.json": {"tasks", "settings"},
+                                         "trials/*.json": {"scores", "settings"}})}
+# Names in a directory that is empty all the same: a disk's, a file manager's, of a claim that was killed
+NOTHING = re.compile(rf"lost\+found|\.DS_Store|\.nfs\w+|{re.escape(MARK)}\.\d+\.part")
 
 
 @contextlib.contextmanager
@@ -50,9 +63,9 @@ def records(lines):
                 yield line, record
 
 
-def write_whole(file, data):
+def write_whole(file, data, new=False):
     """Writes bytes under a temporary name, syncs, renames: `file` is the old one or the
-    new one, never a part."""
+    new one, never a part.  `new`: one that is there already stays."""
     part = file.with_name(f"{file.name}.{os.getpid()}.part")
     free = shutil.disk_usage(file.parent).free
     try:
@@ -62,7 +75,12 @@ def write_whole(file, data):
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
-        os.replace(part, file)
+        with contextlib.suppress(OSError):                              # no hard links here: the last one wins
+            if new:
+                os.link(part, file)
+        if not (new and file.exists()):
+            os.replace(part, file)
+        part.unlink(missing_ok=True)
     except OSError as e:
         part.unlink(missing_ok=True)
         raise UserError(f"{file} could not be written ({e.strerror}): {len(data):,} bytes needed, {free:,} "
@@ -77,14 +95,68 @@ def read_json(file):
     """The dict in one of our own files."""
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (FileNotFoundError, TypeError, ValueError, RecursionError):
+    except (FileNotFoundError, IsADirectoryError, TypeError, ValueError, RecursionError):
         raise UserError(f"{file} is missing or damaged, so what {file.parent} holds cannot be told: give "
-                        f"another --out, or remove that directory") from None
+                        f"another --out") from None
 
 
 def sha256(file):
+    """Read once in a process, as long as its size and the time of its last change stay."""
+    return digest(file.absolute(), file.stat().st_size, file.stat().st_mtime_ns)
+
+
+@functools.cache
+def digest(file, size, changed):
     with open(file, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def claim(path, kind, dry_run=False):
+    """The Path of a directory that is ours and of this kind: made and marked, marked before, or known by its
+    own files.  Refused where anything else is.  A dry run makes nothing."""
+    if not str(path).strip():
+        raise UserError("--out is empty: give the name of a directory")
+    path, (what, own) = writable(path), KINDS[kind]
+    mark = path / MARK
+    if path.exists() and not mark.exists():
+        others = sorted(p.name for p in path.iterdir() if not NOTHING.fullmatch(p.name) and not (
+            p.name == "trials" and p.is_dir() and all(f.suffix == ".lock" for f in p.iterdir())))   # none is finished
+        if others and not any(holds(file, keys) for pattern, keys in own.items() for file in path.glob(pattern)):
+            raise UserError(f"--out {path} is neither empty nor {what} ({shown(others[0])} is there): nothing was "
+                            f"touched; give a new directory")
+    if not (dry_run or mark.exists()):
+        path.mkdir(parents=True, exist_ok=True)
+        write_whole(mark, f"{kind}\n".encode(), new=True)
+    there = mark.read_text("utf-8", "replace").strip() if mark.exists() else kind
+    if there != kind:
+        raise UserError(f"--out {path} is {KINDS.get(there, [shown(there)])[0]}, not {what}: give another --out")
+    return path
+
+
+def holds(file, keys):
+    """Whether it is a JSON object with these keys, and no model's config.json."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return isinstance(found, dict) and keys <= found.keys() and "model_type" not in found
+    return False
+
+
+@contextlib.contextmanager
+def hold(path, kind):
+    """Claims a directory, and holds it against other processes.  What was made for nothing goes again."""
+    made = [each for each in (path, *path.parents) if not each.exists()]
+    claim(path, kind)
+    with lock(path / MARK) as ours:
+        if not ours:
+            raise UserError(f"--out {path}: another process is writing there: wait for it, or give another --out")
+        try:
+            yield path
+        finally:
+            with contextlib.suppress(OSError):
+                if made and os.listdir(path) == [MARK]:
+                    (path / MARK).unlink()
+                    for each in made:
+                        each.rmdir()
 
 
 @contextlib.contextmanager
@@ -92,7 +164,8 @@ def lock(path):
     """Yields whether the file (made if it is not there) or directory is now ours.  The system unlocks it when
     its process dies.  Where nothing can be locked, one line says so, and it is ours."""
     path = Path(path)
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDONLY | os.O_CREAT, 0o666)
+    # NFS locks a file only where it is open for writing
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
     try:
         try:
             import fcntl

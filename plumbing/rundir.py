@@ -6,6 +6,7 @@ and, at the end, summary.json.
 import contextlib
 import dataclasses
 import json
+import re
 import signal
 import time
 
@@ -14,7 +15,7 @@ import torch
 from plumbing import checkpoint
 from plumbing.budget import Stopped
 from plumbing.cli import UserError, flag_of, numbers
-from plumbing.files import read_json, sha256, write_json
+from plumbing.files import MARK, claim, hold, read_json, sha256, write_json
 from plumbing.price import flops_of, price
 from plumbing.screen import Screen, changes
 from plumbing.validation import d_order, validate
@@ -34,11 +35,26 @@ def contents(directory, teacher=None):
 NOT_THE_RUN = ("out", "dry_run")
 CHECKPOINT_MINUTES = 10.0
 LOG_EVERY = 10              # steps per line of log.jsonl
+FILES = (MARK, "config.json", "log.jsonl", "summary.json", *checkpoint.CHECKPOINTS)
+
+
+@contextlib.contextmanager
+def run_directory(config):
+    """Holds the run directory as long as the run lives.  What is to be written in it at the end is tried now,
+    and what a killed process was writing goes.  A dry run makes nothing, and refuses as much."""
+    out, models = config.path, ["model", *(f"model-{f:g}" for f in numbers(config.fractions))]
+    with contextlib.nullcontext(claim(out, "run", True)) if config.dry_run else hold(out, "run"):
+        for name in models:
+            checkpoint.room(out / name, config.dry_run)
+        for file in out.glob("*.*.part"):
+            if re.sub(r"\.\d+\.part$", "", file.name) in FILES and not config.dry_run:
+                file.unlink()
+        yield
 
 
 def begun(out):
     """The config.json of the run that has begun in `out`; {} if none has."""
-    there = (out / "summary.json").exists() or list(out.glob("checkpoint*.pt"))
+    there = (out / "summary.json").exists() or checkpoint.checkpoints(out)
     return read_json(out / "config.json") if there else {}
 
 
@@ -47,14 +63,19 @@ def finished(record, out, defaults):
     refused.  `defaults`: of what a configuration of an older version does not name."""
     if not (before := begun(out)):
         return None
-    before = defaults | before
+    refuse_another(defaults | before, record, out)
+    return read_json(out / "summary.json") if (out / "summary.json").exists() else None
+
+
+def refuse_another(before, record, out):
+    """Of the data and of a teacher that is read counts what they hold, not where they lie."""
+    moved = [k for k in ("data", "teacher") if f"contents of {k}" in before or f"contents of {k}" not in record]
     differ = [k if k.startswith("contents") else f"{k} ({before.get(k)} there, {v} here)"
-              for k, v in record.items()
-              if before.get(k, v if k.startswith("contents") else None) != v and k not in NOT_THE_RUN]
+              for k, v in record.items() if k not in (*NOT_THE_RUN, *moved)
+              and before.get(k, v if k.startswith("contents") else None) != v]
     if differ:
         raise UserError(f"{out} holds a run of another configuration: "
                         f"{', '.join(differ)}: give another --out")
-    return read_json(out / "summary.json") if (out / "summary.json").exists() else None
 
 
 class Run:
@@ -70,8 +91,9 @@ class Run:
 
     def resume_or_start(self, record):
         state = checkpoint.load_run(self.out, self.say)
-        arm, budget = self.arm, self.budget
+        arm, budget, self.record = self.arm, self.budget, record
         if state:
+            refuse_another(record | state.get("config", {}), record, self.out)
             budget.ended, self.vals = state.get("ended", []), state.get("vals", [])     # none in older ones
             if budget.ended:
                 arm.enter(len(budget.ended))
@@ -84,8 +106,8 @@ class Run:
             budget.uncharged, self.stages.seconds = state["uncharged"], state["charged"]
             self.validations, self.teacher_mlm = state["validations"], state["teacher_mlm"]
             self.say(f"{self.out}: going on after step {budget.steps}")
+        self.passed = budget.progress                                   # beyond which --fractions are due
         if self.writes:
-            self.out.mkdir(parents=True, exist_ok=True)
             write_json(self.out / "config.json", record)
             checkpoint.cut_log(self.out / "log.jsonl", budget.steps)
             self.log = (self.out / "log.jsonl").open("a", buffering=1, encoding="utf-8")
@@ -137,9 +159,10 @@ class Run:
                 self.write(record | self.measured(val))
         with self.budget.pause("checkpoints"):
             for fraction in numbers(self.config.fractions):
-                if self.budget.progress >= fraction and not (self.out / f"model-{fraction:g}").exists():
+                if self.passed < fraction <= self.budget.progress:
                     self.save_model(f"model-{fraction:g}",
                                     f"{fraction:g} of the budget of `{self.config.label}`.\n")
+            self.passed = self.budget.progress
             if time.monotonic() - self.saved >= 60 * CHECKPOINT_MINUTES:
                 self.checkpoint()
 
@@ -170,7 +193,7 @@ class Run:
             return
         arm = self.arm
         checkpoint.save_run(self.out, dict(
-            config=dataclasses.asdict(self.config), steps=self.budget.steps, seconds=self.seconds,
+            config=self.record, steps=self.budget.steps, seconds=self.seconds,
             uncharged=self.budget.uncharged, charged=self.stages.seconds, validations=self.validations,
             teacher_mlm=self.teacher_mlm, student=arm.student.state_dict(), proj=arm.proj.state_dict(),
             optimizer=arm.optimizer.state_dict(), muon=arm.muon and arm.muon.state_dict(),

@@ -1,5 +1,6 @@
 """Any text -> the same bytes twice, nothing lost, nothing read that was not asked for."""
 import bz2
+import errno
 import gzip
 import hashlib
 import io
@@ -13,6 +14,7 @@ import resource
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 import types
 import zipfile
@@ -28,11 +30,13 @@ from conftest import text
 from data import SPECIAL, TokenDirectory
 from plumbing import rows, sources
 from plumbing.cli import UserError
+from plumbing.files import hold
 from plumbing.tokenizer import load_tokenizer, wordpiece
 
 
 def files(directory):
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(directory.iterdir())}
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(directory.iterdir())
+            if p.name != ".nanokd"}
 
 
 def make(out, *sources, vocab=None, vocab_size=None, val_fraction=0.1, **other):
@@ -593,17 +597,17 @@ def test_one_long_document_does_not_make_validation_half_of_the_ids(vocab, tmp_p
 
 def test_a_second_prepare_with_the_same_out_is_refused(raw, vocab, tmp_path, monkeypatch, capsys):
     first = make(tmp_path / "out", raw, vocab=vocab)
-    with prepare.locked(tmp_path / "out"):
+    with hold(tmp_path / "out", "tokens"):
         done = subprocess.run([sys.executable, prepare.__file__, str(raw), "--vocab", str(vocab), "--out",
                                str(tmp_path / "out")], capture_output=True, text=True)
-        assert done.returncode == 2 and done.stderr == (f"error: {tmp_path / 'out'}: another prepare.py is writing "
-                                                        f"there: wait for it, or give another --out\n")
+        assert done.returncode == 2 and done.stderr == (f"error: --out {tmp_path / 'out'}: another process is "
+                                                        f"writing there: wait for it, or give another --out\n")
     assert make(tmp_path / "out", raw, vocab=vocab) == first            # free again
     monkeypatch.setitem(sys.modules, "fcntl", None)                     # as on Windows
     capsys.readouterr()
     assert make(tmp_path / "out", raw, vocab=vocab) == first
     said = [line for line in capsys.readouterr().err.splitlines() if "locked" in line]
-    assert said == [f"{tmp_path / 'out'} cannot be locked here: let no second process work on it"]
+    assert said == [f"{tmp_path / 'out/.nanokd'} cannot be locked here: let no second process work on it"]
 
 
 @pytest.mark.parametrize("changes, expected", [
@@ -623,8 +627,9 @@ def test_a_second_prepare_with_the_same_out_is_refused(raw, vocab, tmp_path, mon
     (dict(rows_per_document=0), "--rows-per-document 0: must be a whole number, at least 1"),
     (dict(document_per="page"), "--document-per page: must be one of blank-line, file"),
     (dict(document_per="file", rows_per_document=2), "--document-per file joins all rows of a file: leave out"),
-    (dict(out="{tmp}/text.txt"), "text.txt cannot be written (File exists): give a directory that can be written as"),
-    (dict(out="{tmp}/text.txt/a"), "cannot be written (Not a directory): give a directory"),
+    (dict(out="{tmp}/text.txt"), "text.txt: no directory to write in: {tmp}/text.txt: Not a directory"),
+    (dict(out="{tmp}/text.txt/a"), "text.txt/a: no directory to write in: {tmp}/text.txt: Not a directory"),
+    (dict(out=""), "--out is empty: give the name of a directory"),
     (dict(sources=["{tmp}/none.txt"]), "none.txt: no such file: give files"),
     (dict(sources=["{tmp}/" + "x" * 300]), "cannot be opened (File name too long)"),
     (dict(sources=["{tmp}/damaged/*.xyz"]), "no file to read in it"),
@@ -640,15 +645,16 @@ def test_wrong_arguments_are_refused_in_one_line(raw, vocab, tmp_path, changes, 
         key: [place(v) for v in value] if isinstance(value, list) else place(value) for key, value in changes.items()}
     with pytest.raises(UserError) as e:
         prepare.prepare(prepare.Config(**given))
-    assert expected in str(e.value) and "\n" not in str(e.value)
+    assert place(expected) in str(e.value) and "\n" not in str(e.value)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_directory_that_cannot_be_written_is_said_before_the_work(raw, vocab, tmp_path, monkeypatch):
+    def refuse(dir):                                    # permissions do not bind the superuser
+        raise PermissionError(errno.EACCES, "Permission denied")
     (tmp_path / "out").mkdir()
-    (tmp_path / "out/keep").write_text("")
-    monkeypatch.setattr(os, "access", lambda path, mode: False)         # permissions do not bind the superuser
-    with pytest.raises(UserError, match=r"out cannot be written \(Permission denied\): give a directory that can be"):
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    with pytest.raises(UserError, match="out: no directory to write in: .*: Permission denied"):
         make(tmp_path / "out", raw, vocab=vocab)
 
 

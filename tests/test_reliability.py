@@ -113,6 +113,32 @@ def test_kill_9_at_random_steps(tiny, tmp_path, strategy):
     assert steps_logged(tmp_path / "died") == list(range(1, 61))
 
 
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments_end_bitwise_like_none(tiny, tmp_path):
+    """F1 at any moment: of start-up, of a step, of a checkpoint, of the model at a fraction and at the end."""
+    common = dict(strategy="tinybert", budget_steps=400, dropout=0.1, fractions="0.25,0.5,0.75", micro_batch=4)
+    train.train(tiny(**common, out=str(tmp_path / "whole")), **QUIET)
+    config, rng, killed, began = tiny(**common, out=str(tmp_path / "died")), random.Random(0), [], 0
+    log = Path(config.out) / "log.jsonl"
+    while not (Path(config.out) / "summary.json").exists():
+        process = subprocess.Popen(**command(config))
+        lines = log.read_text().count("\n") if log.exists() else 0
+        while process.poll() is None and began and (log.read_text().count("\n") if log.exists() else 0) <= lines:
+            time.sleep(0.002)                           # but for the first one, each comes at least one step further
+        began += 1
+        if len(killed) < 20:
+            time.sleep(rng.uniform(0, 0.25) if killed else 3 * rng.random())
+            process.kill()
+            killed.append(steps_logged(config.out)[-1:] if log.exists() else [])
+        process.communicate()
+    assert len(killed) == 20 and final(tmp_path / "died") == final(tmp_path / "whole")
+    assert steps_logged(tmp_path / "died") == list(range(1, 401))
+    assert not list(tmp_path.rglob("*.part")) and not list(tmp_path.rglob("*.old"))
+    for name in ("model", "model-0.25", "model-0.5", "model-0.75"):
+        one, other = (checkpoint.read_weights(tmp_path / run / name) for run in ("whole", "died"))
+        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
 def test_a_write_that_is_cut_anywhere_leaves_a_good_checkpoint(tmp_path, monkeypatch):
     """F2: dies before, between and after each file operation of a save."""
     state = dict(student=dict(w=torch.arange(1000.0)), steps=0)
@@ -161,7 +187,8 @@ def test_kill_9_during_writes_twenty_times(tmp_path):
 
 
 @pytest.mark.parametrize("number, status", [
-    (signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)])
+    (signal.SIGTERM, 143), *(pytest.param(number, 128 + number, marks=pytest.mark.slow)
+                             for number in (signal.SIGINT, signal.SIGHUP))])
 def test_a_signal_in_training_ends_with_a_checkpoint_of_the_last_finished_step(
         tiny, tmp_path, monkeypatch, number, status):
     """F3; and the same command goes on to the end that an undisturbed run has."""
@@ -309,7 +336,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_and_says_what_is_missing(tiny
 
 
 @pytest.mark.parametrize("term", ["embd", "attn", "hidn"])
-def test_a_term_that_is_not_finite_stops_before_the_update_and_is_named(tiny, monkeypatch, term):
+def test_a_term_that_is_not_finite_stops_before_the_update_and_is_named(tiny, tmp_path, monkeypatch, term):
     """F9."""
     config, whole, calls = tiny(strategy="tinybert"), step_module.loss_terms, []
 
@@ -319,11 +346,15 @@ def test_a_term_that_is_not_finite_stops_before_the_update_and_is_named(tiny, mo
         bad = terms[term] * (math.inf if len(calls) == 8 else 1.0)
         return total - terms[term] + bad, terms | {term: bad}
     monkeypatch.setattr(step_module, "loss_terms", spoilt)
-    with pytest.raises(UserError, match=rf"step \d: .*{term}.* not finite: stopped before the update"):
+    with pytest.raises(UserError, match=rf"step \d: .*{term}.* not finite: stopped before the "
+                                        "update; the last checkpoint is good; try a smaller"):
         train.train(config, **QUIET)
     state = checkpoint.load_run(Path(config.out), print)
     assert all(t.isfinite().all() for t in state["student"].values())
     assert state["steps"] == steps_logged(config.out)[-1]
+    del calls[:]
+    with pytest.raises(UserError, match="update; there is no checkpoint yet; try a smaller"):
+        train.train(tiny(strategy="tinybert", out=str(tmp_path / "none")), **QUIET)
 
 
 class Clock:
