@@ -167,10 +167,10 @@ def score(task, parts, draws=(None,)):
     """(scores, predictions (draws, dev examples)) of a task of plumbing.glue, from the training examples of each draw
     (their numbers; None: all)."""
     (x, y), (dev, labels), *_ = parts.values()
-    classes = None if task.labels == () else len(task.labels or ()) or int(y.max()) + 1
+    classes, metric = None if task.labels == () else len(task.labels or ()) or int(y.max()) + 1, task.metrics[0]
     found = []
     for of in draws:
         of = np.arange(len(y)) if of is None else of
-        logits = fit_predict([x[i] for i in of], y[of], dev, classes)
+        logits = fit_predict([x[i] for i in of], y[of], dev, classes, glue.METRICS[metric])
         found.append(logits[:, 0] if classes is None else logits.argmax(-1))
-    return [glue.evaluate(task, p, labels)[0][task.metrics[0]] for p in found], np.stack(found)
+    return [glue.evaluate(task, p, labels)[0][metric] for p in found], np.stack(found)
