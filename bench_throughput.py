@@ -45,7 +45,7 @@ from plumbing.device import (
     multiplies_in_bf16,
     ready_process,
 )
-from plumbing.files import write_json
+from plumbing.files import claim_file, write_json
 from plumbing.price import flops_per_block
 from plumbing.screen import peak_flops
 from step import Arm, autocast
@@ -269,6 +269,8 @@ def in_words(rows):
 
 @halve_micro_batch_until_it_fits
 def main(config):
+    if config.json:
+        claim_file(config.json, "--json")
     blocks = Blocks(RandomTokens(config.vocab_size), "train", config.seq_len, seed=0)
     if config.loader:
         print(f"loader_tokens_per_second: {loader_rate(blocks):,.0f} (one thread, batches of 1024 x "
@@ -291,8 +293,8 @@ def main(config):
         print(textwrap.fill(line, 80))
     if config.json:
         write_json(Path(config.json), dict(
-            config=dataclasses.asdict(config), device=device, torch=torch.__version__, rows=rows, said=said,
-            seconds={e.name: e.seconds for e in entries}))
+            by="nanoKD", config=dataclasses.asdict(config), device=device, torch=torch.__version__, rows=rows,
+            said=said, seconds={e.name: e.seconds for e in entries}))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from comparison.report import MARKERS, curve_look
 from finetune_glue import embedded
 from plumbing.checkpoint import find_model, framed, load_mlm, read_tokenizer
 from plumbing.cli import Checked, UserError, in_turn, run
-from plumbing.files import json_object, parsing, records, write_whole
+from plumbing.files import claim_file, json_object, parsing, records, write_whole
 from plumbing.screen import RECENT, amount, changes, spent
 
 UNITS = {"hours": "charged hours", "flops": "FLOPs", "tokens": "tokens", "steps": "steps"}
@@ -264,7 +264,7 @@ def figure(runs, names, unit, file):
         panel.set(title=name.replace("$", r"\$"), xlabel=UNITS[unit])
         panel.grid(color="0.9")
     fig.legend(*panels.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
-    fig.savefig(file, dpi=120)
+    fig.savefig(file, dpi=120, metadata=dict(Software="nanoKD"))
     plt.close(fig)
 
 
@@ -328,6 +328,8 @@ def watch(config, say=print):
     file = Path(config.out) if config.out else None
     if file and file.suffix not in (".png", ".html"):
         raise UserError(f"--out {config.out}: a name that ends in .html or .png")
+    if file:
+        claim_file(file)
     try:
         while True:
             look(config, file, say)

@@ -12,7 +12,7 @@ from comparison import report, statistics
 from comparison.merge import merged
 from plumbing.cli import Checked, UserError, run, writable
 from plumbing.diagnose import D_ORDER_TURN
-from plumbing.files import read_json
+from plumbing.files import claim_file, read_json
 from plumbing.student import evenly
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -116,6 +116,8 @@ def main(config):
     except ImportError:
         raise UserError("the figures need matplotlib: pip install matplotlib") from None
     out = writable(config.out)
+    for picture in ("arms", "budgets", "switches", "teachers", "layers"):
+        claim_file(out / f"{picture}.png")
     for name, picture in (("fourteen_arms", "arms"), ("budgets", "budgets")):
         of_record(name, out / f"{picture}.png")
     of_switches(plt, out / "switches.png")

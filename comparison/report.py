@@ -442,4 +442,4 @@ def saved(fig, panels, path):
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(color="0.92")
         panel.set_axisbelow(True)
-    fig.savefig(path, dpi=150)
+    fig.savefig(path, dpi=150, metadata=dict(Software="nanoKD"))

@@ -133,6 +133,16 @@ def claim(path, kind, dry_run=False):
     return path
 
 
+def claim_file(path, flag="--out"):
+    """The Path of a file to be written: new, or one of ours, which has nanoKD in its first bytes."""
+    path = Path(path)
+    if path.is_dir() or path.exists() and b"nanoKD" not in path.open("rb").read(4096):
+        raise UserError(f"{flag} {path} is there and was not written by this program: nothing was touched; give "
+                        f"another name")
+    writable(path.parent, flag)
+    return path
+
+
 def holds(file, keys):
     """Whether it is a JSON object with these keys, and no model's config.json."""
     with contextlib.suppress(OSError, ValueError, RecursionError):

@@ -556,3 +556,15 @@ def test_a_disk_that_fills_while_a_model_is_written_is_one_line_and_the_earlier_
     assert tree(tmp_path / "model") == before
     checkpoint.save_model(tmp_path / "model", of_seed(1), tokenizer)
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_single_file_is_overwritten_only_where_it_is_ours(tmp_path):
+    precious, ours = tmp_path / "page.html", tmp_path / "ours.html"
+    precious.write_text("<p>mine</p>")
+    ours.write_text("<!doctype html><title>nanoKD: runs</title>")
+    for path in (ours, tmp_path / "new.html"):
+        assert files.claim_file(path) == path
+    for path in (precious, tmp_path):
+        with pytest.raises(UserError, match="nothing was touched; give another name"):
+            files.claim_file(path)
+    assert precious.read_text() == "<p>mine</p>"
