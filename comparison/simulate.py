@@ -3,8 +3,8 @@
     python -m comparison.simulate                       # the table, in two minutes of one core
     python -m comparison.simulate --tables 4000         # its percentages within 0.7 points, in a quarter of an hour
 
-All arms of a made-up table are equal, so every claim in it is false; the intervals' width does not depend on the
-scores, so what a real lead of 1, 2 or 4 points would have been called is read off the same tables.  The standard
+All arms of a made-up table are equal, the base among them, so every claim in it is false; the intervals' width does
+not depend on the leads, so how often one of 1, 2 or 4 points is told is read off the same tables.  The standard
 deviations are those of docs/records: between pretraining seeds 0.75 points, of one fine-tuning 1.2, of its draw of
 500 labels 1.0; two fine-tunings of each model.
 """

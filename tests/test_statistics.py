@@ -144,7 +144,7 @@ def with_predictions(seed=0, n=(3, 4), size=40):
     rng = np.random.default_rng(seed)
     arms = []
     for a, seeds in enumerate(n):
-        x = 100.0 * (rng.random((seeds, 2, size)) < 0.7)
+        x = 100.0 * (rng.random((seeds, 2, size)) < rng.random(size))     # some examples are hard for this arm
         arms.append(Arm(f"arm{a}", x.mean(2).tolist(), predictions=[x.mean(1)]))
     return arms
 
@@ -164,7 +164,9 @@ def test_the_dev_sets_variance_is_the_pages_and_that_of_a_mean_is_its_tasks():
         assert [dev_variance(*arms) for arms in (one, other)] == pytest.approx(single)
         both = [a._replace(predictions=a.predictions + b.predictions) for a, b in zip(one, other, strict=True)]
         assert dev_variance(*both) == pytest.approx(sum(single) / 4)
-    assert any(single)
+    assert all(single)
+    opposite = Arm("a", [[50], [50]], predictions=[np.array([[0.0, 100.0], [100.0, 0.0]])])
+    assert dev_variance(opposite, opposite) == 0                # not negative: all of it is the seeds'
     one[0].scores[1] = []                                       # this seed collapsed: its examples say nothing
     x, y = (arm.predictions[0].tolist() for arm in one)
     assert dev_variance(*one) == pytest.approx(slow_dev_variance([x[0], x[2]], y))
@@ -188,27 +190,36 @@ def test_an_examples_score_is_its_pseudo_value(name):
 
 # ------------------------------------------------------------------------------------------------- comparisons
 
-def test_a_difference_is_the_pages():
-    """Every number of it, from loops, scipy's t and this integral's Dunnett, checked above."""
-    scipy = pytest.importorskip("scipy.stats")
-    arms = made_up(4, lead=1.5)
+@pytest.mark.parametrize("known", [False, True])
+def test_a_difference_is_the_pages(known):
+    """Every number of it, from loops, scipy's t and the critical values checked above."""
+    scipy, rng = pytest.importorskip("scipy.stats"), np.random.default_rng(8)
+    arms = [arm._replace(scores=[[70 + (x - 70) * (0.2, 1, 2, 0.4)[a] for x in of] for of in arm.scores])
+            for a, arm in enumerate(made_up(4, lead=1.5))]
+    if known:
+        arms = [arm._replace(predictions=[rng.normal(70, 20, 50) + rng.normal(0, 2, (len(arm.scores), 50))])
+                for arm in arms]
     spread, D = slow_variances(arms)
     expected, (q_b, f_b) = [], spread[1]
     mean = [statistics.fmean(statistics.fmean(of) for of in arm.scores) for arm in arms]
     for a in (0, 2, 3):
-        q, f = spread[a]
-        df = min(D, (q + q_b) ** 2 / (q ** 2 / f + q_b ** 2 / f_b))
-        expected.append((mean[a] - mean[1], math.sqrt(q + q_b), df, math.sqrt(q_b / (q + q_b))))
+        (q, f), V = spread[a], 0.0
+        if known:
+            V = slow_dev_variance(arms[a].predictions[0].tolist(), arms[1].predictions[0].tolist())
+        S, error = q + q_b, q + q_b + V
+        df = min(D, S ** 2 / (q ** 2 / f + q_b ** 2 / f_b)) * (error / S) ** 2
+        expected.append((mean[a] - mean[1], math.sqrt(error), df, math.sqrt((q_b + V / 2) / error)))
     d, se, df, loadings = zip(*expected, strict=True)
     c = critical(min(df), within=family(loadings))
+    assert len(set(df)) == 3 and len(set(loadings)) == 3        # the least df is the table's
     found = compare(arms, "arm1")
     assert [of.name for of in found] == ["arm0", "arm2", "arm3"] and {of.base for of in found} == {"arm1"}
     for i, of in enumerate(found):
         assert (of.d, of.se, of.df) == pytest.approx((d[i], se[i], df[i]))
         assert of.half == pytest.approx(scipy.t.ppf(0.975, df[i]) * se[i], rel=1e-4)
-        assert of.wide == pytest.approx(max(c * se[i], of.half), rel=1e-4)
+        assert of.wide == pytest.approx(c * se[i], rel=1e-4)
         assert of.less == pytest.approx(abs(d[i]) + scipy.t.ppf(0.95, df[i]) * se[i], rel=1e-4)
-        assert of.n == (3, 4, 3)[i] and of.scope == "on this dev set only"
+        assert of.n == (3, 4, 3)[i] and of.scope == ("" if known else "on this dev set only")
     assert all(of.wide > of.half for of in found)
 
 
@@ -259,6 +270,7 @@ def test_costs_suggest_a_number_of_fine_tunings():
     (0.1, 0.8, 1.0, 3, "level within 1 point"),
     (0.1, 0.8, 1.0, 2, "not told apart; differs by less than 0.8"),      # 0.78: upwards
     (0.5, 0.8, 1.0, 3, "not told apart; differs by less than 1.2"),
+    (0.5, 0.75, 1.0, 3, "not told apart; differs by less than 1.2"),      # 1.1375: upwards
     (-0.9, 5.0, 7.0, 3, "not told apart; differs by less than 5.2")])
 def test_the_words(d, half, wide, n, expected):
     assert word(Difference("a", "b", d, n, half=half, wide=wide, less=abs(d) + half * 0.85)) == expected
@@ -313,6 +325,10 @@ def test_scores_without_any_spread_prove_nothing():
     noisy = Arm("noisy", [[70, 71], [72, 71], [74, 75]])
     of = compare([constant, other, noisy], "constant")[0]
     assert of.half > 1
+    rng = np.random.default_rng(0)
+    one, two = (arm._replace(predictions=[np.tile(rng.random(30), (3, 1))]) for arm in (constant, other))
+    of, = compare([one, two], "constant")
+    assert of.says == "no interval"                             # nor do the dev examples alone
     rounding = Arm("rounding", [[0.1 + 0.2, 0.3]] * 2 + [[0.3, 0.3]])
     assert compare([constant, rounding], "constant")[0].word == "no interval"
 
@@ -326,6 +342,8 @@ def test_a_score_that_no_seed_changes_has_no_spread_of_its_own():
     assert (66 + of.d - of.half, 66 + of.d + of.half) == pytest.approx((low, high), abs=1e-3)
     assert of.n == 3 and of.word == "ahead, outside the noise"
     assert compare([line, Arm("a", [[70.0]])], "n-grams")[0].word == "no interval"
+    again = line._replace(scores=[[66.0]] * 4)                  # said four times, it is no better known
+    assert compare([again, Arm("a", [[v] for v in y])], "n-grams") == [of]
     # two such, on one dev set: the examples alone (McNemar's question), by the normal distribution
     rng = np.random.default_rng(0)
     right = 100.0 * (rng.random((2, 1, 400)) < [[[0.7]], [[0.8]]])
