@@ -106,7 +106,7 @@ class Config(train.Recipe):
     probe: bool = False                 # what each frozen encoder knows as well, in a table of its own
     # run
     out: str = "runs/compare"     # directory for the runs, table.md, results.json, results.csv and figure.png
-    jobs: Annotated[int, "[1, 128]"] | None = None  # processes over the runs; default: 1, of the demonstration one a core
+    jobs: Annotated[int, "[1, 128]"] | None = None  # processes over the runs; default: 1, the demonstration: one a core
     dry_run: bool = False               # print the plan and its time only
     merge: str | None = None         # instead: earlier comparisons (directories or results.json), one report of all
 

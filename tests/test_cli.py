@@ -316,7 +316,7 @@ def test_closed_streams_change_no_exit_status(corpus, closed, status):
 
 def test_what_is_closed_is_no_files_number(tmp_path):
     """A file that is opened later must not become standard output, here or in a child."""
-    (tmp_path / "program.py").write_text("""import dataclasses, os, sys
+    (tmp_path / "program.py").write_text("""import dataclasses, subprocess, sys
 sys.path.insert(0, sys.argv.pop(1))
 from plumbing import cli
 @dataclasses.dataclass
@@ -325,7 +325,8 @@ class Config(cli.Checked):
 def main(config):
     with open(config.out, "w") as file:
         print("said here")
-        os.system("echo said by a child; echo and complained >&2")
+        child = "import os; [os.open('%s', os.O_WRONLY) for _ in range(3)]; os.write(1, b'there'); os.write(2, b'too')"
+        subprocess.run([sys.executable, "-c", child % config.out], check=True)
         assert file.fileno() > 2
 cli.run(main, Config, "")
 """)
