@@ -348,14 +348,13 @@ def test_a_c_locale_changes_what_is_shown_and_not_what_is_read(corpus, tmp_path)
 
 def test_every_text_file_is_opened_with_an_encoding():
     """Else what a file says depends on the locale."""
-    found, bare, later = 0, [], ("checkpoint.py", "rundir.py", "sources.py")
+    found, bare = 0, []
     for file in (f for folder in (".", "plumbing", "comparison", "exercises") for f in (ROOT / folder).glob("*.py")):
         for call in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             text = ast.unparse(call) if isinstance(call, ast.Call) else ""
             if re.match(r"(open|.*\.open|.*\.(read|write)_text)$", text and ast.unparse(call.func), re.S):
                 found += 1
-                if file.name not in later and not re.search(
-                        r"encoding='utf-8'|\(['\"]utf-8|, '[rwa]b\+?'|^os\.open|^tarfile\.open", text):
+                if not re.search(r"encoding='utf-8'|\(['\"]utf-8|, '[rwa]b\+?'|^os\.open|^tarfile\.open", text):
                     bare.append(f"{file.name}, line {call.lineno}: {text}")
     assert found > 20 and bare == []
 
