@@ -85,7 +85,7 @@ class Config(train.Recipe):
     score_draws: Times = 1              # of miniplm: masks of each block that are scored
     # teacher
     teacher: str | None = None        # model directory, Hub id, or train: pretrain one on the same data first
-    init_layers: Annotated[str, int, "[0, inf)"] | None = None  # of cut and +init; default: first, last, evenly
+    init_layers: Annotated[str, int, "[0, 999]"] | None = None  # of cut and +init; default: first, last, evenly
     teacher_size: str | None = None     # of --teacher train; default: twice the student's layers
     teacher_budget: Annotated[float, "[1e-9, 1e24]"] | None = None  # of --teacher train; default: 4 x the largest
     teacher_flops: Annotated[float, "[1e-9, 1e24]"] | None = None   # that a given teacher took; default: not known
@@ -106,7 +106,7 @@ class Config(train.Recipe):
     probe: bool = False                 # what each frozen encoder knows as well, in a table of its own
     # run
     out: str = "runs/compare"     # directory for the runs, table.md, results.json, results.csv and figure.png
-    jobs: Times | None = None         # processes over the runs; default: 1, in the demonstration one per core
+    jobs: Annotated[int, "[1, 128]"] | None = None  # processes over the runs; default: 1, the demonstration: one a core
     dry_run: bool = False               # print the plan and its time only
     merge: str | None = None         # instead: earlier comparisons (directories or results.json), one report of all
 

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import train
 from data import FILES, Blocks, TokenDirectory, hashed
-from plumbing.cli import Checked, Count, Fraction, Length, UserError, run, writable
+from plumbing.cli import Checked, Count, Fraction, Length, Times, UserError, run, writable
 from plumbing.device import choose_device, hardware, multiplies_in_bf16, ready_process
 from plumbing.diagnose import masked_lm, token_losses
 from plumbing.files import read_json, sha256, share_runs, write_json, write_whole
@@ -49,9 +49,9 @@ class Config(Checked):
     out: str                    # directory of the token directories that are made
     controls: Annotated[str, str, CONTROLS] = ""    # beside kept, such as random,flipped
     alpha: Fraction = 0.5       # part of the pool that is kept
-    draws: Count = 1            # K, masks of each block that are scored
+    draws: Times = 1            # K, masks of each block that are scored
     reference_size: str = "2L256"       # of the model that trains on the held-out units: layers L width
-    reference_epochs: Count = 1  # passes over them
+    reference_epochs: Times = 1  # passes over them
     batch_size: Count = 32      # of the reference's training: blocks per optimizer step
     seq_len: Length = 128       # positions in a block, of the runs too that read what is made
     unique_tokens: Count | None = None  # the first so many ids of the data alone

@@ -10,11 +10,12 @@ deviations are those of docs/records: between pretraining seeds 0.75 points, of 
 """
 import time
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 
 from comparison.statistics import Arm, compare, example_scores
-from plumbing.cli import Checked, Count, Seed, run
+from plumbing.cli import Checked, Seed, run
 from plumbing.glue import METRICS
 
 PRETRAINING, FINE_TUNING, M = 0.75, (1.2 ** 2 + 1.0 ** 2) ** 0.5, 2
@@ -23,7 +24,7 @@ COLLAPSES = 1 / 3               # the chance of a fine-tuning of the collapsed a
 
 @dataclass
 class Config(Checked):
-    tables: Count = 500         # made-up tables of each row
+    tables: Annotated[int, "[1, 1e6]"] = 500   # made-up tables of each row
     tails: bool = False         # Student's t with 3 degrees of freedom in place of the normal distribution
     seed: Seed = 0              # of the random numbers
 

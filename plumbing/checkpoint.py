@@ -431,7 +431,7 @@ def room(directory, dry_run=False):
 def entries(directory):
     """What save_model has written there, SHA256SUMS last; what it has not is refused."""
     sums = directory / "SHA256SUMS"
-    vouched = re.findall(r"^(\w{64})  (.+)$", sums.read_text(errors="replace"), re.M) if sums.is_file() else []
+    vouched = re.findall(r"^(\w{64})  (.+)$", sums.read_text("utf-8", "replace"), re.M) if sums.is_file() else []
 
     def ours(path):
         name = re.sub(r"\.\d+\.part$", "", path.relative_to(directory).as_posix())
