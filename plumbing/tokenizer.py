@@ -16,7 +16,7 @@ ALPHABET = 1000             # characters a trained vocabulary knows, the most fr
 VOCABULARIES = ("tokenizer.json", "vocab.txt")
 BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")
 GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")              # these take tokenizer.json as it is
-CLASSES = ("BertTokenizer", "BertTokenizerFast", "DistilBertTokenizer", "DistilBertTokenizerFast", *GENERIC, None)
+CLASSES = (None, "BertTokenizer", "BertTokenizerFast", "DistilBertTokenizer", "DistilBertTokenizerFast", *GENERIC)
 KINDS = ("BertNormalizer BertPreTokenizer Sequence Lowercase NFC NFD NFKC NFKD Strip StripAccents Whitespace "
          "WhitespaceSplit Punctuation Digits").split()                  # a Replace or Split of another's need not end
 
@@ -87,7 +87,7 @@ def load_tokenizer(name, flag="--vocab "):
             settings = settings | special
         added, ids = added_tokens(settings, legacy)
         for key, token in zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL, strict=True):
-            only(key, content(settings.get(key)), [token, None])
+            only(key, content(settings.get(key)), [None, token])
         change = {ours: settings[theirs] for theirs, ours in (
             ("do_lower_case", "lowercase"), ("strip_accents", "strip_accents"),
             ("tokenize_chinese_chars", "handle_chinese_chars")) if theirs in settings}
