@@ -328,7 +328,7 @@ def load_run(out, say):
     for file in files:
         data = file.read_bytes()
         if hashlib.sha256(data[:-32]).digest() == data[-32:]:
-            with parsing(file):         # a forged pickle with a right checksum
+            with parsing(file, "remove it"):    # a forged pickle with a right checksum
                 return torch.load(io.BytesIO(data[:-32]), map_location="cpu", weights_only=True)
         say(f"warning: {file} is damaged (its sha256 does not match)")
     if files:
