@@ -113,7 +113,7 @@ def read_config(path):
         4 * c.hidden_size + 2 * c.intermediate_size)) + 500 * c.num_hidden_layers       # its names alone take 500
     held = sum(f.stat().st_size for f in weight_files(path))
     if least > held:
-        raise UserError(f"{file} describes a model of {least:,} numbers and more, its weights are {held:,} bytes: "
+        raise UserError(f"{file} describes a model of {shown(f"{least:,}", 40)} numbers and more, its weights are {held:,} bytes: "
                         f"they are cut, quantised, or another model's")
     return c
 
