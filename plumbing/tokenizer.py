@@ -16,7 +16,7 @@ ALPHABET = 1000             # characters a trained vocabulary knows, the most fr
 VOCABULARIES = ("tokenizer.json", "vocab.txt")
 BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")
 GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")              # these take tokenizer.json as it is
-CLASSES = ("BertTokenizer", "BertTokenizerFast", "DistilBertTokenizer", "DistilBertTokenizerFast", *GENERIC, None)
+CLASSES = (None, "BertTokenizer", "BertTokenizerFast", "DistilBertTokenizer", "DistilBertTokenizerFast", *GENERIC)
 KINDS = ("BertNormalizer BertPreTokenizer Sequence Lowercase NFC NFD NFKC NFKD Strip StripAccents Whitespace "
          "WhitespaceSplit Punctuation Digits").split()                  # a Replace or Split of another's need not end
 
@@ -28,8 +28,8 @@ def wordpiece(vocab, lowercase=True, added=(), **normalizer):
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
     if vocab:
-        tokenizer.add_tokens(list(added))
-        tokenizer.add_special_tokens(list(SPECIAL))
+        tokenizer.add_tokens(list(added))                               # which may say more of a special token
+        tokenizer.add_special_tokens([t for t in SPECIAL if t not in (a.content for a in added)])
         tokenizer.post_processor = processors.TemplateProcessing(
             single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1",
             special_tokens=[("[CLS]", vocab["[CLS]"]), ("[SEP]", vocab["[SEP]"])])
@@ -73,6 +73,8 @@ def load_tokenizer(name, flag="--vocab "):
     elif not path.exists():
         path = hub_tokenizer(name)
     settings, special, legacy, model = (json_object(f) if f.is_file() else {} for f in map(path.with_name, BESIDE))
+    if not settings.get("extra_special_tokens"):                        # its older name
+        settings["extra_special_tokens"] = settings.pop("additional_special_tokens", None)
 
     def only(what, found, allowed):
         if found not in allowed:
@@ -87,7 +89,7 @@ def load_tokenizer(name, flag="--vocab "):
             settings = settings | special
         added, ids = added_tokens(settings, legacy)
         for key, token in zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL, strict=True):
-            only(key, content(settings.get(key)), [token, None])
+            only(key, content(settings.get(key)), [None, token])
         change = {ours: settings[theirs] for theirs, ours in (
             ("do_lower_case", "lowercase"), ("strip_accents", "strip_accents"),
             ("tokenize_chinese_chars", "handle_chinese_chars")) if theirs in settings}
@@ -96,7 +98,8 @@ def load_tokenizer(name, flag="--vocab "):
             if kind not in GENERIC and (raw.get("normalizer") or {}).get("type") == "BertNormalizer":
                 raw["normalizer"] |= change
             tokenizer = Tokenizer.from_str(json.dumps(raw))
-            tokenizer.add_tokens(added)
+            there = {token.content for token in tokenizer.get_added_tokens_decoder().values()} - ids.keys()
+            tokenizer.add_tokens([token for token in added if token.content not in there])
         else:
             tokenizer = from_vocab(where, path, added, change)
         vocab, parts = tokenizer.get_vocab(), json.loads(tokenizer.to_str())
@@ -124,18 +127,20 @@ def content(token):
 
 def added_tokens(settings, legacy):
     """([AddedToken], in the order in which transformers adds them; {text: id} of those whose id is said)."""
-    extra = settings.get("additional_special_tokens") or settings.get("extra_special_tokens") or []
-    special = [settings[k] for k in sorted(settings) if k.endswith("_token")]
+    extra = settings.get("extra_special_tokens") or []
+    special = [settings[k] for k in sorted(settings) if k.endswith("_token") and isinstance(settings[k], str | dict)]
     special += extra.values() if isinstance(extra, dict) else extra
-    special = [{**t} if isinstance(t, dict) else dict(content=t) for t in special if isinstance(t, str | dict)]
-    names = [token["content"] for token in special]
+    names = [content(token) for token in special]
+    special += settings.get("additional_special_tokens") or []          # special_tokens_map.json's
+    special = [{**t} if isinstance(t, dict) else dict(content=t, special=True) for t in special]
     known = {int(i): token for i, token in settings.get("added_tokens_decoder", {}).items()}
     known |= {i: dict(content=text, normalized=text not in names) for text, i in legacy.items()}
-    tokens = [known[i] for i in sorted(known)] + special
+    ids = {token["content"]: i for i, token in known.items()}
+    tokens = [known[i] for i in sorted(known)] + [token for token in special if token["content"] not in ids]
     for token in tokens:
         token.pop("__type", None)
         token["special"] = token.get("special", False) or token["content"] in names
-    return [AddedToken(**token) for token in tokens], {token["content"]: i for i, token in known.items()}
+    return [AddedToken(**token) for token in tokens], ids
 
 
 def from_vocab(where, path, added, normalizer):

@@ -227,8 +227,9 @@ def test_the_line_over_all_processes_finds_the_runs_at_the_rate_that_was_chosen(
     assert timing.over_all(plan, estimates, 0.0).startswith("[3/6, ")
     (tmp_path / "out/runs/no_kd-4steps-lr0.002-seed1/glue/glue.json").unlink()
     log = tmp_path / "out/runs/no_kd-4steps-lr0.002-seed1/log.jsonl"
-    log.write_text('{"progress": 0.25}\n')
-    assert timing.over_all(plan, estimates, 0.0).endswith(" no_kd-4steps-lr0.002-seed1 25%")
+    for rest in ("", '{"step": 2, "sec', "[1]\n"):                       # what no record of ours is passed over
+        log.write_text('{"step": 1, "seconds": 1.5, "progress": 0.25}\n' + rest)
+        assert timing.over_all(plan, estimates, 0.0).endswith(" no_kd-4steps-lr0.002-seed1 25%")
 
 
 def test_one_process_of_several_does_not_know_how_far_all_of_them_are():

@@ -96,7 +96,7 @@ REFUSED = [
     (dict(config=dict(model_type="bert", tokenizer_class="KoBertTokenizer")), "tokenizer_class is KoBertTokenizer"),
     (dict(tokenizer_config=dict(tokenizer_class="A\x1b[31m\nB")), r"tokenizer_class is A\\x1b\[31m: only"),
     (dict(tokenizer_config=dict(auto_map=dict(AutoTokenizer=["t.T", None]))), "auto_map is {'Auto.*: only none"),
-    (dict(tokenizer_config=dict(cls_token="<s>")), r"cls_token is <s>: only \[CLS\]"),
+    (dict(tokenizer_config=dict(cls_token="<s>")), r"cls_token is <s>: only none, \[CLS\] works"),
     (dict(special_tokens_map=dict(mask_token=flags("<mask>"))), "mask_token is <mask>"),
     (dict(added_tokens={"[HL]": SIZE + 3}), rf"'\[HL\]' has the id {SIZE} in it, and {SIZE + 3} in the list"),
     (dict(added_tokens={"[HL]": 7}), rf"'\[HL\]' has the id {SIZE} in it, and 7 in the list"),
