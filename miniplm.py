@@ -63,11 +63,15 @@ def miniplm(config, say=print):
     """Makes kept and the controls that are asked for, where they are not there yet; one process at a time."""
     if len(config.data) > 1:
         raise UserError(f"{' '.join(config.data)}: give one token directory")
-    out, source = writable(config.out), TokenDirectory(config.data[0])
+    out, source, device = writable(config.out), TokenDirectory(config.data[0]), choose_device(config.device)
+    # Refused before anything is made: a reference, or a part of the data, that cannot be
+    train.Config(budget_steps=1, size=config.reference_size, batch_size=config.batch_size,
+                 seq_len=config.seq_len).check()
+    Blocks(source, "train", config.seq_len, 0, config.unique_tokens)
     how = ("data", "out", "controls", "device")
     request = {k: v for k, v in dataclasses.asdict(config).items() if k not in how} | dict(
         source=source.manifest["sha256"], teacher=contents(source, config.teacher)["contents of teacher"])
-    share_runs([out], lambda _: make(config, out, source, request, choose_device(config.device), say))
+    share_runs([out], lambda _: make(config, out, source, request, device, say))
 
 
 def make(config, out, source, request, device, say):

@@ -184,6 +184,10 @@ WRONG = [                                       # (command, its line on stderr, 
       for n in ("-1", "99999999999")),
     ("plumbing.diagnose {corpus} --seq-len 60000", "--seq-len 60000: must be a whole number, at least 4 and"),
     ("plumbing.diagnose {corpus} --val-blocks 0", f"--val-blocks 0: must be {COUNT}"),
+    *((f"miniplm.py {{corpus}} --teacher {{teacher}} --out {{tmp}}/out {flag}", line) for flag, line in [
+        ("--reference-size 2L6400000000", "--size: size '2L6400000000' is not LAYERSLWIDTH"),
+        ("--draws 1e9", f"--draws 1e9: must be {TIMES}"), ("--unique-tokens 1e12", "--unique-tokens 1000000000000: "),
+        ("--batch-size 1e9", "--batch-size 1000000000 x --seq-len 128: at most 33,554,432 tokens a step")]),
     ("watch.py {tmp} --x days", "--x days: must be one of hours, flops, tokens, steps"),
     ("data.py", "the following arguments are required: DIRECTORY"),
     *((f"{FINE} --model {{teacher}} --{flag}", f"--{flag}: must be {wanted}") for flag, wanted in [
@@ -249,7 +253,7 @@ def test_a_users_mistake_is_one_line_and_status_2(command, line, corpus, teacher
     monkeypatch.setattr(sys, "argv", [name, *argv])
     monkeypatch.setattr(signal, "signal", lambda *_: None)              # this process keeps its own
     with pytest.raises(SystemExit) as e:
-        cli.run(script.main, script.Config, script.__doc__)
+        cli.run(getattr(script, "main", None) or script.miniplm, script.Config, script.__doc__)
     said = capsys.readouterr().err
     assert e.value.code == 2 and said.startswith("error: " + line.format(**there)) and said.count("\n") == 1, said
     assert not list(work.iterdir()) and sorted(tmp_path.iterdir()) == [file, task, work]
