@@ -358,7 +358,7 @@ def test_every_text_file_is_opened_with_an_encoding():
             text = ast.unparse(call) if isinstance(call, ast.Call) else ""
             if re.match(r"(open|.*\.open|.*\.(read|write)_text)$", text and ast.unparse(call.func), re.S):
                 found += 1
-                if not re.search(r"encoding='utf-8'|\(['\"]utf-8|, '[rwa]b\+?'|^os\.open|^tarfile\.open", text):
+                if not re.search(r"encoding='utf-8'|\('utf-8'|[( ]'[rwa]b\+?'|^os\.open|^tarfile\.open", text):
                     bare.append(f"{file.name}, line {call.lineno}: {text}")
     assert found > 20 and bare == []
 
