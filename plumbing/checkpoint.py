@@ -80,13 +80,9 @@ def find_model(name):
     return path
 
 
-def raw_config(path):
-    return json_object(path / "config.json")
-
-
 def read_config(path):
     """The BertConfig of a model directory: of a BERT, and as large as the files of its weights allow."""
-    file, raw = path / "config.json", raw_config(path)
+    file, raw = path / "config.json", json_object(path / "config.json")
 
     def need(good, name, value, wanted):
         if not good:
@@ -113,8 +109,8 @@ def read_config(path):
         4 * c.hidden_size + 2 * c.intermediate_size)) + 500 * c.num_hidden_layers       # its names alone take 500
     held = sum(f.stat().st_size for f in weight_files(path))
     if least > held:
-        raise UserError(f"{file} describes a model of {least:,} numbers and more, its weights are {held:,} bytes: "
-                        f"they are cut, quantised, or another model's")
+        raise UserError(f"{file} describes a model of {shown(format(least, ','), 40)} numbers and more, its weights "
+                        f"are {held:,} bytes: they are cut, quantised, or another model's")
     return c
 
 
@@ -210,7 +206,7 @@ def fill(model, path, optional=()):
         if not tensor.isfinite().all():
             raise UserError(f"{path}: {name} holds values that are not finite: the file is damaged")
     if "cls.predictions.bias" in own.keys() & weights.keys():
-        tied = raw_config(path).get("tie_word_embeddings") is not False
+        tied = json_object(path / "config.json").get("tie_word_embeddings") is not False
         if not same(weights.get(DECODER, weights[EMBEDDING] if tied else None), weights[EMBEDDING]):
             raise UserError(f"{path}: {DECODER} is not the word embedding: an untied decoder does not work here")
     model.load_state_dict({name: weights[name] for name in own if name in weights}, strict=False)
@@ -257,7 +253,7 @@ class Classifier(NamedTuple):
 
 def read_classifier(path):
     """What --save, or transformers, has written as a BertForSequenceClassification."""
-    config, raw = read_config(path), raw_config(path)
+    config, raw = read_config(path), json_object(path / "config.json")
     if raw.get("architectures") != ["BertForSequenceClassification"]:
         raise UserError(f"{path} is no classifier (its config.json says {shown(raw.get('architectures'), 60)}): "
                         f"fine-tune one with --save, and give the directory beside its trial's scores")
