@@ -336,8 +336,7 @@ def describe(plan, seconds, finetune_seconds, texts):
 
 def same_inputs(plan, directory, texts):
     """Notes in OUT/inputs.json what the runs are made from; refuses to mix them with others."""
-    varies = ("strategy", "init", "as_released", "peak_lr", "seed", "unique_tokens", "static_masks", "out", "data",
-              *["teacher"] * (plan.teacher is None))                    # of these two the contents count
+    varies = ("strategy", "init", "as_released", "peak_lr", "seed", "unique_tokens", "static_masks", "out")
     now = {flag_of(k): v for k, v in dataclasses.asdict(plan.run("no_kd", plan.budgets[0])).items()
            if k not in varies and not k.startswith("budget")}
     now |= contents(directory, None if plan.teacher else plan.config.teacher)
@@ -346,7 +345,8 @@ def same_inputs(plan, directory, texts):
         for name, parts in texts.items()}
     file = plan.out / "inputs.json"
     before = read_json(file) if file.exists() else {}
-    if differ := [k for k, v in now.items() if before.get(k, v) != v]:
+    moved = ("--data", *["--teacher"] * (plan.teacher is None))         # of these the contents count
+    if differ := [k for k, v in now.items() if before.get(k, v) != v and k not in moved]:
         raise UserError(f"{plan.out} holds runs with another {', '.join(differ)}: give another --out")
     write_json(file, before | now)
 
