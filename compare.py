@@ -337,14 +337,15 @@ def describe(plan, seconds, finetune_seconds, texts):
 def same_inputs(plan, directory, texts):
     """Notes in OUT/inputs.json what the runs are made from; refuses to mix them with others."""
     now = {flag_of(k): v for k, v in plan.run("no_kd", plan.budgets[0]).record.items()
-           if k in (*SHARED, "teacher") and k not in ("data", *["teacher"] * (plan.teacher is None))}   # contents count
+           if k in (*SHARED, "teacher")}
     now |= contents(directory, None if plan.teacher else plan.config.teacher)
     now |= {f"task {name}": hashlib.sha256(json.dumps(
         [(part, x, np.asarray(y).tolist()) for part, (x, y) in parts.items()]).encode()).hexdigest()
         for name, parts in texts.items()}
     file = plan.out / "inputs.json"
     before = read_json(file) if file.exists() else {}
-    if differ := [k for k, v in now.items() if before.get(k, v) != v]:
+    moved = ("--data", *["--teacher"] * (plan.teacher is None))         # of these the contents count
+    if differ := [k for k, v in now.items() if before.get(k, v) != v and k not in moved]:
         raise UserError(f"{plan.out} holds runs with another {', '.join(differ)}: give another --out")
     write_json(file, before | now)
 

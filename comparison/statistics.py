@@ -99,7 +99,7 @@ def judged(arms, rivals, base):
     found, known, spread, D = [apart(arm, base) for arm in rivals], [], variances(arms), sum(arm.d for arm in arms)
     for arm, of in zip(rivals, found, strict=True):
         (q_i, f_i), (q_b, f_b) = spread[arm.name], spread[base.name]
-        S, dev = q_i + q_b, 0.0 if of.scope else dev_variance(arm, base)
+        S, dev = q_i + q_b, 0.0 if of.scope or of.n < 2 else dev_variance(arm, base)
         if of.n < 2 or S + dev < 1e-12 or S < 1e-12 and not (arm.fixed and base.fixed):
             continue                    # one seed; or scores without any spread, which is no proof that there is none
         of.df, of.se = math.inf, math.sqrt(S + dev)

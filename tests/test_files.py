@@ -445,6 +445,7 @@ def test_a_comparison_goes_on_where_the_data_and_the_teacher_have_moved(tools, c
     first = (tmp_path / "out/table.md").read_text()
     compare.main(dataclasses.replace(config, data=str(corpus), teacher=str(teacher)))
     assert (tmp_path / "out/table.md").read_text() == first
+    assert json.loads((tmp_path / "out/inputs.json").read_text())["--data"] == str(corpus)
     other = tmp_path / "other"
     prepare.prepare(prepare.Config(["made up"], str(other), str(corpus / "tokenizer.json"), val_fraction=0.1), text(99))
     with pytest.raises(UserError, match="holds runs with another contents of data"):

@@ -457,8 +457,8 @@ def test_arms_of_miniplm_are_no_kd_on_the_directories_of_their_controls(small): 
     plan = compare.Plan(small(arms=",".join(f"miniplm+{rule}" for rule in miniplm.CONTROLS), unique_tokens="all,8000"))
     assert [Path(each.data).name for each in plan.runs] == [*miniplm.CONTROLS] * 2
     assert {each.strategy for each in plan.runs} == {"no_kd"}
-    assert [Path(path).name for path in plan.choices] == ["miniplm", "miniplm-8000ids"]
-    assert all(choice.controls == ",".join(miniplm.CONTROLS) for choice in plan.choices.values())
+    assert [Path(path).name for path in plan.selections] == ["miniplm", "miniplm-8000ids"]
+    assert all(choice.controls == ",".join(miniplm.CONTROLS) for choice in plan.selections.values())
     with pytest.raises(UserError, match="after miniplm one of .random"):
         compare.Plan(small(arms="miniplm+best"))
     with pytest.raises(UserError, match="one control at a time"):
