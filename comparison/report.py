@@ -194,7 +194,7 @@ def probe_table(results, yardsticks):
         where = f"{amount(budget, results[0]['unit'])} on {setting(*kind)}"
         rows += [[where, name, *cells(runs.values())] for name, runs in arms.items()]
         lines += [line for column in columns for line in best_probe(arms, column, where)]
-    rows += [["", y["name"], *cells(y["runs"])] for y in yardsticks if "runs" in y]
+    rows += [["", y["name"], *cells(y["runs"])] for y in yardsticks if any(map(probes_of, y["runs"]))]
     return "\n\n".join([
         "Probes of the frozen encoders, no part of any average above. linear: a regression on the "
         "mean-pooled last hidden state, scored as the task is; similarity: Spearman of the cosine with the "

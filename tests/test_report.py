@@ -197,3 +197,10 @@ def test_every_record_is_merged_and_judged_again(record, tmp_path):
     assert [r["scores"] for r in results] == [r["scores"] for r in of["results"]]
     assert len(yardsticks) == len(of["yardsticks"])
     assert report.verdict(results, yardsticks)[0] and report.score_table(results, yardsticks).count("\n") > 2
+
+
+def test_what_so_many_seeds_can_tell_apart():
+    results = made_up({"no_kd": [60, 61, 62], "minilm": [61, 63, 65]})
+    d, = judge.differences(judge.groups(results)[None, False, 1e12], (), ["sst2", "rte"]).values()
+    assert report.resolution(results, 12) == f"12 seeds tell differences of about {d.wide / 2:.1f} points from noise"
+    assert report.resolution(results, 1) == "" == report.resolution(made_up({"no_kd": [60], "minilm": [61]}), 3)
