@@ -602,8 +602,8 @@ def main(config):
     if config.merge:
         with parsing(f"--merge {config.merge}"):
             config, found, labels, teacher_flops = merged(config)
-        claim(config.out, "compare")
-        return write_report(config, *found, labels=labels, teacher_flops=teacher_flops)
+            claim(config.out, "compare")
+            return write_report(config, *found, labels=labels, teacher_flops=teacher_flops)
     claim(config.out, "compare", dry_run=True)
     demonstration = config.data is None
     if demonstration:

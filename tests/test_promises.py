@@ -126,7 +126,8 @@ def test_the_defaults_are_the_papers_recipe():
     ours = train.Config()
     assert (ours.size, ours.seq_len, ours.batch_size) == ("6L768", 128, 1024)
     assert fitting_micro_batch(torch.device("cpu"), ours.batch_size) == 256
-    assert (ours.warmup, ours.weight_decay, ours.dropout, ours.clip, ours.peak_lr) == (0.06, 0.01, 0.1, 0, None)
+    assert (ours.warmup, ours.weight_decay, ours.dropout, ours.peak_lr) == (0.06, 0.01, 0.1, None)
+    assert [ours.of_recipe(name) for name in ("optimizer", "clip", "init_std")] == ["adamw", 0, 0.02]
     assert (ours.seed, ours.init, ours.tau, ours.static_masks, ours.as_released) == (0, None, None, False, False)
     tuning = finetune_glue.Config("model")
     assert (tuning.batch_sizes, tuning.peak_lrs, tuning.epochs) == ("16,32", "1e-5,3e-5,5e-5,8e-5", 5)
