@@ -21,7 +21,6 @@ import train
 from data import Blocks
 from plumbing import checkpoint, rundir
 from plumbing.cli import UserError
-from step import Arm
 from strategies import STRATEGIES
 
 ROOT = Path(train.__file__).parent
@@ -203,16 +202,16 @@ def test_a_signal_in_training_ends_with_a_checkpoint_of_the_last_finished_step(
 
 
 def test_a_signal_in_validation_leaves_the_last_finished_step(tiny, tmp_path, monkeypatch):
-    whole, calls = Arm.validate, []
+    whole, calls = rundir.validate, []
 
-    def validate(self, blocks, signals=(), model=None):
+    def validate(arm, blocks, signals=(), model=None):
         calls.append(1)
         if len(calls) == 2:                                             # the first after the start's
             os.kill(os.getpid(), signal.SIGTERM)
-        return whole(self, blocks, signals, model)
+        return whole(arm, blocks, signals, model)
     config = tiny(budget_steps=10, val_times=2)
     with monkeypatch.context() as m:
-        m.setattr(Arm, "validate", validate)
+        m.setattr(rundir, "validate", validate)
         with pytest.raises(SystemExit) as e:
             train.train(config, **QUIET)
     assert e.value.code == 143
@@ -353,6 +352,7 @@ def test_a_term_that_is_not_finite_stops_before_the_update_and_is_named(tiny, tm
     assert all(t.isfinite().all() for t in state["student"].values())
     assert state["steps"] == steps_logged(config.out)[-1]
     del calls[:]
+    monkeypatch.setattr(rundir, "CHECKPOINT_MINUTES", 1000.0)
     with pytest.raises(UserError, match="update; there is no checkpoint yet; try a smaller"):
         train.train(tiny(strategy="tinybert", out=str(tmp_path / "none")), **QUIET)
 
