@@ -21,6 +21,7 @@ import prepare
 import train
 from comparison import demonstration
 from conftest import TINY, text
+from data import TokenDirectory
 from model import BertConfig, BertForMaskedLM
 from plumbing import checkpoint, files
 from plumbing.cli import UserError
@@ -274,8 +275,9 @@ def test_links_files_and_names_that_are_empty(tiny, tmp_path, monkeypatch):
         for dry_run in (True, False):
             with pytest.raises(UserError, match="--out is empty: give the name of a directory"):
                 files.claim(empty, "run", dry_run)
-    for config in (tiny(out=""), tiny(out="", dry_run=True)):
+    for other in (dict(), dict(dry_run=True)):
         with pytest.raises(UserError, match="--out is empty"):
+            config = tiny(out="", **other)
             train.train(config, **QUIET)
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
@@ -490,7 +492,7 @@ def of_seed(seed):
 @pytest.mark.parametrize("operations", [("replace", "unlink", "rmdir"), ("mkdir", "fsync")])
 def test_a_save_that_is_cut_anywhere_leaves_a_whole_model(corpus, tmp_path, monkeypatch, operations):
     """F2 for models: dies before each file operation; the old or the new one is found, the next save finds room."""
-    tokenizer = checkpoint.read_tokenizer(corpus)
+    tokenizer = TokenDirectory(corpus).read_tokenizer()
     models = [of_seed(seed) for seed in range(3)]
     words = [m.bert.embeddings.word_embeddings.weight for m in models]
     seen = set()
@@ -531,7 +533,7 @@ def test_all_of_a_model_is_on_the_disk_before_it_takes_its_place(corpus, tmp_pat
         whole["replace"](a, b)
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "replace", replace)
-    checkpoint.save_model(tmp_path / "model", of_seed(0), checkpoint.read_tokenizer(corpus))
+    checkpoint.save_model(tmp_path / "model", of_seed(0), TokenDirectory(corpus).read_tokenizer())
     at = order.index(("model.part", "model"))
     written = {name.replace(f".{os.getpid()}.part", "") for name in order[:at] if isinstance(name, str)}
     assert written == {f"model.part/{name}" for name in tree(tmp_path / "model")} | {
@@ -541,7 +543,7 @@ def test_all_of_a_model_is_on_the_disk_before_it_takes_its_place(corpus, tmp_pat
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "README.md"])
 def test_a_disk_that_fills_while_a_model_is_written_is_one_line_and_the_earlier_one_stays(corpus, tmp_path, monkeypatch,
                                                                                        name):
-    tokenizer, whole = checkpoint.read_tokenizer(corpus), os.fsync
+    tokenizer, whole = TokenDirectory(corpus).read_tokenizer(), os.fsync
     checkpoint.save_model(tmp_path / "model", of_seed(0), tokenizer)
     before = tree(tmp_path / "model")
 
