@@ -272,7 +272,7 @@ def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path, teacher):
     (model / "tokenizer.json").unlink()
     (model / "vocab.txt").unlink(missing_ok=True)
     os.mkfifo(model / "vocab.txt")
-    with pytest.raises(UserError, match="neither tokenizer.json nor vocab.txt is there"):
+    with pytest.raises(UserError, match="neither tokenizer.json nor vocab.txt is in this directory"):
         checkpoint.read_tokenizer(model)
     (model / "config.json").unlink()
     os.mkfifo(model / "config.json")

@@ -96,9 +96,8 @@ def test_a_pipe_sees_no_carriage_return_and_what_order_is_worth(tiny, corpus, tm
     assert not err and "\r" not in said and said.count(" left, ") == 1
     first, last = (line for line in said.splitlines() if line.startswith("at "))
     assert re.fullmatch(r"at 50.0%, step 20: mlm \d.\d+ \(-\d.*\), D_order -?0.\d\d", first)
-    config = SimpleNamespace(model=str(tmp_path / "run/model"), seq_len=32)
     directory = TokenDirectory(corpus)
-    forward = diagnose.masked_lm(config, directory)
+    forward, _ = diagnose.masked_lm(str(tmp_path / "run/model"), directory, 32)
     batch = diagnose.validation(validation_blocks(directory, 32), 8)
     order = diagnose.d_order(forward, batch, directory.special)
     assert summary["d_order"] == pytest.approx(order, abs=1e-4)
