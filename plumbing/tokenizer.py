@@ -70,7 +70,7 @@ def load_tokenizer(name, flag="--vocab "):
         path = next((path / f for f in VOCABULARIES if (path / f).is_file()), None)
         if not path:
             raise UserError(f"{where}: neither tokenizer.json nor vocab.txt is in this directory")
-    elif not path.exists():
+    elif not path.is_file():                                            # a FIFO is not waited for
         path = hub_tokenizer(name)
     settings, special, legacy, model = (json_object(f) if f.is_file() else {} for f in map(path.with_name, BESIDE))
     if not settings.get("extra_special_tokens"):                        # its older name

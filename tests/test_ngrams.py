@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from comparison import ngrams
+from comparison import demonstration, ngrams
 from data import hashed
-from plumbing import demonstration, glue, sources
+from plumbing import glue, sources
 
 ODD = ["", " ", "a", "!?", "A  cat's\tFur; a cat", "naïve ＣＡＴ, ünter\u2028den x_1", "\ud800 lone cat",
        "İstanbul's cats' cat", "the cat sat on the mat", "dogs and cats " * 5]

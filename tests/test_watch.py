@@ -125,7 +125,7 @@ def test_lines_of_a_log_that_are_none_are_passed_over_as_half_lines_are(made):
     log.write_bytes(b"\n".join([*mixed, *STRANGE]) + b"\n")
     found = watch.Run(path)
     assert found.records == expected.records and found.curves == expected.curves and len(expected.records) >= 10
-    plan = SimpleNamespace(all=[SimpleNamespace(out=str(path))], yardsticks=[], tuning={}, lrs=[1])
+    plan = SimpleNamespace(all=[SimpleNamespace(out=str(path))], yardsticks=[], tuning={}, runs=[])
     assert timing.over_all(plan, {str(path): 10.0}, 0.0).endswith(" run 28%")
     cut_log(log, 20)
     kept = [json.loads(line) for line in log.read_bytes().splitlines()]
