@@ -629,7 +629,7 @@ def test_a_second_prepare_with_the_same_out_is_refused(raw, vocab, tmp_path, mon
     (dict(document_per="file", rows_per_document=2), "--document-per file joins all rows of a file: leave out"),
     (dict(out="{tmp}/text.txt"), "text.txt: no directory to write in: {tmp}/text.txt: Not a directory"),
     (dict(out="{tmp}/text.txt/a"), "text.txt/a: no directory to write in: {tmp}/text.txt: Not a directory"),
-    (dict(out=""), "--out is empty: give the name of a directory"),
+    (dict(out=""), "--out is empty: say what belongs there, or leave it out"),
     (dict(sources=["{tmp}/none.txt"]), "none.txt: no such file: give files"),
     (dict(sources=["{tmp}/" + "x" * 300]), "cannot be opened (File name too long)"),
     (dict(sources=["{tmp}/damaged/*.xyz"]), "no file to read in it"),
