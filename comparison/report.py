@@ -71,7 +71,9 @@ def spread(values, digits=1):
 
 
 def signed(d, digits=1):
-    """The difference with its plain 95% interval."""
+    """The difference with its plain 95% interval; "" where one side has no score left."""
+    if math.isnan(d.d):
+        return ""
     within = f" [{d.d - d.half:+.{digits}f}, {d.d + d.half:+.{digits}f}]" if math.isfinite(d.half) else ""
     return f"{d.d:+.{digits}f}" + within
 
@@ -281,7 +283,7 @@ def who_is_ahead(key, arms, yardsticks, tasks):
     against, base = judge.differences(arms, yardsticks, tasks), base_of(arms, yardsticks)
     floors = judge.CONSTANT, judge.RANDOM, judge.NGRAMS
     for d in against.values():
-        if d.name == judge.TEACHER or d.name in floors and d.word.startswith("behind"):
+        if math.isnan(d.d) or d.name == judge.TEACHER or d.name in floors and d.word.startswith("behind"):
             continue                                                    # as it should be
         word = d.word.split(";")[0].replace("ahead, outside the noise", "ahead of it, outside the noise").replace(
             "behind, outside the noise", "behind it, outside the noise")
