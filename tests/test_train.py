@@ -437,7 +437,8 @@ def test_each_strategy_costs_no_more_flops_than_its_loss_needs(sizes):
     student, teacher = (BertConfig.of_size(size, vocab_size=30528) for size in sizes)
 
     def cost(name):
-        return [f / 128 / 1e6 for f in flops_per_block(train.Config(strategy=name, size="6L768", batch_size=1024), student, teacher)]
+        config = train.Config(strategy=name, size="6L768", batch_size=1024)
+        return [f / 128 / 1e6 for f in flops_per_block(config, student, teacher)]
     assert cost("no_kd") == [pytest.approx(no_kd, rel=0.02), 0]
     assert cost("vanilla_kd")[1] == pytest.approx(teacher_forward, rel=0.02)
     for name, ratio in ratios.items():
