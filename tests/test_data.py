@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 import data
-from bench_throughput import loader_rate
 from data import Blocks, TokenDirectory, document_lengths, prefetch
 from plumbing.cli import UserError
 
@@ -243,11 +242,6 @@ def test_prefetch_gives_the_same_batches_from_another_thread_and_ends(blocks):
     ahead.close()
     assert len(threads) == 1 and threading.current_thread() not in threads
     assert not threads.pop().is_alive()
-
-
-def test_the_loader_rate_counts_tokens(blocks):
-    clock = itertools.count()                                           # a second per look
-    assert loader_rate(blocks, batch_size=8, seconds=3, now=lambda: next(clock)) == 2 * 8 * 32 / 4
 
 
 def test_document_lengths_are_those_of_the_documents(corpus, monkeypatch):
