@@ -92,9 +92,8 @@ class Screen:
 
 def what_next(out, has_head):
     """The last lines of a run."""
-    question = '"the [MASK] sat"' if has_head else '"the cat sat" --nearest FILE.txt'
-    return (f"look at the run:   python watch.py {out}\n"
-            f"ask the model:     python watch.py --model {out}/model --sentence {question}\n"
+    ask = f"ask the model:     python watch.py --model {out}/model --sentence \"the [MASK] sat\"\n" if has_head else ""
+    return (f"look at the run:   python watch.py {out}\n{ask}"
             f"fine-tune it:      python finetune_glue.py --model {out}/model --glue-dir glue")
 
 
