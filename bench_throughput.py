@@ -17,7 +17,6 @@ kernels, its graph.
 import dataclasses
 import itertools
 import sys
-import tempfile
 import textwrap
 import time
 from dataclasses import dataclass, field
@@ -95,17 +94,15 @@ class Config(Checked):
 
 
 class RandomTokens:
-    """What data.Blocks reads of a token directory: a memmapped file, of random ids here, gone
-    when the process ends."""
+    """What data.Blocks reads of a token directory, with random ids."""
 
     def __init__(self, vocab_size, count=2 ** 22):
         self.path, self.vocab = "random ids", range(vocab_size)
         self.special = dict(zip(SPECIAL, range(len(SPECIAL)), strict=True))
-        self.file, self.dtype = tempfile.TemporaryFile(), np.uint16 if vocab_size <= 2 ** 16 else np.uint32
-        np.random.default_rng(0).integers(len(SPECIAL), vocab_size, count, self.dtype).tofile(self.file)
+        self.ids = np.random.default_rng(0).integers(len(SPECIAL), vocab_size, count, np.uint32)
 
     def split(self, name):
-        return np.memmap(self.file, self.dtype, "r")
+        return self.ids
 
 
 # ---------------------------------------------------------------------------------------- what takes its turn

@@ -24,7 +24,7 @@ from comparison.report import MARKERS, aligned, curve_look
 from plumbing.checkpoint import find_model, framed, load_mlm, read_tokenizer
 from plumbing.cli import Checked, UserError, in_turn, run
 from plumbing.files import claim_file, json_object, parsing, records, write_whole
-from plumbing.screen import amount, changes, spent
+from plumbing.screen import quantity, changes, spent
 
 UNITS = {"hours": "charged hours", "flops": "FLOPs", "tokens": "tokens", "steps": "steps"}
 NOT_A_TERM = ("step progress seconds lr epoch loss gradient_norm val d_order flops tokens tokens_per_second "
@@ -152,10 +152,10 @@ def facts(run, unit, end):
     used, age = run.at(last, run.unit), time.time() - (run.path / "log.jsonl").stat().st_mtime
     left = last["seconds"] * max(0, run.total / used - 1) if used and not run.finished else None
     points = [(x, y) for x, y in zip(run.axes[unit], run.curves["loss"], strict=True) if y is not None]
-    return {"run": run.name, "state": "finished" if run.finished else f"last line {amount(age / 3600, 'hours')} ago",
+    return {"run": run.name, "state": "finished" if run.finished else f"last line {quantity(age / 3600, 'hours')} ago",
             "spent": spent(used, run.total, run.unit),
-            **({UNITS[unit]: amount(run.at(last, unit), unit)} if unit != run.unit else {}),
-            "left": amount(left / 3600, "hours") if left is not None else "",
+            **({UNITS[unit]: quantity(run.at(last, unit), unit)} if unit != run.unit else {}),
+            "left": quantity(left / 3600, "hours") if left is not None else "",
             "loss": f"{now['loss']:.5g}" if "loss" in now else "",
             "terms": ", ".join(f"{term} {value:.5g}" for term, value in run.terms.items()),
             "tokens/s": f"{rate:,.0f}" if rate else "",
@@ -178,7 +178,7 @@ def in_terminal(runs, unit, width):
     if len(runs) != 1:
         return aligned(head, rows, width) if runs else "no run has begun"
     return "\n".join([*(f"{name:14} {value}" for name, value in zip(head, *rows, strict=True)),
-                      *(f"  at {amount(runs[0].at(r, unit), unit):>14}  {val}" for r, val in runs[0].validations())])
+                      *(f"  at {quantity(runs[0].at(r, unit), unit):>14}  {val}" for r, val in runs[0].validations())])
 
 
 # --------------------------------------------------------------------------------------------------- the page
