@@ -1,5 +1,5 @@
 """What a distilled token costs beside no_kd's: measured, by FLOPs, and as the paper's released code computes it.
-Read it after compare.py.
+Read it after prepare.py.
 
     python bench_throughput.py                                  # this machine, CPU or GPU, under four minutes
     python bench_throughput.py --strategies all                 # every arm

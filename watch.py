@@ -24,7 +24,7 @@ from comparison.report import MARKERS, aligned, curve_look
 from plumbing.checkpoint import find_model, framed, load_mlm, read_tokenizer
 from plumbing.cli import Checked, UserError, in_turn, run
 from plumbing.files import claim_file, json_object, parsing, records, write_whole
-from plumbing.screen import quantity, changes, spent
+from plumbing.screen import changes, quantity, spent
 
 UNITS = {"hours": "charged hours", "flops": "FLOPs", "tokens": "tokens", "steps": "steps"}
 NOT_A_TERM = ("step progress seconds lr epoch loss gradient_norm val d_order flops tokens tokens_per_second "

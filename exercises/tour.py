@@ -89,13 +89,13 @@ def mse(x, y):
     return ((x - y) ** 2).mean()
 
 
-def scores(q, k):   # who looks at whom, before the softmax
+def raw_scores(q, k):   # who looks at whom, before the softmax
     return q @ k.mT / q.shape[-1] ** 0.5
 
 
 def relation(x):    # heads put together, then cut into N_r new ones: each row says which positions are alike
     x = torch.stack(torch.cat(x.unbind(1), -1).chunk(N_r, -1), 1)                           # (B, N_r, S, H_r)
-    return softmax(scores(x, x))
+    return softmax(raw_scores(x, x))
 
 
 def normal(h):      # mean 0 and deviation 1 at each position
@@ -161,15 +161,15 @@ check("distilbert", STRATEGIES["distilbert"], dict(
 
 # %% 9. TinyBERT: be equal inside.  W makes 128 numbers of the student's 64; it is trained, then thrown away.
 embd = mse(s["embedding"] @ W["embedding"].weight.T, t["embedding"])
-attn, attn_middle = mse(scores(q_s, k_s), scores(q_t, k_t)), mse(scores(q0_s, k0_s), scores(q1_t, k1_t))
+attn, attn_middle = mse(raw_scores(q_s, k_s), raw_scores(q_t, k_t)), mse(raw_scores(q0_s, k0_s), raw_scores(q1_t, k1_t))
 hidn, hidn_middle = (mse(a @ W["hidden"].weight.T, b) for a, b in ((h_s, h_t), (h0_s, h1_t)))
 check("tinybert", STRATEGIES["tinybert"], dict(embd=embd, attn=attn, hidn=hidn))
 check("tinybert_layers", STRATEGIES["tinybert_layers"], dict(           # layers 1, 2 with the teacher's 2, 4
     embd=embd, attn=attn_middle + attn, hidn=hidn_middle + hidn))
 
 # %% 10. MiniLM: look where the teacher looks.  Only distributions are compared, so no W is needed.
-attn_kl = kl(softmax(scores(q_t, k_t)), softmax(scores(q_s, k_s)))
-value = kl(softmax(scores(v_t, v_t)), softmax(scores(v_s, v_s)))
+attn_kl = kl(softmax(raw_scores(q_t, k_t)), softmax(raw_scores(q_s, k_s)))
+value = kl(softmax(raw_scores(v_t, v_t)), softmax(raw_scores(v_s, v_s)))
 minilm = check("minilm", STRATEGIES["minilm"], dict(attn=attn_kl, value=value))
 relations = {name: kl(relation(b), relation(a))
              for name, a, b in (("qq", q_s, q_t), ("kk", k_s, k_t), ("vv", v_s, v_t))}
@@ -182,7 +182,7 @@ for i, (a, b, q_a, k_a, q_b, k_b) in enumerate((
         (h0_s, h1_t, q0_s, k0_s, q1_t, k1_t), (h_s, h_t, q_s, k_s, q_t, k_t))):
     check(f"mobilebert layer {i + 1}", stages[i], dict(
         fmt=mse(normal(a @ W[f"hidden{i}"].weight.T), normal(b)),
-        attn=kl(softmax(scores(q_b, k_b)), softmax(scores(q_a, k_a)))))
+        attn=kl(softmax(raw_scores(q_b, k_b)), softmax(raw_scores(q_a, k_a)))))
 check("mobilebert tail", stages[2], dict(mlm=mlm, soft_ce=soft_ce))
 
 # %% 12. Without a teacher: clm.  Nothing is hidden, but each position sees only what stands before it, and predicts
