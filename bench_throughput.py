@@ -43,13 +43,14 @@ from plumbing.screen import peak_flops
 from step import Arm
 from strategies import AS_RELEASED, PHASED, STRATEGIES
 
-PAPERS_RATIO, RELEASED = 1.8, " as released"
+PAPERS_RATIO, PAPERS_ARMS, RELEASED = 1.8, ("vanilla_kd", "tinybert", "minilm"), " as released"
 
 
 @dataclass
 class Config(Checked):
     size: str = "6L768"                 # student: layers L width
     teacher_size: str = "12L768"        # teacher: layers L width
+    heads: Count | None = None          # attention heads of the student; default: width / 64
     vocab_size: Annotated[int, "[6, 1e6]"] = 30522      # V, ids in the vocabulary
     strategies: Annotated[str, str, (*STRATEGIES, *PHASED, "all")] = "vanilla_kd,tinybert,minilm"  # beside no_kd; all
     as_released: bool = True            # each also as the paper's released code computes it, where it was released
@@ -79,13 +80,13 @@ class Config(Checked):
 
     def of_arm(self, strategy, as_released=False):
         same = {name: getattr(self, name) for name in (
-            "size", "seq_len", "batch_size", "micro_batch", "dropout", "compile", "bf16")}
+            "size", "heads", "seq_len", "batch_size", "micro_batch", "dropout", "compile", "bf16")}
         return train.Config(strategy=strategy, budget_steps=1, as_released=as_released, teacher=self.teacher_size,
                             **same)
 
-    def shape(self, size):
+    def shape(self, size, heads=None):
         try:
-            return BertConfig.of_size(size, vocab_size=self.vocab_size,
+            return BertConfig.of_size(size, heads, vocab_size=self.vocab_size,
                                       hidden_dropout_prob=self.dropout,
                                       attention_probs_dropout_prob=self.dropout,
                                       max_position_embeddings=max(512, self.seq_len))
@@ -131,7 +132,7 @@ def entry_of(name, flops, arm, blocks):
 
 def entries_of(config, blocks):
     """Every arm that was asked for, each with weights of its own."""
-    shapes = config.shape(config.size), config.shape(config.teacher_size)
+    shapes = config.shape(config.size, config.heads), config.shape(config.teacher_size)
     names = config.strategies.split(",")
     for name, as_released in [(n, r) for n in names for r in (False, True)
                               if not r or config.as_released and n in AS_RELEASED]:
@@ -173,7 +174,8 @@ def row(entry, base, config, peak):
     ratio, low, high = np.quantile(ratios, (.5, .25, .75))
     found = {"arm": entry.name, "tokens/s": f"{config.batch_size * config.seq_len / seconds:,.0f}",
              "cost": f"{ratio:.2f}", "quartiles": f"{low:.2f}-{high:.2f}",
-             "FLOPs": f"{entry.flops / base.flops:.2f}", "paper": f"{PAPERS_RATIO}" if entry.name != base.name else ""}
+             "FLOPs": f"{entry.flops / base.flops:.2f}",
+             "paper": f"{PAPERS_RATIO}" if entry.name.removesuffix(RELEASED) in PAPERS_ARMS else ""}
     return found | {"MFU": f"{entry.flops / seconds / peak:.0%}"} if peak else found
 
 

@@ -32,7 +32,7 @@ def test_the_table_holds_every_arm_against_no_kd_and_its_flops(capsys, monkeypat
     rows = {line[0]: dict(zip(head, line, strict=False)) for line in lines}
     assert list(rows) == ["no_kd", "vanilla_kd", "vanilla_kd as released", "minilmv2", "minilmv2 as released"]
     assert rows["no_kd"]["cost"] == rows["no_kd"]["FLOPs"] == "1.00" and "MFU" not in rows["no_kd"]
-    assert "paper" not in rows["no_kd"] and rows["minilmv2"]["paper"] == "1.8"
+    assert [name for name in rows if "paper" in rows[name]] == ["vanilla_kd", "vanilla_kd as released"]
     assert len(kept) == 5 and all(len(e.seconds) == 3 and min(e.seconds) > 0 for e in kept)
     # minilmv2 stops early by itself, and not as released; the table says what flops_per_block says
     assert float(rows["minilmv2"]["FLOPs"]) < float(rows["minilmv2 as released"]["FLOPs"])
