@@ -27,7 +27,7 @@ import torch
 
 import train
 from comparison.report import aligned
-from data import SPECIAL, Blocks
+from data import Blocks
 from model import BertConfig, BertForMaskedLM
 from plumbing.checks import check_teacher
 from plumbing.cli import Checked, Count, Length, NotNegative, Share, UserError, run
@@ -40,6 +40,7 @@ from plumbing.device import (
 )
 from plumbing.price import flops_per_block
 from plumbing.screen import peak_flops
+from plumbing.tokenizer import SPECIAL
 from step import Arm
 from strategies import AS_RELEASED, PHASED, STRATEGIES
 

@@ -26,11 +26,11 @@ def check_run(config):
         raise UserError(f"--seq-len {config.seq_len}: each must divide the last one, so that all steps have as "
                         f"many tokens")
     config.budget  # noqa: B018
-    if config.batch_size * config.length > MANY_TOKENS:
+    if config.batch_size and config.batch_size * config.length > MANY_TOKENS:
         raise UserError(f"--batch-size {config.batch_size} x --seq-len {config.length}: at most {MANY_TOKENS:,} tokens "
                         f"a step")
     ranks = Ranks().size
-    if config.micro_batch and config.batch_size % (config.micro_batch * ranks):
+    if config.micro_batch and config.batch_size and config.batch_size % (config.micro_batch * ranks):
         raise UserError(f"--batch-size {config.batch_size} is not a multiple of "
                         f"--micro-batch {config.micro_batch}" + f" x {ranks} processes" * (ranks > 1))
 

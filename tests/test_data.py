@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 import data
-from data import Blocks, TokenDirectory, document_lengths, prefetch
+from data import Blocks, prefetch
 from plumbing.cli import UserError
+from plumbing.tokens import TokenDirectory
 
 
 @pytest.fixture
@@ -244,18 +245,10 @@ def test_prefetch_gives_the_same_batches_from_another_thread_and_ends(blocks):
     assert not threads.pop().is_alive()
 
 
-def test_document_lengths_are_those_of_the_documents(corpus, monkeypatch):
-    directory = TokenDirectory(corpus)
-    monkeypatch.setattr(data, "SCAN", 1000)
-    lengths = document_lengths(directory, "train")
-    assert lengths.sum() == directory.manifest["train_tokens"] and lengths.min() > 1
-    assert len(lengths) + len(document_lengths(directory, "val")) == directory.manifest["documents"]
-
-
 def test_the_script_shows_what_was_masked(corpus, capsys):
     data.main(data.Config([str(corpus)], show=2, seq_len=32))
     out = capsys.readouterr().out
     assert "verified: train.bin, val.bin, tokenizer.json" in out and out.count(" <- ") == 2 * 5
     assert json.loads((corpus / "manifest.json").read_text())["fingerprint"] in out
     assert all(f"\n{key}: " in out for key in (
-        "documents", "unknown_rate", "train_document_lengths", "val_document_lengths"))
+        "documents", "unknown_rate"))

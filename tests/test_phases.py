@@ -10,13 +10,13 @@ import torch
 from test_reliability import command, final, interrupted
 
 import train
-from data import TokenDirectory
 from model import BertConfig
 from plumbing import checkpoint
 from plumbing.budget import Budget
 from plumbing.cli import UserError
 from plumbing.price import flops_per_block
 from plumbing.student import initial_student
+from plumbing.tokens import TokenDirectory
 from step import Arm, make_arm
 from strategies import phases_of
 

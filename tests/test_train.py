@@ -14,13 +14,13 @@ import torch
 import model
 import step as step_module
 import train
-from data import TokenDirectory
 from model import BertConfig, BertForMaskedLM
 from plumbing import checkpoint
 from plumbing.cli import UserError
 from plumbing.device import fitting_micro_batch, multiplies_in_bf16
 from plumbing.files import sha256
 from plumbing.price import flops_per_block
+from plumbing.tokens import TokenDirectory
 from plumbing.validation import FEW_BLOCKS, validate
 from step import Arm, make_arm
 from strategies import AS_RELEASED, STRATEGIES, mobilebert_stage
