@@ -625,7 +625,7 @@ def main(config):
     labels = {name: [*parts.values()][1][1] for name, parts in plan.texts.items()}
     write_report(config, *found, papers_setting(plan), labels, plan.teacher_flops)
     if demonstration:
-        look(found[0], config)
+        look(found[0])
     print(f"\n{time.monotonic() - began:.0f} s in all")
 
 

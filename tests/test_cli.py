@@ -224,7 +224,7 @@ WRONG = [                                       # (command, its line on stderr, 
     ("finetune_glue.py --shard=1/2", "--shard is gone: processes with the same --out share the trials"),
     ("compare.py --data nowhere", "--data needs --teacher"),
     *((f"{BENCH} --{flag}", f"--{flag}: must be {wanted}") for flag, wanted in [
-        ("strategies magic", "names out of no_kd, "), ("baseline keras", "transformers"),
+        ("strategies magic", "names out of no_kd, "),
         ("seconds nan", "a number, at least 0"), ("vocab-size 5", "a whole number, at least 6 and at most 1e6"),
         ("vocab-size 1e12", "a whole number, at least 6 and at most 1e6"),
         ("batch-size 0", COUNT), ("device gpu", "cpu, cuda or cuda:N")]),
