@@ -194,7 +194,7 @@ def test_ones_own_task_has_one_or_two_sentences_and_a_class_or_a_score(tmp_path)
     (["a\t0", "b\t99999999999"], ["a\t0"], "sentence\tlabel", "without a gap"),
     (["a\t0", "b\t1"], ["a\t2"], "sentence\tlabel", "or dev has others"),
     (["a\t0", "b\t1"], [], "sentence\tlabel", "dev.tsv: no examples"),
-    (["a\t0"], ["a\t0"], "just one column", "one column, 'just one column': text and a label belong there, which tabs"),
+    (["a\t0"], ["a\t0"], "just one column", "the columns are 'just one column': which are one or two columns"),
     (["a\tinf"], ["a\t0"], "sentence\tscore", "label 'inf'"),
     (["a\t1e39"], ["a\t0"], "sentence\tscore", "label '1e39' .a label here is a number"),
     (["a\t0", "b\t" + "9" * 20], ["a\t0"], "sentence\tlabel", "without a gap"),
@@ -204,7 +204,7 @@ def test_ones_own_task_has_one_or_two_sentences_and_a_class_or_a_score(tmp_path)
     (["a\tgood", "b\tgood"], ["a\tgood"], "sentence\tlabel", "2 rows have 1 different labels, such as 'good'"),
     ([f"a\tb{i}" for i in range(30)], ["a\tb1"], "sentence\tlabel", "30 rows have 30 different labels, .* is that the "
      "column of labels"),
-    (["a,0", "b,1"], ["a,0"], "sentence,label", "line 1: one column, 'sentence,label': .* which tabs separate"),
+    (["a,0", "b,1"], ["a,0"], "sentence,label", "line 1: the columns are 'sentence,label': which are one or two"),
     (["b\t1"], ["a\t0"], "a\t0", r"line 1 looks like an example \(it holds 0\): a header"),
     (["b\tc\t3.75"], ["a\tc\t0"], "a\tb\t-1.5", r"line 1 looks like an example \(it holds -1.5\): a header"),
     (["1\tb"], ["0\ta"], "0\ta", r"line 1 looks like an example \(it holds 0\): a header"),
@@ -270,10 +270,10 @@ def test_a_file_of_another_kind_is_refused_by_its_first_line(name, tmp_path):
 
 
 def test_a_missing_or_binary_file_is_named(tmp_path):
-    with pytest.raises(UserError, match="train.tsv: no such file"):
+    with pytest.raises(UserError, match="train.tsv cannot be read .No such file"):
         glue.own_task(tmp_path)
     (tmp_path / "RTE").mkdir()
-    with pytest.raises(UserError, match="RTE/train.tsv: no such file"):
+    with pytest.raises(UserError, match="RTE/train.tsv cannot be read .No such file"):
         glue.read_task("rte", glue.TASKS["rte"], tmp_path)
     (tmp_path / "train.tsv").write_bytes(b"sentence\tlabel\n\xff\xfe\t1\n")
     with pytest.raises(UserError, match=r"train.tsv, line 2: not UTF-8: convert it, as in  iconv"):
@@ -599,22 +599,24 @@ def spoiled_config(model, **changes):
 
 # (what is done to a copy of the model `m` and of the task `t`, what is asked for, the line that it is answered with)
 WRONG = [
-    (None, dict(tasks="cola,magic"), "--tasks 'magic': unknown or given twice; of cola, sst2, mrpc, stsb, qqp, mnli, "
-     "qnli, rte, wnli, or name=PATH for your own labelled text: a file, or a directory with train.tsv and dev.tsv"),
+    (None, dict(tasks="cola,magic"), "--tasks 'cola,magic': unknown or given twice; of cola, sst2, mrpc, stsb, qqp, "
+     "mnli, qnli, rte, wnli, or name=PATH for your own labelled text: a file, or a directory with train.tsv and "
+     "dev.tsv"),
     (None, dict(tasks="rte,rte"), "--tasks 'rte': unknown or given twice; of cola, sst2, mrpc, stsb, qqp, mnli, qnli, "
      "rte, wnli, or name=PATH for your own labelled text: a file, or a directory with train.tsv and dev.tsv"),
     (None, dict(tasks="own=m/vocab.txt"), "m/vocab.txt: one of .tsv, .csv, .jsonl, .ndjson, .json (each also .gz, "
      ".xz, .bz2) or .parquet can be read, by the end of its name"),
-    (None, dict(tasks="own=none"), "--tasks own=none: no such file or directory (a file of labelled text belongs "
-     "there, or a directory with train.tsv and dev.tsv)"),
+    (None, dict(tasks="own=none"), "none cannot be read (No such file or directory): mend that, or leave it "
+     "out"),
     (None, dict(columns="sentence,gold"), "--columns sentence,gold: t/train.tsv has no column 'gold', but 'sentence', "
      "'label'"),
-    (None, dict(columns="label"), "--columns label: one or two columns of text and then the label belong there"),
+    (None, dict(columns="label"), "t/train.tsv, line 1: the columns are 'sentence', 'label': which are one or two "
+     "columns of text and which is the label? Say it with --columns text,label"),
     (None, dict(columns="sentence,label,label"), "--columns sentence,label,label: one is given twice"),
     (None, dict(tasks="wnli", columns="sentence,label"), "--columns names the columns of labelled text of your own "
      "(--tasks name=PATH)"),
-    (None, dict(tasks="own=m"), "m/train.tsv: no such file or directory: a task's directory holds train.tsv and "
-     "dev.tsv (MNLI: dev_matched.tsv, dev_mismatched.tsv)"),
+    (None, dict(tasks="own=m"), "m/train.tsv cannot be read (No such file or directory): mend that, or leave it "
+     "out"),
     (None, dict(tasks="rte", glue_dir="none"), "--glue-dir none: no such directory"),
     (None, dict(tasks="rte", glue_dir="t/dev.tsv"), "--glue-dir t/dev.tsv: no such directory"),
     (None, dict(out="t/dev.tsv"), "--out t/dev.tsv: no directory to write in: t/dev.tsv: Not a directory"),
