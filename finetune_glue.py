@@ -45,7 +45,7 @@ from data import TokenDirectory, hashed
 from plumbing import checkpoint, probe
 from plumbing.cli import Checked, Length, Positives, Seed, Share, Times, UserError, numbers, run
 from plumbing.device import choose_device, multiplies_in_bf16
-from plumbing.files import claim, parsing, sha256, share, write_json, write_whole
+from plumbing.files import claim, claim_each, parsing, sha256, write_json, write_whole
 from plumbing.glue import BINARY, PAPER, TASKS, Task, evaluate, parse_tasks, read_task, rows_of_text
 from step import autocast, decay_groups, to_device
 from train import learning_rate
@@ -123,7 +123,7 @@ def forward(model, examples, pad_id):
     return model(*(x if x is None else to_device(x, device) for x in padded))
 
 
-def batches(lengths, batch_size, epochs, seed):
+def shuffled_batches(lengths, batch_size, epochs, seed):
     """Index arrays: every example once an epoch, examples of like length together, as `seed` draws them."""
     rng = np.random.default_rng(seed)
     for _ in range(epochs):
@@ -143,7 +143,7 @@ def finetune(model, examples, labels, batch_size, epochs, peak_lr, seed, pad_id,
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(decay_groups(model.parameters(), 0.01), lr=peak_lr, fused=True)
     total, losses = epochs * -(-len(examples) // batch_size), []
-    order = batches(np.array([e.shape[1] for e in examples]), batch_size, epochs, seed)
+    order = shuffled_batches(np.array([e.shape[1] for e in examples]), batch_size, epochs, seed)
     model.train()
     run = torch.compile(model, fullgraph=True, dynamic=True) if compiled else model
     for step, picked in enumerate(tqdm(order, desc=name, total=total, leave=False, disable=None)):
@@ -179,7 +179,7 @@ def embedded(model, tokenizer, texts, max_len):
 
 # ----------------------------------------------------------------------------------------------------- trials
 
-def finished(file, settings, save=False):
+def finished_trial(file, settings, save=False):
     """The result of a trial that ran before, and with `save` has its classifier beside it; else None."""
     if not file.exists():
         return None
@@ -259,12 +259,12 @@ def run_trials(setup, out, points):
     if setup.task.labels and not setup.task.columns:
         settings["labels"] = list(setup.task.labels)
     files = [out / f"{setup.name}-b{batch}-lr{lr:g}-seed{seed}.json" for batch, lr, seed in points]
-    again = sum(file.exists() and not finished(file, settings, config.save) for file in files)
+    again = sum(file.exists() and not finished_trial(file, settings, config.save) for file in files)
     if again:
         setup.say(f"{setup.name}: {again} finished trials kept no classifier: they run again (--save)")
 
     def trial(i):
-        result = finished(files[i], settings, config.save)
+        result = finished_trial(files[i], settings, config.save)
         if result is None:
             result, logits = fit(setup, files[i], *points[i])
             buffer = io.BytesIO()
@@ -274,7 +274,7 @@ def run_trials(setup, out, points):
         locks[i].unlink(missing_ok=True)
         return result
     locks = [file.with_suffix(".lock") for file in files]
-    return dict(zip(points, share(locks, trial), strict=True))
+    return dict(zip(points, claim_each(locks, trial, directories=False), strict=True))
 
 
 def score_task(setup, out):
@@ -339,7 +339,7 @@ def opened(config, say):
     return setup, tasks, texts, claim(out, "glue")
 
 
-def score(config, say=print):
+def score_model(config, say=print):
     """Fine-tunes and scores on every task; returns what glue.json holds, scores in percent."""
     setup, tasks, texts, out = opened(config, say)
     (out / "trials").mkdir(exist_ok=True)
@@ -376,7 +376,7 @@ def probes(config, say=print):
                                     for x, y in parts.values()]).encode())
     settings = dict(model=setup.digests, examples=examples.hexdigest()[:16], max_len=config.max_len,
                     seq_len=config.seq_len, data=directory and directory.manifest["sha256"])
-    result = finished(out / "probes.json", settings)
+    result = finished_trial(out / "probes.json", settings)
     if result:
         return result
     embed = partial(embedded, loaded.model.to(setup.device), setup.tokenizer, max_len=config.max_len)
@@ -436,7 +436,7 @@ def main(config):
             scores, _ = ngrams.score(task, read_task(name, task, config.glue_dir))
             print(f"{name}: n-grams {scores[0]:.1f}")
         return found
-    result = score(config)
+    result = score_model(config)
     print()
     for name, r in result["tasks"].items():
         print(line(name, r))

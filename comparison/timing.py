@@ -14,7 +14,7 @@ from model import BertForMaskedLM, BertForSequenceClassification
 from plumbing.budget import Stages
 from plumbing.cli import UserError
 from plumbing.device import choose_device, halve_micro_batch_until_it_fits, multiplies_in_bf16, ready_process
-from plumbing.files import read_json, records, write_json
+from plumbing.files import log_records, read_json, write_json
 from plumbing.price import flops_per_block
 from plumbing.student import student_shape
 from step import Arm
@@ -176,7 +176,7 @@ def over_all(plan, estimates, began):
         if Path(at, "glue/glue.json").exists() or at in tuning and Path(at, "summary.json").exists():
             finished, share = finished + 1, 1.0
         elif log.exists():
-            _, last = next(records(reversed(log.read_bytes().split(b"\n"))), (b"", {}))
+            _, last = next(log_records(reversed(log.read_bytes().split(b"\n"))), (b"", {}))
             share = 0.8 * last.get("progress", 0.0)
             under_way.append(f"{name} {share / 0.8:.0%}" if share < 0.8 else f"{name} is scored")
         done += share * estimates.get(out, estimates.get(f"score {out}"))

@@ -27,7 +27,7 @@ from tokenizers.processors import BertProcessing
 
 from model import ACTIVATIONS, BertConfig, BertForMaskedLM, BertForSequenceClassification
 from plumbing.cli import UserError, shown
-from plumbing.files import json_object, parsing, records, sha256, write_whole
+from plumbing.files import json_object, log_records, parsing, sha256, write_whole
 from plumbing.tokenizer import load_tokenizer
 
 OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias",
@@ -348,7 +348,7 @@ def cut_log(file, step):
     """Leaves the lines of log.jsonl up to `step`: what a killed run wrote beyond its
     checkpoint is done again."""
     if file.exists():
-        kept = [line + b"\n" for line, said in records(file.read_bytes().split(b"\n")) if said["step"] <= step]
+        kept = [line + b"\n" for line, said in log_records(file.read_bytes().split(b"\n")) if said["step"] <= step]
         write_whole(file, b"".join(kept))
 
 

@@ -79,7 +79,7 @@ def hardware(device):
 
 
 @contextlib.contextmanager
-def alone(device, unit):
+def alone_on_device(device, unit):
     """Under an hour budget: of two runs of one user on one GPU each would get a part of its hours, so the
     second is refused.  Not on a CPU, whose cores can be shared out."""
     uuid = gpu_uuid(device) if unit == "hours" else None

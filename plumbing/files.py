@@ -51,7 +51,7 @@ def json_object(file):
         return {**json.loads(file.read_text(encoding="utf-8"))}
 
 
-def records(lines):
+def log_records(lines):
     """(line, what it says) of those of a log.jsonl's lines, as bytes, that train.py has written whole: a kill or a
     full disk leaves half a line."""
     for line in lines:
@@ -191,10 +191,13 @@ def lock(path):
         os.close(handle)
 
 
-def share(paths, do):
+def claim_each(paths, do, directories=True):
     """[do(i) for each path], in any order: processes with the same paths take what no other one works on, and
-    wait for the rest.  What another process has done, `do` finds finished."""
+    wait for the rest.  What another process has done, `do` finds finished.  `directories` are made where they are
+    not there; else the paths are lock files."""
     results, waiting = {}, range(len(paths))
+    for path in paths if directories else ():
+        Path(path).mkdir(parents=True, exist_ok=True)
 
     def done(i):
         with lock(paths[i]) as ours:
@@ -204,10 +207,3 @@ def share(paths, do):
     while waiting := [i for i in waiting if not done(i)]:
         time.sleep(1)
     return [results[i] for i in range(len(paths))]
-
-
-def share_runs(directories, do):
-    """The same of directories, which are made where they are not there."""
-    for directory in directories:
-        Path(directory).mkdir(parents=True, exist_ok=True)
-    return share(directories, do)

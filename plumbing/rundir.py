@@ -78,7 +78,7 @@ def refuse_another(before, record, out):
                         f"{', '.join(differ)}: give another --out")
 
 
-class Run:
+class RunWriter:
     """The run directory: what is written beside the steps, none of it on the clock, and only by rank 0."""
 
     def __init__(self, config, out, arm, budget, stages, directory, val_blocks, say, status=None, writes=True):
@@ -138,7 +138,7 @@ class Run:
             if self.arm.teacher and self.arm.teacher_has_head and self.teacher_mlm is None:
                 self.teacher_mlm = validate(self.arm, self.val_blocks, model=self.arm.teacher)["mlm"]
             self.val = validate(self.arm, self.val_blocks)
-            describe(self.arm, self.val, self.budget.steps, self.teacher_mlm, self.say)
+            announce(self.arm, self.val, self.budget.steps, self.teacher_mlm, self.say)
         self.screen.mark()
 
     def after_step(self, record, signals):
@@ -285,7 +285,7 @@ def model_card(config, summary):
             f"Validation: {val}.\n\n    python train.py{given}\n")
 
 
-def describe(arm, val, step, teacher_mlm, say):
+def announce(arm, val, step, teacher_mlm, say):
     config, c, strategy = arm.config, arm.student.config, arm.strategy
     trained = sum(p.numel() for p in arm.student.parameters() if p.requires_grad)
     several = f", {arm.phase.name} to {arm.phase.end:.0%}" * (len(arm.phases) > 1)

@@ -364,7 +364,7 @@ def test_processes_share_the_runs_and_each_is_done_once(tmp_path):
             (tmp_path / f"{i}/finished").touch()
         return i * i
 
-    threads = [threading.Thread(target=lambda: found.append(compare.share_runs(directories, do))) for _ in range(3)]
+    threads = [threading.Thread(target=lambda: found.append(compare.claim_each(directories, do))) for _ in range(3)]
     for t in threads:
         t.start()
     for t in threads:
@@ -411,7 +411,7 @@ def test_arms_that_ran_at_different_speeds_are_told(small, tmp_path, monkeypatch
 def test_of_a_worker_that_a_signal_ended_the_signal_is_told(tmp_path):
     """Not what its log ends with, and also where it was the last one at work."""
     with pytest.raises(UserError, match="worker 0 of 1 stopped .signal 9, Killed: perhaps there was no memory left.: "):
-        jobs.run(1, signal.raise_signal, signal.SIGKILL, tmp_path, lambda: "")
+        jobs.run_jobs(1, signal.raise_signal, signal.SIGKILL, tmp_path, lambda: "")
     log = tmp_path / "log"
     assert jobs.reason(1, log) == "no word"
     log.write_text("step 3\nerror: no space left\n")

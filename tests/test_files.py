@@ -68,7 +68,7 @@ def tools(tiny, corpus, teacher, labelled, tmp_path):
         compare=lambda: compare.main(compare.Config(**recipe | dict(
             data=str(corpus), teacher=str(teacher), tasks=f"own={labelled}", budget_steps="3", seeds=1, out=out,
             strategies="no_kd", quick=True, finetune_epochs=1, finetune_seeds=1))),
-        glue=lambda: finetune_glue.score(tune, **QUIET), probes=lambda: finetune_glue.probes(tune, **QUIET))
+        glue=lambda: finetune_glue.score_model(tune, **QUIET), probes=lambda: finetune_glue.probes(tune, **QUIET))
 
 
 def killed_after(count, monkeypatch, *names):

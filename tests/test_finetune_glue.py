@@ -394,7 +394,7 @@ def test_a_score_does_not_depend_on_the_evaluation_batch(teacher):
 
 def test_every_example_is_used_once_an_epoch_beside_others_of_its_length():
     lengths = np.random.default_rng(0).integers(3, 60, 5000)
-    drawn = list(ft.batches(lengths, 16, 2, seed=0))
+    drawn = list(ft.shuffled_batches(lengths, 16, 2, seed=0))
     first, second = drawn[:313], drawn[313:]
     for epoch in (first, second):
         assert sorted(np.concatenate(epoch)) == list(range(5000)) and sorted(map(len, epoch))[:2] == [8, 16]
@@ -438,7 +438,7 @@ def test_losses_are_those_of_a_plain_transformers_loop(num_labels, teacher, tmp_
     rest = [p for name, p in theirs.named_parameters() if not (name.endswith("bias") or "LayerNorm" in name)]
     optimizer = torch.optim.AdamW([dict(params=rest, weight_decay=0.01), dict(params=plain, weight_decay=0.0)])
     expected = []
-    for step, picked in enumerate(ft.batches(np.array([e.shape[1] for e in examples]), 20, 5, 0)):
+    for step, picked in enumerate(ft.shuffled_batches(np.array([e.shape[1] for e in examples]), 20, 5, 0)):
         batch = np.zeros((3, len(picked), 32), np.int64)                # all padded to the longest there can be
         for row, i in enumerate(picked):
             n = examples[i].shape[1]
@@ -483,7 +483,7 @@ def config_of(teacher, task, **other):
 
 def test_a_task_that_can_be_learned_is_learned_and_kept(teacher, task, tmp_path):
     config = config_of(teacher, task, batch_sizes="8", peak_lrs="3e-3", epochs=4, save=True)
-    result = ft.score(config, say=lambda line: None)
+    result = ft.score_model(config, say=lambda line: None)
     own = result["tasks"]["own"]
     assert own["mean"] > 90 > 70 > own["majority"] and own["n"] == 100 and len(own["scores"]) == own["trials"] == 2
     assert result["averaged"] == [] and result["average"] is None
@@ -506,7 +506,7 @@ def test_the_grid_runs_on_one_seed_and_one_point_on_fresh_ones(teacher, task, ca
     assert len({f[:-6] for f in fresh}) == 1            # the best one: test_promises.py
     assert line.startswith("own: accuracy ") and "6 trials" in line and "n = 100" in line and "majority class" in line
 
-    ft.score(config, said.append)
+    ft.score_model(config, said.append)
     assert [line for line in said if "labels from" not in line] == []  # nothing ran again
     ft.main(dataclasses.replace(config, quick=True, seeds=1))
     assert "± 0.0 over 1 seeds (batch 32, lr 5e-05; 1 trials)" in capsys.readouterr().out
@@ -515,36 +515,36 @@ def test_the_grid_runs_on_one_seed_and_one_point_on_fresh_ones(teacher, task, ca
             with open(task / "train.tsv", "a") as f:
                 f.write("one more\t1\n")
         with pytest.raises(UserError, match=f"was run with another {change}: give another --out"):
-            ft.score(dataclasses.replace(config, **{} if change == "examples" else {change: value}), said.append)
+            ft.score_model(dataclasses.replace(config, **{} if change == "examples" else {change: value}), said.append)
 
 
 def test_save_after_a_finished_run_saves(teacher, task):
     """What lacks its classifier runs again, to the same scores; what has one does not."""
     config, said = config_of(teacher, task, batch_sizes="8"), []
-    first, trials = ft.score(config, said.append), task.parent / "out/trials"
+    first, trials = ft.score_model(config, said.append), task.parent / "out/trials"
     stamps = {f.name: f.stat().st_mtime_ns for f in trials.glob("*.json")}
     assert len(stamps) == 4 and not any(f.is_dir() for f in trials.iterdir())
-    ft.score(dataclasses.replace(config, save=True), said.append)
+    ft.score_model(dataclasses.replace(config, save=True), said.append)
     saved = sorted(f for f in trials.iterdir() if f.is_dir())
     assert len(saved) == 4
     for directory in (next(f for f in saved if f.name.endswith(seed)) for seed in ("seed0", "seed1")):
         shutil.rmtree(directory)
     del said[:]
-    again = ft.score(dataclasses.replace(config, save=True), said.append)
+    again = ft.score_model(dataclasses.replace(config, save=True), said.append)
     assert again == first and len(said) == 5                            # the columns; twice the reason and a trial
     assert said[1] == said[3] == "own: 1 finished trials kept no classifier: they run again (--save)"
     assert {f.name for f in trials.iterdir() if f.is_dir()} == {name.removesuffix(".json") for name in stamps}
     del said[:]
-    assert ft.score(dataclasses.replace(config, save=True), said.append) == first and len(said) == 1
+    assert ft.score_model(dataclasses.replace(config, save=True), said.append) == first and len(said) == 1
     with pytest.raises(UserError, match="was run with another epochs"):         # before anything is overwritten
-        ft.score(dataclasses.replace(config, save=True, epochs=2), said.append)
+        ft.score_model(dataclasses.replace(config, save=True, epochs=2), said.append)
 
 
 def test_what_is_cut_is_counted(teacher, task, capsys):
     word = read_own(task)["train"][0][0][0].split()[:1]                 # one of the vocabulary
     rows = [f"{' '.join(word * n)}\t{n % 2}" for n in (1, 5, 6, 7, 8, 20)]
     own(task, (rows, rows[:4]))
-    result = ft.score(config_of(teacher, task, batch_sizes="8", peak_lrs="1e-3", max_len=8))
+    result = ft.score_model(config_of(teacher, task, batch_sizes="8", peak_lrs="1e-3", max_len=8))
     assert result["tasks"]["own"]["truncated"] == dict(train=3, dev=1)
     assert "own: longer than --max-len 8 and cut: 3 of 6 in train, 1 of 4 in dev" in capsys.readouterr().out
     assert json.loads((task.parent / "out/glue.json").read_text())["tasks"] == result["tasks"]
@@ -559,7 +559,7 @@ def test_a_damaged_trial_is_named(tmp_path):
                  '{"settings": {"epochs": 1}, "scores": {"accuracy": NaN}}', '{"settings": []}', "[" * 10 ** 5):
         (tmp_path / "t.json").write_text(text)
         with pytest.raises(UserError, match="t.json is damaged or not ours .*: delete it"):
-            ft.finished(tmp_path / "t.json", dict(epochs=1))
+            ft.finished_trial(tmp_path / "t.json", dict(epochs=1))
 
 
 def start(config):
@@ -588,7 +588,7 @@ def test_a_killed_grid_goes_on_and_two_processes_share_it(teacher, task):
     assert len(ran) == len(set(ran)) == 6 - len(stamps)
     assert all(f.stat().st_mtime_ns == stamp for f, stamp in stamps.items())
     assert sorted(f.suffix for f in trials.iterdir() if f.suffix != ".part") == [".json"] * 6 + [".npy"] * 6
-    whole = ft.score(dataclasses.replace(config, out=str(task.parent / "whole")), lambda line: None)
+    whole = ft.score_model(dataclasses.replace(config, out=str(task.parent / "whole")), lambda line: None)
     assert out[0][1] == out[1][1] == ft.line("own", whole["tasks"]["own"]) + "\n"
 
 
@@ -651,7 +651,7 @@ def test_wrong_inputs_are_refused_in_one_line_before_anything_runs(spoil, change
     if spoil:
         spoil(Path("m"), Path("t"))
     with pytest.raises(UserError) as e:
-        ft.score(config_of("m", Path("t"), **(dict(tasks="own=t", out="out") | change)))
+        ft.score_model(config_of("m", Path("t"), **(dict(tasks="own=t", out="out") | change)))
     line = line.replace("{here}", str(task.parent))
     assert str(e.value) == line if " " in line else line in str(e.value)
     assert "\n" not in str(e.value) and not Path("out").exists()
@@ -670,7 +670,7 @@ def test_what_may_not_be_read_is_not_called_damaged(file, teacher, task, monkeyp
         return opened(path, *args, **kwargs)
     monkeypatch.setattr(builtins, "open", guarded)
     with pytest.raises(UserError) as e:
-        ft.score(config_of("m", Path("t"), tasks="own=t", out="out"))
+        ft.score_model(config_of("m", Path("t"), tasks="own=t", out="out"))
     assert str(e.value) == (f"m cannot be read as a model directory: {file}: Permission denied" if file[0] == "m" else
                             f"{file} cannot be read (Permission denied): mend that, or leave it out")
 
@@ -678,7 +678,7 @@ def test_what_may_not_be_read_is_not_called_damaged(file, teacher, task, monkeyp
 def test_a_place_that_cannot_be_written_is_refused_before_the_first_trial(teacher, task, monkeypatch):
     monkeypatch.setattr(cli.tempfile, "TemporaryFile", lambda dir: open(task / "none/x"))
     with pytest.raises(UserError, match="--out .*/out: no directory to write in"):
-        ft.score(config_of(teacher, task))
+        ft.score_model(config_of(teacher, task))
 
 
 @pytest.mark.parametrize("names, average, without", [
@@ -741,7 +741,7 @@ def test_a_saved_classifier_says_the_same_in_transformers(header, teacher, task,
     own(task, (rows[:40], rows[40:]), header)
     model = drawn(tmp_path / "m", "2L32", tokenizer, 1 + header.endswith("label"))
     config = config_of(model, task, batch_sizes="8", peak_lrs="1e-3", seeds=1, save=True, quick=True)
-    ft.score(config, say=lambda line: None)
+    ft.score_model(config, say=lambda line: None)
     kept, x = tmp_path / "out/trials/own-b32-lr5e-05-seed0", read_own(task)["dev"][0]
     assert_same_in_transformers(kept, x)
 
@@ -784,6 +784,6 @@ def test_an_epoch_has_a_third_of_the_positions_that_it_had_padded_to_128(name, r
     from plumbing.tokenizer import load_tokenizer
     x, _ = glue.read_task(name, glue.TASKS[name], real_data / "glue")["train"]
     examples = ft.encode(load_tokenizer(str(real_data / "vocab/bert-base-uncased-vocab.txt")), x[:640], 128)
-    drawn = ft.batches(np.array([e.shape[1] for e in examples]), 32, 1, 0)
+    drawn = ft.shuffled_batches(np.array([e.shape[1] for e in examples]), 32, 1, 0)
     positions = sum(ft.pad([examples[i] for i in picked], 0)[0].numel() for picked in drawn)
     assert sum(e.shape[1] for e in examples) <= positions < 640 * 128 / 3
