@@ -98,9 +98,9 @@ class Config(train.Recipe):
     columns: str | None = None          # of your own tasks: text,label or text,text,label; default: guessed
     finetune_seeds: Times = 4           # fine-tuning runs per pretrained model
     labels: Count | None = None         # training examples, drawn anew for each of them; default: all there are
-    finetune_batch_sizes: Annotated[str, int, "[1, 4096]"] = "16,32"    # the grid of fine-tuning: examples per step ...
-    finetune_lrs: Positives = "1e-5,3e-5,5e-5,8e-5"  # ... times peak learning rates
-    quick: bool = False                 # one point of that grid in its place: batch 32, lr 5e-5
+    finetune_batch_sizes: Annotated[str, int, "[1, 4096]"] | None = None    # the grid's examples per step ...
+    finetune_lrs: Positives | None = None   # ... times peak learning rates; default: by each model's width
+    quick: bool = False                 # one point of that grid, by each model's width (finetune_glue.py --help)
     finetune_epochs: Times = 5          # passes over the training examples
     max_len: Annotated[int, "[8, 65536]"] = 128     # ids an example is cut to
     probe: bool = False                 # what each frozen encoder knows as well, in a table of its own
@@ -544,12 +544,16 @@ def result_of(plan, each, summary):
 def recipe(config):
     """[a line on fine-tuning], where it is not the paper's grid or a part of it."""
     ours = finetune_glue.Config
-    if (set(finetune_glue.grid(config.finetuning())) <= set(finetune_glue.grid(ours("a model")))
-            and (config.finetune_epochs, config.max_len) == (ours.epochs, ours.max_len)):
+    here, papers = finetune_glue.grid(config.finetuning(), config.shape.hidden_size), finetune_glue.grid(
+        ours("a model"), 768)
+    if set(here) <= set(papers) and (config.finetune_epochs, config.max_len) == (ours.epochs, ours.max_len):
         return []
-    return [f"Fine-tuning is outside the paper's grid (batch {ours.batch_sizes}, lr {ours.peak_lrs}, "
-            f"{ours.epochs} epochs, {ours.max_len} ids): here batch {config.finetune_batch_sizes}, lr "
-            f"{config.finetune_lrs}, {config.finetune_epochs} epochs, {config.max_len} ids."]
+
+    def words(grid):
+        return "batch {}, lr {}".format(*(",".join(f"{v:g}" for v in dict.fromkeys(axis))
+                                          for axis in zip(*grid, strict=True)))
+    return [f"Fine-tuning is outside the paper's grid ({words(papers)}, {ours.epochs} epochs, {ours.max_len} ids): "
+            f"here {words(here)}, {config.finetune_epochs} epochs, {config.max_len} ids."]
 
 
 def papers_setting(plan):

@@ -14,9 +14,11 @@ text,label; a column that numbers the rows (id, index, ...) is left out.  Of a s
 apart as dev, by the hash of its text.
 
 The recipe is the paper's (arXiv 2404.19319): AdamW, batch {16, 32} x lr {1e-5, 3e-5, 5e-5, 8e-5}, 5 epochs,
-linear decay, 128 ids, dropout 0.1.  Ours: 6% warm-up, of which the paper says nothing; the grid runs on seed
-0 and the point that it picks on other seeds, because the best of a grid on dev is too good to be true; the
-score is that of the last step.  A seed sets the new head, the order of the examples and dropout.
+linear decay, 128 ids, dropout 0.1.  Ours: below width 512 lr {1e-4, 3e-4, 7e-4, 1e-3}, since small models stand
+still at the paper's; 6% warm-up; the grid runs on seed 0 and the point that it picks on other seeds, because the
+best of a grid on dev is too good to be true; the score is that of the last step.  A trial that ends predicting one
+class is repeated once at half its rate, and the repeat counts if it does not.  A seed sets the new head, the order of
+the examples and dropout.
 
 Every trial (task, batch, lr, seed) is a file, OUT/trials/*.json, with the dev logits beside it (.npy).  What
 is finished never runs again, so the same command goes on after a kill, and processes that
@@ -58,9 +60,9 @@ class Config(Checked):
     tasks: str = "cola,sst2,mrpc,stsb,qqp,mnli,qnli,rte"    # GLUE's names (wnli too); name=PATH: your own
     columns: str | None = None              # of your own: text,label or text,text,label; default: guessed
     predict: str | None = None       # a file of text: --model, a classifier, labels it, one JSON line per row
-    batch_sizes: Annotated[str, int, "[1, 4096]"] = "16,32"     # the grid: examples per step ...
-    peak_lrs: Positives = "1e-5,3e-5,5e-5,8e-5"     # ... times learning rates, reached after 6% of the steps
-    quick: bool = False                     # one grid point, batch 32 and lr 5e-5, in the grid's place
+    batch_sizes: Annotated[str, int, "[1, 4096]"] | None = None     # the grid: examples per step; default: 16,32 ...
+    peak_lrs: Positives | None = None       # ... times peak learning rates; default: by the model's width, see above
+    quick: bool = False                     # default: one grid point, 32 x 5e-5, below width 512 32 x 7e-4
     labels: Annotated[int, "[1, 1e9]"] | None = None    # training examples, drawn anew for each run; default: all
     seeds: Times = 3                        # runs of the chosen point: mean and standard deviation over them
     first_seed: Seed | None = None      # of those runs; default: 1 after a grid, which runs on seed 0, else 0
@@ -77,7 +79,9 @@ class Config(Checked):
     bf16: bool | None = None                # bf16 autocast; default: where that is faster
 
 
-QUICK = (32, 5e-5)         # --quick: batch and learning rate
+# {least width: what its models are fine-tuned with}
+PEAK_LRS = {512: "1e-5,3e-5,5e-5,8e-5", 0: "1e-4,3e-4,7e-4,1e-3"}
+QUICK_LR = {512: "5e-5", 0: "7e-4"}
 
 
 # ------------------------------------------------------------------------------------------------ fine-tuning
@@ -213,18 +217,15 @@ def drawn(n, labels, seed):
     return np.sort(np.random.default_rng([seed, labels]).permutation(n)[:labels])
 
 
-def fit(setup, file, batch, lr, seed):
-    """One fine-tuning: (result, dev logits)."""
-    config, name, task, device = setup.config, setup.name, setup.task, setup.device
+def attempt(setup, name, batch, lr, seed):
+    """One fine-tuning: (what the trial's record holds of it, dev logits (n, num_labels), the model)."""
+    config, task, device = setup.config, setup.task, setup.device
     (x, y), *dev = setup.parts.values()
     of = drawn(len(y), config.labels, seed)
-    x, y_drawn = [x[i] for i in of], y[of]
     began, pad_id = time.monotonic(), setup.tokenizer.token_to_id("[PAD]")
-    if config.save:
-        checkpoint.room(file.with_suffix(""))                           # now, not when all is trained
     num_labels = 1 if task.labels == () else len(task.labels or ()) or int(y.max()) + 1
     model = checkpoint.load_classifier(setup.path, num_labels, seed, config.dropout).to(device)
-    losses = finetune(model, x, y_drawn, batch, config.epochs, lr, seed, pad_id, file.stem,
+    losses = finetune(model, [x[i] for i in of], y[of], batch, config.epochs, lr, seed, pad_id, name,
                       multiplies_in_bf16(device, config.bf16), config.compile)
     logits, scores, collapsed = [], {}, False
     for (x, y), where in zip(dev, ("", " mismatched"), strict=False):       # two dev sets: MNLI
@@ -232,18 +233,38 @@ def fit(setup, file, batch, lr, seed):
         values, same = evaluate(task, logits[-1][:, 0] if task.labels == () else logits[-1].argmax(-1), y)
         scores |= {m + where: v for m, v in values.items()}
         collapsed |= same
-    text = ", ".join(f"{m} {v:.1f}" for m, v in scores.items()) + (", COLLAPSED" if collapsed else "")
-    seconds = time.monotonic() - began
-    setup.say(f"{name} batch {batch} lr {lr:g} seed {seed}: {text} ({seconds:.0f} s, {len(losses)} steps)")
+    record = dict(peak_lr=lr, scores=scores, collapsed=collapsed, seconds=time.monotonic() - began)
+    setup.say(f"{setup.name} batch {batch} lr {lr:g} seed {seed}: {in_words(record)} "
+              f"({record['seconds']:.0f} s, {len(losses)} steps)")
+    return record, np.concatenate(logits), model
+
+
+def in_words(record):
+    return ", ".join(f"{m} {v:.1f}" for m, v in record["scores"].items()) + ", COLLAPSED" * record["collapsed"]
+
+
+def run_trial(setup, file, batch, lr, seed):
+    """The record of a trial: its one fine-tuning, or two where the first predicts one class.  Writes the logits of
+    the one that counts beside `file`, and with --save its classifier."""
+    config, kept = setup.config, file.with_suffix("")
     if config.save:
-        names = None if task.labels in (None, (), BINARY) else task.labels
-        columns = task.columns or task.text
-        checkpoint.save_model(file.with_suffix(""), model, setup.tokenizer, True, max_len=config.max_len,
-                              names=names, columns=columns, card=(
-            f"---\nlibrary_name: transformers\ntags: [bert, nanokd]\n---\n\n`{config.model}` fine-tuned by "
-            f"nanoKD on {name} (batch {batch}, lr {lr:g}, seed {seed}): {text} on "
-            f"{len(dev[0][1]):,} dev examples.\n"))
-    return dict(scores=scores, collapsed=collapsed, seconds=seconds), np.concatenate(logits)
+        checkpoint.room(kept)                                           # now, not when all is trained
+    found = [attempt(setup, file.stem, batch, lr, seed)]
+    if found[0][0]["collapsed"]:
+        found.append(attempt(setup, file.stem, batch, lr / 2, seed))
+    record, logits, model = found[0] if found[-1][0]["collapsed"] else found[-1]
+    buffer = io.BytesIO()
+    np.save(buffer, logits)
+    write_whole(file.with_suffix(".npy"), buffer.getvalue())
+    if config.save:
+        task = setup.task
+        checkpoint.save_model(
+            kept, model, setup.tokenizer, max_len=config.max_len, columns=task.columns or task.text,
+            names=None if task.labels in (None, (), BINARY) else task.labels,
+            card=f"---\nlibrary_name: transformers\ntags: [bert, nanokd]\n---\n\n`{config.model}` fine-tuned by nanoKD "
+                 f"on {setup.name} (batch {batch}, lr {record['peak_lr']:g}, seed {seed}): {in_words(record)} on the "
+                 f"dev examples.\n")
+    return dict(record, attempts=[each for each, *_ in found])
 
 
 def run_trials(setup, out, points):
@@ -266,10 +287,7 @@ def run_trials(setup, out, points):
     def trial(i):
         result = finished_trial(files[i], settings, config.save)
         if result is None:
-            result, logits = fit(setup, files[i], *points[i])
-            buffer = io.BytesIO()
-            np.save(buffer, logits)
-            write_whole(files[i].with_suffix(".npy"), buffer.getvalue())
+            result = run_trial(setup, files[i], *points[i])
             write_json(files[i], dict(result, settings=settings))
         locks[i].unlink(missing_ok=True)
         return result
@@ -279,7 +297,8 @@ def run_trials(setup, out, points):
 
 def score_task(setup, out):
     """The grid on seed 0, the best point on fresh seeds."""
-    points, first, trials, metric = grid(setup.config), setup.config.first_seed, 0, setup.task.metrics[0]
+    points = grid(setup.config, checkpoint.read_config(setup.path).hidden_size)
+    first, trials, metric = setup.config.first_seed, 0, setup.task.metrics[0]
     if first is None:
         first = int(len(points) > 1)
     if len(points) > 1:     # else there is nothing to choose, and seed 0 is as fresh as any
@@ -297,7 +316,8 @@ def score_task(setup, out):
     collapsed = [r["collapsed"] for r in results]
     return dict(mean.pop(metric), metric=metric, others=mean, batch_size=points[0][0], peak_lr=points[0][1],
                 trials=trials + len(results), n=len(y), majority=evaluate(setup.task, majority, y)[0][metric],
-                collapsed=sum(collapsed), collapsed_trials=collapsed, first_seed=first)
+                collapsed=sum(collapsed), collapsed_trials=collapsed, first_seed=first,
+                repeated=sum(len(r.get("attempts", ())) > 1 for r in results))
 
 
 def kept_predictions(name, task, found, out):
@@ -313,16 +333,18 @@ def line(name, r):
     values = [f"{m} {v['mean']:.1f} ± {v['std']:.1f}" for m, v in [(r["metric"], r), *r["others"].items()]]
     return (f"{name}: {', '.join(values)} over {len(r['scores'])} seeds (batch {r['batch_size']}, "
             f"lr {r['peak_lr']:g}; {r['trials']} trials), n = {r['n']:,}, majority class {r['majority']:.1f}"
+            + (f"; {r['repeated']} predicted one class and ran again at half the rate" if r["repeated"] else "")
             + (f"; {r['collapsed']} of {len(r['scores'])} COLLAPSED" if r["collapsed"] else ""))
 
 
 # -------------------------------------------------------------------------------------------------------- all
 
-def grid(config):
-    """[(batch size, peak lr)]"""
-    if config.quick:
-        return [QUICK]
-    return list(itertools.product(numbers(config.batch_sizes, int), numbers(config.peak_lrs)))
+def grid(config, width):
+    """[(batch size, peak lr)] for a model of this width: what the flags say, else the defaults of that width."""
+    lrs = QUICK_LR if config.quick else PEAK_LRS
+    batch_sizes = config.batch_sizes or ("32" if config.quick else "16,32")
+    peak_lrs = config.peak_lrs or next(text for least, text in lrs.items() if width >= least)
+    return list(itertools.product(numbers(batch_sizes, int), numbers(peak_lrs)))
 
 
 def opened(config, say):

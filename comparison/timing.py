@@ -51,7 +51,7 @@ def finetuning_seconds(plan, directory, texts):
     """Seconds of fine-tuning one student on every task with every trial, by trying a few batches of each
     task with random weights."""
     config, tokenizer, device = plan.config, directory.read_tokenizer(), choose_device(plan.config.device)
-    points = finetune_glue.grid(config.finetuning())
+    points = finetune_glue.grid(config.finetuning(), config.shape.hidden_size)
     batch, trials = points[0][0], config.finetune_seeds + (len(points) if len(points) > 1 else 0)
     model, seconds = BertForSequenceClassification(student_shape(plan.runs[0], directory), 2).to(device), 0.0
     for parts in texts.values():
@@ -103,8 +103,8 @@ def hours_each(plan, hours, directory, texts):
     left = 0.9 * machines * hours - (tuned + taught)
     if left <= 0:
         raise UserError(f"--total-hours {hours:g}: fine-tuning {models} models on {len(texts)} tasks alone "
-                        f"takes about {duration(3600 * tuned / machines)}: give more hours, --quick, or "
-                        f"fewer tasks, arms or seeds")
+                        f"takes about {duration(3600 * tuned / machines)}: give more hours, "
+                        f"{'' if plan.config.quick else '--quick, '}or fewer tasks, arms or seeds")
     left /= sum(each.budget_hours for each in plan.all) - taught
     scale = 10 ** (math.floor(math.log10(left)) - 1)
     each = f"{math.floor(left / scale) * scale:.3g}"                    # two digits, rounded down

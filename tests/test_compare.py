@@ -159,11 +159,13 @@ def test_a_chosen_peak_lr_is_the_one_with_the_lowest_own_validation_loss(small, 
 
 def test_a_recipe_outside_the_papers_grid_is_printed_and_the_default_is_the_grid(small):
     recipe = {f.name: f.default for f in dataclasses.fields(compare.Config) if "finetune_" in f.name}
-    own = finetune_glue.Config("m")
-    assert finetune_glue.grid(compare.Config.finetuning(small(**recipe))) == finetune_glue.grid(own)
-    assert recipe["finetune_epochs"] == own.epochs and len(finetune_glue.grid(own)) == 8
+    own, recipe = finetune_glue.Config("m"), recipe | dict(size="2L512", heads=8)
+    assert finetune_glue.grid(compare.Config.finetuning(small(**recipe)), 512) == finetune_glue.grid(own, 512)
+    assert recipe["finetune_epochs"] == own.epochs and len(finetune_glue.grid(own, 512)) == 8
     assert compare.recipe(small(**recipe)) == compare.recipe(small(**recipe, quick=True)) == []
-    assert finetune_glue.grid(compare.Config.finetuning(small(**recipe, quick=True))) == [(32, 5e-5)]
+    assert finetune_glue.grid(compare.Config.finetuning(small(**recipe, quick=True)), 512) == [(32, 5e-5)]
+    line, = compare.recipe(small(**recipe | dict(size="2L128", heads=2)))
+    assert "(batch 16,32, lr 1e-05,3e-05,5e-05,8e-05, 5 epochs, 128 ids): here batch 16,32, lr 0.0001,0.0003" in line
     for change in (dict(finetune_epochs=2), dict(finetune_lrs="5e-4"), dict(finetune_batch_sizes="64"),
                    dict(max_len=64)):
         line, = compare.recipe(small(**recipe | change))

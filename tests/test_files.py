@@ -95,7 +95,7 @@ PRECIOUS = [
     *(("tokens", name) for name in ("train.bin", "val.bin", "tokenizer.json", "manifest.json", "train.bin.part")),
     *(("compare", name) for name in ("table.md", "costs.md", "results.csv", "figure.png", "results.json", "total.json",
                                      "inputs.json", "runs/no_kd-3steps-seed0/model/config.json")),
-    *(("glue", name) for name in ("glue.json", "trials/own-b32-lr5e-05-seed0.json", "trials/notes/a")),
+    *(("glue", name) for name in ("glue.json", "trials/own-b32-lr0.0007-seed0.json", "trials/notes/a")),
     ("probes", "probes.json")]
 
 
@@ -129,7 +129,7 @@ def test_what_is_laid_into_a_directory_of_ours_stays_there(tools, kind, tmp_path
     out, makes = tmp_path / "out", getattr(tools, kind)
     makes()
     assert (out / ".nanokd").read_text() == f"{kind}\n"
-    names = ("model", "runs", "trials", "runs/no_kd-3steps-seed0", "trials/own-b32-lr5e-05-seed0")
+    names = ("model", "runs", "trials", "runs/no_kd-3steps-seed0", "trials/own-b32-lr0.0007-seed0")
     places = [out, *(out / name for name in names if (out / name).is_dir())]
     for place in places:
         (place / "notes.txt").write_text("precious")

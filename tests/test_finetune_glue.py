@@ -477,7 +477,7 @@ def task(teacher, tmp_path):
 
 
 def config_of(teacher, task, **other):
-    return ft.Config(**(dict(model=str(teacher), tasks=f"own={task}", batch_sizes="8,16", peak_lrs="2e-3,1e-3",
+    return ft.Config(**(dict(model=str(teacher), tasks=f"own={task}", batch_sizes="8,16", peak_lrs="2e-3,3e-3",
                              seeds=2, epochs=1, max_len=16, out=str(task.parent / "out"), device="cpu") | other))
 
 
@@ -508,14 +508,51 @@ def test_the_grid_runs_on_one_seed_and_one_point_on_fresh_ones(teacher, task, ca
 
     ft.score_model(config, said.append)
     assert [line for line in said if "labels from" not in line] == []  # nothing ran again
-    ft.main(dataclasses.replace(config, quick=True, seeds=1))
-    assert "± 0.0 over 1 seeds (batch 32, lr 5e-05; 1 trials)" in capsys.readouterr().out
+    ft.main(dataclasses.replace(config, quick=True, seeds=1, batch_sizes=None, peak_lrs=None))
+    assert "± 0.0 over 1 seeds (batch 32, lr 0.0007; 1 trials)" in capsys.readouterr().out
     for change, value in (("epochs", 2), ("dropout", 0.2), ("examples", None)):
         if change == "examples":
             with open(task / "train.tsv", "a") as f:
                 f.write("one more\t1\n")
         with pytest.raises(UserError, match=f"was run with another {change}: give another --out"):
             ft.score_model(dataclasses.replace(config, **{} if change == "examples" else {change: value}), said.append)
+
+
+def test_the_grid_fits_the_width_where_no_flag_says_otherwise():
+    wide, narrow = [1e-5, 3e-5, 5e-5, 8e-5], [1e-4, 3e-4, 7e-4, 1e-3]
+    for width, lrs, quick in ((1024, wide, 5e-5), (512, wide, 5e-5), (511, narrow, 7e-4), (32, narrow, 7e-4)):
+        assert ft.grid(ft.Config("m"), width) == [(batch, lr) for batch in (16, 32) for lr in lrs]
+        assert ft.grid(ft.Config("m", quick=True), width) == [(32, quick)]
+        assert ft.grid(ft.Config("m", quick=True, peak_lrs="2e-4"), width) == [(32, 2e-4)]
+        assert ft.grid(ft.Config("m", batch_sizes="8"), width) == [(8, lr) for lr in lrs]
+
+
+@pytest.mark.parametrize("recovers", [True, False])
+def test_a_trial_of_one_class_is_repeated_once_at_half_its_rate(recovers, teacher, task, monkeypatch):
+    """Logits, classifier and score are the repeat's where it is not collapsed, else the first's; both are kept."""
+    rates, said, whole, predict = [], [], ft.finetune, ft.predict
+    monkeypatch.setattr(ft, "finetune", lambda *args, **named: rates.append(args[5]) or whole(*args, **named))
+
+    def one_class(model, examples, pad_id):
+        logits = predict(model, examples, pad_id)
+        return logits if recovers and rates[-1] < 6e-3 else logits * 0 + [[1, -1]]
+    monkeypatch.setattr(ft, "predict", one_class)
+    config = config_of(teacher, task, batch_sizes="8", peak_lrs="6e-3", epochs=4, seeds=1, save=True)
+    own, kept = ft.score_model(config, said.append)["tasks"]["own"], task.parent / "out/trials/own-b8-lr0.006-seed0"
+    record = json.loads(Path(f"{kept}.json").read_text())
+    assert rates == [6e-3, 3e-3] and [a["peak_lr"] for a in record["attempts"]] == rates
+    assert [a["collapsed"] for a in record["attempts"]] == [True, not recovers]
+    counted = record["attempts"][recovers]
+    assert {k: record[k] for k in counted} == counted and own["scores"] == [counted["scores"]["accuracy"]]
+    assert (own["repeated"], own["collapsed"]) == (1, int(not recovers))
+    assert "; 1 predicted one class and ran again at half the rate" in ft.line("own", own)
+    assert "COLLAPSED" in said[1] and ("COLLAPSED" in said[2]) != recovers
+    model, tokenizer = checkpoint.read_classifier(kept).model, checkpoint.read_tokenizer(kept)
+    logits = one_class(model, ft.encode(tokenizer, read_own(task)["dev"][0], 16), 0)
+    assert np.allclose(logits, np.load(f"{kept}.npy"), atol=1e-6)
+    assert f"lr {counted['peak_lr']:g}" in (kept / "README.md").read_text()
+    ft.score_model(config, said.append)
+    assert rates == [6e-3, 3e-3]                                        # finished, and not tried again
 
 
 def test_save_after_a_finished_run_saves(teacher, task):
@@ -531,8 +568,10 @@ def test_save_after_a_finished_run_saves(teacher, task):
         shutil.rmtree(directory)
     del said[:]
     again = ft.score_model(dataclasses.replace(config, save=True), said.append)
-    assert again == first and len(said) == 5                            # the columns; twice the reason and a trial
-    assert said[1] == said[3] == "own: 1 finished trials kept no classifier: they run again (--save)"
+    assert again == first
+    assert said.count("own: 1 finished trials kept no classifier: they run again (--save)") == 2
+    assert {line.partition(":")[0] for line in said if "seed" in line} <= {
+        f"own batch 8 lr {lr:g} seed {seed}" for lr in (1e-3, 1.5e-3, 2e-3, 3e-3) for seed in (0, 1)}
     assert {f.name for f in trials.iterdir() if f.is_dir()} == {name.removesuffix(".json") for name in stamps}
     del said[:]
     assert ft.score_model(dataclasses.replace(config, save=True), said.append) == first and len(said) == 1
@@ -584,7 +623,8 @@ def test_a_killed_grid_goes_on_and_two_processes_share_it(teacher, task):
         assert process.returncode == (143 if how == signal.SIGTERM else -how)
     stamps = {f: f.stat().st_mtime_ns for f in trials.glob("*.json")}
     out = [p.communicate(timeout=60)[0].split("\n\n") for p in [start(config), start(config)]]
-    ran = [line.partition(":")[0] for text, _ in out for line in text.splitlines() if "labels from" not in line]
+    ran = [line.partition(":")[0] for text, _ in out for line in text.splitlines() if "seed" in line]
+    ran = [line for line in ran if line.split()[4] in ("0.002", "0.003")]       # else a repeat at half the rate
     assert len(ran) == len(set(ran)) == 6 - len(stamps)
     assert all(f.stat().st_mtime_ns == stamp for f, stamp in stamps.items())
     assert sorted(f.suffix for f in trials.iterdir() if f.suffix != ".part") == [".json"] * 6 + [".npy"] * 6
@@ -690,7 +730,7 @@ def test_the_average_names_its_tasks(names, average, without, teacher, tmp_path,
     mean = dict(cola=10, stsb=0)
     monkeypatch.setattr(ft, "score_task", lambda setup, out: dict(
         mean=mean.get(setup.name, 80), std=1, metric="m", scores=[1], others={}, batch_size=1, peak_lr=1, trials=1, n=2,
-        majority=50, collapsed=setup.name == "cola"))
+        majority=50, repeated=0, collapsed=setup.name == "cola"))
     ft.main(ft.Config(str(teacher), tasks=names, out=str(tmp_path), max_len=16))
     *lines, last = capsys.readouterr().out.strip().splitlines()
     assert average in last and without in last and len(lines) == names.count(",") + 1
@@ -740,7 +780,7 @@ def test_a_saved_classifier_says_the_same_in_transformers(header, teacher, task,
             for i in range(200)]
     own(task, (rows[:40], rows[40:]), header)
     model = drawn(tmp_path / "m", "2L32", tokenizer, 1 + header.endswith("label"))
-    config = config_of(model, task, batch_sizes="8", peak_lrs="1e-3", seeds=1, save=True, quick=True)
+    config = config_of(model, task, batch_sizes="32", peak_lrs="5e-5", seeds=1, save=True)
     ft.score_model(config, say=lambda line: None)
     kept, x = tmp_path / "out/trials/own-b32-lr5e-05-seed0", read_own(task)["dev"][0]
     assert_same_in_transformers(kept, x)
@@ -771,7 +811,7 @@ def test_a_dev_set_is_classified_the_same_in_transformers(name, real_data, tmp_p
                  dev=(ft.encode(tokenizer, dev, 128), labels))
     setup = ft.Setup(ft.Config(str(path), epochs=1, save=True), path, [], checkpoint.read_tokenizer(path),
                      torch.device("cpu"), name, glue.TASKS[name], parts, lambda line: None)
-    np.save(tmp_path / "c.npy", ft.fit(setup, tmp_path / "c.json", 32, 1e-3, 0)[1])
+    ft.run_trial(setup, tmp_path / "c.json", 32, 1e-3, 0)
     assert_same_in_transformers(tmp_path / "c", dev)
     assert np.ptp(np.load(tmp_path / "c.npy"), axis=0).min() > 0.1                      # else equality says little
 

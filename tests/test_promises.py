@@ -130,8 +130,8 @@ def test_the_defaults_are_the_papers_recipe():
     assert [ours.of_recipe(name) for name in ("optimizer", "clip", "init_std")] == ["adamw", 0, 0.02]
     assert (ours.seed, ours.init, ours.tau, ours.static_masks, ours.as_released) == (0, None, None, False, False)
     tuning = finetune_glue.Config("model")
-    assert (tuning.batch_sizes, tuning.peak_lrs, tuning.epochs) == ("16,32", "1e-5,3e-5,5e-5,8e-5", 5)
-    assert (tuning.max_len, tuning.dropout, tuning.seeds) == (128, 0.1, 3)
+    assert finetune_glue.grid(tuning, 768) == [(b, lr) for b in (16, 32) for lr in (1e-5, 3e-5, 5e-5, 8e-5)]
+    assert tuning.epochs == 5 and (tuning.max_len, tuning.dropout, tuning.seeds) == (128, 0.1, 3)
 
 
 @pytest.mark.parametrize("name", EVERY)
