@@ -14,15 +14,13 @@ text,label; a column that numbers the rows (id, index, ...) is left out.  Of a s
 apart as dev, by the hash of its text.
 
 The recipe is the paper's (arXiv 2404.19319): AdamW, batch {16, 32} x lr {1e-5, 3e-5, 5e-5, 8e-5}, 5 epochs,
-linear decay, 128 ids, dropout 0.1.  Ours: below width 512 lr {1e-4, 3e-4, 7e-4, 1e-3}, since small models stand
-still at the paper's; 6% warm-up; the grid runs on seed 0 and the point that it picks on other seeds, because the
-best of a grid on dev is too good to be true; the score is that of the last step.  A trial that ends predicting one
-class is repeated once at half its rate, and the repeat counts if it does not.  A seed sets the new head, the order of
-the examples and dropout.
+linear decay, 128 ids, dropout 0.1.  Ours: below width 512 lr {1e-4, 3e-4, 7e-4, 1e-3}; 6% warm-up; the grid runs on
+seed 0 and the point that it picks on other seeds, because the best of a grid on dev is too good to be true; a trial
+that ends predicting one class is repeated once at half its rate, and the repeat counts if it does not.  The score is
+that of the last step.  A seed sets the new head, the order of the examples and dropout.
 
 Every trial (task, batch, lr, seed) is a file, OUT/trials/*.json, with the dev logits beside it (.npy).  What
-is finished never runs again, so the same command goes on after a kill, and processes that
-share OUT share the work.
+is finished never runs again: the same command goes on after a kill, and processes that share OUT share the work.
 """
 import hashlib
 import io
@@ -190,8 +188,6 @@ def finished_trial(file, settings, save=False):
     with parsing(file, "delete it and run this again"):
         result = json.loads(file.read_text(encoding="utf-8"))
         differ = [k for k in settings if settings[k] != result["settings"].get(k)]
-        if not all(map(math.isfinite, result.get("scores", {}).values())):
-            raise ValueError("a score that is no number")
     if differ:
         raise UserError(f"{file} was run with another {', '.join(differ)}: give another --out, or delete it")
     return result if not save or file.with_suffix("").is_dir() else None
@@ -234,12 +230,12 @@ def attempt(setup, name, batch, lr, seed):
         scores |= {m + where: v for m, v in values.items()}
         collapsed |= same
     record = dict(peak_lr=lr, scores=scores, collapsed=collapsed, seconds=time.monotonic() - began)
-    setup.say(f"{setup.name} batch {batch} lr {lr:g} seed {seed}: {in_words(record)} "
+    setup.say(f"{setup.name} batch {batch} lr {lr:g} seed {seed}: {scores_in_words(record)} "
               f"({record['seconds']:.0f} s, {len(losses)} steps)")
     return record, np.concatenate(logits), model
 
 
-def in_words(record):
+def scores_in_words(record):
     return ", ".join(f"{m} {v:.1f}" for m, v in record["scores"].items()) + ", COLLAPSED" * record["collapsed"]
 
 
@@ -262,8 +258,8 @@ def run_trial(setup, file, batch, lr, seed):
             kept, model, setup.tokenizer, max_len=config.max_len, columns=task.columns or task.text,
             names=None if task.labels in (None, (), BINARY) else task.labels,
             card=f"---\nlibrary_name: transformers\ntags: [bert, nanokd]\n---\n\n`{config.model}` fine-tuned by nanoKD "
-                 f"on {setup.name} (batch {batch}, lr {record['peak_lr']:g}, seed {seed}): {in_words(record)} on the "
-                 f"dev examples.\n")
+                 f"on {setup.name} (batch {batch}, lr {record['peak_lr']:g}, seed {seed}) scores, on the dev examples: "
+                 f"{scores_in_words(record)}.\n")
     return dict(record, attempts=[each for each, *_ in found])
 
 
@@ -273,16 +269,10 @@ def run_trials(setup, out, points):
     # the examples as the model sees them: another TSV, tokenizer or max_len makes another trial
     examples = hashlib.sha256(b"".join(a.tobytes() for x, y in setup.parts.values() for a in (*x, y)))
     settings = dict(model=setup.digests, examples=examples.hexdigest()[:16],
-                    epochs=config.epochs, dropout=config.dropout,
-                    bf16=multiplies_in_bf16(setup.device, config.bf16))
-    if config.labels:
-        settings["drawn"] = config.labels
-    if setup.task.labels and not setup.task.columns:
-        settings["labels"] = list(setup.task.labels)
+                    epochs=config.epochs, dropout=config.dropout, drawn=config.labels,
+                    bf16=multiplies_in_bf16(setup.device, config.bf16),
+                    labels=None if setup.task.columns else list(setup.task.labels or ()) or None)
     files = [out / f"{setup.name}-b{batch}-lr{lr:g}-seed{seed}.json" for batch, lr, seed in points]
-    again = sum(file.exists() and not finished_trial(file, settings, config.save) for file in files)
-    if again:
-        setup.say(f"{setup.name}: {again} finished trials kept no classifier: they run again (--save)")
 
     def trial(i):
         result = finished_trial(files[i], settings, config.save)
@@ -309,10 +299,11 @@ def score_task(setup, out):
                                       for seed in range(first, first + setup.config.seeds)])
     results, (_, (_, y), *_) = list(results.values()), setup.parts.values()
     majority = np.full(len(y), 0 if setup.task.labels == () else np.bincount(y).argmax())
-    mean = {m: dict(scores=[r["scores"][m] for r in results]) for m in results[0]["scores"]}
-    for values in mean.values():
-        values |= dict(mean=float(np.mean(values["scores"])),
-                       std=float(np.std(values["scores"], ddof=1)) if len(results) > 1 else 0.0)
+    mean = {}
+    for m in results[0]["scores"]:
+        scores = [r["scores"][m] for r in results]
+        mean[m] = dict(scores=scores, mean=float(np.mean(scores)),
+                       std=float(np.std(scores, ddof=1)) if len(scores) > 1 else 0.0)
     collapsed = [r["collapsed"] for r in results]
     return dict(mean.pop(metric), metric=metric, others=mean, batch_size=points[0][0], peak_lr=points[0][1],
                 trials=trials + len(results), n=len(y), majority=evaluate(setup.task, majority, y)[0][metric],

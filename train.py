@@ -12,7 +12,7 @@ counts fetching and masking the batch, the teacher's forward pass, the student's
 communication and the optimizer; it does not count start-up, warm-up of compilation, validation, saving, or
 the pretraining of the teacher.
 
-A run directory (--out) gets config.json, log.jsonl, checkpoint.pt and the one before, summary.json and
+A run directory (--out) gets config.json, log.jsonl, checkpoint.pt, summary.json and
 model/, a Hugging Face BERT directory.  The same command goes on where a stopped run was; under torchrun it
 runs on many GPUs.
 
@@ -288,7 +288,7 @@ def begin(config, now, say, status, held):
     out, directory = config.path, TokenDirectory(config.data)
     Blocks(directory, "train", config.length, config.seed, config.unique_tokens)        # refuses more than there are
     record = config.record | contents(directory, config.teacher if config.reads_teacher else None)
-    if summary := finished(record, out, Config().record):
+    if summary := finished(record, out):
         say(f"{out} is finished: nothing to do")
         return None, summary
     unit, total = config.budget

@@ -385,8 +385,7 @@ def test_two_jobs_make_the_table_of_one_and_a_job_that_fails_is_told(small, tmp_
     assert (tmp_path / "two/table.md").read_text() == table and all("finished after" in log for log in logs)
     victim = tmp_path / "two/runs/no_kd-2e+09flops-seed0"
     (victim / "summary.json").unlink()
-    for file in ("checkpoint.pt", "checkpoint.before.pt"):
-        (victim / file).write_bytes(b"damaged")
+    (victim / "checkpoint.pt").write_bytes(b"damaged")
     with pytest.raises(UserError, match="worker . of 2 stopped .*damaged.*jobs/.*the same command goes on"):
         compare.main(dataclasses.replace(config, jobs=2, out=str(tmp_path / "two")))
 
