@@ -288,7 +288,7 @@ def begin(config, now, say, status, held):
     out, directory = config.path, TokenDirectory(config.data)
     Blocks(directory, "train", config.length, config.seed, config.unique_tokens)        # refuses more than there are
     record = config.record | contents(directory, config.teacher if config.reads_teacher else None)
-    if summary := finished(record, out):
+    if summary := finished(record, out, Config().record):
         say(f"{out} is finished: nothing to do")
         return None, summary
     unit, total = config.budget

@@ -58,11 +58,12 @@ def begun(out):
     return read_json(out / "config.json") if there else {}
 
 
-def finished(record, out):
-    """The summary if the run of this very record has finished in `out`, None if it has not; another one is refused."""
+def finished(record, out, defaults):
+    """The summary if the run of this very record has finished in `out`, None if it has not; another one is refused.
+    `defaults`: of what a configuration of an older version does not name."""
     if not (before := begun(out)):
         return None
-    refuse_another(before, record, out)
+    refuse_another(defaults | before, record, out)
     return read_json(out / "summary.json") if (out / "summary.json").exists() else None
 
 
@@ -90,7 +91,7 @@ class RunWriter:
         state = checkpoint.load_run(self.out)
         arm, budget, self.record = self.arm, self.budget, record
         if state:
-            refuse_another(state["config"], record, self.out)
+            refuse_another(record | state["config"], record, self.out)
             budget.ended, self.vals = state["ended"], state["vals"]
             if budget.ended:
                 arm.enter(len(budget.ended))
@@ -290,6 +291,7 @@ def announce(arm, val, step, teacher_mlm, say):
                   if need[0] == "qkv"]
         more = {f"q, k, v of its layer {' and '.join(layers)}": layers,
                 f"{arm.relation_heads} relation heads": "qq" in strategy.terms,
+                "its dropout is on": arm.teacher.training,
                 f"tau {strategy.tau:g}": strategy.needs_teachers_head,
                 f"ignored: {', '.join(arm.teacher_ignored)}": arm.teacher_ignored}
         say("; ".join([f"teacher {config.teacher}: {arm.teacher.config.size}, {quality}",
