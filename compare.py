@@ -57,7 +57,7 @@ from plumbing.cli import (
     run,
 )
 from plumbing.device import choose_device, fitting_micro_batch
-from plumbing.files import claim, parsing, read_json, records, share_runs, write_json, write_whole
+from plumbing.files import claim, claim_each, log_records, parsing, read_json, write_json, write_whole
 from plumbing.rundir import contents
 from plumbing.student import initial_student, start_from, student_shape
 from plumbing.tokens import TokenDirectory
@@ -99,9 +99,9 @@ class Config(train.Recipe):
     columns: str | None = None          # of your own tasks: text,label or text,text,label; default: guessed
     finetune_seeds: Times = 4           # fine-tuning runs per pretrained model
     labels: Count | None = None         # training examples, drawn anew for each of them; default: all there are
-    finetune_batch_sizes: Annotated[str, int, "[1, 4096]"] = "16,32"    # the grid of fine-tuning: examples per step ...
-    finetune_lrs: Positives = "1e-5,3e-5,5e-5,8e-5"  # ... times peak learning rates
-    quick: bool = False                 # one point of that grid in its place: batch 32, lr 5e-5
+    finetune_batch_sizes: Annotated[str, int, "[1, 4096]"] | None = None    # the grid's examples per step ...
+    finetune_lrs: Positives | None = None   # ... times peak learning rates; default: by each model's width
+    quick: bool = False                 # one point of that grid, by each model's width (finetune_glue.py --help)
     finetune_epochs: Times = 5          # passes over the training examples
     max_len: Annotated[int, "[8, 65536]"] = 128     # ids an example is cut to
     probe: bool = False                 # what each frozen encoder knows as well, in a table of its own
@@ -362,13 +362,13 @@ def compare(plan):
     if config.dry_run:
         return None
     claim(plan.out, "compare")
-    share_runs([plan.out], lambda _: same_inputs(plan, directory, texts))
+    claim_each([plan.out], lambda _: same_inputs(plan, directory, texts))
     compared = {each.out for each in plan.runs}
     progress = Progress({out: s + finetune_seconds * (out in compared) for out, s in seconds.items()}
                         | {f"score {path}": finetune_seconds for _, path, _ in plan.yardsticks})
     if (config.jobs or 1) > 1:
         status = partial(timing.over_all, plan, dict(progress.left), time.monotonic())
-        jobs.run(config.jobs, work, config, plan.out, status)
+        jobs.run_jobs(config.jobs, work, config, plan.out, status)
         progress.say_line = lambda line: None                           # everything is finished
     return execute(plan, directory, progress)
 
@@ -401,7 +401,7 @@ def execute(plan, directory, progress):
         return dict(result_of(plan, each, summary), **found, speed=speed)
 
     if plan.teacher:
-        taught, = share_runs([plan.teacher.out], teach)
+        taught, = claim_each([plan.teacher.out], teach)
         remarks.append(f"The teacher ({plan.teacher.size}) has a validation MLM loss of "
                        f"{taught['val']['mlm']:.2f}; its own pretraining is charged to no arm"
                        + (", and it has seen all of the data." if plan.settings != [(None, False)] else "."))
@@ -420,12 +420,12 @@ def execute(plan, directory, progress):
     todo = {each.out: partial(run_one, each) for each in plan.runs}
     todo |= {path: partial(score_yardstick, plan, directory, progress, name, path, seed)
              for name, path, seed in plan.yardsticks}
-    done = share_runs([*todo], lambda i: [*todo.values()][i]())
+    done = claim_each([*todo], lambda i: [*todo.values()][i]())
     results, others = done[:len(plan.runs)], done[len(plan.runs):]
     costs.append(f"The compared runs were charged "
                  f"{duration(sum(r['charged_seconds'] for r in results))} in all.")
     yardsticks = [judge.constant_answer(results), dict(name=judge.NGRAMS, runs=[
-        share_runs([plan.out / "ngrams"], lambda _: score_ngrams(plan, progress))[0]])]
+        claim_each([plan.out / "ngrams"], lambda _: score_ngrams(plan, progress))[0]])]
     yardsticks += [dict(name=name, runs=[m for m in others if m["name"] == name])
                    for name in dict.fromkeys(m["name"] for m in others)]
     constant = yardsticks[0]["runs"][0]
@@ -456,7 +456,7 @@ def tuned(plan, progress, trained):
         lrs = [rate for of, rate in plan.choices if of == recipe]
         edge = {min(lrs): ", the lowest tried", max(lrs): ", the highest tried"} if len(lrs) > 1 else {}
         return f" (taken{edge.get(lr, '')})"
-    found = share_runs([each.out for each in plan.tuning.values()], do)
+    found = claim_each([each.out for each in plan.tuning.values()], do)
     best = {at: min(((loss, *choice) for a, choice, loss, _ in found if a == at), key=lambda f: f[0])[1:]
             for at, *_ in found}
     lines = [f"{at[0]} at {judge.amount(at[1], plan.unit)}: " + ", ".join(
@@ -473,7 +473,7 @@ def scored(plan, model, out, say, seed):
     """What finetune_glue finds of a model, now or in an earlier run: of each task and in short, and
     with --probe the probes."""
     config, tuning = plan.config, plan.config.finetuning(model, out, seed)
-    tasks = finetune_glue.score(tuning, say)["tasks"]
+    tasks = finetune_glue.score_model(tuning, say)["tasks"]
     means = {name: r["mean"] for name, r in tasks.items()}
     predicted = {name: finetune_glue.kept_predictions(name, plan.tasks.get(name), r, Path(out, "trials"))
                  for name, r in tasks.items()}
@@ -531,7 +531,7 @@ def result_of(plan, each, summary):
     """What a run was and cost, as report.py reads it."""
     kept = ("seed", "peak_lr", "steps", "tokens", "epochs", "charged_seconds", "tokens_per_second",
             "teacher_share", "val", "device")
-    log = (record for _, record in records(Path(each.out, "log.jsonl").read_bytes().split(b"\n")))
+    log = (record for _, record in log_records(Path(each.out, "log.jsonl").read_bytes().split(b"\n")))
     curve = [dict(seconds=r["seconds"], tokens=r["step"] * summary["tokens"] // summary["steps"],
                   mlm=r["val"]["mlm"], d_order=r.get("d_order")) for r in log if "mlm" in r.get("val", {})]
     return dict({k: summary[k] for k in kept}, strategy=plan.arms[each.out], budget=each.budget[1], unit=plan.unit,
@@ -545,12 +545,16 @@ def result_of(plan, each, summary):
 def recipe(config):
     """[a line on fine-tuning], where it is not the paper's grid or a part of it."""
     ours = finetune_glue.Config
-    if (set(finetune_glue.grid(config.finetuning())) <= set(finetune_glue.grid(ours("a model")))
-            and (config.finetune_epochs, config.max_len) == (ours.epochs, ours.max_len)):
+    here, papers = finetune_glue.grid(config.finetuning(), config.shape.hidden_size), finetune_glue.grid(
+        ours("a model"), 768)
+    if set(here) <= set(papers) and (config.finetune_epochs, config.max_len) == (ours.epochs, ours.max_len):
         return []
-    return [f"Fine-tuning is outside the paper's grid (batch {ours.batch_sizes}, lr {ours.peak_lrs}, "
-            f"{ours.epochs} epochs, {ours.max_len} ids): here batch {config.finetune_batch_sizes}, lr "
-            f"{config.finetune_lrs}, {config.finetune_epochs} epochs, {config.max_len} ids."]
+
+    def words(grid):
+        return "batch {}, lr {}".format(*(",".join(f"{v:g}" for v in dict.fromkeys(axis))
+                                          for axis in zip(*grid, strict=True)))
+    return [f"Fine-tuning is outside the paper's grid ({words(papers)}, {ours.epochs} epochs, {ours.max_len} ids): "
+            f"here {words(here)}, {config.finetune_epochs} epochs, {config.max_len} ids."]
 
 
 def papers_setting(plan):
@@ -590,7 +594,7 @@ def write_report(config, results, yardsticks, remarks=(), costs=(), size=None, l
         np.savez_compressed(buffer, **judge.arrays_of(results, yardsticks, labels or {}))
         write_whole(out / "results.npz", buffer.getvalue())
         report.figure(results, yardsticks, out / "figure.png", teacher_flops)
-    share_runs([out], write)
+    claim_each([out], write)
     print("\n" + "\n\n".join(filter(None, [
         textwrap.fill(said[0], 80), report.screen_table(results, yardsticks),
         *(textwrap.fill(line, 80) for line in (*said[1:], *notes)),

@@ -31,7 +31,7 @@ from data import Blocks, hashed
 from plumbing.cli import Checked, Count, Fraction, Length, Times, UserError, run, writable
 from plumbing.device import choose_device, hardware, multiplies_in_bf16, ready_process
 from plumbing.diagnose import masked_lm, token_losses
-from plumbing.files import read_json, sha256, share_runs, write_json, write_whole
+from plumbing.files import claim_each, read_json, sha256, write_json, write_whole
 from plumbing.glue import spearman
 from plumbing.price import flops_per_block
 from plumbing.rundir import contents
@@ -72,7 +72,7 @@ def miniplm(config, say=print):
     how = ("data", "out", "controls", "device")
     request = {k: v for k, v in dataclasses.asdict(config).items() if k not in how} | dict(
         source=source.manifest["sha256"], teacher=contents(source, config.teacher)["contents of teacher"])
-    share_runs([out], lambda _: make(config, out, source, request, device, say))
+    claim_each([out], lambda _: make(config, out, source, request, device, say))
 
 
 def make(config, out, source, request, device, say):

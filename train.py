@@ -12,7 +12,7 @@ counts fetching and masking the batch, the teacher's forward pass, the student's
 communication and the optimizer; it does not count start-up, warm-up of compilation, validation, saving, or
 the pretraining of the teacher.
 
-A run directory (--out) gets config.json, log.jsonl, checkpoint.pt and the one before, summary.json and
+A run directory (--out) gets config.json, log.jsonl, checkpoint.pt, summary.json and
 model/, a Hugging Face BERT directory.  The same command goes on where a stopped run was; under torchrun it
 runs on many GPUs.
 
@@ -36,10 +36,10 @@ from model import BertConfig
 from plumbing.budget import Budget, Stages, Stopped, one_budget, stop_signals
 from plumbing.checks import check_run, refuse_non_finite
 from plumbing.cli import Checked, Count, Lengths, NotNegative, Positive, Seed, Share, UserError, in_turn, run
-from plumbing.device import Ranks, alone, choose_device, fitting_micro_batch, halve_micro_batch_until_it_fits
+from plumbing.device import Ranks, alone_on_device, choose_device, fitting_micro_batch, halve_micro_batch_until_it_fits
 from plumbing.price import price
 from plumbing.rehearsal import rehearse
-from plumbing.rundir import Run, begun, contents, finished, run_directory
+from plumbing.rundir import RunWriter, begun, contents, finished, run_directory
 from plumbing.screen import what_next
 from plumbing.settle import settled
 from plumbing.tokens import TokenDirectory
@@ -234,7 +234,7 @@ def trained(run):
     blocks, batches = stream(run, arm.phase)
     budget.start()
     stages.mark(None)
-    with alone(arm.device, budget.unit), stop_signals() as signals, run.stopped_by(signals):
+    with alone_on_device(arm.device, budget.unit), stop_signals() as signals, run.stopped_by(signals):
         while budget.progress < 1 or not budget.steps:
             if arm.phase.end <= budget.progress < 1:
                 run.next_phase(signals)
@@ -283,7 +283,7 @@ def agreed(ranks, names, values, budget, signals):
 
 
 def begin(config, now, say, status, held):
-    """(the Run at the step where it stopped, None); with nothing to run (None, what train returns).  `held`: the
+    """(RunWriter at the step where it stopped, None); with nothing to run (None, what train returns).  `held`: the
     stack on which rank 0 holds the run directory."""
     began = now()
     config.check()
@@ -294,14 +294,14 @@ def begin(config, now, say, status, held):
         say(f"{out} is finished: nothing to do")
         return None, summary
     unit, total = config.budget
-    with alone(choose_device(config.device), unit):      # refused now, not after minutes of compilation
+    with alone_on_device(choose_device(config.device), unit):      # refused now, not after minutes of compilation
         if Ranks().rank == 0:
             held.enter_context(run_directory(config))
     arm = make_arm(config, directory)
     directory.verify()
     main_rank = arm.ranks.rank == 0
     say = say if main_rank else lambda line: None
-    run = Run(config, out, arm, Budget(total, unit, now=now), Stages(arm.device), directory,
+    run = RunWriter(config, out, arm, Budget(total, unit, now=now), Stages(arm.device), directory,
               validation_blocks(directory, config.length, say), say, status, writes=main_rank)
     if config.dry_run:
         return None, rehearse(run, gradients, *stream(run, arm.phase))

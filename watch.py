@@ -23,7 +23,7 @@ import torch
 from comparison.report import MARKERS, aligned, curve_look
 from plumbing.checkpoint import find_model, framed, load_mlm, read_tokenizer
 from plumbing.cli import Checked, UserError, in_turn, run
-from plumbing.files import claim_file, json_object, parsing, records, write_whole
+from plumbing.files import claim_file, json_object, log_records, parsing, write_whole
 from plumbing.screen import changes, quantity, spent
 
 UNITS = {"hours": "charged hours", "flops": "FLOPs", "tokens": "tokens", "steps": "steps"}
@@ -56,7 +56,7 @@ def plain(text):
 def read_log(file):
     """One record per step."""
     steps = {}
-    for _, record in records(file.read_bytes().split(b"\n") if file.exists() else ()):
+    for _, record in log_records(file.read_bytes().split(b"\n") if file.exists() else ()):
         steps.setdefault(record["step"], {}).update(record)
     return sorted(steps.values(), key=lambda record: record["step"])
 

@@ -12,7 +12,7 @@ import prepare
 import watch
 from plumbing import sources
 from plumbing.cli import UserError
-from plumbing.files import claim, share_runs, write_whole
+from plumbing.files import claim, claim_each, write_whole
 
 TEACHER = Path(__file__).parents[1] / "teacher"        # how it was made: its README.md
 VAL_FRACTION = 0.1
@@ -73,7 +73,7 @@ def written(out, dry_run=False):
         prepare.prepare(prepare.Config(["docstrings"], str(data), str(TEACHER), val_fraction=VAL_FRACTION),
                         [text for _, text in documents])
     claim(out, "compare")
-    share_runs([out], make)
+    claim_each([out], make)
     return str(data), f"package={task}"
 
 

@@ -14,7 +14,7 @@ from model import BertForMaskedLM, BertForSequenceClassification
 from plumbing.budget import Stages
 from plumbing.cli import UserError
 from plumbing.device import choose_device, halve_micro_batch_until_it_fits, multiplies_in_bf16, ready_process
-from plumbing.files import read_json, records, write_json
+from plumbing.files import log_records, read_json, write_json
 from plumbing.price import flops_per_block
 from plumbing.student import student_shape
 from step import Arm
@@ -51,7 +51,7 @@ def finetuning_seconds(plan, directory, texts):
     """Seconds of fine-tuning one student on every task with every trial, by trying a few batches of each
     task with random weights."""
     config, tokenizer, device = plan.config, directory.read_tokenizer(), choose_device(plan.config.device)
-    points = finetune_glue.grid(config.finetuning())
+    points = finetune_glue.grid(config.finetuning(), config.shape.hidden_size)
     batch, trials = points[0][0], config.finetune_seeds + (len(points) if len(points) > 1 else 0)
     model, seconds = BertForSequenceClassification(student_shape(plan.runs[0], directory), 2).to(device), 0.0
     for parts in texts.values():
@@ -103,8 +103,8 @@ def hours_each(plan, hours, directory, texts):
     left = 0.9 * machines * hours - (tuned + taught)
     if left <= 0:
         raise UserError(f"--total-hours {hours:g}: fine-tuning {models} models on {len(texts)} tasks alone "
-                        f"takes about {duration(3600 * tuned / machines)}: give more hours, --quick, or "
-                        f"fewer tasks, arms or seeds")
+                        f"takes about {duration(3600 * tuned / machines)}: give more hours, "
+                        f"{'' if plan.config.quick else '--quick, '}or fewer tasks, arms or seeds")
     left /= sum(each.budget_hours for each in plan.all) - taught
     scale = 10 ** (math.floor(math.log10(left)) - 1)
     each = f"{math.floor(left / scale) * scale:.3g}"                    # two digits, rounded down
@@ -176,7 +176,7 @@ def over_all(plan, estimates, began):
         if Path(at, "glue/glue.json").exists() or at in tuning and Path(at, "summary.json").exists():
             finished, share = finished + 1, 1.0
         elif log.exists():
-            _, last = next(records(reversed(log.read_bytes().split(b"\n"))), (b"", {}))
+            _, last = next(log_records(reversed(log.read_bytes().split(b"\n"))), (b"", {}))
             share = 0.8 * last.get("progress", 0.0)
             under_way.append(f"{name} {share / 0.8:.0%}" if share < 0.8 else f"{name} is scored")
         done += share * estimates.get(out, estimates.get(f"score {out}"))

@@ -16,7 +16,7 @@ from plumbing import checkpoint
 from plumbing.budget import Stages, learns
 from plumbing.cli import UserError
 from plumbing.device import Ranks, choose_device, halve_micro_batch_until_it_fits
-from plumbing.files import share_runs
+from plumbing.files import claim_each
 from plumbing.price import flops_per_block
 from plumbing.rundir import begun
 from plumbing.student import student_shape
@@ -89,7 +89,7 @@ def docstrings(teacher):
         if not (path / "manifest.json").exists():
             prepare.prepare(prepare.Config(["docstrings"], str(path), str(checkpoint.find_model(str(teacher))),
                                            val_fraction=VAL_FRACTION))
-    share_runs([path.parent], make)
+    claim_each([path.parent], make)
     return str(path)
 
 

@@ -159,11 +159,13 @@ def test_a_chosen_peak_lr_is_the_one_with_the_lowest_own_validation_loss(small, 
 
 def test_a_recipe_outside_the_papers_grid_is_printed_and_the_default_is_the_grid(small):
     recipe = {f.name: f.default for f in dataclasses.fields(compare.Config) if "finetune_" in f.name}
-    own = finetune_glue.Config("m")
-    assert finetune_glue.grid(compare.Config.finetuning(small(**recipe))) == finetune_glue.grid(own)
-    assert recipe["finetune_epochs"] == own.epochs and len(finetune_glue.grid(own)) == 8
+    own, recipe = finetune_glue.Config("m"), recipe | dict(size="2L512", heads=8)
+    assert finetune_glue.grid(compare.Config.finetuning(small(**recipe)), 512) == finetune_glue.grid(own, 512)
+    assert recipe["finetune_epochs"] == own.epochs and len(finetune_glue.grid(own, 512)) == 8
     assert compare.recipe(small(**recipe)) == compare.recipe(small(**recipe, quick=True)) == []
-    assert finetune_glue.grid(compare.Config.finetuning(small(**recipe, quick=True))) == [(32, 5e-5)]
+    assert finetune_glue.grid(compare.Config.finetuning(small(**recipe, quick=True)), 512) == [(32, 5e-5)]
+    line, = compare.recipe(small(**recipe | dict(size="2L128", heads=2)))
+    assert "(batch 16,32, lr 1e-05,3e-05,5e-05,8e-05, 5 epochs, 128 ids): here batch 16,32, lr 0.0001,0.0003" in line
     for change in (dict(finetune_epochs=2), dict(finetune_lrs="5e-4"), dict(finetune_batch_sizes="64"),
                    dict(max_len=64)):
         line, = compare.recipe(small(**recipe | change))
@@ -364,7 +366,7 @@ def test_processes_share_the_runs_and_each_is_done_once(tmp_path):
             (tmp_path / f"{i}/finished").touch()
         return i * i
 
-    threads = [threading.Thread(target=lambda: found.append(compare.share_runs(directories, do))) for _ in range(3)]
+    threads = [threading.Thread(target=lambda: found.append(compare.claim_each(directories, do))) for _ in range(3)]
     for t in threads:
         t.start()
     for t in threads:
@@ -383,8 +385,7 @@ def test_two_jobs_make_the_table_of_one_and_a_job_that_fails_is_told(small, tmp_
     assert (tmp_path / "two/table.md").read_text() == table and all("finished after" in log for log in logs)
     victim = tmp_path / "two/runs/no_kd-2e+09flops-seed0"
     (victim / "summary.json").unlink()
-    for file in ("checkpoint.pt", "checkpoint.before.pt"):
-        (victim / file).write_bytes(b"damaged")
+    (victim / "checkpoint.pt").write_bytes(b"damaged")
     with pytest.raises(UserError, match="worker . of 2 stopped .*damaged.*jobs/.*the same command goes on"):
         compare.main(dataclasses.replace(config, jobs=2, out=str(tmp_path / "two")))
 
@@ -411,7 +412,7 @@ def test_arms_that_ran_at_different_speeds_are_told(small, tmp_path, monkeypatch
 def test_of_a_worker_that_a_signal_ended_the_signal_is_told(tmp_path):
     """Not what its log ends with, and also where it was the last one at work."""
     with pytest.raises(UserError, match="worker 0 of 1 stopped .signal 9, Killed: perhaps there was no memory left.: "):
-        jobs.run(1, signal.raise_signal, signal.SIGKILL, tmp_path, lambda: "")
+        jobs.run_jobs(1, signal.raise_signal, signal.SIGKILL, tmp_path, lambda: "")
     log = tmp_path / "log"
     assert jobs.reason(1, log) == "no word"
     log.write_text("step 3\nerror: no space left\n")

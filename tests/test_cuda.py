@@ -114,7 +114,7 @@ def test_a_classifier_of_a_gpu_says_the_same_in_transformers_on_a_cpu(teacher, t
         (task / f"{name}.tsv").write_text("text\tlabel\n" + "".join(f"{t}\t{i % 2}\n" for i, t in enumerate(part)))
     config = finetune_glue.Config(model=str(teacher), tasks=f"mine={task}", quick=True, seeds=1, epochs=2, save=True,
                                   max_len=32, out=str(tmp_path / "out"), device=str(DEVICE))
-    finetune_glue.score(config, say=lambda line: None)
+    finetune_glue.score_model(config, say=lambda line: None)
     logits, = (tmp_path / "out/trials").glob("*.npy")
     saved = logits.with_suffix("")
     tokenizer = transformers.AutoTokenizer.from_pretrained(saved)

@@ -409,9 +409,9 @@ def classified(teacher, tmp_path_factory):
     rows = [(", ".join([" ".join(rng.choice(words[2:], 3)), words[i % 2]]), ("not so, good", "good")[i % 2])
             for i in range(300)]
     write(here / "reviews.csv", rows, ("review", "verdict"))
-    result = ft.score(ft.Config(str(teacher), tasks=f"reviews={here}/reviews.csv", batch_sizes="8", peak_lrs="3e-3",
-                                epochs=5, seeds=1, max_len=16, out=str(here / "out"), save=True, device="cpu"),
-                      said.append)
+    result = ft.score_model(ft.Config(str(teacher), tasks=f"reviews={here}/reviews.csv", batch_sizes="8",
+                                      peak_lrs="3e-3", epochs=5, seeds=1, max_len=16, out=str(here / "out"), save=True,
+                                      device="cpu"), said.append)
     assert said[0] == "reviews: text from 'review', labels from 'verdict' (reviews.csv): good, not so, good"
     assert result["tasks"]["reviews"]["mean"] > 90
     kept, = (p for p in (here / "out/trials").iterdir() if p.is_dir())
