@@ -34,7 +34,7 @@ def arms_of(record):
 
 def of_record(name, path):
     """compare.py's figure of one record."""
-    _, (results, yardsticks), *_ = merged(compare.Config(merge=str(DOCS / f"records/{name}.json"), out=str(path)))
+    _, results, yardsticks, *_ = merged(compare.Config(merge=str(DOCS / f"records/{name}.json"), out=str(path)))
     arms = arms_of(record(name))
     report.figure([r for r in results if r["strategy"] in arms], yardsticks, path)
 

@@ -57,7 +57,7 @@ def constant_answer(results):
 
 def base_of(arms, yardsticks=()):
     """What the others are compared with: no_kd, else the untrained layers, else random weights, else the first arm."""
-    there = {y["name"] for y in yardsticks if "runs" in y}
+    there = {y["name"] for y in yardsticks}
     return next((name for name in ("no_kd", CUT, RANDOM) if name in arms or name in there), next(iter(arms)))
 
 
@@ -97,9 +97,7 @@ def arm(name, runs, tasks, given=False, fixed=False):
 
 
 def yardstick_arm(y, tasks):
-    """The same of a yardstick; None where it has no fine-tunings of its own (older records)."""
-    if "runs" not in y or any(t not in r["tasks"] for r in y["runs"] for t in tasks):
-        return None
+    """The same of a yardstick."""
     fixed = y["name"] == CONSTANT or y["name"] == NGRAMS and len(trials_of(y["runs"][0], tasks)) == 1
     return arm(y["name"], y["runs"], tasks, given=y["name"] != RANDOM, fixed=fixed)
 
@@ -107,7 +105,7 @@ def yardstick_arm(y, tasks):
 def table_of(arms, yardsticks, tasks):
     """[statistics.Arm] of one group's arms and the yardsticks."""
     found = [arm(name, [runs[s] for s in sorted(runs)], tasks) for name, runs in arms.items()]
-    return found + [a for y in yardsticks if (a := yardstick_arm(y, tasks))]
+    return found + [yardstick_arm(y, tasks) for y in yardsticks]
 
 
 def differences(arms, yardsticks, tasks):
@@ -122,7 +120,7 @@ def measuring(results, yardsticks):
     is known."""
     floors, measures, nothing = {CONSTANT, NGRAMS, RANDOM}, [], {}
     for task in results[0]["tasks"]:
-        ys = [a for y in yardsticks if (a := yardstick_arm(y, [task]))]
+        ys = [yardstick_arm(y, [task]) for y in yardsticks]
         floor = max((a for a in ys if a.name in floors and a.means), key=lambda a: np.mean(a.means), default=None)
         found = []
         for arms in groups(results).values():
@@ -155,8 +153,8 @@ def rows_of(results, yardsticks, tasks):
                 of = [runs[s] for s in sorted(runs)]
                 found.append((Row(name, of, budget, needs_teacher(name)), arm(f"{name} @ {budget:g}", of, tasks)))
     for y in yardsticks:
-        if y["name"] != TEACHER and (a := yardstick_arm(y, tasks)):
-            found.append((Row(y["name"], y["runs"], None, y["name"] == CUT), a))
+        if y["name"] != TEACHER:
+            found.append((Row(y["name"], y["runs"], None, y["name"] == CUT), yardstick_arm(y, tasks)))
     return found
 
 
@@ -273,28 +271,23 @@ def keep_examples(found, predicted, labels):
             [statistics.example_scores(metric, p.astype(float), labels[task].astype(float)) for p in rows])
 
 
-def key_of(r):
-    """The name of a result's predictions in results.npz."""
-    return "|".join(str(r.get(k)) for k in ("strategy", "budget", "unit", "unique_tokens", "static_masks", "seed"))
+def named(results, yardsticks):
+    """{the name of its predictions in results.npz: result}, of the yardsticks too."""
+    what = ("strategy", "budget", "unit", "unique_tokens", "static_masks", "seed")
+    return {"|".join(str(r.get(k)) for k in what): r for r in results} | {
+        f"{y['name']}|{i}": r for y in yardsticks for i, r in enumerate(y.get("runs", ()))}
 
 
 def attach(results, yardsticks, arrays):
-    """Adds the kept predictions of a results.npz to results and yardsticks."""
+    """Adds the kept predictions of a results.npz to results and yardsticks; {task: labels}."""
     labels = {name.removeprefix("labels/"): a for name, a in arrays.items() if name.startswith("labels/")}
-    named = {key_of(r): r for r in results} | {
-        f"{y['name']}|{i}": r for y in yardsticks for i, r in enumerate(y.get("runs", ()))}
-    for name, r in named.items():
+    for name, r in named(results, yardsticks).items():
         r["predicted"] = {t: arrays[f"{name}/{t}"] for t in labels if f"{name}/{t}" in arrays and t in r["tasks"]}
     return labels
 
 
 def arrays_of(results, yardsticks, labels):
     """{name: array} for results.npz: the labels, and what each fine-tuning predicted."""
-    named = [(key_of(r), r) for r in results] + [
-        (f"{y['name']}|{i}", r) for y in yardsticks for i, r in enumerate(y.get("runs", ()))]
-    return {f"labels/{t}": small(y) for t, y in labels.items()} | {
-        f"{name}/{t}": small(p) for name, r in named for t, p in r.get("predicted", {}).items()}
-
-
-def small(a):
-    return a.astype(np.float32 if a.dtype.kind == "f" else np.int16)
+    arrays = {f"labels/{t}": y for t, y in labels.items()} | {
+        f"{name}/{t}": p for name, r in named(results, yardsticks).items() for t, p in r.get("predicted", {}).items()}
+    return {name: a.astype(np.float32 if a.dtype.kind == "f" else np.int16) for name, a in arrays.items()}

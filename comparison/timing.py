@@ -3,6 +3,7 @@ noted of a machine whose speed changes.  Read it when compare.py's times surpris
 import contextlib
 import dataclasses
 import math
+import re
 import time
 from pathlib import Path
 
@@ -164,35 +165,25 @@ class Progress:
 
 
 def over_all(plan, estimates, began):
-    """One line over all processes: what is finished, what is under way, and the time left."""
-    folders = {each.out: Path(each.out).name for each in plan.all}
-    folders |= {str(path): f"{name} {seed}" for name, path, seed in plan.yardsticks}
-    done, finished, under_way = 0.0, 0, []
-    tuning = {each.out for each in plan.tuning.values()}
-    for out, name in folders.items():
-        at = out if out in tuning else max(at_every_choice(plan, out), key=progressed)
-        name = name if at == out else Path(at).name
-        log, share = Path(at, "log.jsonl"), 0.0
-        if Path(at, "glue/glue.json").exists() or at in tuning and Path(at, "summary.json").exists():
+    """One line over all processes: what is finished, what is under way, and the time left; `estimates`: {run
+    directory, or "score DIRECTORY" of a yardstick: seconds}."""
+    done, finished, under_way, tuning = 0.0, 0, [], {each.out for each in plan.tuning.values()}
+    for key, seconds in estimates.items():
+        at = Path(key.removeprefix("score "))
+        if key not in tuning:           # which peak LR a run takes is for its process to know
+            at = max(at.parent.glob(re.sub("-lr.*-seed", "-lr*-seed", at.name)), key=progressed, default=at)
+        log, share = at / "log.jsonl", 0.0
+        if (at / "glue/glue.json").exists() or key in tuning and (at / "summary.json").exists():
             finished, share = finished + 1, 1.0
         elif log.exists():
             _, last = next(records(reversed(log.read_bytes().split(b"\n"))), (b"", {}))
             share = 0.8 * last.get("progress", 0.0)
-            under_way.append(f"{name} {share / 0.8:.0%}" if share < 0.8 else f"{name} is scored")
-        done += share * estimates.get(out, estimates.get(f"score {out}"))
+            under_way.append(f"{at.name} {share / 0.8:.0%}" if share < 0.8 else f"{at.name} is scored")
+        done += share * seconds
     part = done / max(sum(estimates.values()), 1e-9)
     left = f", {duration((time.monotonic() - began) * (1 - part) / part)} left" if part > 0.02 else ""
-    return f"[{finished}/{len(folders)}{left}] {', '.join(under_way)}"
-
-
-def at_every_choice(plan, out):
-    """The directories that this run has with each recipe and peak LR: which it takes is for its process to know."""
-    run = next((each for each in plan.runs if each.out == out), None)
-    if run is None:                     # a yardstick
-        return [out]
-    same = plan.arms[out], run.budget[1], run.unique_tokens, run.static_masks, run.seed
-    return [plan.run(*same, choice).out for choice in plan.choices]
+    return f"[{finished}/{len(estimates)}{left}] {', '.join(under_way)}"
 
 
 def progressed(out):
-    return Path(out, "glue/glue.json").exists(), Path(out, "log.jsonl").exists()
+    return (out / "glue/glue.json").exists(), (out / "log.jsonl").exists()

@@ -192,7 +192,7 @@ def test_the_pictures_of_the_docs_are_drawn_from_the_records(tmp_path):
                                     if '"yardsticks"' in p.read_text()], ids=lambda p: p.stem)
 def test_every_record_is_merged_and_judged_again(record, tmp_path):
     """Arms and fields of older versions as they stand."""
-    _, (results, yardsticks), *_ = merge.merged(compare.Config(merge=str(record), out=str(tmp_path / "out")))
+    _, results, yardsticks, *_ = merge.merged(compare.Config(merge=str(record), out=str(tmp_path / "out")))
     of = json.loads(record.read_text())
     assert [r["scores"] for r in results] == [r["scores"] for r in of["results"]]
     assert len(yardsticks) == len(of["yardsticks"])

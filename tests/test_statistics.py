@@ -15,7 +15,6 @@ from comparison.statistics import (
     dev_variance,
     example_scores,
     family,
-    fine_tunings,
     fisher,
     pair,
     summary,
@@ -247,15 +246,6 @@ def test_a_summary_is_over_seeds():
     mean, std, n = summary(Arm("a", [[70, 72]]))
     assert mean == 71 and math.isnan(std) and n == 1
     assert math.isnan(summary(Arm("a", [[]]))[0])
-
-
-def test_costs_suggest_a_number_of_fine_tunings():
-    assert [fine_tunings(c) for c in (0.05, 0.2, 1, 100)] == [6, 3, 2, 2]
-    assert fine_tunings(0.05, ratio=(1.2 / 0.75) ** 2) == 7
-    # the m that is best by trying: the variance of a mean is (between + within / m) / n, n = money / (1 + m cost)
-    for cost, ratio in itertools.product((0.01, 0.05, 0.2), (1, 1.63, 4)):
-        best = min(range(2, 60), key=lambda m: (1 + ratio / m) * (1 + m * cost))
-        assert abs(fine_tunings(cost, ratio) - best) <= 1
 
 
 # -------------------------------------------------------------------------------------------------------- words
