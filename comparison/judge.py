@@ -221,35 +221,6 @@ def path_of(row):
     return f" Model: {best['model']}" if "model" in best else ""
 
 
-def pays_from(results, yardsticks, teacher_flops):
-    """[lines]: from how many students on a lead over no_kd pays for the teacher, by the FLOPs with which no_kd alone
-    reaches the same score (on the line over log FLOPs between its budgets)."""
-    tasks, points, lines = tasks_of(results, yardsticks), {}, []
-    for row, a in rows_of(results, yardsticks, tasks):
-        if row.budget is not None and a.means:
-            points.setdefault(row.name, []).append((row.flops, statistics.summary(a)[0], row))
-    alone = sorted((f, s) for f, s, _ in points.get("no_kd", ()))
-    if not teacher_flops or len(alone) < 2:
-        return []
-    for name, of in points.items():
-        for flops, score, row in of:
-            lead = score - dict(alone).get(flops, math.inf)
-            if not row.needs_teacher or not lead > 0:
-                continue
-            where = f"{name} at {amount(row.budget, row.runs[0]['unit'])}"
-            above = next((i for i, (_, s) in enumerate(alone) if s >= score), None)
-            if above is None:
-                lines.append(f"{where}: no_kd does not reach its score with {alone[-1][0]:.2g} FLOPs.")
-            elif above:
-                (f0, s0), (f1, s1) = alone[above - 1:above + 1]
-                same = math.exp(np.interp(score, (s0, s1), np.log((f0, f1))))
-                if same > flops:
-                    students = math.ceil(teacher_flops / (same - flops))
-                    lines.append(f"{where}: no_kd reaches its score with about {same:.2g} FLOPs, so its teacher "
-                                 f"({teacher_flops:.2g}) is paid for from {students:,} students on.")
-    return lines
-
-
 def amount(budget, unit):
     if unit == "hours":
         return f"{budget:g} h" if budget >= 0.1 else f"{budget * 3600:.0f} s"

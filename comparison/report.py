@@ -77,7 +77,8 @@ def score_table(results, yardsticks=(), paper=False):
         val = [r["val"]["mlm"] for r in of if "mlm" in r.get("val", ())] if arm else []
         by_task = [spread(values_of(judge.arm(name, of, [t], given=not arm))) for t in tasks]
         rows.append([amount(budget, of[0]["unit"]) if arm else "", setting(*kind) if arm else "", name,
-                     f"{of[0]['peak_lr']:g}" if arm else "", f"{np.mean([r['tokens'] for r in of]):,.0f}" if arm else "",
+                     f"{of[0]['peak_lr']:g}" if arm else "",
+                     f"{np.mean([r['tokens'] for r in of]):,.0f}" if arm else "",
                      f"{np.mean([r['epochs'] for r in of]):.2g}" if arm else "", f"{np.mean(val):.2f}" if val else "",
                      *by_task, *([spread(values)] if many else []),
                      signed(d) if d else "", d.says if d else ""])

@@ -1,5 +1,5 @@
-"""How far two arms are apart, how sure that is, and the word for it.  comparison/simulate.py shows how often the
-intervals hold and how often a word is wrong.
+"""How far two arms are apart, how sure that is, and the word for it.  docs/judged.md says how often the intervals
+hold and how often a word is wrong.
 
 The unit is the pretrained model of one seed; its score y is the mean of its fine-tunings that did not collapse.
 An arm's mean varies with its seeds (its own spread, and the table's as a prior), a difference also with the examples
