@@ -175,6 +175,7 @@ class Plan:
         self.yardsticks.append((judge.TEACHER, self.out / "teacher", 0))
         for each in self.all:
             each.check()
+        self.read_inputs()
 
     def run(self, arm, budget, unique=None, static=False, seed=0, peak_lr=None, **other):
         """The train.Config of one run; its directory's name says all that it differs in from the others."""
@@ -227,41 +228,32 @@ class Plan:
         of_the_arms = {each.out: each for each in (*self.tuning.values(), *self.runs)}      # some are of both
         return [*([self.teacher] if self.teacher else []), *of_the_arms.values()]
 
-
-def check_inputs(plan):
-    """(token directory, {task: its examples}): everything that can be refused before hours of training is."""
-    config, directory = plan.config, TokenDirectory(plan.config.data)
-    plan.tasks = glue.parse_tasks(config.tasks, config.columns)
-    plan.texts = texts = {name: glue.read_task(name, task, config.glue_dir) for name, task in plan.tasks.items()}
-    plan.labels = {name: [*parts.values()][1][1] for name, parts in texts.items()}          # of dev
-    plan.teacher_shape = teacher_shape(plan, directory)
-    shapes = plan.teacher_shape, student_shape(plan.runs[0], directory)
-    longest = min(c.max_position_embeddings for c in shapes)
-    if config.max_len > longest:
-        raise UserError(f"--max-len {config.max_len}: 8 to {longest} here")
-    if config.probe and plan.runs[0].length > longest:
-        raise UserError(f"--probe at --seq-len {config.seq_len}: the teacher ends at position {longest}")
-    for unique, static in plan.settings:
-        Blocks(directory, "train", plan.runs[0].length, 0, unique, static)       # refuses more than there are
-    validation_blocks(directory, plan.runs[0].length)
-    for each in plan.all:
-        claim(each.out, "run", dry_run=True)
-    return directory, texts
-
-
-def teacher_shape(plan, directory):
-    """The teacher's BertConfig.  Refuses a teacher that one of the arms cannot use."""
-    if plan.teacher:
-        teacher, head = student_shape(plan.teacher, directory), True
-    else:
-        path = checkpoint.find_model(plan.config.teacher)
-        checkpoint.same_vocabulary(directory.read_tokenizer(), path)
-        loaded, missing, _ = checkpoint.load_mlm(path, len(directory.vocab))
-        teacher, head = loaded.config, not missing
-    for each in plan.runs[:len(plan.names)]:
-        if each.reads_teacher:
-            check_teacher(each, student_shape(each, directory), teacher, head)
-    return teacher
+    def read_inputs(self):
+        """Data, tasks and the teacher's shape: everything that can be refused before hours of training is."""
+        config, self.directory, first = self.config, TokenDirectory(self.config.data), self.runs[0]
+        self.tasks = glue.parse_tasks(config.tasks, config.columns)
+        self.texts = {name: glue.read_task(name, task, config.glue_dir) for name, task in self.tasks.items()}
+        self.labels = {name: [*parts.values()][1][1] for name, parts in self.texts.items()}     # of dev
+        if self.teacher:
+            self.teacher_shape, head = student_shape(self.teacher, self.directory), True
+        else:
+            path = checkpoint.find_model(config.teacher)
+            checkpoint.same_vocabulary(self.directory.read_tokenizer(), path)
+            loaded, missing, _ = checkpoint.load_mlm(path, len(self.directory.vocab))
+            self.teacher_shape, head = loaded.config, not missing
+        for each in self.runs[:len(self.names)]:
+            if each.reads_teacher:
+                check_teacher(each, student_shape(each, self.directory), self.teacher_shape, head)
+        longest = min(self.teacher_shape.max_position_embeddings, max(512, first.length))
+        if config.max_len > longest:
+            raise UserError(f"--max-len {config.max_len}: 8 to {longest} here")
+        if config.probe and first.length > longest:
+            raise UserError(f"--probe at --seq-len {config.seq_len}: the teacher ends at position {longest}")
+        for unique, static in self.settings:
+            Blocks(self.directory, "train", first.length, 0, unique, static)        # refuses more than there are
+        validation_blocks(self.directory, first.length)
+        for each in self.all:
+            claim(each.out, "run", dry_run=True)
 
 
 def within(config):
@@ -273,15 +265,14 @@ def within(config):
     config = dataclasses.replace(config, total_hours=None, budget_hours="1")
     if before.get("total_hours") == hours:                              # the same command goes on
         return dataclasses.replace(config, budget_hours=before["budget_hours"])
-    plan = Plan(config.for_machine())
-    each = timing.hours_each(plan, hours, *check_inputs(plan))
+    each = timing.hours_each(Plan(config.for_machine()), hours)
     if not config.dry_run:
         claim(config.out, "compare")
         write_json(file, dict(total_hours=hours, budget_hours=each))
     return dataclasses.replace(config, budget_hours=each)
 
 
-def describe(plan, seconds, finetune_seconds, texts):
+def describe(plan, seconds, finetune_seconds):
     """The plan in a few lines, before anything starts."""
     config, models = plan.config, len(plan.runs) + len(plan.yardsticks)
     print(f"plan: {', '.join(plan.names)}; student {config.size}; "
@@ -296,18 +287,18 @@ def describe(plan, seconds, finetune_seconds, texts):
     if plan.selections:
         charged = ", and charged to each" * (plan.unit in ("flops", "hours"))
         print(f"  before them, once for all that use it{charged}: {', '.join(plan.selections)}")
-    print(f"  fine-tuning {models} models on {', '.join(texts)}: very roughly "
+    print(f"  fine-tuning {models} models on {', '.join(plan.texts)}: very roughly "
           f"{duration(models * finetune_seconds)}" + ", and their probes on top of it" * config.probe)
 
 
-def same_inputs(plan, directory, texts):
+def same_inputs(plan):
     """Notes in OUT/inputs.json what the runs are made from; refuses to mix them with others."""
     now = {flag_of(k): v for k, v in plan.run("no_kd", plan.budgets[0]).record.items()
            if k in (*SHARED, "teacher")}
-    now |= contents(directory, None if plan.teacher else plan.config.teacher)
+    now |= contents(plan.directory, None if plan.teacher else plan.config.teacher)
     now |= {f"task {name}": hashlib.sha256(json.dumps(
         [(part, x, np.asarray(y).tolist()) for part, (x, y) in parts.items()]).encode()).hexdigest()
-        for name, parts in texts.items()}
+        for name, parts in plan.texts.items()}
     file = plan.out / "inputs.json"
     before = read_json(file) if file.exists() else {}
     moved = ("--data", *["--teacher"] * (plan.teacher is None))         # of these the contents count
@@ -320,14 +311,12 @@ def same_inputs(plan, directory, texts):
 
 def compare(plan):
     """(results, yardsticks, remarks) of the whole plan; None for a dry run."""
-    config, (directory, texts) = plan.config, check_inputs(plan)
-    seconds = timing.estimate(plan, directory, plan.teacher_shape)
-    finetune_seconds = timing.finetuning_seconds(plan, directory, texts)
-    describe(plan, seconds, finetune_seconds, texts)
+    config, seconds, finetune_seconds = plan.config, timing.estimate(plan), timing.finetuning_seconds(plan)
+    describe(plan, seconds, finetune_seconds)
     if config.dry_run:
         return None
     claim(plan.out, "compare")
-    share_runs([plan.out], lambda _: same_inputs(plan, directory, texts))
+    share_runs([plan.out], lambda _: same_inputs(plan))
     compared = {each.out for each in plan.runs}
     progress = Progress({out: s + finetune_seconds * (out in compared) for out, s in seconds.items()}
                         | {f"score {path}": finetune_seconds for _, path, _ in plan.yardsticks})
@@ -335,17 +324,15 @@ def compare(plan):
         status = partial(timing.over_all, plan, dict(progress.left), time.monotonic())
         jobs.run(config.jobs, work, config, plan.out, status)
         progress.say_line = lambda line: None                           # everything is finished
-    return execute(plan, directory, progress)
+    return execute(plan, progress)
 
 
 def work(config):
     """What one of several processes does: its share of the runs."""
-    plan = Plan(config)
-    directory, _ = check_inputs(plan)
-    execute(plan, directory, Progress({}))
+    execute(Plan(config), Progress({}))
 
 
-def execute(plan, directory, progress):
+def execute(plan, progress):
     """Trains and scores every run and the yardsticks, what is finished not again: (results, yardsticks, remarks)."""
     def trained(each):
         return train.train(plan.paid(each), say=progress.say, status=progress.step)
@@ -354,15 +341,15 @@ def execute(plan, directory, progress):
         with progress.on(plan.teacher.out, f"teacher {plan.teacher.size}"):
             return trained(plan.teacher)
 
-    def run_one(each):
-        with progress.on(each.out, Path(each.out).name):
-            summary, speed = timing.timed(plan, directory, each, trained)
+    def run_one(key, each):
+        with progress.on(key, Path(each.out).name):
+            summary, speed = timing.timed(plan, each, trained)
             found = scored(plan, f"{each.out}/model", f"{each.out}/glue", progress.say, each.seed)
             for file in checkpoint.checkpoints(Path(each.out)):         # the model and the log stay
                 file.unlink()
         return dict(result_of(plan, each, summary), **found, speed=speed)
 
-    remarks = []
+    remarks, keys = [], [each.out for each in plan.runs]                # of their estimates
     if plan.teacher:
         taught, = share_runs([plan.teacher.out], teach)
         remarks.append(f"The teacher ({plan.teacher.size}) has a validation MLM loss of "
@@ -375,13 +362,9 @@ def execute(plan, directory, progress):
         plan.paid(each)                                                 # refused now, not after other arms' hours
     if plan.tuning:
         chosen, tried = tuned(plan, progress, trained)
-        before, plan.runs = plan.runs, plan.runs_at(chosen)
-        renamed = {a.out: b.out for a, b in zip(before, plan.runs, strict=True)}
-        progress.left = {renamed.get(out, out): seconds for out, seconds in progress.left.items()}
-        remarks += tried
-    todo = {each.out: partial(run_one, each) for each in plan.runs}
-    todo |= {path: partial(score_yardstick, plan, directory, progress, name, path, seed)
-             for name, path, seed in plan.yardsticks}
+        plan.runs, remarks = plan.runs_at(chosen), remarks + tried
+    todo = {each.out: partial(run_one, key, each) for key, each in zip(keys, plan.runs, strict=True)}
+    todo |= {path: partial(score_yardstick, plan, progress, name, path, seed) for name, path, seed in plan.yardsticks}
     done = share_runs([*todo], lambda i: [*todo.values()][i]())
     results, others = done[:len(plan.runs)], done[len(plan.runs):]
     grams, = share_runs([plan.out / "ngrams"], lambda _: score_ngrams(plan, progress))
@@ -459,18 +442,18 @@ def compressed(arrays):
     return buffer.getvalue()
 
 
-def score_yardstick(plan, directory, progress, name, path, seed):
+def score_yardstick(plan, progress, name, path, seed):
     """The untrained student of a seed, one of the teacher's layers, or the teacher, scored as an arm is."""
     model = path / "model"
     if name == judge.TEACHER:
         model = plan.teacher_model
     elif not model.exists():
-        student = initial_student(dataclasses.replace(plan.runs[0], seed=seed), directory)
+        student = initial_student(dataclasses.replace(plan.runs[0], seed=seed), plan.directory)
         if name == judge.CUT:
             source = checkpoint.find_model(plan.teacher_model)
-            teacher, missing, _ = checkpoint.load_mlm(source, len(directory.vocab))
+            teacher, missing, _ = checkpoint.load_mlm(source, len(plan.directory.vocab))
             start_from(student, teacher, numbers(plan.config.init_layers or "", int), head=not missing)
-        checkpoint.save_model(model, student, directory.read_tokenizer(), head=True)
+        checkpoint.save_model(model, student, plan.directory.read_tokenizer(), head=True)
     with progress.on(f"score {path}", f"{name} {seed}"):
         return dict(name=name, **scored(plan, model, path / "glue", progress.say, seed))
 

@@ -23,7 +23,10 @@ class Row(NamedTuple):
     name: str
     runs: list                  # results, one per seed
     budget: float | None = None
-    needs_teacher: bool = False
+
+    @property
+    def needs_teacher(self):
+        return self.name == CUT or self.budget is not None and needs_teacher(self.name)
 
     @property
     def flops(self):
@@ -151,10 +154,10 @@ def rows_of(results, yardsticks, tasks):
         if unique is None:
             for name, runs in arms.items():
                 of = [runs[s] for s in sorted(runs)]
-                found.append((Row(name, of, budget, needs_teacher(name)), arm(f"{name} @ {budget:g}", of, tasks)))
+                found.append((Row(name, of, budget), arm(f"{name} @ {budget:g}", of, tasks)))
     for y in yardsticks:
         if y["name"] != TEACHER:
-            found.append((Row(y["name"], y["runs"], None, y["name"] == CUT), yardstick_arm(y, tasks)))
+            found.append((Row(y["name"], y["runs"]), yardstick_arm(y, tasks)))
     return found
 
 

@@ -2,11 +2,10 @@
 of a table surprises.
 
 A text is counted twice, in lower case: its runs of 2 to 5 characters within a word and the spaces around it, and
-its words and pairs of neighbouring words.  Each count becomes TF-IDF, (1 + log tf) (1 + log((1 + n) / (1 + df))),
-at length 1 over a text: scikit-learn's TfidfVectorizer with sublinear_tf, "char_wb" and "word".  A pair u, v has
-the features u, v, sqrt(u v) and the sum of u v, their cosine.  The classifier is scikit-learn's LinearSVC, the
-squared hinge loss of one class against the rest; for scores it is ridge.  The strength of L2 is the one that
-does best in cross-validation on the training examples.  Nothing is drawn, nothing is pretrained.
+its words and pairs of neighbouring words, as TF-IDF (scikit-learn's TfidfVectorizer with sublinear_tf, "char_wb" and
+"word").  A pair u, v has the features u, v, sqrt(u v) and their cosine.  The classifier is scikit-learn's LinearSVC,
+the squared hinge loss of one class against the rest; for scores it is ridge.  The strength of L2 is the one that does
+best in cross-validation on the training examples.  Nothing is drawn, nothing is pretrained.
 
 Legend: n training examples, N those and dev's, F features, V terms, K classes (1 for scores).
 """
@@ -80,8 +79,7 @@ def features(sentences, n):
 
 
 def matrix(row, column, value, height):
-    """The function that multiplies a sparse matrix with a dense one.  torch.sparse has it on some CPUs only, and
-    at half the speed."""
+    """The function that multiplies a sparse matrix with a dense one; torch.sparse's is far slower."""
     order = np.argsort(row, kind="stable")
     column, value, starts = map(torch.from_numpy, (
         column[order], value[order].astype(np.float32), np.searchsorted(row[order], np.arange(height))))
@@ -149,25 +147,24 @@ def fit_predict(sentences, labels, dev_sentences, classes=None, metric=None):
 
     def part(some):
         """(x, x_t) of these of the n + n_dev examples, as functions that multiply with it."""
-        kept, row_of = some[row], np.cumsum(some) - 1
-        of = row_of[row[kept]], column[kept], value[kept]
-        return matrix(*of, some.sum()), matrix(of[1], of[0], of[2], width)
+        kept = some[row]
+        i, j, v = (np.cumsum(some) - 1)[row[kept]], column[kept], value[kept]
+        return matrix(i, j, v, some.sum()), matrix(j, i, v, width)
 
     def logits(z):
         z = z.numpy()
         return np.concatenate([-z, z], 1) if classes == 2 else z + middle
 
-    def quality(z):
-        return metric(z[:, 0] if score else z.argmax(1), labels)
     for k in range(FOLDS):
         (x, x_t), (rest, _), mine = part(train & (fold != k)), part(train & (fold == k)), y[fold[:n] != k]
         a = torch.zeros_like(mine)
         for i, C in enumerate(STRENGTHS):
             a = fit(x, x_t, mine, C, not score, a)
             left_out[i, fold[:n] == k] = rest(x_t(a))
-    best = int(np.argmax([quality(logits(z)) for z in left_out]))       # of equals the strongest L2
+    found = [logits(z)[:, 0] if score else logits(z).argmax(1) for z in left_out]
+    C = STRENGTHS[np.argmax([metric(p, labels) for p in found])]        # of equals the strongest L2
     (x, x_t), (dev, _) = part(train), part(~train)
-    return logits(dev(x_t(fit(x, x_t, y, STRENGTHS[best], not score, torch.zeros_like(y)))))
+    return logits(dev(x_t(fit(x, x_t, y, C, not score, torch.zeros_like(y)))))
 
 
 def score(task, parts, draws=(None,)):

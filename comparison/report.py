@@ -171,12 +171,11 @@ def cost_table(results, teacher_flops=None):
         tokens = {name: np.mean([r["tokens"] for r in runs.values()]) for name, runs in arms.items()}
         for name, runs in arms.items():
             row = judge.Row(name, [*runs.values()], budget)
-            needs = judge.needs_teacher(name)
-            whole = f"{row.flops + needs * (teacher_flops or 0):.3g}" if teacher_flops or not needs else ""
+            whole = row.flops + (teacher_flops or math.nan) if row.needs_teacher else row.flops
             cells = [form.format(np.mean([r[k] for r in row.runs])) for k, form in formats.items()]
             rows.append([amount(budget, results[0]["unit"]), setting(*kind), name, f"{tokens[name]:,.0f}",
-                         f"{tokens[name] / tokens[base_of(arms)]:.2f}", *cells[:3], f"{row.flops:.3g}", whole,
-                         *cells[3:]])
+                         f"{tokens[name] / tokens[base_of(arms)]:.2f}", *cells[:3], f"{row.flops:.3g}",
+                         "" if math.isnan(whole) else f"{whole:.3g}", *cells[3:]])
     return markdown(head, rows)
 
 
@@ -248,16 +247,15 @@ def remarks(results):
 
 
 def spent_before(results):
-    """What of the budget was spent before the first step, on the data that a run reads: a line for all arms alike."""
-    lines, unit = {}, results[0]["unit"]
+    """What of the budget was spent before the first step, on the data that a run reads."""
+    lines, unit = [], results[0]["unit"]
     for (*kind, budget), arms in groups(results).items():
         for name, of in arms.items():           # older records have it under "offline"
             spent = np.mean([r.get("spent_before") or r.get("offline", {}).get("charge", 0) for r in of.values()])
             if spent or name.startswith("miniplm"):
-                line = (f"of {amount(budget, unit)} on {setting(*kind)}, {spent / budget:.0%} was spent before the "
-                        "first step." + " This unit charges steps alone." * (unit not in ("flops", "hours")))
-                lines.setdefault(line, []).append(name)
-    return [f"{', '.join(names)}: {line}" for line, names in lines.items()]
+                lines.append(f"{name}: of {amount(budget, unit)} on {setting(*kind)}, {spent / budget:.0%} was spent "
+                             f"before the first step.")
+    return lines
 
 
 def drift(results):
@@ -309,7 +307,7 @@ def figure(results, yardsticks, path, teacher_flops=None):
                     table = judge.table_of(arms, yardsticks, tasks)
                     a = next(a for a in table if a.name == name)
                     if a.means:
-                        row = judge.Row(name, [*arms[name].values()], key[2], judge.needs_teacher(name))
+                        row = judge.Row(name, [*arms[name].values()], key[2])
                         points.append((row.flops, float(np.mean(a.means)), statistics.half_width(table, name)))
             if not points or not all(math.isfinite(x) for x, _, _ in points):
                 continue

@@ -48,17 +48,17 @@ def step_seconds(config, directory, teacher, tries=1):
     return float(np.median(seconds[1:])) * config.batch_size / micro
 
 
-def finetuning_seconds(plan, directory, texts):
+def finetuning_seconds(plan):
     """Seconds of fine-tuning one student on every task with every trial, by trying a few batches of each
     task with random weights."""
-    config, tokenizer, device = plan.config, directory.read_tokenizer(), choose_device(plan.config.device)
+    config, tokenizer, device = plan.config, plan.directory.read_tokenizer(), choose_device(plan.config.device)
     points = finetune_glue.grid(config.finetuning())
     batch, trials = points[0][0], config.finetune_seeds + (len(points) if len(points) > 1 else 0)
-    model, seconds = BertForSequenceClassification(student_shape(plan.runs[0], directory), 2).to(device), 0.0
-    for parts in texts.values():
+    model, seconds = BertForSequenceClassification(student_shape(plan.runs[0], plan.directory), 2).to(device), 0.0
+    for parts in plan.texts.values():
         (sentences, _), *dev = parts.values()
         examples = finetune_glue.encode(tokenizer, sentences[:4 * batch], config.max_len)
-        pad_id, bf16 = directory.special["[PAD]"], multiplies_in_bf16(device, config.bf16)
+        pad_id, bf16 = plan.directory.special["[PAD]"], multiplies_in_bf16(device, config.bf16)
         args = (examples, np.zeros(len(examples), np.int64), batch, 1, 1e-5, 0, pad_id, "", bf16,
                 bool(config.compile))
         finetune_glue.finetune(model, *args)                            # the first time warms up
@@ -72,9 +72,9 @@ def finetuning_seconds(plan, directory, texts):
     return seconds
 
 
-def estimate(plan, directory, teacher):
-    """{run directory: seconds until it is finished}; `teacher`: a BertConfig."""
-    seconds, rates = {}, {}
+def estimate(plan):
+    """{run directory: seconds until it is finished}"""
+    seconds, rates, directory, teacher = {}, {}, plan.directory, plan.teacher_shape
     for each in plan.all:
         _, budget = each.budget
         kind = each.size, plan.unit != "flops" and plan.arms.get(each.out)     # a FLOP takes every arm about as long
@@ -94,16 +94,16 @@ def estimate(plan, directory, teacher):
     return seconds
 
 
-def hours_each(plan, hours, directory, texts):
+def hours_each(plan, hours):
     """The budget of a run, as text, with which all of it takes so many hours, a tenth of them in reserve."""
     student, teacher = (c.num_hidden_layers * c.hidden_size ** 2
-                        for c in (student_shape(plan.runs[0], directory), plan.teacher_shape))
+                        for c in (student_shape(plan.runs[0], plan.directory), plan.teacher_shape))
     models, machines = len(plan.runs) + len(plan.yardsticks), plan.config.jobs or 1
-    tuned = (models - 1 + teacher / student) * finetuning_seconds(plan, directory, texts) / 3600
+    tuned = (models - 1 + teacher / student) * finetuning_seconds(plan) / 3600
     taught = plan.config.teacher_budget or 0
     left = 0.9 * machines * hours - (tuned + taught)
     if left <= 0:
-        raise UserError(f"--total-hours {hours:g}: fine-tuning {models} models on {len(texts)} tasks alone "
+        raise UserError(f"--total-hours {hours:g}: fine-tuning {models} models on {len(plan.texts)} tasks alone "
                         f"takes about {duration(3600 * tuned / machines)}: give more hours, --quick, or "
                         f"fewer tasks, arms or seeds")
     left /= sum(each.budget_hours for each in plan.all) - taught
@@ -114,16 +114,16 @@ def hours_each(plan, hours, directory, texts):
     return each
 
 
-def timed(plan, directory, each, train):
+def timed(plan, each, train):
     """(what train(each) returns, speed) of a run.  Under a budget in hours a fixed step is timed before and
     after it, uncharged: the machine's speed beside the first run's, since an hour of a busy machine buys
     less.  Else the speed is None."""
     note, first = Path(each.out, "speed.json"), plan.out / "speed.json"
     if plan.unit == "hours" and not Path(each.out, "summary.json").exists():
         reference = plan.run("no_kd", plan.budgets[0])
-        before = step_seconds(reference, directory, None, tries=5)
+        before = step_seconds(reference, plan.directory, None, tries=5)
         summary = train(each)
-        seconds = (before + step_seconds(reference, directory, None, tries=5)) / 2
+        seconds = (before + step_seconds(reference, plan.directory, None, tries=5)) / 2
         write_json(note, dict(seconds=seconds))
         if not first.exists():
             write_json(first, dict(seconds=seconds))

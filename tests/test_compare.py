@@ -24,8 +24,7 @@ import prepare
 import train
 from comparison import demonstration, jobs, timing
 from conftest import TINY, text
-from data import TokenDirectory
-from plumbing import checkpoint, glue
+from plumbing import checkpoint
 from plumbing.checks import NotFinite
 from plumbing.cli import UserError
 
@@ -137,8 +136,7 @@ def test_the_plan_prices_every_phase(small, teacher):
     """Of steps at equal FLOP/s, half of them with a teacher: between the two strategies alone."""
     def seconds(unit, **budget):
         plan = compare.Plan(small(arms="tinybert,no_kd,tinybert:0.5/no_kd", budget_steps=None, **budget))
-        directory = TokenDirectory(plan.config.data)
-        return list(timing.estimate(plan, directory, compare.teacher_shape(plan, directory)).values())
+        return list(timing.estimate(plan).values())
 
     with pytest.MonkeyPatch.context() as m:
         m.setattr(timing, "step_seconds", lambda config, directory, teacher: 1e-9 * 8 * sum(timing.flops_per_block(
@@ -193,9 +191,7 @@ def test_the_plan_measures_fine_tuning_on_the_tasks_own_examples(small, monkeypa
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     for changes, trials in ((dict(finetune_seeds=2), 2), (dict(finetune_seeds=2, finetune_lrs="1e-5,2e-5"), 4)):
         config = small(finetune_epochs=3, finetune_batch_sizes="8", **changes)
-        texts = {name: glue.read_task(name, task, None)
-                 for name, task in glue.parse_tasks(config.tasks).items()}
-        seconds = timing.finetuning_seconds(compare.Plan(config), TokenDirectory(config.data), texts)
+        seconds = timing.finetuning_seconds(compare.Plan(config))
         assert seconds == pytest.approx(trials * (3 * 40 * 1.0 + 40 * 0.5))
 
 
