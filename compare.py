@@ -491,6 +491,7 @@ def write_report(config, results, yardsticks, labels, teacher_flops, remarks=(),
     table = report.score_table(results, yardsticks, paper)
     probes = report.probe_table(results, yardsticks) if config.probe else ""
     text = "\n\n".join([said[0], table, *said[1:], *notes, probes])
+    costs = [report.cost_table(results, teacher_flops), *judge.pays_from(results, yardsticks, teacher_flops)]
 
     def plain(models):                                  # their arrays are in results.npz
         return [{k: v for k, v in r.items() if k not in ("predicted", "examples")} for r in models]
@@ -500,7 +501,7 @@ def write_report(config, results, yardsticks, labels, teacher_flops, remarks=(),
         everything["data"] = read_json(inputs).get("contents of data")
 
     def write(_):
-        for name, content in (("table.md", text), ("costs.md", report.cost_table(results, teacher_flops)),
+        for name, content in (("table.md", text), ("costs.md", "\n\n".join(costs)),
                               ("results.json", json.dumps(everything, indent=1))):
             write_whole(out / name, f"{content.rstrip()}\n".encode())
         write_whole(out / "results.npz", compressed(judge.arrays_of(results, yardsticks, labels)))

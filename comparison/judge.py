@@ -224,6 +224,31 @@ def path_of(row):
     return f" Model: {best['model']}" if "model" in best else ""
 
 
+def pays_from(results, yardsticks, teacher_flops):
+    """[lines]: from how many students on a lead over no_kd pays for the teacher, by the FLOPs with which no_kd alone
+    reaches the same score (on the line over log FLOPs between its budgets)."""
+    rows = [(row, row.flops, statistics.summary(a)[0]) for row, a in rows_of(
+        results, yardsticks, tasks_of(results, yardsticks)) if row.budget is not None and a.means]
+    alone, lines = sorted((flops, score) for row, flops, score in rows if row.name == "no_kd"), []
+    if not teacher_flops or len(alone) < 2:
+        return []
+    for row, flops, score in rows:
+        where = f"{row.name} at {amount(row.budget, row.runs[0]['unit'])}"
+        if not row.needs_teacher or not score > dict(alone).get(flops, math.inf):
+            continue
+        above = next((i for i, (_, s) in enumerate(alone) if s >= score), None)
+        if above is None:
+            lines.append(f"{where}: no_kd does not reach its score with {alone[-1][0]:.2g} FLOPs.")
+        elif above:
+            (f0, s0), (f1, s1) = alone[above - 1:above + 1]
+            same = math.exp(np.interp(score, (s0, s1), np.log((f0, f1))))
+            if same > flops:
+                lines.append(f"{where}: no_kd reaches its score with about {same:.2g} FLOPs, so its teacher "
+                             f"({teacher_flops:.2g}) is paid for from {math.ceil(teacher_flops / (same - flops)):,} "
+                             f"students on.")
+    return lines
+
+
 def amount(budget, unit):
     if unit == "hours":
         return f"{budget:g} h" if budget >= 0.1 else f"{budget * 3600:.0f} s"
