@@ -6,16 +6,13 @@ verdict.  Read it after finetune_glue.py.
                       --out runs/table2 --dry-run                             # the plan and its time, no more
 
 Each (strategy, budget, data setting, seed) is a run of its own under OUT/runs, whose learning rate ends at
-zero at its budget.  Of several --peak-lrs, each arm takes the one with which its own validation loss ends
-lowest at that budget, on a seed that is not reported.  What is finished is never run again: the same command
-goes on where it was stopped, and several processes with the same --out share the runs, such as one per GPU,
-each started with its own CUDA_VISIBLE_DEVICES.
+zero at its budget.  What is finished is never run again: the same command goes on where it was stopped, and
+several processes with the same --out share the runs, such as one per GPU, each with its own
+CUDA_VISIBLE_DEVICES.
 
-The demonstration takes the English documentation that is already on this disk (see prepare.py) and the
-teacher in teacher/, gives each strategy the same 2-layer student and the same number of FLOPs from three
-seeds, one process per core, and fine-tunes every student on the built-in task: which package does a docstring
-come from?  The task's docstrings are validation documents of that corpus, so neither a student nor the
-teacher has been pretrained on them.
+The demonstration takes the English documentation that is already on this disk (see prepare.py), the teacher in
+teacher/ and a 2-layer student, one process per core, and asks: which package does a docstring come from?  The
+task has validation documents of that corpus alone, which neither a student nor the teacher was pretrained on.
 """
 import dataclasses
 import hashlib
@@ -35,7 +32,7 @@ import torch
 import finetune_glue
 import miniplm
 import train
-from comparison import jobs, judge, ngrams, report, statistics, timing
+from comparison import jobs, judge, ngrams, report, timing
 from comparison.demonstration import demonstrated, look
 from comparison.merge import merged
 from comparison.timing import Progress, duration
@@ -43,26 +40,14 @@ from data import Blocks
 from plumbing import checkpoint, glue
 from plumbing.budget import UNITS, one_budget
 from plumbing.checks import NotFinite, check_teacher
-from plumbing.cli import (
-    Count,
-    Counts,
-    Positive,
-    Positives,
-    Seed,
-    Times,
-    UserError,
-    checked,
-    flag_of,
-    numbers,
-    run,
-)
+from plumbing.cli import Count, Counts, Positive, Positives, Seed, Times, UserError, checked, flag_of, numbers, run
 from plumbing.device import choose_device, fitting_micro_batch
 from plumbing.files import claim, claim_each, log_records, parsing, read_json, write_json, write_whole
 from plumbing.rundir import contents
 from plumbing.student import initial_student, start_from, student_shape
 from plumbing.tokens import TokenDirectory
 from plumbing.validation import validation_blocks
-from strategies import PHASED, RECIPES, STRATEGIES
+from strategies import PHASED, STRATEGIES
 
 
 @dataclass
@@ -78,7 +63,6 @@ class Config(train.Recipe):
     arms: str | None = None             # or STRATEGY, PHASE:END/../PHASE, miniplm; then +init, +released
     seeds: Times = 3                    # pretraining seeds of each arm; an interval needs two
     first_seed: Seed = 0                # the first of them; choices are made on one that is not among them
-    recipes: Annotated[str, str, tuple(RECIPES)] | None = None  # several: each arm takes its best; default: --recipe
     peak_lrs: Positives | None = None   # of every arm; several: its best at each budget; default: the recipe's
     unique_tokens: str = "all"     # data settings such as all,2000000: the first so many ids, again and again
     static_masks: bool = False          # the limited settings with the same masks in every epoch as well
@@ -106,7 +90,7 @@ class Config(train.Recipe):
     max_len: Annotated[int, "[8, 65536]"] = 128     # ids an example is cut to
     probe: bool = False                 # what each frozen encoder knows as well, in a table of its own
     # run
-    out: str = "runs/compare"     # directory for the runs, table.md, results.json, results.csv and figure.png
+    out: str = "runs/compare"     # directory for the runs, table.md, costs.md, results.json and figure.png
     jobs: Annotated[int, "[1, 128]"] | None = None  # processes over the runs; default: 1, the demonstration: one a core
     dry_run: bool = False               # print the plan and its time only
     merge: str | None = None         # instead: earlier comparisons (directories or results.json), one report of all
@@ -164,27 +148,25 @@ class Plan:
         if self.unit == "hours" and (config.jobs or 1) > max(1, torch.cuda.device_count()):
             raise UserError(f"--jobs {config.jobs} under --budget-hours: runs that share a device would take "
                             f"each other's time: give --budget-flops, or one job per GPU")
-        lrs, recipes = numbers(config.peak_lrs or "") or [None], (config.recipes or config.recipe).split(",")
-        self.choices, self.teacher = [(recipe, lr) for recipe in recipes for lr in lrs], None
+        self.lrs, self.teacher = numbers(config.peak_lrs or "") or [None], None
         self.selections, self.arms = {}, {}     # {directory: miniplm.Config}, {run directory: its arm}
         if config.teacher == "train":
             size = config.teacher_size or f"{2 * config.shape.num_hidden_layers}L{config.shape.hidden_size}"
             budget = config.teacher_budget or 4 * self.budgets[-1]
             self.teacher = self.run("no_kd", math.ceil(budget) if whole is int else budget, size=size,
                                     out=str(self.out / "teacher"),
-                                    choice=self.choices[0] if len(self.choices) == 1 else None)
+                                    peak_lr=self.lrs[0] if len(self.lrs) == 1 else None)
         elif config.teacher_size or config.teacher_budget:
             raise UserError("--teacher-size and --teacher-budget belong to --teacher train")
         self.seeds = range(config.first_seed, config.first_seed + config.seeds)
         apart = self.seeds[0] - 1 if self.seeds[0] else 999             # what it chooses is reported on other seeds
-        runs = len(self.names) * len(self.budgets) * (len(self.settings) * config.seeds + len(self.choices))
+        runs = len(self.names) * len(self.budgets) * (len(self.settings) * config.seeds + len(self.lrs))
         if runs > MANY_RUNS:
             raise UserError(f"these are {runs:,} runs, and {MANY_RUNS:,} can be planned: give fewer arms, budgets, "
                             f"--seeds, --peak-lrs or --unique-tokens")
-        self.tuning = {(name, budget, choice): self.run(name, budget, *self.settings[0], apart, choice)
-                       for budget in self.budgets for name in self.names for choice in self.choices
-                       if len(self.choices) > 1}
-        self.runs = self.runs_at({(name, budget): self.choices[0] for name in self.names for budget in self.budgets})
+        self.tuning = {(name, budget, lr): self.run(name, budget, *self.settings[0], apart, lr)
+                       for budget in self.budgets for name in self.names for lr in self.lrs if len(self.lrs) > 1}
+        self.runs = self.runs_at({(name, budget): self.lrs[0] for name in self.names for budget in self.budgets})
         if len({each.out for each in self.runs}) < len(self.runs):
             raise UserError(f"{flag_of(f'budget_{self.unit}')} {budgets}: two budgets are the same to six digits")
         untrained = [(judge.RANDOM, "random"), *[(judge.CUT, "cut")] * any(
@@ -194,31 +176,26 @@ class Plan:
         self.yardsticks.append((judge.TEACHER, self.out / "teacher", 0))
         for each in self.all:
             each.check()
+        self.read_inputs()
 
-    def run(self, arm, budget, unique=None, static=False, seed=0, choice=None, **other):
-        """The train.Config of one run; its directory's name says all that it differs in from the others.
-        `choice`: (recipe, peak LR or None)."""
+    def run(self, arm, budget, unique=None, static=False, seed=0, peak_lr=None, **other):
+        """The train.Config of one run; its directory's name says all that it differs in from the others."""
         strategy, *suffixes = arm.split("+")
-        controls = miniplm.CONTROLS if strategy == "miniplm" else ()
-        if len(set(suffixes)) < len(suffixes) or not {"init", "released", *controls}.issuperset(suffixes):
+        rules = [s for s in suffixes if strategy == "miniplm" and s in miniplm.CONTROLS]
+        if len(set(suffixes)) < len(suffixes) or len(rules) > 1 or {*suffixes} - {"init", "released", *rules}:
             raise UserError(f"--arms {arm}: after the strategy may come +init (it starts from the teacher) and "
                             f"+released (what the paper's code computes), each once; after miniplm one of "
                             f"+{', +'.join(miniplm.CONTROLS)}")
         if strategy == "miniplm":
-            rules = [rule for rule in suffixes if rule in controls] or ["kept"]
-            if len(rules) > 1:
-                raise UserError(f"--arms {arm}: one control at a time")
-            other["data"], strategy = f"{self.chosen_from(unique)}/{rules[0]}", "no_kd"
-        recipe, lr = choice or (self.config.recipe, None)
+            other["data"], strategy = f"{self.chosen_from(unique)}/{(rules or ['kept'])[0]}", "no_kd"
         name = (f"{train.file_name(arm)}-{budget:g}{self.unit}" + f"-{unique}ids" * (unique is not None)
-                + "-static" * static + f"-{recipe}" * bool(choice and self.config.recipes)
-                + (f"-lr{lr:g}" if lr else "") + f"-seed{seed}")
+                + "-static" * static + (f"-lr{peak_lr:g}" if peak_lr else "") + f"-seed{seed}")
         each = train.Config(**{k: getattr(self.config, k) for k in SHARED} | dict(
             strategy=strategy, init="teacher" if "init" in suffixes else None,
             init_layers=self.config.init_layers if "init" in suffixes or strategy == "distilbert" else None,
             as_released="released" in suffixes,
-            teacher=self.teacher_model, unique_tokens=unique, static_masks=static, seed=seed, recipe=recipe,
-            peak_lr=lr, out=str(self.out / "runs" / name)) | {f"budget_{self.unit}": budget} | other)
+            teacher=self.teacher_model, unique_tokens=unique, static_masks=static, seed=seed, peak_lr=peak_lr,
+            out=str(self.out / "runs" / name)) | {f"budget_{self.unit}": budget} | other)
         self.arms[each.out] = arm
         return each
 
@@ -233,10 +210,9 @@ class Plan:
             name.startswith("miniplm+") and rule in name.split("+") for name in self.names)]
         # The reference has a third of the student's width, in whole heads of 64
         self.selections[path] = miniplm.Config(
-            [c.data], self.teacher_model, path, ",".join(rules), draws=c.score_draws,
-            reference_size=f"2L{max(64, c.shape.hidden_size // 3 // 64 * 64)}",
-            reference_epochs=c.reference_epochs, batch_size=c.batch_size, seq_len=c.length,
-            unique_tokens=unique, device=c.device, bf16=c.bf16)
+            [c.data], self.teacher_model, path, ",".join(rules), draws=c.score_draws, batch_size=c.batch_size,
+            reference_size=f"2L{max(64, c.shape.hidden_size // 3 // 64 * 64)}", reference_epochs=c.reference_epochs,
+            seq_len=c.length, unique_tokens=unique, device=c.device, bf16=c.bf16)
         return path
 
     def paid(self, each):
@@ -253,40 +229,32 @@ class Plan:
         of_the_arms = {each.out: each for each in (*self.tuning.values(), *self.runs)}      # some are of both
         return [*([self.teacher] if self.teacher else []), *of_the_arms.values()]
 
-
-def check_inputs(plan):
-    """(token directory, {task: its examples}): everything that can be refused before hours of training is."""
-    config, directory = plan.config, TokenDirectory(plan.config.data)
-    plan.tasks = glue.parse_tasks(config.tasks, config.columns)
-    plan.texts = texts = {name: glue.read_task(name, task, config.glue_dir) for name, task in plan.tasks.items()}
-    plan.teacher_shape = teacher_shape(plan, directory)
-    shapes = plan.teacher_shape, student_shape(plan.runs[0], directory)
-    longest = min(c.max_position_embeddings for c in shapes)
-    if config.max_len > longest:
-        raise UserError(f"--max-len {config.max_len}: 8 to {longest} here")
-    if config.probe and plan.runs[0].length > longest:
-        raise UserError(f"--probe at --seq-len {config.seq_len}: the teacher ends at position {longest}")
-    for unique, static in plan.settings:
-        Blocks(directory, "train", plan.runs[0].length, 0, unique, static)       # refuses more than there are
-    validation_blocks(directory, plan.runs[0].length)
-    for each in plan.all:
-        claim(each.out, "run", dry_run=True)
-    return directory, texts
-
-
-def teacher_shape(plan, directory):
-    """The teacher's BertConfig.  Refuses a teacher that one of the arms cannot use."""
-    if plan.teacher:
-        teacher, head = student_shape(plan.teacher, directory), True
-    else:
-        path = checkpoint.find_model(plan.config.teacher)
-        checkpoint.same_vocabulary(directory.read_tokenizer(), path)
-        loaded, missing, _ = checkpoint.load_mlm(path, len(directory.vocab))
-        teacher, head = loaded.config, not missing
-    for each in plan.runs[:len(plan.names)]:
-        if each.reads_teacher:
-            check_teacher(each, student_shape(each, directory), teacher, head)
-    return teacher
+    def read_inputs(self):
+        """Data, tasks and the teacher's shape: everything that can be refused before hours of training is."""
+        config, self.directory, first = self.config, TokenDirectory(self.config.data), self.runs[0]
+        self.tasks = glue.parse_tasks(config.tasks, config.columns)
+        self.texts = {name: glue.read_task(name, task, config.glue_dir) for name, task in self.tasks.items()}
+        self.labels = {name: [*parts.values()][1][1] for name, parts in self.texts.items()}     # of dev
+        if self.teacher:
+            self.teacher_shape, head = student_shape(self.teacher, self.directory), True
+        else:
+            path = checkpoint.find_model(config.teacher)
+            checkpoint.same_vocabulary(self.directory.read_tokenizer(), path)
+            loaded, missing, _ = checkpoint.load_mlm(path, len(self.directory.vocab))
+            self.teacher_shape, head = loaded.config, not missing
+        for each in self.runs[:len(self.names)]:
+            if each.reads_teacher:
+                check_teacher(each, student_shape(each, self.directory), self.teacher_shape, head)
+        longest = min(self.teacher_shape.max_position_embeddings, max(512, first.length))
+        if config.max_len > longest:
+            raise UserError(f"--max-len {config.max_len}: 8 to {longest} here")
+        if config.probe and first.length > longest:
+            raise UserError(f"--probe at --seq-len {config.seq_len}: the teacher ends at position {longest}")
+        for unique, static in self.settings:
+            Blocks(self.directory, "train", first.length, 0, unique, static)        # refuses more than there are
+        validation_blocks(self.directory, first.length)
+        for each in self.all:
+            claim(each.out, "run", dry_run=True)
 
 
 def within(config):
@@ -298,51 +266,40 @@ def within(config):
     config = dataclasses.replace(config, total_hours=None, budget_hours="1")
     if before.get("total_hours") == hours:                              # the same command goes on
         return dataclasses.replace(config, budget_hours=before["budget_hours"])
-    plan = Plan(config.for_machine())
-    each = timing.hours_each(plan, hours, *check_inputs(plan))
+    each = timing.hours_each(Plan(config.for_machine()), hours)
     if not config.dry_run:
         claim(config.out, "compare")
         write_json(file, dict(total_hours=hours, budget_hours=each))
     return dataclasses.replace(config, budget_hours=each)
 
 
-def describe(plan, seconds, finetune_seconds, texts):
+def describe(plan, seconds, finetune_seconds):
     """The plan in a few lines, before anything starts."""
-    config = plan.config
+    config, models = plan.config, len(plan.runs) + len(plan.yardsticks)
     print(f"plan: {', '.join(plan.names)}; student {config.size}; "
           f"budgets {', '.join(judge.amount(b, plan.unit) for b in plan.budgets)}; "
-          f"{'; '.join(judge.setting(*s) for s in plan.settings)}; seeds 0 to {config.seeds - 1}")
-    print(f"  {len(seconds)} pretraining runs"
-          + (f", {len(plan.tuning)} of them to choose the peak LR" if plan.tuning else "")
-          + (f", the teacher ({plan.teacher.size}, --teacher-budget {plan.teacher.budget[1]:g}) with "
-             f"{duration(seconds[plan.teacher.out])}" if plan.teacher else "")
-          + f"; {[*seconds.values()].count(0)} are finished, the others take about "
-            f"{duration(sum(seconds.values()))} in one process")
+          f"{'; '.join(judge.setting(*s) for s in plan.settings)}; {config.seeds} seeds")
+    print(f"  {len(seconds)} pretraining runs, {len(plan.tuning)} of them to choose the peak LR; "
+          f"{[*seconds.values()].count(0)} are finished, the others take about "
+          f"{duration(sum(seconds.values()))} in one process")
+    if plan.teacher:
+        print(f"  one of them is the teacher ({plan.teacher.size}, --teacher-budget {plan.teacher.budget[1]:g}), with "
+              f"{duration(seconds[plan.teacher.out])}")
     if plan.selections:
         charged = ", and charged to each" * (plan.unit in ("flops", "hours"))
         print(f"  before them, once for all that use it{charged}: {', '.join(plan.selections)}")
-    models = len(plan.runs) + len(plan.yardsticks)
-    print(f"  fine-tuning {models} models on {', '.join(texts)}: very roughly "
+    print(f"  fine-tuning {models} models on {', '.join(plan.texts)}: very roughly "
           f"{duration(models * finetune_seconds)}" + ", and their probes on top of it" * config.probe)
-    pretraining = np.mean([seconds[each.out] for each in plan.runs])
-    if pretraining and (m := statistics.fine_tunings(finetune_seconds / config.finetune_seeds / pretraining)
-                        ) != config.finetune_seeds:
-        print(f"  at these costs --finetune-seeds {m} tells most for its price (it is {config.finetune_seeds})")
-    record = plan.out / "results.json"
-    with parsing(record):
-        able = record.exists() and report.resolution(read_json(record)["results"], config.seeds)
-    if able:
-        print(f"  by the spread in {record}, {able}")
 
 
-def same_inputs(plan, directory, texts):
+def same_inputs(plan):
     """Notes in OUT/inputs.json what the runs are made from; refuses to mix them with others."""
     now = {flag_of(k): v for k, v in plan.run("no_kd", plan.budgets[0]).record.items()
            if k in (*SHARED, "teacher")}
-    now |= contents(directory, None if plan.teacher else plan.config.teacher)
+    now |= contents(plan.directory, None if plan.teacher else plan.config.teacher)
     now |= {f"task {name}": hashlib.sha256(json.dumps(
         [(part, x, np.asarray(y).tolist()) for part, (x, y) in parts.items()]).encode()).hexdigest()
-        for name, parts in texts.items()}
+        for name, parts in plan.texts.items()}
     file = plan.out / "inputs.json"
     before = read_json(file) if file.exists() else {}
     moved = ("--data", *["--teacher"] * (plan.teacher is None))         # of these the contents count
@@ -354,15 +311,13 @@ def same_inputs(plan, directory, texts):
 # -------------------------------------------------------------------------------------------------------- run
 
 def compare(plan):
-    """(results, yardsticks, remarks, costs) of the whole plan; None for a dry run."""
-    config, (directory, texts) = plan.config, check_inputs(plan)
-    seconds = timing.estimate(plan, directory, plan.teacher_shape)
-    finetune_seconds = timing.finetuning_seconds(plan, directory, texts)
-    describe(plan, seconds, finetune_seconds, texts)
+    """(results, yardsticks, remarks) of the whole plan; None for a dry run."""
+    config, seconds, finetune_seconds = plan.config, timing.estimate(plan), timing.finetuning_seconds(plan)
+    describe(plan, seconds, finetune_seconds)
     if config.dry_run:
         return None
     claim(plan.out, "compare")
-    claim_each([plan.out], lambda _: same_inputs(plan, directory, texts))
+    claim_each([plan.out], lambda _: same_inputs(plan))
     compared = {each.out for each in plan.runs}
     progress = Progress({out: s + finetune_seconds * (out in compared) for out, s in seconds.items()}
                         | {f"score {path}": finetune_seconds for _, path, _ in plan.yardsticks})
@@ -370,21 +325,16 @@ def compare(plan):
         status = partial(timing.over_all, plan, dict(progress.left), time.monotonic())
         jobs.run_jobs(config.jobs, work, config, plan.out, status)
         progress.say_line = lambda line: None                           # everything is finished
-    return execute(plan, directory, progress)
+    return execute(plan, progress)
 
 
 def work(config):
     """What one of several processes does: its share of the runs."""
-    plan = Plan(config)
-    directory, _ = check_inputs(plan)
-    execute(plan, directory, Progress({}))
+    execute(Plan(config), Progress({}))
 
 
-def execute(plan, directory, progress):
-    """Trains and scores every run and the yardsticks, and what is finished not again: (results,
-    yardsticks, remarks, costs)."""
-    remarks, costs = [], []
-
+def execute(plan, progress):
+    """Trains and scores every run and the yardsticks, what is finished not again: (results, yardsticks, remarks)."""
     def trained(each):
         return train.train(plan.paid(each), say=progress.say, status=progress.step)
 
@@ -392,79 +342,62 @@ def execute(plan, directory, progress):
         with progress.on(plan.teacher.out, f"teacher {plan.teacher.size}"):
             return trained(plan.teacher)
 
-    def run_one(each):
-        with progress.on(each.out, Path(each.out).name):
-            summary, speed = timing.timed(plan, directory, each, trained)
+    def run_one(key, each):
+        with progress.on(key, Path(each.out).name):
+            summary, speed = timing.timed(plan, each, trained)
             found = scored(plan, f"{each.out}/model", f"{each.out}/glue", progress.say, each.seed)
             for file in checkpoint.checkpoints(Path(each.out)):         # the model and the log stay
                 file.unlink()
         return dict(result_of(plan, each, summary), **found, speed=speed)
 
+    remarks, keys = [], [each.out for each in plan.runs]                # of their estimates
     if plan.teacher:
         taught, = claim_each([plan.teacher.out], teach)
         remarks.append(f"The teacher ({plan.teacher.size}) has a validation MLM loss of "
                        f"{taught['val']['mlm']:.2f}; its own pretraining is charged to no arm"
                        + (", and it has seen all of the data." if plan.settings != [(None, False)] else "."))
-        costs.append(f"The teacher's pretraining took {duration(taught['charged_seconds'])}.")
         plan.teacher_flops = taught["student_flops"]
     for selection in plan.selections.values():
         miniplm.miniplm(selection, say=progress.say_line)
     for each in plan.all:
         plan.paid(each)                                                 # refused now, not after other arms' hours
     if plan.tuning:
-        chosen, tried, cost = tuned(plan, progress, trained)
-        before, plan.runs = plan.runs, plan.runs_at(chosen)
-        renamed = {a.out: b.out for a, b in zip(before, plan.runs, strict=True)}
-        progress.left = {renamed.get(out, out): seconds for out, seconds in progress.left.items()}
-        remarks, costs = remarks + tried, costs + [cost]
-    todo = {each.out: partial(run_one, each) for each in plan.runs}
-    todo |= {path: partial(score_yardstick, plan, directory, progress, name, path, seed)
-             for name, path, seed in plan.yardsticks}
+        chosen, tried = tuned(plan, progress, trained)
+        plan.runs, remarks = plan.runs_at(chosen), remarks + tried
+    todo = {each.out: partial(run_one, key, each) for key, each in zip(keys, plan.runs, strict=True)}
+    todo |= {path: partial(score_yardstick, plan, progress, name, path, seed) for name, path, seed in plan.yardsticks}
     done = claim_each([*todo], lambda i: [*todo.values()][i]())
     results, others = done[:len(plan.runs)], done[len(plan.runs):]
-    costs.append(f"The compared runs were charged "
-                 f"{duration(sum(r['charged_seconds'] for r in results))} in all.")
-    yardsticks = [judge.constant_answer(results), dict(name=judge.NGRAMS, runs=[
-        claim_each([plan.out / "ngrams"], lambda _: score_ngrams(plan, progress))[0]])]
+    grams, = claim_each([plan.out / "ngrams"], lambda _: score_ngrams(plan, progress))
+    yardsticks = [judge.constant_answer(results), dict(name=judge.NGRAMS, runs=[grams])]
     yardsticks += [dict(name=name, runs=[m for m in others if m["name"] == name])
                    for name in dict.fromkeys(m["name"] for m in others)]
-    constant = yardsticks[0]["runs"][0]
-    constant["predicted"] = {t: constant_of(plan.tasks[t], plan.texts[t], t_result) for t, t_result in
-                             results[0]["tasks"].items() if t in plan.texts}
-    return results, yardsticks, remarks + report.spent_before(results), costs
+    yardsticks[0]["runs"][0]["predicted"] = {
+        t: np.full((1, len(y)), 0 if plan.tasks[t].labels == () else np.bincount(y).argmax())
+        for t, y in plan.labels.items()}
+    return results, yardsticks, remarks + report.spent_before(results)
 
 
 def tuned(plan, progress, trained):
-    """({(arm, budget): (recipe, peak LR)} of the lowest own validation loss, what was tried, cost)"""
+    """({(arm, budget): peak LR} of the lowest own validation loss, what was tried)"""
     def do(i):
-        (name, budget, choice), each = list(plan.tuning.items())[i]
-        with progress.on(each.out, f"{name}, {in_words(choice)}"):
+        (name, budget, lr), each = list(plan.tuning.items())[i]
+        with progress.on(each.out, f"{name}, peak LR {lr:g}"):
             try:
                 summary = trained(each)
                 terms = each.phases[-1].strategy.terms
                 loss = sum(terms[k].weight * v for k, v in summary["val"].items())
             except NotFinite as e:
                 progress.say(str(e))
-                summary, loss = dict(charged_seconds=0.0), math.inf
-        return (name, budget), choice, loss if math.isfinite(loss) else math.inf, summary["charged_seconds"]
+                loss = math.inf
+        return (name, budget), loss if math.isfinite(loss) else math.inf, lr
 
-    def in_words(choice):
-        recipe, lr = choice
-        return f"{recipe} " * bool(plan.config.recipes) + (f"peak LR {lr:g}" if lr else "at its own peak LR")
-
-    def taken(recipe, lr):
-        lrs = [rate for of, rate in plan.choices if of == recipe]
-        edge = {min(lrs): ", the lowest tried", max(lrs): ", the highest tried"} if len(lrs) > 1 else {}
-        return f" (taken{edge.get(lr, '')})"
+    edge = {min(plan.lrs): ", the lowest tried", max(plan.lrs): ", the highest tried"}
     found = claim_each([each.out for each in plan.tuning.values()], do)
-    best = {at: min(((loss, *choice) for a, choice, loss, _ in found if a == at), key=lambda f: f[0])[1:]
-            for at, *_ in found}
-    lines = [f"{at[0]} at {judge.amount(at[1], plan.unit)}: " + ", ".join(
-        f"{in_words(choice)}: " + (f"{loss:.4f}" if loss < math.inf else "not finite")
-        + taken(*choice) * (choice == best[at]) for a, choice, loss, _ in found if a == at) for at in best]
-    spent = sum(seconds for at, choice, _, seconds in found if choice != best[at])
-    return best, lines, (f"Choosing took {len(found)} runs; the {len(found) - len(best)} that are not part of the "
-                         f"comparison were charged {duration(spent)}.")
+    best = {at: min((loss, lr) for a, loss, lr in found if a == at)[1] for at, *_ in found}
+    return best, [f"{at[0]} at {judge.amount(at[1], plan.unit)}: " + ", ".join(
+        f"peak LR {lr:g}: " + (f"{loss:.4f}" if loss < math.inf else "not finite")
+        + f" (taken{edge.get(lr, '')})" * (lr == best[at]) for a, loss, lr in found if a == at) for at in best]
 
 
 # ------------------------------------------------------------------------------------------------------ score
@@ -486,43 +419,42 @@ def scored(plan, model, out, say, seed):
 def score_ngrams(plan, progress):
     """What n-grams and a linear classifier find of the tasks, from the training examples that the fine-tunings have:
     a draw each with --labels, else all of them, once."""
-    found, file = dict(tasks={}, predicted={}), plan.out / "ngrams/predicted.npz"
+    found, file = dict(tasks={}, scores={}, predicted={}), plan.out / "ngrams/predicted.npz"
     before = dict(np.load(file)) if file.exists() else {}
     for name, task in plan.tasks.items():
-        (_, y), (_, y_dev), *_ = plan.texts[name].values()
+        (_, y), *_ = plan.texts[name].values()
         if name not in before:
             progress.say_line(f"n-grams on {name}")
-            draws = [finetune_glue.drawn(len(y), plan.config.labels, seed + 1) for seed in range(
-                plan.config.finetune_seeds if plan.config.labels else 1)]
+            runs = plan.config.finetune_seeds if plan.config.labels else 1
+            draws = [finetune_glue.drawn(len(y), plan.config.labels, seed + 1) for seed in range(runs)]
             _, before[name] = ngrams.score(task, plan.texts[name], draws)
-        scores = [glue.evaluate(task, p, y_dev)[0][task.metrics[0]] for p in before[name]]
-        found["tasks"][name] = dict(metric=task.metrics[0], n=len(y_dev), scores=scores, collapsed=0,
+            write_whole(file, compressed(before))
+        scores = [glue.evaluate(task, p, plan.labels[name])[0][task.metrics[0]] for p in before[name]]
+        found["tasks"][name] = dict(metric=task.metrics[0], n=len(plan.labels[name]), scores=scores, collapsed=0,
                                     collapsed_trials=[False] * len(scores))
-        found["predicted"][name] = before[name]
+        found["scores"][name], found["predicted"][name] = float(np.mean(scores)), before[name]
+    return found
+
+
+def compressed(arrays):
+    """The bytes of a .npz of {name: array}."""
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **before)
-    write_whole(file, buffer.getvalue())
-    return found | dict(scores={t: float(np.mean(of["scores"])) for t, of in found["tasks"].items()})
+    np.savez_compressed(buffer, **arrays)
+    return buffer.getvalue()
 
 
-def constant_of(task, parts, result):
-    """(1, dev examples): the constant answer, as a prediction."""
-    _, (_, y), *_ = parts.values()
-    return np.full((1, result["n"]), 0 if task.labels == () else np.bincount(y).argmax())
-
-
-def score_yardstick(plan, directory, progress, name, path, seed):
+def score_yardstick(plan, progress, name, path, seed):
     """The untrained student of a seed, one of the teacher's layers, or the teacher, scored as an arm is."""
     model = path / "model"
     if name == judge.TEACHER:
         model = plan.teacher_model
     elif not model.exists():
-        student = initial_student(dataclasses.replace(plan.runs[0], seed=seed), directory)
+        student = initial_student(dataclasses.replace(plan.runs[0], seed=seed), plan.directory)
         if name == judge.CUT:
             source = checkpoint.find_model(plan.teacher_model)
-            teacher, missing, _ = checkpoint.load_mlm(source, len(directory.vocab))
+            teacher, missing, _ = checkpoint.load_mlm(source, len(plan.directory.vocab))
             start_from(student, teacher, numbers(plan.config.init_layers or "", int), head=not missing)
-        checkpoint.save_model(model, student, directory.read_tokenizer(), head=True)
+        checkpoint.save_model(model, student, plan.directory.read_tokenizer(), head=True)
     with progress.on(f"score {path}", f"{name} {seed}"):
         return dict(name=name, **scored(plan, model, path / "glue", progress.say, seed))
 
@@ -535,80 +467,60 @@ def result_of(plan, each, summary):
     curve = [dict(seconds=r["seconds"], tokens=r["step"] * summary["tokens"] // summary["steps"],
                   mlm=r["val"]["mlm"], d_order=r.get("d_order")) for r in log if "mlm" in r.get("val", {})]
     return dict({k: summary[k] for k in kept}, strategy=plan.arms[each.out], budget=each.budget[1], unit=plan.unit,
-                unique_tokens=each.unique_tokens, static_masks=each.static_masks, recipe=each.recipe, curve=curve,
+                unique_tokens=each.unique_tokens, static_masks=each.static_masks, curve=curve,
                 flops=summary["student_flops"] + summary["teacher_flops"],
                 spent_before=each.budget[1] - summary["budget"][plan.unit])
 
 
 # ----------------------------------------------------------------------------------------------------- report
 
-def recipe(config):
-    """[a line on fine-tuning], where it is not the paper's grid or a part of it."""
-    ours = finetune_glue.Config
-    here, papers = finetune_glue.grid(config.finetuning(), config.shape.hidden_size), finetune_glue.grid(
-        ours("a model"), 768)
-    if set(here) <= set(papers) and (config.finetune_epochs, config.max_len) == (ours.epochs, ours.max_len):
-        return []
-
-    def words(grid):
-        return "batch {}, lr {}".format(*(",".join(f"{v:g}" for v in dict.fromkeys(axis))
-                                          for axis in zip(*grid, strict=True)))
-    return [f"Fine-tuning is outside the paper's grid ({words(papers)}, {ours.epochs} epochs, {ours.max_len} ids): "
-            f"here {words(here)}, {config.finetune_epochs} epochs, {config.max_len} ids."]
-
-
 def papers_setting(plan):
-    """The size whose rows of the paper's Table 2 may stand beside these, or None."""
-    config, teachers = plan.config, {"6L768": "12L768", "12L1024": "24L1024"}
-    same = not config.recipes and all(getattr(config, name) == getattr(Config, name) for name in (
-        "seq_len", "batch_size", "recipe", "init_std", "optimizer", "clip", "weight_decay"))
-    return config.size if same and teachers.get(config.size) == plan.teacher_shape.size else None
+    """Whether the paper's rows may stand beside these: its student, teacher, recipe and fine-tuning."""
+    same = ("size", "seq_len", "batch_size", "recipe", "init_std", "optimizer", "clip", "weight_decay",
+            "finetune_batch_sizes", "finetune_lrs", "finetune_epochs", "max_len")
+    return plan.teacher_shape.size == "12L768" and all(getattr(plan.config, k) == getattr(Config, k) for k in same)
 
 
-def write_report(config, results, yardsticks, remarks=(), costs=(), size=None, labels=None, teacher_flops=None):
-    """The tables, the verdict and the figure, under OUT and on the screen.  `labels`: {task: of its dev examples}."""
+def write_report(config, results, yardsticks, labels, teacher_flops, remarks=(), paper=False):
+    """The tables, the verdict and the figure, under OUT and on the screen.  `labels`: {task: of its dev examples};
+    `paper`: with the paper's rows."""
     out, layers = Path(config.out), ", ".join(map(str, numbers(config.init_layers or "", int)))
     for each in (*results, *(r for y in yardsticks for r in y["runs"])):
-        judge.keep_examples(each, each.get("predicted", {}), labels or {})
+        judge.keep_examples(each, each.get("predicted", {}), labels)
     said = report.verdict(results, yardsticks, teacher_flops, layers)
-    notes = [*report.drift(results), *report.remarks(results), *remarks, *recipe(config)]
-    table = report.score_table(results, yardsticks, size)
-    text = "\n\n".join([said[0], table, *said[1:], *notes])
+    notes = [*report.drift(results), *report.remarks(results), *remarks]
+    table = report.score_table(results, yardsticks, paper)
     probes = report.probe_table(results, yardsticks) if config.probe else ""
-    costs = "\n\n".join([report.cost_table(results, teacher_flops), *costs,
-                         *judge.pays_from(results, yardsticks, teacher_flops)])
-    left_out = ("predicted", "examples")
+    text = "\n\n".join([said[0], table, *said[1:], *notes, probes])
+    costs = [report.cost_table(results, teacher_flops), *judge.pays_from(results, yardsticks, teacher_flops)]
+
+    def plain(models):                                  # their arrays are in results.npz
+        return [{k: v for k, v in r.items() if k not in ("predicted", "examples")} for r in models]
     everything = dict(config=dataclasses.asdict(config), verdict=said, teacher_flops=teacher_flops,
-                      results=[{k: v for k, v in r.items() if k not in left_out} for r in results],
-                      yardsticks=[dict(y, runs=[{k: v for k, v in r.items() if k not in left_out} for r in y["runs"]])
-                                  for y in yardsticks])
+                      results=plain(results), yardsticks=[dict(y, runs=plain(y["runs"])) for y in yardsticks])
     if (inputs := out / "inputs.json").exists():
         everything["data"] = read_json(inputs).get("contents of data")
 
     def write(_):
-        for name, content in (("table.md", f"{text}\n\n{probes}"), ("costs.md", costs),
-                              ("results.csv", report.comma_separated(results)),
+        for name, content in (("table.md", text), ("costs.md", "\n\n".join(costs)),
                               ("results.json", json.dumps(everything, indent=1))):
             write_whole(out / name, f"{content.rstrip()}\n".encode())
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, **judge.arrays_of(results, yardsticks, labels or {}))
-        write_whole(out / "results.npz", buffer.getvalue())
+        write_whole(out / "results.npz", compressed(judge.arrays_of(results, yardsticks, labels)))
         report.figure(results, yardsticks, out / "figure.png", teacher_flops)
     claim_each([out], write)
-    print("\n" + "\n\n".join(filter(None, [
+    print("\n" + "\n\n".join([
         textwrap.fill(said[0], 80), report.screen_table(results, yardsticks),
         *(textwrap.fill(line, 80) for line in (*said[1:], *notes)),
-        "Probes of the frozen encoders: in table.md." * bool(probes),
-        f"also in {out}/table.md, costs.md, results.json and results.csv"])))
+        f"also in {out}/table.md{' (probes too)' * bool(probes)}, costs.md and results.json"]))
 
 
 def main(config):
     began = time.monotonic()
     if config.merge:
         with parsing(f"--merge {config.merge}"):
-            config, found, labels, teacher_flops = merged(config)
+            config, *found = merged(config)
             claim(config.out, "compare")
-            return write_report(config, *found, labels=labels, teacher_flops=teacher_flops)
+            return write_report(config, *found)
     claim(config.out, "compare", dry_run=True)
     demonstration = config.data is None
     if demonstration:
@@ -626,10 +538,10 @@ def main(config):
     plan = Plan(config)
     if not (found := compare(plan)):
         return
-    labels = {name: [*parts.values()][1][1] for name, parts in plan.texts.items()}
-    write_report(config, *found, papers_setting(plan), labels, plan.teacher_flops)
+    results, yardsticks, remarks = found
+    write_report(config, results, yardsticks, plan.labels, plan.teacher_flops, remarks, papers_setting(plan))
     if demonstration:
-        look(found[0])
+        look(results)
     print(f"\n{time.monotonic() - began:.0f} s in all")
 
 

@@ -10,12 +10,9 @@ masked ids of all other units, the pool, both of the same corrupted blocks:
     r(u)   = s_teacher(u) - s_reference(u)              the expected masked-loss gap
 
 and the half with the largest r is kept (difference sampling, arXiv 2410.17215, section 2.4).  OUT gets token
-directories with the source's validation ids and tokenizer: kept, in the corpus's order; the controls that are asked
-for: as many units with the smallest r (flipped), highest s_teacher (teacher), lowest s_reference (reference), drawn by
-lot (random), and all units (all); held_out, on which reference_run/ is trained.  Their manifests say what they
-were made from and what all of it has cost: train.py charges none of that, compare.py takes it off the budget of its
-arms miniplm, miniplm+random, ...  Other block lengths: docs/miniplm.md.  The same command goes on where it was stopped,
-and adds controls; what is finished is not done again.
+directories: kept, the controls that are asked for, and held_out, on which reference_run/ is trained (docs/miniplm.md).
+Their manifests say what all of it has cost: train.py charges none of that, compare.py takes it off the budget of its
+arms miniplm, miniplm+random, ...  The same command goes on where it was stopped, and adds controls.
 """
 import dataclasses
 import time

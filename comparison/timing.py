@@ -3,6 +3,7 @@ noted of a machine whose speed changes.  Read it when compare.py's times surpris
 import contextlib
 import dataclasses
 import math
+import re
 import time
 from pathlib import Path
 
@@ -47,17 +48,17 @@ def step_seconds(config, directory, teacher, tries=1):
     return float(np.median(seconds[1:])) * config.batch_size / micro
 
 
-def finetuning_seconds(plan, directory, texts):
+def finetuning_seconds(plan):
     """Seconds of fine-tuning one student on every task with every trial, by trying a few batches of each
     task with random weights."""
-    config, tokenizer, device = plan.config, directory.read_tokenizer(), choose_device(plan.config.device)
+    config, tokenizer, device = plan.config, plan.directory.read_tokenizer(), choose_device(plan.config.device)
     points = finetune_glue.grid(config.finetuning(), config.shape.hidden_size)
     batch, trials = points[0][0], config.finetune_seeds + (len(points) if len(points) > 1 else 0)
-    model, seconds = BertForSequenceClassification(student_shape(plan.runs[0], directory), 2).to(device), 0.0
-    for parts in texts.values():
+    model, seconds = BertForSequenceClassification(student_shape(plan.runs[0], plan.directory), 2).to(device), 0.0
+    for parts in plan.texts.values():
         (sentences, _), *dev = parts.values()
         examples = finetune_glue.encode(tokenizer, sentences[:4 * batch], config.max_len)
-        pad_id, bf16 = directory.special["[PAD]"], multiplies_in_bf16(device, config.bf16)
+        pad_id, bf16 = plan.directory.special["[PAD]"], multiplies_in_bf16(device, config.bf16)
         args = (examples, np.zeros(len(examples), np.int64), batch, 1, 1e-5, 0, pad_id, "", bf16,
                 bool(config.compile))
         finetune_glue.finetune(model, *args)                            # the first time warms up
@@ -71,9 +72,9 @@ def finetuning_seconds(plan, directory, texts):
     return seconds
 
 
-def estimate(plan, directory, teacher):
-    """{run directory: seconds until it is finished}; `teacher`: a BertConfig."""
-    seconds, rates = {}, {}
+def estimate(plan):
+    """{run directory: seconds until it is finished}"""
+    seconds, rates, directory, teacher = {}, {}, plan.directory, plan.teacher_shape
     for each in plan.all:
         _, budget = each.budget
         kind = each.size, plan.unit != "flops" and plan.arms.get(each.out)     # a FLOP takes every arm about as long
@@ -93,16 +94,16 @@ def estimate(plan, directory, teacher):
     return seconds
 
 
-def hours_each(plan, hours, directory, texts):
+def hours_each(plan, hours):
     """The budget of a run, as text, with which all of it takes so many hours, a tenth of them in reserve."""
     student, teacher = (c.num_hidden_layers * c.hidden_size ** 2
-                        for c in (student_shape(plan.runs[0], directory), plan.teacher_shape))
+                        for c in (student_shape(plan.runs[0], plan.directory), plan.teacher_shape))
     models, machines = len(plan.runs) + len(plan.yardsticks), plan.config.jobs or 1
-    tuned = (models - 1 + teacher / student) * finetuning_seconds(plan, directory, texts) / 3600
+    tuned = (models - 1 + teacher / student) * finetuning_seconds(plan) / 3600
     taught = plan.config.teacher_budget or 0
     left = 0.9 * machines * hours - (tuned + taught)
     if left <= 0:
-        raise UserError(f"--total-hours {hours:g}: fine-tuning {models} models on {len(texts)} tasks alone "
+        raise UserError(f"--total-hours {hours:g}: fine-tuning {models} models on {len(plan.texts)} tasks alone "
                         f"takes about {duration(3600 * tuned / machines)}: give more hours, "
                         f"{'' if plan.config.quick else '--quick, '}or fewer tasks, arms or seeds")
     left /= sum(each.budget_hours for each in plan.all) - taught
@@ -113,16 +114,16 @@ def hours_each(plan, hours, directory, texts):
     return each
 
 
-def timed(plan, directory, each, train):
+def timed(plan, each, train):
     """(what train(each) returns, speed) of a run.  Under a budget in hours a fixed step is timed before and
     after it, uncharged: the machine's speed beside the first run's, since an hour of a busy machine buys
     less.  Else the speed is None."""
     note, first = Path(each.out, "speed.json"), plan.out / "speed.json"
     if plan.unit == "hours" and not Path(each.out, "summary.json").exists():
         reference = plan.run("no_kd", plan.budgets[0])
-        before = step_seconds(reference, directory, None, tries=5)
+        before = step_seconds(reference, plan.directory, None, tries=5)
         summary = train(each)
-        seconds = (before + step_seconds(reference, directory, None, tries=5)) / 2
+        seconds = (before + step_seconds(reference, plan.directory, None, tries=5)) / 2
         write_json(note, dict(seconds=seconds))
         if not first.exists():
             write_json(first, dict(seconds=seconds))
@@ -164,35 +165,25 @@ class Progress:
 
 
 def over_all(plan, estimates, began):
-    """One line over all processes: what is finished, what is under way, and the time left."""
-    folders = {each.out: Path(each.out).name for each in plan.all}
-    folders |= {str(path): f"{name} {seed}" for name, path, seed in plan.yardsticks}
-    done, finished, under_way = 0.0, 0, []
-    tuning = {each.out for each in plan.tuning.values()}
-    for out, name in folders.items():
-        at = out if out in tuning else max(at_every_choice(plan, out), key=progressed)
-        name = name if at == out else Path(at).name
-        log, share = Path(at, "log.jsonl"), 0.0
-        if Path(at, "glue/glue.json").exists() or at in tuning and Path(at, "summary.json").exists():
+    """One line over all processes: what is finished, what is under way, and the time left; `estimates`: {run
+    directory, or "score DIRECTORY" of a yardstick: seconds}."""
+    done, finished, under_way, tuning = 0.0, 0, [], {each.out for each in plan.tuning.values()}
+    for key, seconds in estimates.items():
+        at = Path(key.removeprefix("score "))
+        if key not in tuning:           # which peak LR a run takes is for its process to know
+            at = max(at.parent.glob(re.sub("-lr.*-seed", "-lr*-seed", at.name)), key=progressed, default=at)
+        log, share = at / "log.jsonl", 0.0
+        if (at / "glue/glue.json").exists() or key in tuning and (at / "summary.json").exists():
             finished, share = finished + 1, 1.0
         elif log.exists():
             _, last = next(log_records(reversed(log.read_bytes().split(b"\n"))), (b"", {}))
             share = 0.8 * last.get("progress", 0.0)
-            under_way.append(f"{name} {share / 0.8:.0%}" if share < 0.8 else f"{name} is scored")
-        done += share * estimates.get(out, estimates.get(f"score {out}"))
+            under_way.append(f"{at.name} {share / 0.8:.0%}" if share < 0.8 else f"{at.name} is scored")
+        done += share * seconds
     part = done / max(sum(estimates.values()), 1e-9)
     left = f", {duration((time.monotonic() - began) * (1 - part) / part)} left" if part > 0.02 else ""
-    return f"[{finished}/{len(folders)}{left}] {', '.join(under_way)}"
-
-
-def at_every_choice(plan, out):
-    """The directories that this run has with each recipe and peak LR: which it takes is for its process to know."""
-    run = next((each for each in plan.runs if each.out == out), None)
-    if run is None:                     # a yardstick
-        return [out]
-    same = plan.arms[out], run.budget[1], run.unique_tokens, run.static_masks, run.seed
-    return [plan.run(*same, choice).out for choice in plan.choices]
+    return f"[{finished}/{len(estimates)}{left}] {', '.join(under_way)}"
 
 
 def progressed(out):
-    return Path(out, "glue/glue.json").exists(), Path(out, "log.jsonl").exists()
+    return (out / "glue/glue.json").exists(), (out / "log.jsonl").exists()

@@ -89,7 +89,7 @@ PRECIOUS = [
     *(("run", name) for name in ("notes.txt", "config.json", "log.jsonl", "summary.json", "checkpoint.pt",
                                  "model/pytorch_model.bin", "model.part/notes.txt", "model-0.5/notes.txt")),
     *(("tokens", name) for name in ("train.bin", "val.bin", "tokenizer.json", "manifest.json", "train.bin.part")),
-    *(("compare", name) for name in ("table.md", "costs.md", "results.csv", "figure.png", "results.json", "total.json",
+    *(("compare", name) for name in ("table.md", "costs.md", "results.npz", "figure.png", "results.json", "total.json",
                                      "inputs.json", "runs/no_kd-3steps-seed0/model/config.json")),
     *(("glue", name) for name in ("glue.json", "trials/own-b32-lr0.0007-seed0.json", "trials/notes/a")),
     ("probes", "probes.json")]
