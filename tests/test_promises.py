@@ -655,7 +655,6 @@ def judged(corpus, deep_teacher, task, tmp_path, monkeypatch):
         monkeypatch.setattr(finetune_glue, "score_model", score)
         monkeypatch.setattr(finetune_glue, "kept_predictions", lambda *_: None)
         monkeypatch.setattr(compare, "score_ngrams", ngrams)
-        monkeypatch.setattr(compare, "constant_of", lambda *_: None)
         monkeypatch.setattr(judge, "keep_examples", lambda *_: None)
         monkeypatch.setattr(judge, "arrays_of", lambda *_: {})
         recipe = {k: v for k, v in FAIR.items() if k in compare.Config.__dataclass_fields__ and "budget" not in k}
