@@ -15,6 +15,7 @@ teacher/ and a 2-layer student, one process per core, and asks: which package do
 task has validation documents of that corpus alone, which neither a student nor the teacher was pretrained on.
 """
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -22,7 +23,6 @@ import math
 import textwrap
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -37,7 +37,7 @@ from comparison.demonstration import demonstrated, look
 from comparison.merge import merged
 from comparison.timing import Progress, duration
 from data import Blocks
-from plumbing import checkpoint, glue
+from plumbing import checkpoint, glue, settle
 from plumbing.budget import UNITS, one_budget
 from plumbing.checks import NotFinite, check_teacher
 from plumbing.cli import Count, Counts, Positive, Positives, Seed, Times, UserError, checked, flag_of, numbers, run
@@ -47,7 +47,7 @@ from plumbing.rundir import contents
 from plumbing.student import initial_student, start_from, student_shape
 from plumbing.tokens import TokenDirectory
 from plumbing.validation import validation_blocks
-from strategies import PHASED, STRATEGIES
+from strategies import RECIPES
 
 
 @dataclass
@@ -59,10 +59,10 @@ class Config(train.Recipe):
     budget_tokens: Counts | None = None  # or in tokens
     budget_steps: Counts | None = None  # or in optimizer steps
     # arms
-    strategies: Annotated[str, str, (*STRATEGIES, *PHASED)] = "no_kd,vanilla_kd,tinybert,minilm"    # the arms
-    arms: str | None = None             # or STRATEGY, PHASE:END/../PHASE, miniplm; then +init, +released
+    arms: str | None = None             # STRATEGY, PHASE:END/../PHASE, miniplm; then +init, +released, +teacher_budget
     seeds: Times = 3                    # pretraining seeds of each arm; an interval needs two
     first_seed: Seed = 0                # the first of them; choices are made on one that is not among them
+    recipes: Annotated[str, str, tuple(RECIPES)] | None = None  # several: each arm takes its best; default: --recipe
     peak_lrs: Positives | None = None   # of every arm; several: its best at each budget; default: the recipe's
     unique_tokens: str = "all"     # data settings such as all,2000000: the first so many ids, again and again
     static_masks: bool = False          # the limited settings with the same masks in every epoch as well
@@ -95,16 +95,6 @@ class Config(train.Recipe):
     dry_run: bool = False               # print the plan and its time only
     merge: str | None = None         # instead: earlier comparisons (directories or results.json), one report of all
 
-    def for_machine(self):
-        """The same with one micro-batch for all runs: that of the runs which are there,
-        else train.py's default."""
-        if self.micro_batch:
-            return self
-        file = Path(self.out, "inputs.json")
-        before = read_json(file).get("--micro-batch") if file.exists() else None
-        micro = before or fitting_micro_batch(choose_device(self.device), self.batch_size)
-        return dataclasses.replace(self, micro_batch=micro)
-
     def finetuning(self, model="a model", out="a directory", seed=0):
         """The finetune_glue.Config for one model: fresh fine-tuning seeds for each pretraining seed."""
         return finetune_glue.Config(
@@ -115,9 +105,15 @@ class Config(train.Recipe):
             compile=bool(self.compile), bf16=self.bf16)
 
 
+# What the arms are where none are given: of a teacher with an LM head, and of an encoder
+ARMS = {True: "no_kd,vanilla_kd,tinybert,minilm,no_kd+init", False: "tinybert+init,no_kd,minilmv2"}
 # What every run of a comparison takes from its command line as it stands there
 SHARED = ("data", *(f.name for f in dataclasses.fields(train.Recipe)))
 MANY_RUNS = 5_000
+SHARES = (1.2 ** 2 + 1.0 ** 2) / 0.75 ** 2      # variance of a fine-tuning with its labels over that of a pretraining
+# What is settled where it is not given, and what that depends on
+GIVEN = ("total_hours", "budget_hours", "budget_flops", "budget_tokens", "budget_steps", "arms", "size", "heads",
+         "batch_size", "teacher", "teacher_size", "teacher_budget")
 
 
 # ------------------------------------------------------------------------------------------------------- plan
@@ -130,9 +126,13 @@ class Plan:
         self.unit, budgets = one_budget(config)
         whole = int if self.unit in ("tokens", "steps") else float
         self.budgets = sorted(numbers(budgets, whole))
-        if config.arms and config.strategies != Config.strategies:
-            raise UserError("give --strategies or --arms, not both")
-        self.names = (config.arms or config.strategies).split(",")
+        self.directory, self.left_out = TokenDirectory(config.data), {}        # {arm: why}
+        if config.teacher != "train":
+            path = checkpoint.find_model(config.teacher)
+            checkpoint.same_vocabulary(self.directory.read_tokenizer(), path)
+            loaded, missing, _ = checkpoint.load_mlm(path, len(self.directory.vocab))
+            self.teacher_shape, self.head = loaded.config, not missing
+        self.names = (config.arms or ARMS[config.teacher == "train" or self.head]).split(",")
         if not all(self.names) or len(set(self.names)) < len(self.names):
             raise UserError(f"--arms {config.arms}: must be arms, separated by commas, none twice")
         uniques = [None if part == "all" else checked("--unique-tokens", part, Count)
@@ -148,29 +148,32 @@ class Plan:
         if self.unit == "hours" and (config.jobs or 1) > max(1, torch.cuda.device_count()):
             raise UserError(f"--jobs {config.jobs} under --budget-hours: runs that share a device would take "
                             f"each other's time: give --budget-flops, or one job per GPU")
-        self.lrs, self.teacher = numbers(config.peak_lrs or "") or [None], None
-        self.selections, self.arms = {}, {}     # {directory: miniplm.Config}, {run directory: its arm}
+        lrs, recipes = numbers(config.peak_lrs or "") or [None], (config.recipes or config.recipe).split(",")
+        self.choices, self.teacher = [(recipe, lr) for recipe in recipes for lr in lrs], None
+        self.selections, self.arms, self.nominal = {}, {}, {}   # {directory: miniplm.Config}, {run: arm}, {run: budget}
         if config.teacher == "train":
             size = config.teacher_size or f"{2 * config.shape.num_hidden_layers}L{config.shape.hidden_size}"
             budget = config.teacher_budget or 4 * self.budgets[-1]
             self.teacher = self.run("no_kd", math.ceil(budget) if whole is int else budget, size=size,
                                     out=str(self.out / "teacher"),
-                                    peak_lr=self.lrs[0] if len(self.lrs) == 1 else None)
+                                    choice=self.choices[0] if len(self.choices) == 1 else None)
+            self.teacher_shape, self.head = student_shape(self.teacher, self.directory), True
         elif config.teacher_size or config.teacher_budget:
             raise UserError("--teacher-size and --teacher-budget belong to --teacher train")
         self.seeds = range(config.first_seed, config.first_seed + config.seeds)
         apart = self.seeds[0] - 1 if self.seeds[0] else 999             # what it chooses is reported on other seeds
-        runs = len(self.names) * len(self.budgets) * (len(self.settings) * config.seeds + len(self.lrs))
+        runs = len(self.names) * len(self.budgets) * (len(self.settings) * config.seeds + len(self.choices))
         if runs > MANY_RUNS:
             raise UserError(f"these are {runs:,} runs, and {MANY_RUNS:,} can be planned: give fewer arms, budgets, "
                             f"--seeds, --peak-lrs or --unique-tokens")
-        self.tuning = {(name, budget, lr): self.run(name, budget, *self.settings[0], apart, lr)
-                       for budget in self.budgets for name in self.names for lr in self.lrs if len(self.lrs) > 1}
-        self.runs = self.runs_at({(name, budget): self.lrs[0] for name in self.names for budget in self.budgets})
+        self.tuning = {(name, budget, choice): self.run(name, budget, *self.settings[0], apart, choice)
+                       for budget in self.budgets for name in self.names for choice in self.choices
+                       if len(self.choices) > 1}
+        self.runs = self.runs_at({(name, budget): self.choices[0] for name in self.names for budget in self.budgets})
         if len({each.out for each in self.runs}) < len(self.runs):
             raise UserError(f"{flag_of(f'budget_{self.unit}')} {budgets}: two budgets are the same to six digits")
-        untrained = [(judge.RANDOM, "random"), *[(judge.CUT, "cut")] * any(
-            each.start == "teacher" for each in self.runs)]
+        self.leave_out(self.not_served())
+        untrained = [(judge.RANDOM, "random"), *[(judge.CUT, "cut")] * (self.why_not("no_kd+init") is None)]
         self.yardsticks = [(name, self.out / f"{folder}/seed{seed}", seed)
                            for name, folder in untrained for seed in self.seeds]
         self.yardsticks.append((judge.TEACHER, self.out / "teacher", 0))
@@ -178,25 +181,57 @@ class Plan:
             each.check()
         self.read_inputs()
 
-    def run(self, arm, budget, unique=None, static=False, seed=0, peak_lr=None, **other):
-        """The train.Config of one run; its directory's name says all that it differs in from the others."""
+    def why_not(self, arm):
+        """Why the teacher cannot serve an arm; None where it can."""
+        each = self.run(arm, self.budgets[0])
+        try:
+            if each.reads_teacher:
+                check_teacher(each, student_shape(each, self.directory), self.teacher_shape, self.head)
+        except UserError as e:
+            return str(e)
+
+    def not_served(self):
+        """{arm: why} of those that this teacher cannot serve, which is refused where the arms were given."""
+        found = {name: why for name in self.names if (why := self.why_not(name))}
+        if self.config.arms and found:
+            raise UserError(next(iter(found.values())))
+        return found
+
+    def leave_out(self, why):
+        """Takes arms out of the comparison; `why`: {arm: a line}."""
+        self.left_out |= why
+        self.names = [name for name in self.names if name not in why]
+        self.runs = [each for each in self.runs if self.arms[each.out] not in why]
+        self.tuning = {key: each for key, each in self.tuning.items() if key[0] not in why}
+
+    def run(self, arm, budget, unique=None, static=False, seed=0, choice=None, **other):
+        """The train.Config of one run; its directory's name says all that it differs in from the others.  `choice`:
+        (recipe, peak LR or None)."""
         strategy, *suffixes = arm.split("+")
         rules = [s for s in suffixes if strategy == "miniplm" and s in miniplm.CONTROLS]
-        if len(set(suffixes)) < len(suffixes) or len(rules) > 1 or {*suffixes} - {"init", "released", *rules}:
-            raise UserError(f"--arms {arm}: after the strategy may come +init (it starts from the teacher) and "
-                            f"+released (what the paper's code computes), each once; after miniplm one of "
+        if len(set(suffixes)) < len(suffixes) or len(rules) > 1 or (
+                {*suffixes} - {"init", "released", "teacher_budget", *rules}):
+            raise UserError(f"--arms {arm}: after the strategy may come +init (it starts from the teacher), +released "
+                            f"(what the paper's code computes), +teacher_budget, each once; after miniplm one of "
                             f"+{', +'.join(miniplm.CONTROLS)}")
         if strategy == "miniplm":
             other["data"], strategy = f"{self.chosen_from(unique)}/{(rules or ['kept'])[0]}", "no_kd"
+        recipe, lr = choice or (self.config.recipe, None)
         name = (f"{train.file_name(arm)}-{budget:g}{self.unit}" + f"-{unique}ids" * (unique is not None)
-                + "-static" * static + (f"-lr{peak_lr:g}" if peak_lr else "") + f"-seed{seed}")
+                + "-static" * static + f"-{recipe}" * bool(choice and self.config.recipes)
+                + (f"-lr{lr:g}" if lr else "") + f"-seed{seed}")
         each = train.Config(**{k: getattr(self.config, k) for k in SHARED} | dict(
             strategy=strategy, init="teacher" if "init" in suffixes else None,
             init_layers=self.config.init_layers if "init" in suffixes or strategy == "distilbert" else None,
             as_released="released" in suffixes,
-            teacher=self.teacher_model, unique_tokens=unique, static_masks=static, seed=seed, peak_lr=peak_lr,
-            out=str(self.out / "runs" / name)) | {f"budget_{self.unit}": budget} | other)
-        self.arms[each.out] = arm
+            teacher=self.teacher_model, unique_tokens=unique, static_masks=static, seed=seed, recipe=recipe,
+            peak_lr=lr, out=str(self.out / "runs" / name)) | {f"budget_{self.unit}": budget} | other)
+        self.arms[each.out], self.nominal[each.out] = arm, budget
+        if "teacher_budget" in suffixes:
+            if self.teacher is None or each.reads_teacher:
+                raise UserError(f"--arms {arm}: +teacher_budget adds the budget of --teacher train to an arm that "
+                                f"reads no teacher, such as no_kd+teacher_budget")
+            each = dataclasses.replace(each, **{f"budget_{self.unit}": budget + self.teacher.budget[1]})
         return each
 
     @property
@@ -230,21 +265,10 @@ class Plan:
         return [*([self.teacher] if self.teacher else []), *of_the_arms.values()]
 
     def read_inputs(self):
-        """Data, tasks and the teacher's shape: everything that can be refused before hours of training is."""
-        config, self.directory, first = self.config, TokenDirectory(self.config.data), self.runs[0]
-        self.tasks = glue.parse_tasks(config.tasks, config.columns)
-        self.texts = {name: glue.read_task(name, task, config.glue_dir) for name, task in self.tasks.items()}
+        """The tasks: everything that can be refused before hours of training is."""
+        config, first = self.config, self.runs[0]
+        self.tasks, self.texts = read_tasks(config.tasks, config.columns, config.glue_dir)
         self.labels = {name: [*parts.values()][1][1] for name, parts in self.texts.items()}     # of dev
-        if self.teacher:
-            self.teacher_shape, head = student_shape(self.teacher, self.directory), True
-        else:
-            path = checkpoint.find_model(config.teacher)
-            checkpoint.same_vocabulary(self.directory.read_tokenizer(), path)
-            loaded, missing, _ = checkpoint.load_mlm(path, len(self.directory.vocab))
-            self.teacher_shape, head = loaded.config, not missing
-        for each in self.runs[:len(self.names)]:
-            if each.reads_teacher:
-                check_teacher(each, student_shape(each, self.directory), self.teacher_shape, head)
         longest = min(self.teacher_shape.max_position_embeddings, max(512, first.length))
         if config.max_len > longest:
             raise UserError(f"--max-len {config.max_len}: 8 to {longest} here")
@@ -257,39 +281,132 @@ class Plan:
             claim(each.out, "run", dry_run=True)
 
 
+@functools.cache
+def read_tasks(names, columns, glue_dir):
+    """({name: task}, {name: its examples}), read and said once."""
+    tasks = glue.parse_tasks(names, columns)
+    return tasks, {name: glue.read_task(name, task, glue_dir) for name, task in tasks.items()}
+
+
+def settled(config):
+    """(the same with size, heads, budget, batch size and arms where nobody said them, speeds or None): those of the
+    comparison that is there, if one is; else such that each arm learns something."""
+    files = [Path(config.out, name) for name in ("inputs.json", "taken.json")]
+    inputs, before = (read_json(file) if file.exists() else {} for file in files)
+    given = {name: getattr(config, name) for name in GIVEN}
+    if before.get("given") == given:                                    # the same command goes on
+        return with_micro_batch(dataclasses.replace(config, **before["taken"]), inputs), None
+    config = dataclasses.replace(config, **{name: inputs.get(flag_of(name)) for name in (
+        "size", "heads", "batch_size") if getattr(config, name) is None})
+    teacher = config.teacher != "train" and checkpoint.read_config(checkpoint.find_model(config.teacher))
+    if teacher and config.size is None:
+        config = dataclasses.replace(config, size=f"{-(-teacher.num_hidden_layers // 2)}L{teacher.hidden_size}")
+    if teacher and config.heads is None and teacher.hidden_size == config.shape.hidden_size:
+        config = dataclasses.replace(config, heads=teacher.num_attention_heads)
+    if config.size:
+        found = fitted(config)
+    else:               # of a teacher that is trained: the largest of which all arms get three times what they need
+        for size in reversed(settle.SIZES):
+            try:
+                found = fitted(dataclasses.replace(config, size=size), 3 if size != settle.SIZES[-1] else 1)
+            except UserError:
+                if size == settle.SIZES[-1]:
+                    raise
+                break
+    if not config.dry_run:
+        claim(config.out, "compare")
+        write_json(files[1], dict(given=given, taken={name: getattr(found[0], name) for name in GIVEN}))
+    return with_micro_batch(found[0], inputs), found[1]
+
+
+def with_micro_batch(config, inputs):
+    """The same with one micro-batch for all runs: that of the runs which are there, else what fits into the device."""
+    micro = config.micro_batch or inputs.get("--micro-batch")
+    return dataclasses.replace(config, micro_batch=micro or fitting_micro_batch(
+        choose_device(config.device), config.batch_size))
+
+
+def fitted(config, room=1):
+    """(the same with a batch size and a budget, speeds or None), without the arms that would learn nothing from random
+    weights, whose hours go to the others.  With `room` each needs so many times as much, and none is left out."""
+    while True:
+        now = within(config) if config.total_hours else config
+        small = config.batch_size or settle.SMALLEST_BATCH
+        plan = Plan(dataclasses.replace(now, batch_size=small, micro_batch=config.micro_batch or small))
+        if config.batch_size or plan.unit == "steps":
+            return dataclasses.replace(now, batch_size=config.batch_size or settle.PAPERS_BATCH), None
+        speeds = timing.speeds(plan) if plan.unit == "hours" else None
+        runs = [(each, timing.blocks_of(plan, each, speeds), student_shape(each, plan.directory))
+                for each in plan.runs[:len(plan.names)]]
+        size = min(settle.batch_that_fits(config, blocks) for _, blocks, _ in runs)
+        poor = [(plan.arms[each.out], dataclasses.replace(each, batch_size=size), blocks, shape)
+                for each, blocks, shape in runs if each.start == "random"]
+        poor = [of for of in poor if not settle.enough(of[1], of[2] / room, of[3])]
+        if not poor:
+            return dataclasses.replace(now, batch_size=size), speeds
+        said = [f"{arm} would get {settle.gets(each, blocks, shape)}" for arm, each, blocks, shape in poor]
+        rest = [name for name in plan.names if name not in [arm for arm, *_ in poor]]
+        if not rest or room > 1:
+            fits = settle.sizes_that_fit(*min(poor, key=lambda of: of[2])[1:])
+            raise UserError(f"{said[0]}: too little to learn from random weights: give "
+                            + f"--size {fits[0]}, " * bool(fits) + f"a larger budget, or, to go on anyway, "
+                            f"--batch-size {size}")
+        print("\n".join(f"left out: {line}: too little to learn from random weights" for line in said))
+        config = dataclasses.replace(config, arms=",".join(rest))
+
+
 def within(config):
     """The same with the budget of each run that --total-hours leaves after fine-tuning and a tenth in reserve."""
     if given := [unit for unit in UNITS if getattr(config, f"budget_{unit}") is not None]:
         raise UserError(f"give --total-hours or --budget-{given[0]}, not both")
-    file, hours = Path(config.out, "total.json"), config.total_hours
-    before = read_json(file) if file.exists() else {}
-    config = dataclasses.replace(config, total_hours=None, budget_hours="1")
-    if before.get("total_hours") == hours:                              # the same command goes on
-        return dataclasses.replace(config, budget_hours=before["budget_hours"])
-    each = timing.hours_each(Plan(config.for_machine()), hours)
-    if not config.dry_run:
-        claim(config.out, "compare")
-        write_json(file, dict(total_hours=hours, budget_hours=each))
-    return dataclasses.replace(config, budget_hours=each)
+    small = config.batch_size or settle.SMALLEST_BATCH
+    plan = Plan(dataclasses.replace(config, total_hours=None, budget_hours="1", batch_size=small,
+                                    micro_batch=config.micro_batch or small))
+    return dataclasses.replace(config, total_hours=None, budget_hours=timing.hours_each(plan, config.total_hours))
 
 
-def describe(plan, seconds, finetune_seconds):
-    """The plan in a few lines, before anything starts."""
-    config, models = plan.config, len(plan.runs) + len(plan.yardsticks)
-    print(f"plan: {', '.join(plan.names)}; student {config.size}; "
-          f"budgets {', '.join(judge.amount(b, plan.unit) for b in plan.budgets)}; "
-          f"{'; '.join(judge.setting(*s) for s in plan.settings)}; {config.seeds} seeds")
-    print(f"  {len(seconds)} pretraining runs, {len(plan.tuning)} of them to choose the peak LR; "
-          f"{[*seconds.values()].count(0)} are finished, the others take about "
-          f"{duration(sum(seconds.values()))} in one process")
-    if plan.teacher:
-        print(f"  one of them is the teacher ({plan.teacher.size}, --teacher-budget {plan.teacher.budget[1]:g}), with "
-              f"{duration(seconds[plan.teacher.out])}")
+def describe(plan, speeds, seconds, finetune_seconds):
+    """The plan, before anything starts: what each arm gets, what other sizes would, how long it takes."""
+    config, models, shape = plan.config, len(plan.runs) + len(plan.yardsticks), student_shape(
+        plan.runs[0], plan.directory)
+    print(textwrap.fill(f"plan: student {config.size}, {config.heads or shape.num_attention_heads} heads, "
+                        f"{settle.parameters(shape) / 1e6:.1f}M parameters; {config.batch_size} x {config.seq_len} ids "
+                        f"a step; {'; '.join(judge.setting(*s) for s in plan.settings)}; {config.seeds} seeds", 80))
+    for arm, why in plan.left_out.items():
+        print(textwrap.fill(f"left out: {why if why.startswith(arm) else f'{arm}: {why}'}", 80))
+    rows, count = [], Blocks(plan.directory, "train", plan.runs[0].length, 0).count
+    for each in plan.runs[:len(plan.names) * len(plan.budgets) * len(plan.settings)]:
+        if each.unique_tokens is None:
+            blocks = timing.blocks_of(plan, each, speeds)
+            tokens = blocks * each.length
+            rows.append([plan.arms[each.out], judge.amount(plan.nominal[each.out], plan.unit),
+                         f"{blocks / each.batch_size:,.0f}", f"{tokens / 1e6:,.3g}M", f"{blocks / count:.3g}",
+                         f"{tokens / settle.parameters(shape):.2g}", duration(
+                             each.budget[1] * 3600 if plan.unit == "hours" else
+                             blocks * float(np.median(speeds[plan.arms[each.out]])))])
+    print(report.aligned(["arm", "budget", "steps", "tokens", "epochs", "tokens/parameter", "time"], rows))
+    blocks = timing.blocks_of(plan, plan.runs[0], speeds)
+    print(textwrap.fill(
+        f"The same budget for {plan.names[0]} at other sizes, scaled by FLOPs from {config.size}: " + "; ".join(
+            f"{size} {tokens / 1e6:,.3g}M tokens, {each:.2g} a parameter"
+            for size, tokens, each in settle.other_sizes(plan.runs[0], blocks, shape)), 80))
+    runs, tuning, unrest = sum(seconds.values()), models * finetune_seconds, timing.busy(speeds)
+    machines = config.jobs or 1
+    print(textwrap.fill(
+        f"{len(seconds)} pretraining runs, {[*seconds.values()].count(0)} of them finished"
+        + f", {len(plan.tuning)} to choose among {len(plan.choices)} peak LRs" * bool(plan.tuning)
+        + f": {duration(runs)}; fine-tuning {models} models on {', '.join(plan.texts)}: {duration(tuning)}; in all "
+        + duration((runs + tuning) / machines)
+        + (f" to {duration(unrest * (runs + tuning) / machines)}: the machine is busy, the slowest quarter of equal "
+           f"steps took {unrest:.1f} times the fastest" if unrest > 1.5 else "")
+        + (f". The teacher ({plan.teacher.size}) takes {duration(seconds[plan.teacher.out])} of it"
+           if plan.teacher else "") + ".", 80))
+    each = np.mean([seconds[run.out] for run in plan.runs]) / max(finetune_seconds, 1e-9) * config.finetune_seeds
+    if each:
+        print(textwrap.fill(f"At these costs {max(2, round(math.sqrt(SHARES * each)))} fine-tunings a model tell the "
+                            f"most (--finetune-seeds, now {config.finetune_seeds}).", 80))
     if plan.selections:
-        charged = ", and charged to each" * (plan.unit in ("flops", "hours"))
-        print(f"  before them, once for all that use it{charged}: {', '.join(plan.selections)}")
-    print(f"  fine-tuning {models} models on {', '.join(plan.texts)}: very roughly "
-          f"{duration(models * finetune_seconds)}" + ", and their probes on top of it" * config.probe)
+        print(f"before them, once for all that use it: {', '.join(plan.selections)}")
 
 
 def same_inputs(plan):
@@ -310,10 +427,11 @@ def same_inputs(plan):
 
 # -------------------------------------------------------------------------------------------------------- run
 
-def compare(plan):
+def compare(plan, speeds=None):
     """(results, yardsticks, remarks) of the whole plan; None for a dry run."""
-    config, seconds, finetune_seconds = plan.config, timing.estimate(plan), timing.finetuning_seconds(plan)
-    describe(plan, seconds, finetune_seconds)
+    config, speeds = plan.config, speeds or timing.speeds(plan)
+    seconds, finetune_seconds = timing.estimate(plan, speeds), timing.finetuning_seconds(plan)
+    describe(plan, speeds, seconds, finetune_seconds)
     if config.dry_run:
         return None
     claim(plan.out, "compare")
@@ -322,7 +440,7 @@ def compare(plan):
     progress = Progress({out: s + finetune_seconds * (out in compared) for out, s in seconds.items()}
                         | {f"score {path}": finetune_seconds for _, path, _ in plan.yardsticks})
     if (config.jobs or 1) > 1:
-        status = partial(timing.over_all, plan, dict(progress.left), time.monotonic())
+        status = functools.partial(timing.over_all, plan, dict(progress.left), time.monotonic())
         jobs.run_jobs(config.jobs, work, config, plan.out, status)
         progress.say_line = lambda line: None                           # everything is finished
     return execute(plan, progress)
@@ -364,8 +482,9 @@ def execute(plan, progress):
     if plan.tuning:
         chosen, tried = tuned(plan, progress, trained)
         plan.runs, remarks = plan.runs_at(chosen), remarks + tried
-    todo = {each.out: partial(run_one, key, each) for key, each in zip(keys, plan.runs, strict=True)}
-    todo |= {path: partial(score_yardstick, plan, progress, name, path, seed) for name, path, seed in plan.yardsticks}
+    todo = {each.out: functools.partial(run_one, key, each) for key, each in zip(keys, plan.runs, strict=True)}
+    todo |= {path: functools.partial(score_yardstick, plan, progress, name, path, seed)
+             for name, path, seed in plan.yardsticks}
     done = claim_each([*todo], lambda i: [*todo.values()][i]())
     results, others = done[:len(plan.runs)], done[len(plan.runs):]
     grams, = claim_each([plan.out / "ngrams"], lambda _: score_ngrams(plan, progress))
@@ -379,10 +498,10 @@ def execute(plan, progress):
 
 
 def tuned(plan, progress, trained):
-    """({(arm, budget): peak LR} of the lowest own validation loss, what was tried)"""
+    """({(arm, budget): (recipe, peak LR)} of the lowest own validation loss, what was tried)"""
     def do(i):
-        (name, budget, lr), each = list(plan.tuning.items())[i]
-        with progress.on(each.out, f"{name}, peak LR {lr:g}"):
+        (name, budget, choice), each = list(plan.tuning.items())[i]
+        with progress.on(each.out, f"{name}, {in_words(choice)}"):
             try:
                 summary = trained(each)
                 terms = each.phases[-1].strategy.terms
@@ -390,14 +509,21 @@ def tuned(plan, progress, trained):
             except NotFinite as e:
                 progress.say(str(e))
                 loss = math.inf
-        return (name, budget), loss if math.isfinite(loss) else math.inf, lr
+        return (name, budget), loss if math.isfinite(loss) else math.inf, choice
 
-    edge = {min(plan.lrs): ", the lowest tried", max(plan.lrs): ", the highest tried"}
+    def in_words(choice):
+        recipe, lr = choice
+        return f"{recipe} " * bool(plan.config.recipes) + (f"peak LR {lr:g}" if lr else "at its own peak LR")
+
+    lrs = [lr for _, lr in plan.choices]
+    edge = {min(lrs): ", the lowest tried", max(lrs): ", the highest tried"} if len(set(lrs)) > 1 else {}
     found = claim_each([each.out for each in plan.tuning.values()], do)
-    best = {at: min((loss, lr) for a, loss, lr in found if a == at)[1] for at, *_ in found}
+    best = {at: min(((loss, choice) for a, loss, choice in found if a == at), key=lambda f: f[0])[1]
+            for at, *_ in found}
     return best, [f"{at[0]} at {judge.amount(at[1], plan.unit)}: " + ", ".join(
-        f"peak LR {lr:g}: " + (f"{loss:.4f}" if loss < math.inf else "not finite")
-        + f" (taken{edge.get(lr, '')})" * (lr == best[at]) for a, loss, lr in found if a == at) for at in best]
+        f"{in_words(choice)}: " + (f"{loss:.4f}" if loss < math.inf else "not finite")
+        + f" (taken{edge.get(choice[1], '')})" * (choice == best[at]) for a, loss, choice in found if a == at)
+        for at in best]
 
 
 # ------------------------------------------------------------------------------------------------------ score
@@ -466,8 +592,9 @@ def result_of(plan, each, summary):
     log = (record for _, record in log_records(Path(each.out, "log.jsonl").read_bytes().split(b"\n")))
     curve = [dict(seconds=r["seconds"], tokens=r["step"] * summary["tokens"] // summary["steps"],
                   mlm=r["val"]["mlm"], d_order=r.get("d_order")) for r in log if "mlm" in r.get("val", {})]
-    return dict({k: summary[k] for k in kept}, strategy=plan.arms[each.out], budget=each.budget[1], unit=plan.unit,
-                unique_tokens=each.unique_tokens, static_masks=each.static_masks, curve=curve,
+    return dict({k: summary[k] for k in kept}, strategy=plan.arms[each.out], budget=plan.nominal[each.out],
+                unit=plan.unit, unique_tokens=each.unique_tokens, static_masks=each.static_masks, recipe=each.recipe,
+                curve=curve,
                 flops=summary["student_flops"] + summary["teacher_flops"],
                 spent_before=each.budget[1] - summary["budget"][plan.unit])
 
@@ -476,9 +603,10 @@ def result_of(plan, each, summary):
 
 def papers_setting(plan):
     """Whether the paper's rows may stand beside these: its student, teacher, recipe and fine-tuning."""
-    same = ("size", "seq_len", "batch_size", "recipe", "init_std", "optimizer", "clip", "weight_decay",
-            "finetune_batch_sizes", "finetune_lrs", "finetune_epochs", "max_len")
-    return plan.teacher_shape.size == "12L768" and all(getattr(plan.config, k) == getattr(Config, k) for k in same)
+    papers = Config(size="6L768", batch_size=1024)
+    same = ("size", "seq_len", "batch_size", "recipe", "recipes", "init_std", "optimizer", "clip", "weight_decay",
+            "finetune_batch_sizes", "finetune_lrs", "quick", "finetune_epochs", "max_len")
+    return plan.teacher_shape.size == "12L768" and all(getattr(plan.config, k) == getattr(papers, k) for k in same)
 
 
 def write_report(config, results, yardsticks, labels, teacher_flops, remarks=(), paper=False):
@@ -514,6 +642,23 @@ def write_report(config, results, yardsticks, labels, teacher_flops, remarks=(),
         f"also in {out}/table.md{' (probes too)' * bool(probes)}, costs.md and results.json"]))
 
 
+def in_hand(plan, results):
+    """What the best student is and how it is used, once a classifier of each task is kept of it."""
+    best = max(results, key=lambda r: r["average"])
+    lines = ["from transformers import AutoModel, pipeline", f'student = AutoModel.from_pretrained("{best["model"]}")']
+    for name, r in best["tasks"].items():
+        out, seed = Path(best["model"]).parent / "glue", r["first_seed"] + int(np.argmax(r["scores"]))
+        task = [part for part in plan.config.tasks.split(",") if part.partition("=")[0] == name]
+        finetune_glue.score_model(dataclasses.replace(
+            plan.config.finetuning(best["model"], out / "kept", best["seed"]), tasks=",".join(task), save=True, seeds=1,
+            batch_sizes=str(r["batch_size"]), peak_lrs=f"{r['peak_lr']:g}", first_seed=seed), lambda line: None)
+        kept = out / f"kept/trials/{name}-b{r['batch_size']}-lr{r['peak_lr']:g}-seed{seed}"
+        lines.append(f'{name} = pipeline("text-classification", "{kept}")')
+    return "\n".join([f"Use the best student, {best['strategy']} of seed {best['seed']}, and its classifiers:", "",
+                      *(f"    {line}" for line in lines), "",
+                      f"or, without transformers: python finetune_glue.py --model {kept} --predict FILE"])
+
+
 def main(config):
     began = time.monotonic()
     if config.merge:
@@ -532,14 +677,13 @@ def main(config):
                         "your own labelled text; GLUE's names: from the Hub)")
     elif config.tasks is None:
         config = dataclasses.replace(config, tasks=finetune_glue.Config.tasks)
-    if config.total_hours:
-        config = within(config)
-    config = config.for_machine()
+    config, speeds = settled(config)
     plan = Plan(config)
-    if not (found := compare(plan)):
+    if not (found := compare(plan, speeds)):
         return
     results, yardsticks, remarks = found
     write_report(config, results, yardsticks, plan.labels, plan.teacher_flops, remarks, papers_setting(plan))
+    print(f"\n{in_hand(plan, results)}")
     if demonstration:
         look(results)
     print(f"\n{time.monotonic() - began:.0f} s in all")

@@ -79,14 +79,13 @@ def written(out, dry_run=False):
 
 def demonstrated(config):
     """The configuration of the demonstration, its text and task on disk.  Its sizes are its own."""
-    free = ("out", "strategies", "arms", "seeds", "dry_run", "jobs", "device", "compile", "bf16")
+    free = ("out", "arms", "seeds", "dry_run", "jobs", "device", "compile", "bf16")
     given = [f.name for f in dataclasses.fields(config)
              if f.name not in free and getattr(config, f.name) != f.default]
     if given:
         raise UserError(f"--{given[0].replace('_', '-')} without --data: the demonstration, which runs without "
                         f"--data, has its own sizes; give --data, --teacher and a budget")
-    if config.arms is None and config.strategies == type(config).strategies:
-        config = dataclasses.replace(config, arms=ARMS)
+    config = dataclasses.replace(config, arms=config.arms or ARMS)
     data, tasks = written(config.out, config.dry_run)
     jobs = config.jobs or os.cpu_count() or 1
     return dataclasses.replace(config, **SETTING, jobs=jobs, data=data, tasks=tasks)

@@ -21,7 +21,8 @@ def what_is_shared(config, Config):
     same |= {name for name in named if name.startswith("finetune_")} | {"quick", "max_len"}
     found = {name: config.get(name, named[name]) for name in same}
     found |= {n: v for n, v in RECIPES[config.get("recipe", "paper")].items() if found[n] is None}
-    return {name: str(v) for name, v in (found | {n: v for n, v in config.items() if n not in named}).items()}
+    found |= {n: v for n, v in config.items() if n not in {*named, "strategies"}}
+    return {name: str(v) for name, v in found.items()}
 
 
 def merged(config):

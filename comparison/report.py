@@ -33,6 +33,12 @@ def signed(d, digits=1):
     return f"{d.d:+.{digits}f}" + within
 
 
+def rate_of(run):
+    """Recipe, where it is not the paper's, and peak LR."""
+    recipe = run.get("recipe", "paper")
+    return f"{recipe} " * (recipe != "paper") + f"{run['peak_lr']:g}"
+
+
 def markdown(head, rows):
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (head, ["---"] * len(head), *rows))
 
@@ -77,7 +83,7 @@ def score_table(results, yardsticks=(), paper=False):
         val = [r["val"]["mlm"] for r in of if "mlm" in r.get("val", ())] if arm else []
         by_task = [spread(values_of(judge.arm(name, of, [t], given=not arm))) for t in tasks]
         rows.append([amount(budget, of[0]["unit"]) if arm else "", setting(*kind) if arm else "", name,
-                     f"{of[0]['peak_lr']:g}" if arm else "",
+                     rate_of(of[0]) if arm else "",
                      f"{np.mean([r['tokens'] for r in of]):,.0f}" if arm else "",
                      f"{np.mean([r['epochs'] for r in of]):.2g}" if arm else "", f"{np.mean(val):.2f}" if val else "",
                      *by_task, *([spread(values)] if many else []),

@@ -12,11 +12,11 @@ import numpy as np
 import finetune_glue
 from data import Blocks
 from model import BertForMaskedLM, BertForSequenceClassification
+from plumbing import settle
 from plumbing.budget import Stages
 from plumbing.cli import UserError
 from plumbing.device import choose_device, halve_micro_batch_until_it_fits, multiplies_in_bf16, ready_process
 from plumbing.files import log_records, read_json, write_json
-from plumbing.price import flops_per_block
 from plumbing.student import student_shape
 from step import Arm
 from train import gradients
@@ -28,9 +28,9 @@ def duration(seconds):
 
 
 @halve_micro_batch_until_it_fits
-def step_seconds(config, directory, teacher, tries=1):
-    """Seconds of one optimizer step of this run on this machine, the median of so many tries: with random
-    weights, on a CPU with a smaller micro-batch.  `teacher`: its BertConfig."""
+def block_seconds(config, directory, teacher, seconds=1.0):
+    """[seconds of a block] of this run's last phase, of each step within so many seconds on this machine, two at least:
+    with random weights, on a CPU with a smaller micro-batch.  `teacher`: its BertConfig."""
     device = choose_device(config.device)
     ready_process(device)
     micro = config.micro_batch if device.type == "cuda" else min(config.micro_batch, 16)
@@ -39,13 +39,25 @@ def step_seconds(config, directory, teacher, tries=1):
               BertForMaskedLM(teacher).to(device) if config.needs_teacher else None,
               phase=len(config.phases) - 1)
     arm.make_optimizer()
-    batch = Blocks(directory, "train", config.length, seed=0).batch(0, micro)
-    seconds = []
-    for _ in range(1 + tries):                                          # the first warms up
+    batch, took = Blocks(directory, "train", config.length, seed=0).batch(0, micro), []
+    while len(took) < 3 or sum(took) < seconds:                         # the first warms up
         began = time.perf_counter()
-        gradients(arm, batch, 0, Stages(arm.device))[1].tolist()        # waits for the device
-        seconds.append(time.perf_counter() - began)
-    return float(np.median(seconds[1:])) * config.batch_size / micro
+        names, values = gradients(arm, batch, 0, Stages(arm.device))
+        arm.update(0.0, values.tolist()[names.index("gradient_norm")])  # waits for the device
+        took.append(time.perf_counter() - began)
+    return [each / micro for each in took[1:]]
+
+
+def speeds(plan):
+    """{arm, or "teacher": [seconds of a block]}, each timed in turn, smallest budget's settings."""
+    runs = {plan.arms[each.out]: each for each in plan.runs[:len(plan.names)]}
+    runs |= {"teacher": plan.teacher} if plan.teacher else {}
+    return {arm: block_seconds(each, plan.directory, plan.teacher_shape) for arm, each in runs.items()}
+
+
+def busy(speeds):
+    """The slowest quarter of the timed steps over the fastest, median over the arms: 1 of a machine that is ours."""
+    return float(np.median([np.quantile(took, 0.875) / min(took) for took in speeds.values()]))
 
 
 def finetuning_seconds(plan):
@@ -67,31 +79,32 @@ def finetuning_seconds(plan):
         trained = time.perf_counter()
         finetune_glue.predict(model, examples, pad_id)
         scored = time.perf_counter() - trained
-        seconds += trials / len(examples) * (len(sentences) * config.finetune_epochs * (trained - began)
-                                             + sum(len(x) for x, _ in dev) * scored)
+        steps = config.finetune_epochs * min(config.labels or len(sentences), len(sentences))      # of one example
+        seconds += trials / len(examples) * (steps * (trained - began) + sum(len(x) for x, _ in dev) * scored)
     return seconds
 
 
-def estimate(plan):
-    """{run directory: seconds until it is finished}"""
-    seconds, rates, directory, teacher = {}, {}, plan.directory, plan.teacher_shape
+def estimate(plan, speeds):
+    """{run directory: seconds until it is finished}; `speeds`: what speeds(plan) found."""
+    seconds = {}
     for each in plan.all:
-        _, budget = each.budget
-        kind = each.size, plan.unit != "flops" and plan.arms.get(each.out)     # a FLOP takes every arm about as long
         if (Path(each.out) / "summary.json").exists():
             seconds[each.out] = 0.0
         elif plan.unit == "hours":
-            seconds[each.out] = budget * 3600
+            seconds[each.out] = each.budget[1] * 3600
         else:
-            if kind not in rates:       # at the last phase's FLOP/s
-                shape, phases = student_shape(each, directory), range(len(each.phases))
-                flops = [each.batch_size * sum(flops_per_block(each, shape, teacher, i)) for i in phases]
-                price = dict(steps=1, tokens=each.batch_size * each.length).get(plan.unit)
-                rates[kind] = step_seconds(each, directory, teacher) / flops[-1] * sum(
-                    (p.end - p.begin) * (n / price if price else 1)
-                    for p, n in zip(each.phases, flops, strict=True))
-            seconds[each.out] = budget * rates[kind]
+            arm = "teacher" if each is plan.teacher else plan.arms[each.out]
+            seconds[each.out] = blocks_of(plan, each) * float(np.median(speeds[arm]))
     return seconds
+
+
+def blocks_of(plan, each, speeds=None):
+    """The blocks of the last length that a run's budget buys, of its phases together."""
+    unit, total = each.budget
+    if unit == "hours":
+        return total * 3600 / float(np.median(speeds[plan.arms[each.out]]))
+    shapes = student_shape(each, plan.directory), plan.teacher_shape if each.needs_teacher else None
+    return sum((p.end - p.begin) * settle.bought(each, shapes, phase=i) for i, p in enumerate(each.phases))
 
 
 def hours_each(plan, hours):
@@ -108,10 +121,7 @@ def hours_each(plan, hours):
                         f"{'' if plan.config.quick else '--quick, '}or fewer tasks, arms or seeds")
     left /= sum(each.budget_hours for each in plan.all) - taught
     scale = 10 ** (math.floor(math.log10(left)) - 1)
-    each = f"{math.floor(left / scale) * scale:.3g}"                    # two digits, rounded down
-    print(f"{hours:g} hours buy {len(plan.runs)} runs of {duration(3600 * float(each))}, after about "
-          f"{duration(3600 * tuned / machines)} of fine-tuning and with a tenth in reserve")
-    return each
+    return f"{math.floor(left / scale) * scale:.3g}"                    # two digits, rounded down
 
 
 def timed(plan, each, train):
@@ -121,9 +131,9 @@ def timed(plan, each, train):
     note, first = Path(each.out, "speed.json"), plan.out / "speed.json"
     if plan.unit == "hours" and not Path(each.out, "summary.json").exists():
         reference = plan.run("no_kd", plan.budgets[0])
-        before = step_seconds(reference, plan.directory, None, tries=5)
+        before = np.median(block_seconds(reference, plan.directory, None))
         summary = train(each)
-        seconds = (before + step_seconds(reference, plan.directory, None, tries=5)) / 2
+        seconds = float(before + np.median(block_seconds(reference, plan.directory, None))) / 2
         write_json(note, dict(seconds=seconds))
         if not first.exists():
             write_json(first, dict(seconds=seconds))

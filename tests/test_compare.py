@@ -81,7 +81,7 @@ def test_the_whole_way_ends_with_the_table_and_a_second_call_repeats_nothing(sma
 
 def test_budgets_seeds_data_settings_and_a_trained_teacher_are_runs_of_their_own(small, tmp_path, capsys):
     config = small(teacher="train", teacher_budget=2.0, budget_steps="2,4", seeds=2, unique_tokens="all,600",
-                   static_masks=True, strategies="no_kd,minilm", peak_lrs="1e-3,3e-3", size="1L32")
+                   static_masks=True, arms="no_kd,minilm", peak_lrs="1e-3,3e-3", size="1L32")
     compare.main(config)
     plan, kept = compare.Plan(config), json.loads((tmp_path / "out/results.json").read_text())
     assert plan.teacher.size == "2L32" and plan.teacher.budget_steps == 2
@@ -147,7 +147,7 @@ def test_the_plan_prices_every_phase(small, teacher):
 
 
 def test_a_chosen_peak_lr_is_the_one_with_the_lowest_own_validation_loss(small, tmp_path):
-    config = small(peak_lrs="1e-6,1e-2", strategies="no_kd,tinybert", budget_steps="20")
+    config = small(peak_lrs="1e-6,1e-2", arms="no_kd,tinybert", budget_steps="20")
     compare.main(config)
     kept = json.loads((tmp_path / "out/results.json").read_text())
     assert [r["peak_lr"] for r in kept["results"]] == [1e-2, 1e-2]
@@ -196,18 +196,18 @@ def test_the_plan_measures_fine_tuning_on_the_tasks_own_examples(small, monkeypa
 
 
 def test_runs_from_other_data_tasks_or_teachers_are_not_mixed(small, task, tmp_path, narrow_teacher):
-    compare.main(small(strategies="no_kd"))
+    compare.main(small(arms="no_kd"))
     with pytest.raises(UserError, match="holds runs with another --size: "):
-        compare.main(small(strategies="no_kd", size="1L32", budget_steps="5"))
+        compare.main(small(arms="no_kd", size="1L32", budget_steps="5"))
     with pytest.raises(UserError, match="holds runs with another contents of teacher: "):
-        compare.main(small(strategies="no_kd", teacher=str(narrow_teacher), budget_steps="5"))
+        compare.main(small(arms="no_kd", teacher=str(narrow_teacher), budget_steps="5"))
     (task / "dev.tsv").write_text((task / "dev.tsv").read_text().replace("\t1\n", "\t0\n", 3))
     with pytest.raises(UserError, match="holds runs with another task mine: "):
-        compare.main(small(strategies="no_kd"))
+        compare.main(small(arms="no_kd"))
 
 
 def test_the_line_over_all_processes_finds_the_runs_at_the_rate_that_was_chosen(small, tmp_path):
-    plan = compare.Plan(small(strategies="no_kd", peak_lrs="1e-3,2e-3", seeds=2, budget_steps="4"))
+    plan = compare.Plan(small(arms="no_kd", peak_lrs="1e-3,2e-3", seeds=2, budget_steps="4"))
     estimates = {each.out: 1.0 for each in plan.all} | {f"score {path}": 1.0 for _, path, _ in plan.yardsticks}
     for name, file in (("lr0.001-seed999", "summary.json"), ("lr0.002-seed999", "summary.json"),
                        ("lr0.002-seed1", "glue/glue.json")):
@@ -238,14 +238,14 @@ def test_a_peak_lr_that_diverges_is_not_taken(small, tmp_path, monkeypatch, caps
             raise NotFinite("step 2: mlm not finite")
         return real(config, **other)
     monkeypatch.setattr(train, "train", diverges)
-    compare.main(small(strategies="no_kd", peak_lrs="1,1e-3", budget_steps="2"))
+    compare.main(small(arms="no_kd", peak_lrs="1,1e-3", budget_steps="2"))
     assert "no_kd at 2 steps: peak LR 1: not finite, peak LR 0.001: " in (tmp_path / "out/table.md").read_text()
     assert "step 2: mlm not finite" in capsys.readouterr().out
 
 
 @pytest.mark.slow
 def test_stopped_three_times_the_table_is_the_same(small, tmp_path, monkeypatch, capsys):
-    config = small(seeds=2, strategies="no_kd,minilm", budget_steps="4,8")
+    config = small(seeds=2, arms="no_kd,minilm", budget_steps="4,8")
     compare.main(config)
     steps, rng, real = [0], random.Random(0), train.Run.after_step
 
@@ -325,7 +325,7 @@ def test_comparisons_of_different_plans_are_not_merged(tmp_path, change, says):
 def test_total_hours_are_shared_among_the_runs_after_fine_tuning(small, tmp_path, monkeypatch, capsys):
     """0.9 x 2 h, less fine-tuning 2 x 3 students, 3 random ones and a teacher of 3 (48 / 32)^2 / 2 times the size."""
     monkeypatch.setattr(timing, "finetuning_seconds", lambda *_: 360.0)
-    config = small(total_hours=2.0, budget_steps=None, strategies="no_kd,minilm", seeds=3, dry_run=True)
+    config = small(total_hours=2.0, budget_steps=None, arms="no_kd,minilm", seeds=3, dry_run=True)
     compare.main(config)
     each = (1.8 - (9 + 1.5 * 1.5 ** 2) * 0.1) / 6
     assert f"buy 6 runs of {math.floor(each * 1000) / 1000 * 60:.0f} min" in capsys.readouterr().out
@@ -365,7 +365,7 @@ def test_processes_share_the_runs_and_each_is_done_once(tmp_path):
 @pytest.mark.slow
 def test_two_jobs_make_the_table_of_one_and_a_job_that_fails_is_told(small, tmp_path, capsys):
     """--jobs: worker processes over the same plan; the table is that of one process, to the last digit."""
-    config = small(budget_flops="2e9", budget_steps=None, strategies="no_kd,minilm")
+    config = small(budget_flops="2e9", budget_steps=None, arms="no_kd,minilm")
     compare.main(config)
     table = (tmp_path / "out/table.md").read_text()
     compare.main(dataclasses.replace(config, jobs=2, out=str(tmp_path / "two")))
@@ -388,7 +388,7 @@ def test_arms_that_ran_at_different_speeds_are_told(small, tmp_path, monkeypatch
         def step_seconds(config, directory, teacher, tries=1, seconds=seconds):
             return next(seconds) if tries == 5 else whole(config, directory, teacher, tries)
         monkeypatch.setattr(timing, "step_seconds", step_seconds)
-        config = small(budget_hours=f"{0.3 / 3600}", budget_steps=None, strategies="no_kd,minilm", out=str(out))
+        config = small(budget_hours=f"{0.3 / 3600}", budget_steps=None, arms="no_kd,minilm", out=str(out))
         for _ in range(2):                                              # the second time nothing is timed
             compare.main(config)
             table, costs = ((out / f"{name}.md").read_text() for name in ("table", "costs"))
@@ -410,7 +410,7 @@ def test_of_a_worker_that_a_signal_ended_the_signal_is_told(tmp_path):
 
 @pytest.mark.slow
 def test_killed_and_run_by_two_processes_the_table_is_the_same(small, tmp_path):
-    config = small(seeds=2, budget_steps="30,60", strategies="no_kd,minilm")
+    config = small(seeds=2, budget_steps="30,60", arms="no_kd,minilm")
     compare.main(config)
     given = {f.name.replace("_", "-"): getattr(config, f.name) for f in dataclasses.fields(config)
              if getattr(config, f.name) != f.default and f.name != "out"}
@@ -473,11 +473,11 @@ def test_the_task_holds_validation_documents_alone_and_splits_them(tmp_path, mon
     (dict(static_masks=True), "--static-masks"),
     (dict(teacher_size="4L32"), "--teacher train"),
     (dict(max_len=513), "--max-len 513: 8 to 512 here"),
-    (dict(strategies="no_kd", seq_len="1024", probe=True), "--probe at --seq-len 1024: the teacher ends at position"),
+    (dict(arms="no_kd", seq_len="1024", probe=True), "--probe at --seq-len 1024: the teacher ends at position"),
     (dict(tasks="cola=nowhere"), "nowhere"),
     (dict(size="2Lx"), "2Lx"),
     (dict(batch_size=12), "--batch-size 12"),
-    (dict(heads=4, strategies="no_kd,minilm"), "--heads 2"),
+    (dict(heads=4, arms="no_kd,minilm"), "--heads 2"),
     (dict(budget_steps=None, budget_hours="1", jobs=64), "--jobs 64 under --budget-hours: runs that share a device"),
     (dict(arms="no_kd+warm"), "--arms no_kd+warm: after the strategy may come +init"),
     (dict(arms="no_kd+init+init"), "each once"),
@@ -486,7 +486,7 @@ def test_the_task_holds_validation_documents_alone_and_splits_them(tmp_path, mon
     (dict(arms="tinybert:0.3"), "phase tinybert:0.3: "),
     (dict(arms="no_kd+released"), "no other code was released for no_kd"),
     (dict(arms="no_kd,no_kd+init"), "no_kd --init teacher needs a student as wide as its teacher"),
-    (dict(arms="no_kd", strategies="no_kd"), "not both"),
+    (dict(arms="no_kd", arms="no_kd"), "not both"),
 ])
 def test_wrong_arguments_are_refused_before_anything_runs(small, tmp_path, changes, message):
     with pytest.raises(UserError) as refused:
@@ -498,7 +498,7 @@ def test_wrong_arguments_are_refused_before_anything_runs(small, tmp_path, chang
 def test_one_micro_batch_for_all_runs_and_the_same_when_they_go_on(small, tmp_path, monkeypatch):
     for chosen, taken in ((4, 4), (2, 4)):
         monkeypatch.setattr(compare, "fitting_micro_batch", lambda device, batch, chosen=chosen: chosen)
-        compare.main(small(strategies="no_kd,tinybert", micro_batch=None))
+        compare.main(small(arms="no_kd,tinybert", micro_batch=None))
         files = [tmp_path / "out/inputs.json", *(tmp_path / "out/runs").glob("*/config.json")]
         recorded = [json.loads(file.read_text()) for file in files]
         assert [r.get("--micro-batch", r.get("micro_batch")) for r in recorded] == [taken] * 3
@@ -515,7 +515,7 @@ def test_device_compilation_and_precision_reach_the_runs_the_estimates_and_fine_
     monkeypatch.setattr(timing, "Arm", Seen)
     monkeypatch.setattr(torch, "compile", lambda f, **_: f)
     monkeypatch.setattr(finetune_glue, "finetune", lambda *args: scored.append(args[-2:]) or [0.0])
-    compare.main(small(strategies="no_kd", batch_size=64, micro_batch=32, val_blocks=8, compile=True, bf16=True))
+    compare.main(small(arms="no_kd", batch_size=64, micro_batch=32, val_blocks=8, compile=True, bf16=True))
     assert made == [(16, 16, True, True)] and len(scored) > 3 and set(scored) == {(True, True)}
     recorded = json.loads((tmp_path / "out/inputs.json").read_text())
     assert [recorded[f"--{name}"] for name in ("device", "compile", "bf16")] == ["cpu", True, True]
