@@ -51,6 +51,7 @@ NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", re.I)   #
 # The signals that ask a process to end: a hang-up not under nohup, nor on Windows
 ENDING = [s for s in (signal.SIGTERM, getattr(signal, "SIGHUP", None)) if s and signal.getsignal(s) != signal.SIG_IGN]
 GONE = {                                        # (script, flag): what to do in its place
+    ("prepare.py", "--field"): "--columns names the column of text",
     ("compare.py", "--shard"): "processes with the same --out share the runs, and --jobs N starts several",
     ("finetune_glue.py", "--shard"): "processes with the same --out share the trials"}
 

@@ -221,6 +221,7 @@ WRONG = [                                       # (command, its line on stderr, 
     (COMPARE + " --size 2L6400000000", "--size: size '2L6400000000' is not LAYERSLWIDTH"),
     (COMPARE + " --budgt-steps 4", "unknown flag --budgt-steps: is --budget-steps meant?"),
     ("compare.py --shard 0/2", "--shard is gone: processes with the same --out share the runs, and --jobs N starts "),
+    ("prepare.py text.txt --field body --out {tmp}/o", "--field is gone: --columns names the column of text"),
     ("finetune_glue.py --shard=1/2", "--shard is gone: processes with the same --out share the trials"),
     ("compare.py --data nowhere", "--data needs --teacher"),
     *((f"{BENCH} --{flag}", f"--{flag}: must be {wanted}") for flag, wanted in [
