@@ -454,7 +454,10 @@ def work(config):
 def execute(plan, progress):
     """Trains and scores every run and the yardsticks, what is finished not again: (results, yardsticks, remarks)."""
     def trained(each):
-        return train.train(plan.paid(each), say=progress.say, status=progress.step)
+        def say(line):
+            if line.startswith(("warning", each.out)):                  # that it goes on, or is finished
+                progress.say(line)
+        return train.train(plan.paid(each), say=say, status=progress.step)
 
     def teach(_):
         with progress.on(plan.teacher.out, f"teacher {plan.teacher.size}"):
@@ -532,7 +535,9 @@ def scored(plan, model, out, say, seed):
     """What finetune_glue finds of a model, now or in an earlier run: of each task and in short, and
     with --probe the probes."""
     config, tuning = plan.config, plan.config.finetuning(model, out, seed)
-    tasks = finetune_glue.score_model(tuning, say)["tasks"]
+    tasks = finetune_glue.score_model(tuning, lambda line: None)["tasks"]
+    say(", ".join(f"{name} {r['mean']:.1f}" + f" ({r['collapsed']} of {len(r['scores'])} collapsed)" * (
+        r["collapsed"] > 0) for name, r in tasks.items()))
     means = {name: r["mean"] for name, r in tasks.items()}
     predicted = {name: finetune_glue.kept_predictions(name, plan.tasks.get(name), r, Path(out, "trials"))
                  for name, r in tasks.items()}

@@ -2,6 +2,7 @@
 
     python prepare.py docstrings --vocab-size 4096 --out data/docstrings       # the text every Python carries
     python prepare.py my_text.txt.xz more/ --vocab bert-base-uncased --out data/mine   # files and directories
+    python prepare.py my_text/ reviews.csv queries.jsonl --document-per line --vocab DIR --out data/mine   # a teacher's
 
 What can be read, and what is done with damaged text: plumbing/sources.py.
 
@@ -29,6 +30,7 @@ import numpy as np
 from tokenizers import normalizers
 from tqdm import tqdm
 
+from plumbing import glue
 from plumbing.cli import Checked, Count, Fraction, UserError, run, shown
 from plumbing.files import claim, hold, sha256
 from plumbing.sources import Piece, find_files, read_documents
@@ -49,9 +51,12 @@ class Config(Checked):
     vocab: str | None = None        # vocab.txt, tokenizer.json, a directory that holds one, or a Hub id
     vocab_size: Annotated[int, "[6, 1e6]"] | None = None    # train a WordPiece vocabulary of this size instead
     val_fraction: Fraction = 0.005  # documents kept for validation
-    field: str = "text"             # what holds the text in a row of .jsonl or .parquet
+    columns: str | None = None      # columns of text in a table; default: text, or what fine-tuning would take
     rows_per_document: Count = 1    # rows joined to one document, for data sets with a sentence per row
-    document_per: Literal["blank-line", "file"] = "blank-line"  # what ends a document of plain text
+    document_per: Literal["blank-line", "line", "file"] = "blank-line"  # what ends a document of plain text
+    without: str | None = None      # tasks, as finetune_glue.py's --tasks: lines that are a side of a dev row go
+    glue_dir: str | None = None     # directory of GLUE's official TSVs for --without
+    at_most: Count | None = None    # ids of each source: the first ones
 
 
 # ------------------------------------------------------------------------------------------- documents -> ids
@@ -59,6 +64,10 @@ class Config(Checked):
 def document_key(content):
     """The hash of a document's ids (uint32, without [SEP]): tells duplicates, and training from validation."""
     return hashlib.blake2b(content, digest_size=8).digest()
+
+
+def key_of(encoding):
+    return document_key(np.array(encoding.ids, "<u4").tobytes())
 
 
 def docstring_head(text):
@@ -87,12 +96,26 @@ def batches(documents, characters=BATCH):
     yield batch
 
 
-def tokenized(tokenizer, documents):
+def held_out(tokenizer, tasks, glue_dir):
+    """The keys of the lines in all dev rows of the tasks, each side by itself."""
+    lines = []
+    for name, task in glue.parse_tasks(tasks).items() if tasks else ():
+        parts = glue.read_task(name, task, glue_dir)
+        lines += [line for part in parts if part != "train" for sides in parts[part][0] for side in sides
+                  for line in side.split("\n")]
+    encodings = tokenizer.encode_batch_fast(lines, add_special_tokens=False)
+    return {key_of(encoding) for encoding in encodings if encoding.ids}
+
+
+def tokenized(tokenizer, documents, without, met):
     """(piece, its ids with [SEP] at the end).  The next batch is read while tokenizers works without Python's lock."""
     def ids_of(batch):
         lines = [piece.text.split("\n") for piece in batch]
-        encodings = iter(tokenizer.encode_batch_fast([*itertools.chain(*lines)], add_special_tokens=False))
-        return [[i for encoding in itertools.islice(encodings, len(of)) for i in encoding.ids] for of in lines]
+        encodings = tokenizer.encode_batch_fast([*itertools.chain(*lines)], add_special_tokens=False)
+        kept = [() if without and key_of(encoding) in without else encoding.ids for encoding in encodings]
+        met["lines left out: a side of a row of --without"] += kept.count(())
+        kept = iter(kept)
+        return [[*itertools.chain(*itertools.islice(kept, len(of)))] for of in lines]
 
     sep, before = tokenizer.token_to_id("[SEP]"), None
     with ThreadPoolExecutor(1) as pool:
@@ -107,8 +130,8 @@ def prepare(config, documents=None):
     """Makes the token directory and returns its manifest.  `documents`, texts, replace the config's sources."""
     if (config.vocab is None) == (config.vocab_size is None):
         raise UserError("give either --vocab (an existing vocabulary) or --vocab-size (train one)")
-    if config.document_per == "file" and config.rows_per_document > 1:
-        raise UserError("--document-per file joins all rows of a file: leave out --rows-per-document")
+    if config.document_per != "blank-line" and config.rows_per_document > 1:
+        raise UserError(f"--document-per {config.document_per} ends each document: leave out --rows-per-document")
     out, met = claim(config.out, "tokens", dry_run=True), Counter()
     files = [file for source in config.sources if documents is None for file in find_files(source, met)]
     try:
@@ -122,7 +145,7 @@ def make(config, documents, out, files, met):
     """prepare, in a directory that is ours."""
     tokenizer = load_tokenizer(config.vocab) if config.vocab else None
     documents = (Piece(text, config.sources[0]) for text in documents) if documents is not None else read_documents(
-        files, met, config.field, config.rows_per_document, config.document_per)
+        files, met, config.columns, config.rows_per_document, config.document_per)
     if tokenizer is None:
         tokenizer, documents = trained_on(documents, config.vocab_size)
     names = ("train.bin", "val.bin", "tokenizer.json", "manifest.json")
@@ -167,11 +190,12 @@ def write_ids(config, documents, tokenizer, dtype, part, met, total):
     """Tokenizes the documents into train.bin.part and val.bin.part; returns the counts."""
     unk = tokenizer.token_to_id("[UNK]")
     counts = dict(documents=0, duplicates=0, characters=0, train_tokens=0, val_tokens=0, unknown=0)
-    seen, side = set(), "train"
+    counts["source_tokens"] = dict.fromkeys(config.sources, 0)
+    seen, side, without = set(), "train", held_out(tokenizer, config.without, config.glue_dir)
     with (open(part["train.bin"], "wb") as train, open(part["val.bin"], "wb") as val,
           tqdm(total=total or None, unit="B", unit_scale=True, desc=config.out, mininterval=1) as bar):
         files = {"train": train, "val": val}
-        for piece, ids in tokenized(tokenizer, documents):
+        for piece, ids in tokenized(tokenizer, documents, without, met):
             bar.update(met["_read"] - bar.n if total else len(piece.text))
             key = document_key(ids[:-1].tobytes())
             if piece.begins:
@@ -182,6 +206,11 @@ def write_ids(config, documents, tokenizer, dtype, part, met, total):
             if key in seen:
                 counts["duplicates"] += piece.begins
                 continue
+            total_of, full = counts["source_tokens"], f"_full {piece.source}"
+            met[full] |= bool(config.at_most) and total_of[piece.source] + len(ids) > config.at_most
+            if met[full]:
+                continue
+            total_of[piece.source] += len(ids)
             seen.add(key)
             files[side].write(ids.astype(dtype))
             counts["documents"] += piece.begins
@@ -222,6 +251,10 @@ def main(config):
           f"{m['train_tokens']:,} training and {m['val_tokens']:,} validation ids ({m['dtype']}), "
           f"{100 * m['unknown'] / (m['train_tokens'] + m['val_tokens']):.2f}% unknown, "
           f"vocabulary {m['vocab_size']:,}", file=sys.stderr)
+    if len(m["source_tokens"]) > 1:
+        total = m["train_tokens"] + m["val_tokens"]
+        print("shares: " + ", ".join(f"{shown(source)} {n / total:.1%}" for source, n in m["source_tokens"].items()),
+              file=sys.stderr)
     if m["met"]:
         print(listed(m["met"]), file=sys.stderr)
     if (blocks := m["val_tokens"] // (128 - 2)) < FEW_BLOCKS:

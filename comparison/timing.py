@@ -162,8 +162,8 @@ class Progress:
             self.estimated, self.took = self.estimated + estimate, self.took + seconds
 
     def step(self, record):
-        """What train.py tells of a step, at most every 10 seconds."""
-        if time.monotonic() - self.said >= 10:
+        """What train.py tells of a step, at most every 30 seconds."""
+        if time.monotonic() - self.said >= 30:
             self.say(f"{record['progress']:.0%}, loss {record['loss']:.4f}")
 
     def say(self, line):
@@ -171,7 +171,8 @@ class Progress:
         seconds = sum(self.left.values()) * (self.took / self.estimated if self.estimated else 1)
         seconds = max(0, seconds - (time.monotonic() - self.began))
         where = f"[{self.count - len(self.left) + 1}/{self.count}, {duration(seconds)} left] " * bool(self.count)
-        self.say_line(f"{where}{self.what}: {line}")
+        text = f"{where}{self.what}: {line}"
+        self.say_line(text if len(text) <= 80 else text[:79] + "…")
 
 
 def over_all(plan, estimates, began):

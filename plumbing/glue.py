@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from plumbing.cli import UserError, shown
-from plumbing.rows import KIND, NUMBER, label_of, quoted, table
+from plumbing.rows import KIND, NUMBER, NoText, label_of, quoted, table
 
 # ------------------------------------------------------------------------------------------------------ tasks
 
@@ -105,10 +105,10 @@ def header(rows):
     """The names of the columns, in lower case."""
     names = [name.strip().lower() for name in rows.names]
     if not names:
-        raise UserError(f"{rows.name} is empty: a header, such as sentence<tab>label, and examples belong there")
+        raise NoText(rows.name, "empty", "a header, such as sentence<tab>label, and examples belong there")
     if rows.kind in ("csv", "tsv") and (numbers := [name for name in names if NUMBER.fullmatch(name)]):
-        raise UserError(f"{rows.name}, line 1 looks like an example (it holds {numbers[-1]}): a header, such as "
-                        f"sentence<tab>label, belongs above the examples")
+        raise NoText(rows.name, f"without a header (line 1 holds {numbers[-1]})", "names such as sentence<tab>label "
+                     "belong above the examples")
     return names
 
 
@@ -130,10 +130,28 @@ def named(path, names, columns):
     """The names in --columns, of which each must be there; one with a comma stands in quotes."""
     wanted = [c.strip().lower() for c in next(csv.reader([columns], skipinitialspace=True))]
     if missing := [c for c in wanted if c not in names]:
-        raise UserError(f"--columns {columns}: {path} has no column {missing[0]!r}, but {quoted(names)}")
+        raise NoText(path, f"without the column {missing[0]!r} of --columns", f"it has {quoted(names)}")
     if len(set(wanted)) < len(wanted):
         raise UserError(f"--columns {columns}: one is given twice")
     return wanted
+
+
+def text_columns(rows, columns, met):
+    """The positions of the columns of text: those in --columns, else `text`, else those that fine-tuning would take."""
+    names = header(rows)
+    *text, label = guessed(names)
+    if columns or "text" in names:
+        text = named(rows.name, names, columns or "text")
+    else:
+        found = rows.look(names.index(label))
+        labels = label in LABELS or len(set(found)) <= len(found) / 2 + 1
+        if len(found) < 2 or len(text) > 2 or text and not labels:
+            raise NoText(rows.name, "a table without a column 'text'", f"which of {quoted(names)} are text? Say it "
+                         "with --columns")
+        text = text or [label]
+        met[f"tables with the text in {quoted(text)}"] += 1
+    once(rows.name, names, text)
+    return [names.index(name) for name in text]
 
 
 def looked_through(rows, names, text, label):

@@ -192,7 +192,7 @@ class Table:
                 raise UserError(f"{shown(name)}: parquet takes one more package: pip install pyarrow") from None
             with reading(name):
                 self.file = pyarrow.parquet.ParquetFile(stream)
-                self.names = self.file.schema_arrow.names
+                self.names, self.rows = self.file.schema_arrow.names, iter(())
             return
         self.rows = dict(csv=csv_rows, tsv=tsv_rows, json=json_rows)[kind](name, lines_of(name, stream, met, strict))
         if kind == "json":          # the names of most of the first objects: one may lack some, or be damaged
@@ -219,6 +219,14 @@ class Table:
             elif any(map(str.strip, row)) or row and width == 1:        # else a blank one
                 fits = len(row) >= width and not any(row[width:])       # with delimiters at the end, or without
                 yield place, [row[i] for i in wanted] if fits else f"has {len(row)} fields, not {width}"
+
+    def look(self, column):
+        """What stands in the column at this position in the first LOOK rows, which are read again."""
+        first, rest = list(itertools.islice(self.rows, LOOK)), self.rows
+        self.rows = iter(first)
+        found = [str(cells) for _, cells in itertools.islice(self.cells([column]), LOOK)]
+        self.rows = itertools.chain(first, rest)
+        return found
 
     def pick(self, text, label=None):
         """(place, values, what is wrong or None) of each row: the texts in the columns at the positions `text`, and

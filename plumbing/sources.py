@@ -3,9 +3,9 @@
 A source is a file, a directory (its texts, sorted), - for standard input, or the word docstrings: the English
 documentation on this disk, of the standard library and of the packages in requirements.txt with what those require,
 read by `ast` and never imported.  How a file is read follows from its first bytes, its name comes second:
-text        a paragraph per line, a blank line between documents (--document-per file: each file is one)
-JSON lines, parquet         a document per row, its text in --field (plumbing/rows.py)
-gzip, xz, bzip2, zip, tar   around text and JSON lines, no archive inside of another
+text        a paragraph per line, a blank line between documents (or --document-per: each file, each line is one)
+CSV, TSV, JSON lines, parquet   a document per row, its text in --columns (plumbing/rows.py)
+gzip, xz, bzip2, zip, tar       around text and rows but parquet, no archive inside of another
 
 What is no text is refused where it was given by name, else left out and counted, but for dot files and __MACOSX.  What
 is mended is counted in manifest.json: bytes that are no UTF-8 and lone surrogates become U+FFFD, which BERT's
@@ -27,7 +27,7 @@ from collections import Counter
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from plumbing import rows
+from plumbing import glue, rows
 from plumbing.cli import UserError, shown
 from plumbing.rows import NoText, reading
 
@@ -93,7 +93,7 @@ class Piece(NamedTuple):
     begins: bool = True             # it does not go on with the document of the piece before
 
 
-def read_documents(files, met, field="text", rows_per_document=1, document_per="blank-line"):
+def read_documents(files, met, columns=None, rows_per_document=1, document_per="blank-line"):
     """The documents of files, as Pieces.  `met` counts what was met; what begins with _ is for us alone."""
     def lines_of(name, raw, stream):
         start = stream.peek()
@@ -101,13 +101,10 @@ def read_documents(files, met, field="text", rows_per_document=1, document_per="
         if kind != "parquet":
             rows.refuse(name, start)
         if not kind:
-            return (piece for _, line in rows.lines_of(name, stream, met) for piece in cut(line, met))
-        if kind in ("csv", "tsv"):
-            raise NoText(name, "a table", "write its text column as JSON lines first")
+            return (piece for _, line in rows.lines_of(name, stream, met)
+                    for piece in (*cut(line, met), *[""] * (document_per == "line")))
         table = rows.Table(name, kind, raw if kind == "parquet" else stream, met)
-        if field not in table.names:
-            raise NoText(name, f"without a column {field!r}", f"give --field, of ({rows.quoted(table.names)})")
-        return row_lines(table, table.names.index(field), rows_per_document)
+        return row_lines(table, glue.text_columns(table, columns, met), rows_per_document)
 
     for file in files:
         if file.source == "docstrings":
@@ -117,7 +114,10 @@ def read_documents(files, met, field="text", rows_per_document=1, document_per="
         with contextlib.nullcontext(sys.stdin.buffer) if file.source == "-" else rows.opening(file.path) as raw:
             for name, lines in texts_in(str(file.path), raw, met, lines_of, file.found):
                 lines = watched(lines, name, met)
-                yield from pieces(filter(None, lines) if document_per == "file" else lines, file.source, met)
+                for piece in pieces(filter(None, lines) if document_per == "file" else lines, file.source, met):
+                    if met[f"_full {file.source}"]:                     # --at-most
+                        break
+                    yield piece
         met["_read"] = before + file.size()
 
 
@@ -176,7 +176,7 @@ def watched(lines, name, met):
         raise NoText(name, *rows.NO_UTF8)
     if new["bad_rows"] > BAD * new["_rows"] and new["bad_rows"] >= BAD_ROWS:
         raise UserError(f"{shown(name)}: {new['bad_rows'] / new['_rows']:.0%} of its rows are damaged or have no text "
-                        f"in the --field: mend it, or leave it out")
+                        f"in the column: mend it, or leave it out")
 
 
 def cut(line, met):
@@ -187,9 +187,9 @@ def cut(line, met):
     return found
 
 
-def row_lines(table, column, rows_per_document):
-    """The lines of the texts in a column, none blank, and '' after so many rows."""
-    texts = (values[0] for _, values, fault in table.pick([column]) if not fault)
+def row_lines(table, columns, rows_per_document):
+    """The lines of the texts in these columns, none blank, and '' after so many rows."""
+    texts = ("\n".join(values) for _, values, fault in table.pick(columns) if not fault)
     for i, text in enumerate(texts, 1):
         for line in filter(str.strip, text.split("\n")):
             yield from cut(line, table.met)

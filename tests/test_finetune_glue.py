@@ -206,9 +206,9 @@ def test_ones_own_task_has_one_or_two_sentences_and_a_class_or_a_score(tmp_path)
     ([f"a\tb{i}" for i in range(30)], ["a\tb1"], "sentence\tlabel", "30 rows have 30 different labels, .* is that the "
      "column of labels"),
     (["a,0", "b,1"], ["a,0"], "sentence,label", "line 1: the columns are 'sentence,label': which are one or two"),
-    (["b\t1"], ["a\t0"], "a\t0", r"line 1 looks like an example \(it holds 0\): a header"),
-    (["b\tc\t3.75"], ["a\tc\t0"], "a\tb\t-1.5", r"line 1 looks like an example \(it holds -1.5\): a header"),
-    (["1\tb"], ["0\ta"], "0\ta", r"line 1 looks like an example \(it holds 0\): a header"),
+    (["b\t1"], ["a\t0"], "a\t0", r"is without a header \(line 1 holds 0\): names"),
+    (["b\tc\t3.75"], ["a\tc\t0"], "a\tb\t-1.5", r"is without a header \(line 1 holds -1.5\): names"),
+    (["1\tb"], ["0\ta"], "0\ta", r"is without a header \(line 1 holds 0\): names"),
     (["a\tb\tc\t0"], ["a\tb\tc\t0"], "a\tb\tc\tlabel", "'a', 'b', 'c', 'label': which are one or two columns of "
      "text and which is the label. Say it with --columns text,label"),
     (["a\t0\t1"], ["a\t0\t1"], "a\tlabel\tscore", "which is the label"),
@@ -647,7 +647,7 @@ WRONG = [
      ".xz, .bz2) or .parquet can be read, by the end of its name"),
     (None, dict(tasks="own=none"), "none cannot be read (No such file or directory): mend that, or leave it "
      "out"),
-    (None, dict(columns="sentence,gold"), "--columns sentence,gold: t/train.tsv has no column 'gold', but 'sentence', "
+    (None, dict(columns="sentence,gold"), "t/train.tsv is without the column 'gold' of --columns: it has 'sentence', "
      "'label'"),
     (None, dict(columns="label"), "t/train.tsv, line 1: the columns are 'sentence', 'label': which are one or two "
      "columns of text and which is the label? Say it with --columns text,label"),

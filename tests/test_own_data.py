@@ -364,12 +364,12 @@ WRONG = [   # (file, its content, --columns, the message)
     ("x.csv", 'text,label\n"a"b,c\n', None, r"x.csv, line 2: no CSV"),
     ("x.csv", "text,label\n" + "a,b\nc,d\n" * 9 + "a,b,c\n", None, "rows cannot be read: line 20 has 3 fields, not 2"),
     ("x.csv", "", None, "x.csv is empty"), ("x.csv", "text,label\n", None, "no examples|0 rows have 0"),
-    ("x.csv", "3.5,label\na,b\n", None, "line 1 looks like an example"),
+    ("x.csv", "3.5,label\na,b\n", None, "is without a header .line 1 holds 3.5.: names"),
     ("x.csv", "text,text,label\na,b,c\n", None, "two columns have one name"),
     ("x.csv", "text,label\n" + "b,yes\nd,no\n" * 3, None, "6 examples are too few to set a tenth of them apart"),
     ("x.csv", "text,label\n" + "".join(f"a{i},b{i}\n" for i in range(50)), None, "50 rows have 50 different labels"),
-    ("x.csv", "text,label\na,b\n", "body,label", "--columns body,label: .*x.csv has no column 'body', but "
-     "'text', 'label'"),
+    ("x.csv", "text,label\na,b\n", "body,label", "x.csv is without the column 'body' of --columns: "
+     "it has 'text', 'label'"),
     ("x.csv", "text,label\na,b\n", "text", "which are one or two columns of text and which is the label"),
     ("x.csv", "a,b,c,d\n1,2,3,4\n", None, "Say it with --columns text,label"),
     ("x.csv", "text,label\n" + "".join(f"{i},{'ab'[i % 2]}\n" for i in range(60)), None, "'text' holds no letter"),
@@ -475,7 +475,7 @@ def test_predictions_come_as_they_are_made(classified, tmp_path):
     ("new.txt", "a\n", None, "new.txt: one of .tsv, .csv"),
     ("none.csv", None, None, "none.csv cannot be read .No such file"),
     ("new.csv", "a,b,c\n1,2,3\n", None, "the columns are 'a', 'b', 'c': which are the 1 of text. Say it with"),
-    ("new.csv", "a,b\n1,2\n", "c", "has no column 'c', but 'a', 'b'")])
+    ("new.csv", "a,b\n1,2\n", "c", "is without the column 'c' of --columns: it has 'a', 'b'")])
 def test_what_cannot_be_predicted_is_refused(name, content, columns, message, classified, tmp_path, capsys):
     if content:
         (tmp_path / name).write_text(content)

@@ -27,7 +27,7 @@ from tokenizers import BertWordPieceTokenizer
 
 import prepare
 from conftest import text
-from plumbing import rows, sources
+from plumbing import glue, rows, sources
 from plumbing.cli import UserError
 from plumbing.files import hold
 from plumbing.tokenizer import SPECIAL, load_tokenizer, wordpiece
@@ -88,10 +88,11 @@ def test_every_format_gives_the_same_bytes(raw, vocab, tmp_path, monkeypatch):
     first = make(tmp_path / "out", raw, vocab=vocab)
     again = make(tmp_path / "out2", raw, vocab=vocab)
     assert files(tmp_path / "out") == files(tmp_path / "out2") and first == again
+    no_column = "without the column 'body' of --columns"
     for given in (folder, *sorted(tmp_path.glob("packed*"))):
-        made = make(tmp_path / "out2", given, vocab=vocab, field="text" if given == folder else "body")
+        made = make(tmp_path / "out2", given, vocab=vocab, columns=None if given == folder else "body")
         assert made["sha256"] == first["sha256"], given
-        assert made["met"] == ({"left out: .csv (a table)": 1} if ".zip" in given.suffixes else
+        assert made["met"] == ({f"left out: .csv ({no_column})": 1} if ".zip" in given.suffixes else
                                {"left out: .png (binary or not UTF-8)": 1} if {".tar", ".tgz"} & {*given.suffixes} else
                                dict(boms=1) if given.name == "packed.data" else {})
     for content in (raw.read_bytes(), jsonl(documents, "text"), gzip.compress(raw.read_bytes()),
@@ -131,8 +132,8 @@ def test_parquet_and_rows_that_are_sentences(raw, vocab, tmp_path):
     assert manifest["documents"] == 100 and manifest["characters"] == first["characters"] + 200
     parquet(tmp_path / "c.parquet", [*[None] * 10, *["a line\n" * 600] * 120, *text(130)])
     assert make(tmp_path / "out2", tmp_path / "c.parquet", vocab=vocab)["met"] == {"bad_rows": 10}
-    with pytest.raises(UserError, match="without a column 'body': give --field, of \\('id', 'text'\\)"):
-        make(tmp_path / "out3", tmp_path / "a.parquet", vocab=vocab, field="body")
+    with pytest.raises(UserError, match="without the column 'body' of --columns: it has 'id', 'text'"):
+        make(tmp_path / "out3", tmp_path / "a.parquet", vocab=vocab, columns="body")
     (tmp_path / "a.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-1])
     with pytest.raises(UserError, match="a.parquet is damaged or not ours"):
         make(tmp_path / "out3", tmp_path / "a.parquet", vocab=vocab)
@@ -168,7 +169,8 @@ def test_rows_that_are_no_rows(raw, vocab, tmp_path):
     assert manifest["met"] == {"bad_rows": 4, "boms": 1}
     path.write_bytes(jsonl(["lone \ud800 surrogate, nul \0 inside"], "text"))
     assert make(tmp_path / "out", path, vocab=vocab)["met"] == {"lone_surrogates": 1, "nul_lines": 1}
-    for content, message in ((b'{"id": 1, "body": "a"}', "of .'id', 'body'"), (b"text", "no JSON lines")):
+    for content, message in ((b'{"id": 1, "body": "a"}', "which of 'id', 'body' are text. Say it with --col"),
+                             (b"text", "no JSON lines")):
         path.write_bytes(content)
         with pytest.raises(UserError, match=message):
             make(tmp_path / "out", path, vocab=vocab)
@@ -183,7 +185,7 @@ def test_rows_of_json_are_read_counted_and_mended(content, met, documents, tmp_p
     (tmp_path / "vocab.txt").write_text("\n".join([*SPECIAL, *"abcd?"]) + "\n")
     (tmp_path / "x.jsonl").write_text(content, encoding="utf-8")
     if not documents:
-        with pytest.raises(UserError, match="x.jsonl is without a column 'text'"):
+        with pytest.raises(UserError, match="x.jsonl is empty"):
             make(tmp_path / "out", tmp_path / "x.jsonl", vocab=tmp_path / "vocab.txt")
         return
     manifest = make(tmp_path / "out", tmp_path / "x.jsonl", vocab=tmp_path / "vocab.txt")
@@ -193,9 +195,9 @@ def test_rows_of_json_are_read_counted_and_mended(content, met, documents, tmp_p
 
 
 @pytest.mark.parametrize("rows_, message", [
-    (['{"text": ["a", "b"]}'] * 20, "100% of its rows are damaged or have no text in the --field"),
+    (['{"text": ["a", "b"]}'] * 20, "100% of its rows are damaged or have no text in the column"),
     (['{"text": "a"}'] * 90 + ['{"text": {"a": "b"}}'] * 10, "10% of its rows are damaged"),
-    (['{"body": "a"}'] * 60 + ['{"text": "a"}'] * 40, "without a column 'text': give --field, of .'body'"),
+    (['{"body": "a"}'] * 60 + ['{"text": "a"}'] * 40, "40% of its rows are damaged"),
     (['{"text": "a"}', '{"text": "' + "a" * 2000 + '"}'], "line 2 is longer than 0 MB: one row belongs there"),
     (['{"text": "' + "a" * 2000], "line 1 is longer than 0 MB")])
 def test_rows_of_json_that_cannot_be_read_are_one_line(rows_, message, vocab, tmp_path, monkeypatch):
@@ -215,7 +217,7 @@ def test_parquet_holds_text_in_strings_alone(raw, vocab, tmp_path):
         assert make(tmp_path / "out2", tmp_path / "x.parquet", vocab=vocab)["sha256"] == first["sha256"]
     for column in ([t.encode() for t in texts], [[t] for t in texts], [{"a": t} for t in texts], pa.nulls(300)):
         pq.write_table(pa.table({"text": column}), tmp_path / "x.parquet")
-        with pytest.raises(UserError, match="x.parquet: 100% of its rows are damaged or have no text in the --field"):
+        with pytest.raises(UserError, match="x.parquet: 100% of its rows are damaged or have no text in the column"):
             make(tmp_path / "out2", tmp_path / "x.parquet", vocab=vocab)
 
 
@@ -318,8 +320,8 @@ WORDS = b"some words, and more of them on a line\n" * 100
     ("a.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a Git LFS pointer: fetch"),
     ("a.txt", b"\n<!DOCTYPE html>\n" + WORDS, "is HTML or XML: take the text out"),
     ("wiki.xml", b"\xef\xbb\xbf<?xml version='1.0'?>" + WORDS, "is HTML or XML"),
-    ("a.csv", WORDS, "is a table: write its text column as JSON lines"),
-    ("a.tsv.gz", gzip.compress(WORDS, mtime=0), "is a table"),
+    ("a.csv", b"a,b,c,d\n" + b"x,y,z,u\n" * 9, "is a table without a column 'text': which of 'a', 'b', 'c', 'd' are"),
+    ("a.tsv.gz", gzip.compress(b"0.5\t1\n", mtime=0), "is without a header .line 1 holds 1."),
     ("a.json", b'[\n {"text": "a"}\n]', "is one JSON array: make it one object per line first, as in  jq"),
     ("a.json", b'{\n "text": "a"\n}', "a.json is no JSON lines"), ("a.jsonl", WORDS, "a.jsonl is no JSON lines"),
     ("a.txt", ("caf\xe9 au lait\n" * 100).encode("latin-1") + WORDS, "is binary or not UTF-8: convert it first"),
@@ -384,14 +386,14 @@ def test_a_directory_is_read_to_its_end_and_says_what_is_left_out(vocab, tmp_pat
     assert manifest["documents"] == 128 and manifest["files"] == 28
     assert manifest["met"] == {f"left out: {what}": n for what, n in {
         f"{top / 'circle'} (no file)": 1, f"{top / 'nowhere'} (no file)": 1, f"{top / 'pipe'} (no file)": 1,
-        ".csv (a table)": 2, ".docx (an Office document or an EPUB)": 1, ".gz (HTML or XML)": 1,
-        ".ipynb (no JSON lines)": 1, ".json (no JSON lines)": 1, ".map (without a column 'text')": 1,
+        ".csv (a table without a column 'text')": 2, ".docx (an Office document or an EPUB)": 1, ".gz (HTML or XML)": 1,
+        ".ipynb (no JSON lines)": 1, ".json (no JSON lines)": 1, ".map (a table without a column 'text')": 1,
         ".md (UTF-16 or UTF-32)": 1, ".pdf (a PDF)": 1, ".pyc (binary or not UTF-8)": 1,
         ".rst (binary or not UTF-8)": 1,
         ".rst (text whose lines end in CR alone)": 1, ".svg (HTML or XML)": 1, ".txt (a PDF)": 1,
         "without suffix (binary or not UTF-8)": 1}.items()}
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("met: ")]
-    assert len(said) == 1 and said[0].startswith("met: 2 left out: .csv (a table), ") and said[0].endswith(", ...")
+    assert len(said) == 1 and said[0].startswith("met: 2 left out: .csv (a table without") and said[0].endswith(", ...")
 
 
 def test_what_cannot_be_opened_is_named_with_its_reason(vocab, raw, tmp_path, monkeypatch):
@@ -543,8 +545,8 @@ def test_a_second_prepare_with_the_same_out_is_refused(raw, vocab, tmp_path, mon
     (dict(val_fraction=-0.1), "--val-fraction -0.1: must be a number, at least 1e-9 and below 1"),
     (dict(val_fraction=float("nan")), "--val-fraction nan: must be a number, at least 1e-9 and below 1"),
     (dict(rows_per_document=0), "--rows-per-document 0: must be a whole number, at least 1"),
-    (dict(document_per="page"), "--document-per page: must be one of blank-line, file"),
-    (dict(document_per="file", rows_per_document=2), "--document-per file joins all rows of a file: leave out"),
+    (dict(document_per="page"), "--document-per page: must be one of blank-line, line, file"),
+    (dict(document_per="file", rows_per_document=2), "--document-per file ends each document: leave out"),
     (dict(out="{tmp}/text.txt"), "text.txt: no directory to write in: {tmp}/text.txt: Not a directory"),
     (dict(out="{tmp}/text.txt/a"), "text.txt/a: no directory to write in: {tmp}/text.txt: Not a directory"),
     (dict(out=""), "--out is empty: say what belongs there, or leave it out"),
@@ -832,3 +834,122 @@ new = {m.split(".")[0] for m in set(sys.modules) - before}
 assert not new & {"anyio", "click", "sympy", "torch", "networkx"}, new
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(prepare.__file__).parent)
+
+
+# ---------------------------------------------------------------------------------- text of the kind that it will meet
+
+def table_of(path, names, rows_):
+    path.write_text("".join("\t".join(map(str, row)) + "\n" for row in (names, *rows_)), encoding="utf-8")
+    return path
+
+
+def documents_made(out, *given, **other):
+    """(The documents, as text that a vocabulary with all their words gives back, the manifest.)"""
+    manifest = make(out, *given, val_fraction=1e-9, **other)            # validation is the last of the ids
+    directory = TokenDirectory(out)
+    ids = np.concatenate([directory.split(name) for name in ("train", "val")])
+    found = np.split(ids, np.flatnonzero(ids == directory.special["[SEP]"]) + 1)[:-1]
+    return [directory.read_tokenizer().decode(d) for d in found], manifest
+
+
+@pytest.fixture
+def words(tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join([*SPECIAL, *(f"w{i}" for i in range(300)), "."]) + "\n")
+    return tmp_path / "vocab.txt"
+
+
+@pytest.mark.parametrize("names, columns, expected, met", [
+    (("text", "label"), None, ["w0", "w1", "w2"], {}), (("id", "query"), None, ["w10", "w11", "w12"], "'query'"),
+    (("review", "verdict"), None, ["w0", "w1", "w2"], "'review'"), (("w", "stars"), "w", ["w0", "w1", "w2"], {}),
+    (("id", "text"), None, ["w10", "w11", "w12"], {}), (("label", "text_b"), None, ["w10", "w11", "w12"], "'text_b'"),
+    (("a", "b"), "a,b", ["w0 w10", "w1 w11", "w2 w12"], {})])
+def test_the_rows_of_a_table_are_documents(words, tmp_path, names, columns, expected, met):
+    """The columns in --columns, else `text`, else those that fine-tuning would take, which is told."""
+    verdicts = "verdict" in names
+    rows_ = [(f"w{i}", f"w{10 + (i > 0 if verdicts else i)}") for i in range(3)]
+    (tmp_path / "in").mkdir()
+    for kind, mark in ((".csv", ","), (".tsv", "\t")):
+        (tmp_path / f"in/a{kind}").write_text("\n".join([mark.join(names), *map(mark.join, rows_), "", mark]))
+    objects = [json.dumps(dict(zip(names, row, strict=True))) for row in rows_]
+    (tmp_path / "in/a.jsonl").write_text("\n".join(objects))
+    arrow, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pq.write_table(arrow.table({name: list(c) for name, c in zip(names, zip(*rows_, strict=True), strict=True)}),
+                   tmp_path / "in/a.parquet")
+    met = met and {f"tables with the text in {met}": 1}
+    for file in sorted((tmp_path / "in").iterdir()):
+        found, made = documents_made(tmp_path / "out", file, vocab=words, columns=columns, document_per="line")
+        assert found == expected and made["met"] == met and made["unknown"] == 0
+    made = make(tmp_path / "out", tmp_path / "in", vocab=words, columns=columns)
+    assert made["documents"] == 3 and made["duplicates"] == 9
+
+
+@pytest.mark.parametrize("names, rows_, columns, message", [
+    (("query", "passage"), [(f"w{i}", f"w{i + 9}") for i in range(9)], None, "'query', 'passage' are text. Say it wit"),
+    (("a", "b", "c", "label"), [("w", "w", "w", 1)] * 9, None, "which of 'a', 'b', 'c', 'label' are text"),
+    (("text", "label"), [("w1", 1)] * 9, "body", "a.tsv is without the column 'body' of --columns: it has 'text'"),
+    (("w1", 0.5), [("w2", 0)] * 9, None, "a.tsv is without a header .line 1 holds 0.5.")])
+def test_a_table_whose_text_is_not_told_is_refused_by_name_and_left_out_of_a_directory(
+        words, tmp_path, names, rows_, columns, message):
+    (tmp_path / "in").mkdir()
+    table_of(tmp_path / "in/a.tsv", names, rows_)
+    (tmp_path / "in/b.txt").write_text("w1 w2\n")
+    with pytest.raises(UserError, match=message):
+        make(tmp_path / "out", tmp_path / "in/a.tsv", vocab=words, columns=columns)
+    made = make(tmp_path / "out", tmp_path / "in", vocab=words, columns=columns)
+    assert made["documents"] == 1 and [key.startswith("left out: .tsv (") for key in made["met"]] == [True]
+
+
+def test_each_line_is_a_document(words, tmp_path):
+    long = "w7 " * 40_000                                               # cut, and one document all the same
+    (tmp_path / "a.txt").write_text(f"w1 w2\n\n \nw3\nw3\n w4 .\n{long}\nw5")
+    found, made = documents_made(tmp_path / "out", tmp_path / "a.txt", vocab=words, document_per="line")
+    assert found == ["w1 w2", "w3", "w4.", long.strip(), "w5"]
+    assert made["duplicates"] == 1 and made["met"] == dict(long_lines=1)
+
+
+def test_the_dev_rows_of_tasks_are_left_out_on_both_sides(words, tmp_path):
+    """Of a directory's dev file, and of what a single file sets apart; the text may be of that very file."""
+    pairs = [(f"w{i} .", f"W{i + 100}", i % 2) for i in range(90)]
+    single = table_of(tmp_path / "pairs.tsv", ("s", "t", "label"), pairs)
+    (tmp_path / "task").mkdir()
+    table_of(tmp_path / "task/train.tsv", ("text", "label"), [(f"w{i}", i % 2) for i in range(200, 220)])
+    table_of(tmp_path / "task/dev.tsv", ("text", "label"), [(f"w{i}", i % 2) for i in range(220, 230)])
+    (tmp_path / "a.txt").write_text("\n".join(f"w{i}" for i in range(200, 230)))
+    found, made = documents_made(tmp_path / "out", single, tmp_path / "a.txt", vocab=words, columns="s,t",
+                                 document_per="line", without=f"one={single},two={tmp_path / 'task'}")
+    dev = {sides[0] for sides in glue.read_task("one", glue.own_task(single, say=lambda _: None), None)["dev"][0]}
+    assert 2 < len(dev) < 20 and made["met"]["lines left out: a side of a row of --without"] == 2 * len(dev) + 10
+    assert found == [f"{a[:-2]}. {b.lower()}" for a, b, _ in pairs if a not in dev] + [f"w{i}" for i in range(200, 220)]
+    with pytest.raises(UserError, match="--tasks 'x': unknown or given twice"):
+        make(tmp_path / "out", single, vocab=words, without="x")
+
+
+def test_the_dev_rows_of_an_official_task_are_left_out(real_data, wiki, tmp_path):
+    for part in ("train", "dev"):
+        lines = (real_data / f"glue/RTE/{part}.tsv").read_text(encoding="utf-8").splitlines()[1:]
+        (tmp_path / f"{part}.txt").write_text("\n".join("\n".join(line.split("\t")[1:3]) for line in lines).upper())
+    given = tmp_path / "dev.txt", tmp_path / "train.txt"
+    for without, some in ((None, True), ("rte", False)):
+        made = make(tmp_path / "out", *given, vocab=wiki[1], document_per="line", without=without,
+                    glue_dir=str(real_data / "glue"))
+        assert bool(made["source_tokens"][str(given[0])]) == some and made["source_tokens"][str(given[1])] > 1e5
+    assert made["met"]["lines left out: a side of a row of --without"] >= 2 * 277
+
+
+def test_at_most_so_many_ids_of_each_source_and_the_shares_are_told(words, tmp_path, capsys):
+    for name, first, n in (("small", 0, 4), ("large", 4, 200)):
+        (tmp_path / f"{name}.txt").write_text("\n".join(f"w{i} w{i}" for i in range(first, first + n)))
+    given = [str(tmp_path / f"{name}.txt") for name in ("small", "large")]
+    prepare.main(prepare.Config(given, str(tmp_path / "out"), str(words), document_per="line", at_most=31))
+    manifest = TokenDirectory(tmp_path / "out").manifest
+    assert manifest["source_tokens"] == {given[0]: 12, given[1]: 30}    # the first ones, whole documents
+    assert manifest["documents"] == 14 and manifest["train_tokens"] + manifest["val_tokens"] == 42
+    assert f"shares: {given[0]} 28.6%, {given[1]} 71.4%" in capsys.readouterr().err
+    prepare.main(prepare.Config(given[:1], str(tmp_path / "out"), str(words), document_per="line"))
+    assert "shares" not in capsys.readouterr().err
+
+
+def test_a_source_that_is_full_is_not_read_to_its_end(words, tmp_path):
+    (tmp_path / "a.txt").write_text("".join(f"w{i % 300} w{i // 300 % 300}\n" for i in range(60_000)) + "\xff")
+    met, files_ = Counter({f"_full {tmp_path}/a.txt": 1}), sources.find_files(f"{tmp_path}/a.txt", Counter())
+    assert not list(sources.read_documents(files_, met, document_per="line")) and met["_lines"] < 300
