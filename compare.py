@@ -121,7 +121,7 @@ GIVEN = ("total_hours", "budget_hours", "budget_flops", "budget_tokens", "budget
 class Plan:
     """Every run of the comparison as a train.Config, made and checked before anything starts."""
 
-    def __init__(self, config):
+    def __init__(self, config, say=lambda line: None):
         self.config, self.out, self.teacher_flops = config, Path(config.out), config.teacher_flops
         self.unit, budgets = one_budget(config)
         whole = int if self.unit in ("tokens", "steps") else float
@@ -179,7 +179,7 @@ class Plan:
         self.yardsticks.append((judge.TEACHER, self.out / "teacher", 0))
         for each in self.all:
             each.check()
-        self.read_inputs()
+        self.read_inputs(say)
 
     def why_not(self, arm):
         """Why the teacher cannot serve an arm; None where it can."""
@@ -193,7 +193,7 @@ class Plan:
     def not_served(self):
         """{arm: why} of those that this teacher cannot serve, which is refused where the arms were given."""
         found = {name: why for name in self.names if (why := self.why_not(name))}
-        if self.config.arms and found:
+        if found and (self.config.arms or len(found) == len(self.names)):
             raise UserError(next(iter(found.values())))
         return found
 
@@ -264,10 +264,11 @@ class Plan:
         of_the_arms = {each.out: each for each in (*self.tuning.values(), *self.runs)}      # some are of both
         return [*([self.teacher] if self.teacher else []), *of_the_arms.values()]
 
-    def read_inputs(self):
+    def read_inputs(self, say):
         """The tasks: everything that can be refused before hours of training is."""
         config, first = self.config, self.runs[0]
-        self.tasks, self.texts = read_tasks(config.tasks, config.columns, config.glue_dir)
+        self.tasks = glue.parse_tasks(config.tasks, config.columns, say)
+        self.texts = {name: glue.read_task(name, task, config.glue_dir, say) for name, task in self.tasks.items()}
         self.labels = {name: [*parts.values()][1][1] for name, parts in self.texts.items()}     # of dev
         longest = min(self.teacher_shape.max_position_embeddings, max(512, first.length))
         if config.max_len > longest:
@@ -279,13 +280,6 @@ class Plan:
         validation_blocks(self.directory, first.length)
         for each in self.all:
             claim(each.out, "run", dry_run=True)
-
-
-@functools.cache
-def read_tasks(names, columns, glue_dir):
-    """({name: task}, {name: its examples}), read and said once."""
-    tasks = glue.parse_tasks(names, columns)
-    return tasks, {name: glue.read_task(name, task, glue_dir) for name, task in tasks.items()}
 
 
 def settled(config):
@@ -683,7 +677,7 @@ def main(config):
     elif config.tasks is None:
         config = dataclasses.replace(config, tasks=finetune_glue.Config.tasks)
     config, speeds = settled(config)
-    plan = Plan(config)
+    plan = Plan(config, print)
     if not (found := compare(plan, speeds)):
         return
     results, yardsticks, remarks = found
