@@ -20,11 +20,10 @@ import os
 import re
 from collections import Counter
 
-from plumbing.cli import UserError, shown
+from plumbing.cli import NUMBER, UserError, shown
 from plumbing.files import parsing
 
 LONGEST = 2 ** 27           # bytes of a line, characters of a field
-NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", re.I)   # no 1_0, no digits but these
 LOOK = 100                  # rows of JSON in whose objects the names of the columns are looked for
 CONTROL = bytes({*range(32), 127} - {*b"\t\n\v\f\r\x1b\x1c\x1d\x1e\x1f"})
 BAD, BAD_BYTES = 0.05, 20   # share of bad lines above which a text is none, if there are so many bad bytes
