@@ -40,7 +40,7 @@ NO_TEXT = (                 # how it begins, what it is, what to do
     (rb"\xd0\xcf\x11\xe0|\{\\rtf", "an Office document", TEXT_FIRST),
     (rb"version https://git-lfs", "a Git LFS pointer", "fetch the file itself, as in  git lfs pull"),
     (rb"(\xef\xbb\xbf)?\s*<(?i:!doctype|html|\?xml|svg)", "HTML or XML", TEXT_FIRST),
-    (rb"\xff\xfe|\xfe\xff|\0\0\xfe\xff|(?s:(\0{1,3}[^\0]){4}|([^\0]\0{1,3}){4})",                # the latter without a BOM
+    (rb"\xff\xfe|\xfe\xff|\0\0\xfe\xff|(?s:(\0{1,3}[^\0]){4}|([^\0]\0{1,3}){4})",        # the last two without a BOM
      "UTF-16 or UTF-32", "convert it first, as in  iconv -f UTF-16 -t UTF-8"),
     (rb"(\xef\xbb\xbf)?\s*\[\s*\{", "one JSON array", "make it one object per line first, as in  jq -c '.[]'"),
     (rb"[^\n]*\r[^\n]*\Z", "text whose lines end in CR alone", r"convert them first, as in  tr '\r' '\n'"))

@@ -107,7 +107,8 @@ def test_long_logs_are_thinned_but_keep_their_end_and_validations(made):
 STRANGE = (b"", b"[1, 2]", b"7", b"null", b'{"step": 3', b'{"step": 3, "seconds": "1"}', b"\xff\xfe{", b"{}",
            b'{"step": 3, "seconds": NaN}', b'{"step": [], "seconds": 1}', b'{"step": 3, "seconds": 1, "loss": "\xe9"}',
            b'{"step": 3, "seconds": 1, "val": [1]}', b'{"step": 3, "seconds": 1, "loss": {}}', b"[" * 10 ** 5,
-           b'{"step": 3, "seconds": 1, "val": {"mlm": "low"}}', b'{"step": NaN, "seconds": 1}', b'{"step": 3, {"step": 4}')
+           b'{"step": 3, "seconds": 1, "val": {"mlm": "low"}}', b'{"step": NaN, "seconds": 1}',
+           b'{"step": 3, {"step": 4}')
 
 
 def test_lines_of_a_log_that_are_none_are_passed_over_as_half_lines_are(made):
