@@ -496,3 +496,7 @@ def test_what_is_no_classifier_is_refused(teacher, classified, tmp_path, capsys)
         config.write_text(json.dumps(raw | change))
         with pytest.raises(UserError, match=message):
             predictions(kept, tmp_path / "new.csv", capsys)
+    config.write_text(json.dumps(raw))
+    Path(kept, "tokenizer_config.json").write_text('{"model_max_length": 0}')
+    with pytest.raises(UserError, match="tokenizer_config.json is damaged or not ours .ValueError: model_max_length 0"):
+        predictions(kept, tmp_path / "new.csv", capsys)
