@@ -74,11 +74,8 @@ class Config(train.Recipe):
     teacher_size: str | None = None     # of --teacher train; default: twice the student's layers
     teacher_budget: Annotated[float, "[1e-9, 1e24]"] | None = None  # of --teacher train; default: 4 x the largest
     teacher_flops: Annotated[float, "[1e-9, 1e24]"] | None = None   # that a given teacher took; default: not known
-    # model
-    size: str = "6L768"                 # student: layers L width
     # data
     data: str | None = None             # token directory; without it the demonstration runs
-    batch_size: Count = 1024            # blocks per optimizer step
     val_times: Count = 4                # validations over the budget
     # fine-tuning
     glue_dir: str | None = None         # folder of GLUE's official TSVs
