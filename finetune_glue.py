@@ -189,6 +189,8 @@ def finished_trial(file, settings, save=False):
     with parsing(file, "delete it and run this again"):
         result = json.loads(file.read_text(encoding="utf-8"))
         differ = [k for k in settings if settings[k] != result["settings"].get(k)]
+        if not all(map(math.isfinite, result.get("scores", {}).values())):
+            raise ValueError("a score that is no number")
     if differ:
         raise UserError(f"{file} was run with another {', '.join(differ)}: give another --out, or delete it")
     return result if not save or file.with_suffix("").is_dir() else None

@@ -168,6 +168,10 @@ def make(config, documents, out, files, met):
         (out / "manifest.json").unlink(missing_ok=True)                 # the old one goes first, the new one comes last
         for name in names:
             os.replace(part[name], out / name)
+        for source in config.sources if config.document_per == "blank-line" else ():
+            if 2 * met[f"_ended in {source}"] < met[f"_lines of {source}"]:
+                print(f"{source}: most lines do not end in . ! ? or :, as in hard-wrapped prose, whose blank lines end "
+                      f"no documents: --document-per file makes each file one", file=sys.stderr)
     finally:
         for path in part.values():
             with contextlib.suppress(OSError):

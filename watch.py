@@ -74,6 +74,8 @@ class LoggedRun:
             raise UserError(f"{path}/config.json is not that of a run of train.py")
         self.unit, self.total = budgets[0], float(config[f"budget_{budgets[0]}"])
         self.tokens = int(config["batch_size"]) * in_turn(config["seq_len"], int)[-1][1]    # of a step, at the end
+        if not math.isfinite(self.total):
+            raise ValueError("a budget that is not finite")
         self.finished, self.records = (path / "summary.json").exists(), read_log(path / "log.jsonl")
         self.latest = {k: v for record in self.records for k, v in record.items()}
         self.terms = {k: v for k, v in self.latest.items() if k not in NOT_A_TERM and isinstance(v, int | float)}

@@ -34,6 +34,9 @@ PLAIN = dict(is_decoder=False, add_cross_attention=False, is_encoder_decoder=Fal
              position_embedding_type="absolute", pruned_heads={}, auto_map=None)    # else it is another computation
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 POOLER = ("bert.pooler.dense.weight", "bert.pooler.dense.bias")
+PARTS = {"an adapter that was not merged into the weights": r"lora_|base_layer|adapter|modules_to_save",
+         "quantised weights": r"\.(SCB|qweight|qzeros|scales?|g_idx|absmax|quant_|_packed|zero_point|weight_scale)",
+         "a decoder's cross-attention": "crossattention", "relative positions": "distance_embedding|relative"}
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -45,12 +48,13 @@ def find_model(name):
     path = Path(name)
     if not path.exists() and beside(path, "old").exists():              # save_model was killed between two renames
         path = beside(path, "old")
+    if (path / "adapter_config.json").exists():
+        raise UserError(f"{name} holds an adapter (adapter_config.json): merge it into its base model "
+                        f"(merge_and_unload of peft), and give that")
     if (path / "config.json").is_file():
         return path
     if path.exists():
-        raise UserError(f"{name} is not a model directory (no config.json)"
-                        + ", but an adapter's: merge it into its base model (merge_and_unload of peft), and give that"
-                        * (path / "adapter_config.json").exists())
+        raise UserError(f"{name} is not a model directory (no config.json)")
     repo, _, revision = name.partition("@")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo):
         raise UserError(f"{name} is neither a model directory nor a Hub id (no such directory)")
@@ -69,7 +73,7 @@ def find_model(name):
 
 
 def read_config(path):
-    """The BertConfig of a model directory; what is no plain BERT is refused."""
+    """The BertConfig of a model directory: of a plain BERT, and as large as the files of its weights allow."""
     file = path / "config.json"
     raw = json_object(file)
 
@@ -83,9 +87,23 @@ def read_config(path):
         c = BertConfig(**{f.name: raw[f.name] for f in dataclasses.fields(BertConfig) if f.name in raw})
         for name, plain in (PLAIN | dict(embedding_size=c.hidden_size)).items():
             need(raw.get(name) in (None, plain), name, raw.get(name), f"only {plain!r} works here")
+        for f in dataclasses.fields(c):
+            value, least = getattr(c, f.name), int(f.name != "pad_token_id")
+            need(f.type is not int or type(value) is int and value >= least or value is None and not least,
+                 f.name, value, f"a whole number from {least} belongs there")
+            need(f.type is not float or type(value) in (int, float) and 0 <= value <= 1,
+                 f.name, value, "a number from 0 to 1 belongs there")
+        need((c.pad_token_id or 0) < c.vocab_size, "pad_token_id", c.pad_token_id,
+             f"it lies beyond a vocab_size of {c.vocab_size}")
         need(c.hidden_act in ACTIVATIONS, "hidden_act", c.hidden_act, f"one of {', '.join(ACTIVATIONS)} works here")
         need(c.hidden_size % c.num_attention_heads == 0, "hidden_size", c.hidden_size,
              f"it is not a multiple of {c.num_attention_heads} heads")
+    least = c.hidden_size * (c.vocab_size + c.max_position_embeddings + c.type_vocab_size + c.num_hidden_layers * (
+        4 * c.hidden_size + 2 * c.intermediate_size)) + 500 * c.num_hidden_layers       # its names alone take 500
+    held = sum(f.stat().st_size for f in weight_files(path))
+    if least > held:
+        raise UserError(f"{file} describes a model of {shown(format(least, ','), 40)} numbers and more, its weights "
+                        f"are {held:,} bytes: they are cut, quantised, or another model's")
     return c
 
 
@@ -111,7 +129,7 @@ def read_weights(path):
         if file.name in expected and expected[file.name] != sha256(file):
             raise UserError(f"{file} is not the file that was written: its sha256 is not the one in SHA256SUMS")
         for name, tensor in tensors_in(file).items():
-            if not isinstance(tensor, torch.Tensor):
+            if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
                 raise UserError(f"{file}: {shown(name, 60)} is no tensor ({type(tensor).__name__}): of a "
                                 f"training checkpoint, the model's state_dict alone belongs here")
             name = re.sub(WRAPPERS, "", name)
@@ -154,19 +172,25 @@ class Loaded(NamedTuple):
 
 def fill(model, path, optional=()):
     """Loads the directory's weights into `model`; what is missing must lie under one of the prefixes `optional`."""
-    weights, own = read_weights(path), model.state_dict()
+    weights, own, layers = read_weights(path), model.state_dict(), model.config.num_hidden_layers
+    for name in weights:
+        if of := [part for part, pattern in PARTS.items() if re.search(pattern, name)]:
+            raise UserError(f"{path}: {shown(name)} belongs to {of[0]}: only the weights of a plain BERT work here")
+    there = [int(i) for i in re.findall(r"^bert\.encoder\.layer\.([0-9]{1,9})\.", "\n".join(weights), re.M)]
+    if there and max(there) != layers - 1:
+        raise UserError(f"{path}: config.json asks for {layers} layers, the weights hold {max(there) + 1}")
     for name in weights:
         if name.startswith("bert.") and name not in own and name not in POOLER and not name.endswith("_ids"):
-            raise UserError(f"{path}: {shown(name)} belongs to no plain BERT of {model.config.size}: adapters must be "
-                            f"merged, quantised weights do not work")
+            raise UserError(f"{path}: {shown(name)} belongs to no plain BERT: only the weights of one work here")
     missing = [name for name in own if name not in weights]
     if needed := [name for name in missing if not name.startswith(optional or "-")]:
         raise UserError(f"{path}: {len(needed)} tensors are missing, {needed[0]} first; there are "
                         f"{shown(', '.join(sorted(weights.keys() - own.keys()) or weights), 120)}")
     for name in (own.keys() | {DECODER}) & weights.keys():
         tensor, shape = weights[name], own.get(name, own[EMBEDDING]).shape
-        if tensor.dtype not in FLOATS:
-            raise UserError(f"{path}: {name} holds {tensor.dtype}: quantised weights do not work, floats belong there")
+        if tensor.dtype not in FLOATS or tensor.layout != torch.strided or tensor.is_meta:
+            raise UserError(f"{path}: {name} holds {tensor.dtype}, {tensor.layout}: quantised weights, or none: "
+                            f"floats belong there")
         if tensor.shape != shape:
             raise UserError(f"{path}: {name} is {tuple(tensor.shape)}, but config.json makes it {tuple(shape)}")
         if not tensor.isfinite().all():
@@ -231,6 +255,8 @@ def read_classifier(path):
     file = path / "tokenizer_config.json"
     with parsing(file):
         cut = int(json_object(file).get("model_max_length", 1e9)) if file.is_file() else 10 ** 9
+        if cut < 8:
+            raise ValueError(f"model_max_length {cut}")
     model = fill(BertForSequenceClassification(config, len(names)), path).model.eval()
     return Classifier(model, names, raw.get("problem_type") == "regression" or len(names) == 1, columns,
                       min(cut, config.max_position_embeddings))

@@ -46,6 +46,8 @@ Fraction = Annotated[float, "[1e-9, 1)"]
 Seed = Annotated[int, "[0, 1e18]"]
 Length = Annotated[int, "[4, 8192]"]            # of a block: [CLS], [SEP] and two ids, of which one is masked
 Lengths = Annotated[str, "in turn", int, "[4, 8192]"]
+MANY = 64                                       # values in a list
+NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", re.I)   # no 1_0, no digits but these
 # The signals that ask a process to end: a hang-up not under nohup, nor on Windows
 ENDING = [s for s in (signal.SIGTERM, getattr(signal, "SIGHUP", None)) if s and signal.getsignal(s) != signal.SIG_IGN]
 
@@ -108,8 +110,11 @@ def checked(flag, value, kind):
     """The value, held against its annotation; of a list the text as it is."""
     of, several, limit = allowed(kind)
     if not (limit or of in (int, float)):
-        if not all(str(text).strip() for text in (value if isinstance(value, list) else [value])):
-            raise UserError(f"{flag} is empty: say what belongs there, or leave it out")
+        for text in value if isinstance(value, list) else [value]:
+            if not str(text).strip():
+                raise UserError(f"{flag} is empty: say what belongs there, or leave it out")
+            if any("\ud800" <= c <= "\udfff" for c in str(text)):
+                raise UserError(f"{flag} {one_line(text, 100)}: is not UTF-8, or the locale is not (PYTHONUTF8=1)")
         return value
     try:
         found = ([v for _, v in in_turn(value, of)] if several == "in turn" else
@@ -117,8 +122,9 @@ def checked(flag, value, kind):
         good = (several == "in turn" or len(set(found)) == len(found) > 0) and all(inside(v, limit) for v in found)
     except ValueError:
         good = False
-    if not good:
-        raise UserError(f"{flag} {one_line(value, 100)}: must be {wanted(of, several, limit)}")
+    if not good or len(found) > MANY:
+        raise UserError(f"{flag} {one_line(value, 100)}: must be {wanted(of, several, limit)}"
+                        + f", at most {MANY} of them" * good)
     return value if several is True or len(found) > 1 else found[0]
 
 
@@ -138,15 +144,17 @@ def in_turn(text, of=float):
 
 
 def read(value, of):
-    """A name, or a number as people write it: 12, 1e6, .5."""
+    """A name, or a number as people write it: 12, 1e6, .5; nothing else that Python's int and float take."""
+    text = str(value)
     if of is str:
-        return str(value)
-    number = float(value)
-    if of is int:
-        if not number.is_integer():
-            raise ValueError(value)
-        return int(value) if str(value).isdigit() else int(number)      # a float has 53 bits
-    return number
+        return text
+    if not NUMBER.fullmatch(text) or text[0] == "-" and not float(text):                    # -0
+        raise ValueError(text)
+    if of is int and not text.isdigit():                                # 1e6; a float has 53 bits
+        if not float(text).is_integer():
+            raise ValueError(text)
+        return int(float(text))
+    return of(text)
 
 
 def inside(value, limit):
@@ -201,7 +209,7 @@ def parse(cls, doc, argv=None):
             if name:
                 helps[name], heading[name] = text, title
     groups = {title: parser.add_argument_group(title) if title else parser for title in heading.values()}
-    flags = {"--help"}
+    flags, valued, words = {"--help"}, set(), []
     for field, kind in annotated(cls):
         of, several, _ = allowed(kind)
         flag, text = flag_of(field.name), helps.get(field.name, "").replace("%", "%%")
@@ -218,16 +226,25 @@ def parse(cls, doc, argv=None):
             required = field.default is dataclasses.MISSING
             group.add_argument(flag, default=None if required else field.default, required=required,
                                metavar=of.__name__.upper() + ",..." * bool(several), help=text)
-    argv = sys.argv[1:] if argv is None else argv
-    for flag in (word.partition("=")[0] for word in argv):      # argparse would first name another that is missing
-        if flag.startswith("--") and flag not in flags:
+            valued.add(flag)
+    for word in sys.argv[1:] if argv is None else argv:
+        flag = word.partition("=")[0]
+        if words and words[-1] in valued and not word.startswith("--"):
+            words[-1] += "=" + word                             # argparse takes a value such as -1e-3 for a flag
+            continue
+        if flag.startswith("--") and flag not in flags:         # it would first name another that is missing
             close = difflib.get_close_matches(flag, flags, 1)
             parser.error(f"unknown flag {flag}" + (f": is {close[0]} meant?" if close else ""))
-    return cls(**vars(parser.parse_args(argv)))
+        words.append(word)
+    return cls(**vars(parser.parse_args(words)))
 
 
 def run(main, cls, doc):
     """main(config) as a program."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:          # closed (>&-): the next file would get its number, and its output
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+            os.set_inheritable(getattr(sys, name).fileno(), True)
     sys.stdout.reconfigure(line_buffering=True, errors="replace")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     for number in ENDING:

@@ -19,12 +19,16 @@ class Ranks:
     """The processes of a torchrun, or this one alone.  All decide on sums that all see alike."""
 
     def __init__(self):
-        """From what torchrun puts into the environment."""
-        self.rank, self.size, self.local = (int(os.environ.get(name, alone)) for name, alone in (
-            ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-        if max(self.rank, self.local) >= self.size:
-            raise UserError("RANK, WORLD_SIZE and LOCAL_RANK in the environment are not what torchrun puts there: "
-                            "start this with torchrun, or unset them")
+        """From what torchrun puts into the environment: with a part of it, a run would write nothing or wait for
+        ever."""
+        given = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")]
+        texts = [alone if text is None else text for text, alone in zip(given, "010", strict=False)]
+        whole = all(re.fullmatch("[0-9]{1,9}", text) for text in texts)
+        self.rank, self.size, self.local = map(int, texts) if whole else (1, 0, 1)
+        if max(self.rank, self.local) >= self.size or (given[0] is None) != (given[1] is None) or (
+                self.size > 1 and None in given[3:]):
+            raise UserError("RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT in the environment are not what "
+                            "torchrun puts there: start this with torchrun, or unset them")
 
     def join(self, device):
         if self.size > 1 and not dist.is_initialized():

@@ -4,9 +4,11 @@ One atomic writer, one claim, one lock, one wait loop: for checkpoints, model di
 tables and token directories.
 """
 import contextlib
+import errno
 import functools
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -17,7 +19,13 @@ from pathlib import Path
 from plumbing.cli import UserError, shown, writable
 
 MARK = ".nanokd"            # the file in each directory that we write to; it says of which kind
-KINDS = dict(run="a run of train.py", tokens="a token directory", compare="a comparison", glue="finetune_glue.py's")
+# kind: (in words, {its own files: keys of what is in them}); by them one is known that was written before there
+# were marks
+KINDS = {"run": ("a run of train.py", {"config.json": {"strategy"}}),
+         "tokens": ("a token directory", {"manifest.json": {"sha256", "vocab_size"}}),
+         "compare": ("a comparison", {"inputs.json": {"--data"}, "results.json": {"config", "results", "yardsticks"}}),
+         "glue": ("finetune_glue.py's", {"glue.json": {"model", "tasks"}, "probes.json": {"tasks", "settings"},
+                                         "trials/*.json": {"scores", "settings"}})}
 # Names in a directory that is empty all the same: a disk's, a file manager's, of a claim that was killed
 NOTHING = re.compile(rf"lost\+found|\.DS_Store|\.nfs\w+|{re.escape(MARK)}\.\d+\.part")
 
@@ -31,6 +39,8 @@ def parsing(file, remedy="get it again, or leave it out"):
     except (UserError, OSError, MemoryError):
         raise
     except Exception as e:
+        if type(e).__name__ == "OutOfMemoryError":                      # torch's, which need not be imported here
+            raise
         raise UserError(f"{shown(file)} is damaged or not ours ({type(e).__name__}: {shown(e, 100)}): "
                         f"{remedy}") from e
 
@@ -51,23 +61,35 @@ def log_records(lines):
     """(line, what it says) of those of a log.jsonl's lines, as bytes, that train.py has written whole: a kill or a
     full disk leaves half a line."""
     for line in lines:
-        with contextlib.suppress(ValueError):
-            yield line, json.loads(line)
+        with contextlib.suppress(AttributeError, LookupError, TypeError, ValueError, RecursionError):
+            record = json.loads(line)
+            values = [v for k, v in record.items() if k != "val"] + [*(record.get("val") or {}).values()]
+            if all(isinstance(v, int | float | None) for v in values) and math.isfinite(
+                    record["seconds"] + record.get("progress", 0)) and record["step"] // 1 == record["step"]:
+                yield line, record
 
 
-def write_whole(file, data):
-    """Writes bytes under a temporary name, syncs, renames: `file` is the old one or the new one, never a part."""
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")
+def write_whole(file, data, new=False):
+    """Writes bytes under a temporary name, syncs, renames: `file` is the old one or the new one, never a part.
+    `new`: one that is there already stays."""
+    part, free = file.with_name(f"{file.name}.{os.getpid()}.part"), shutil.disk_usage(file.parent).free
     try:
+        if free < len(data):
+            raise OSError(errno.ENOSPC, "no space left")
         with open(part, "wb") as f:
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
-        os.replace(part, file)
+        with contextlib.suppress(OSError):                              # no hard links here: the last one wins
+            if new:
+                os.link(part, file)
+        if not (new and file.exists()):
+            os.replace(part, file)
+        part.unlink(missing_ok=True)
     except OSError as e:
         part.unlink(missing_ok=True)
-        raise UserError(f"{file} could not be written ({e.strerror}): {len(data):,} bytes needed, "
-                        f"{shutil.disk_usage(file.parent).free:,} free; what was there before is intact") from None
+        raise UserError(f"{file} could not be written ({e.strerror}): {len(data):,} bytes needed, {free:,} "
+                        f"free; what was there before is intact") from None
 
 
 def as_json(value):
@@ -90,24 +112,31 @@ def digest(file, size, changed):
 
 
 def claim(path, kind, dry_run=False):
-    """The Path of a directory that is ours and of this kind: made and marked, or marked before.  Refused where
-    anything else is.  A dry run makes nothing."""
+    """The Path of a directory that is ours and of this kind: made and marked, marked before, or known by its
+    own files.  Refused where anything else is.  A dry run makes nothing."""
     if not str(path).strip():
         raise UserError("--out is empty: give the name of a directory")
-    path = writable(path)
+    path, (what, own) = writable(path), KINDS[kind]
     mark = path / MARK
-    if mark.exists():
-        there = mark.read_text("utf-8", "replace").strip()
-        if there != kind:
-            raise UserError(f"--out {path} is {KINDS.get(there, shown(there))}, not {KINDS[kind]}: give another --out")
-        return path
-    if others := sorted(p.name for p in path.glob("*") if not NOTHING.fullmatch(p.name)):
-        raise UserError(f"--out {path} is neither empty nor {KINDS[kind]} ({shown(others[0])} is there): nothing was "
+    others = [] if mark.exists() else sorted(p.name for p in path.glob("*") if not NOTHING.fullmatch(p.name))
+    if others and not any(holds(file, keys) for pattern, keys in own.items() for file in path.glob(pattern)):
+        raise UserError(f"--out {path} is neither empty nor {what} ({shown(others[0])} is there): nothing was "
                         f"touched; give a new directory")
-    if not dry_run:
+    if not (dry_run or mark.exists()):
         path.mkdir(parents=True, exist_ok=True)
-        write_whole(mark, f"{kind}\n".encode())
+        write_whole(mark, f"{kind}\n".encode(), new=True)
+    there = mark.read_text("utf-8", "replace").strip() if mark.exists() else kind
+    if there != kind:
+        raise UserError(f"--out {path} is {KINDS.get(there, [shown(there)])[0]}, not {what}: give another --out")
     return path
+
+
+def holds(file, keys):
+    """Whether it is a JSON object with these keys, and no model's config.json."""
+    with contextlib.suppress(UserError, OSError):
+        found = json_object(file)
+        return keys <= found.keys() and "model_type" not in found
+    return False
 
 
 def claim_file(path, flag="--out"):

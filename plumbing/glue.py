@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from plumbing.cli import UserError, shown
-from plumbing.rows import KIND, NUMBER, NoText, label_of, quoted, table
+from plumbing.cli import NUMBER, UserError, shown
+from plumbing.rows import KIND, NoText, label_of, quoted, table
 
 # ------------------------------------------------------------------------------------------------------ tasks
 

@@ -1,7 +1,7 @@
 """Bytes, lines and rows: the one reader behind prepare.py, fine-tuning, --probe and --predict.
 
 bytes    gzip, xz and bzip2 are unpacked; what is cut or damaged, FIFOs, devices and what NO_TEXT names are refused
-lines    end in LF or CRLF and hold 128 MB at most; a BOM at the start is removed
+lines    end in LF or CRLF and hold 64 MB at most, in a corpus 128 MB; a BOM at the start is removed
 rows     of CSV (commas, semicolons or tabs), TSV (no quotes), JSON lines or parquet, whose columns have names; a
          blank line, or a row with nothing in any column, is none
 text     a string: NUL is removed, a lone surrogate becomes U+FFFD, both are counted.  All else makes a bad row
@@ -20,11 +20,10 @@ import os
 import re
 from collections import Counter
 
-from plumbing.cli import UserError, shown
+from plumbing.cli import NUMBER, UserError, shown
 from plumbing.files import parsing
 
-LONGEST = 2 ** 27           # bytes of a line, characters of a field
-NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", re.I)   # no 1_0, no digits but these
+LONGEST = 2 ** 26           # bytes of a line, characters of a field
 LOOK = 100                  # rows of JSON in whose objects the names of the columns are looked for
 CONTROL = bytes({*range(32), 127} - {*b"\t\n\v\f\r\x1b\x1c\x1d\x1e\x1f"})
 BAD, BAD_BYTES = 0.05, 20   # share of bad lines above which a text is none, if there are so many bad bytes
@@ -41,7 +40,8 @@ NO_TEXT = (                 # how it begins, what it is, what to do
     (rb"\xd0\xcf\x11\xe0|\{\\rtf", "an Office document", TEXT_FIRST),
     (rb"version https://git-lfs", "a Git LFS pointer", "fetch the file itself, as in  git lfs pull"),
     (rb"(\xef\xbb\xbf)?\s*<(?i:!doctype|html|\?xml|svg)", "HTML or XML", TEXT_FIRST),
-    (rb"\xff\xfe|\xfe\xff|\0\0\xfe\xff", "UTF-16 or UTF-32", "convert it first, as in  iconv -f UTF-16 -t UTF-8"),
+    (rb"\xff\xfe|\xfe\xff|\0\0\xfe\xff|(?s:(\0{1,3}[^\0]){4}|([^\0]\0{1,3}){4})",        # the last two without a BOM
+     "UTF-16 or UTF-32", "convert it first, as in  iconv -f UTF-16 -t UTF-8"),
     (rb"(\xef\xbb\xbf)?\s*\[\s*\{", "one JSON array", "make it one object per line first, as in  jq -c '.[]'"),
     (rb"[^\n]*\r[^\n]*\Z", "text whose lines end in CR alone", r"convert them first, as in  tr '\r' '\n'"))
 KINDS = {dict: "an object", bytes: "bytes", type(None): "nothing", bool: "no text", int: "a number", float: "a number"}
@@ -159,11 +159,12 @@ def decode(line, met):
     return text
 
 
-def lines_of(name, stream, met, strict=False):
-    """(number, text) of each line; `strict` refuses what is no UTF-8."""
+def lines_of(name, stream, met, strict=False, longest=1):
+    """(number, text) of each line, of at most `longest` x LONGEST bytes; `strict` refuses what is no UTF-8."""
+    longest *= LONGEST
     for number in itertools.count(1):
-        if len(line := stream.readline(LONGEST + 1)) > LONGEST:
-            raise UserError(f"{shown(name)}, line {number} is longer than {LONGEST >> 20} MB: one row belongs there")
+        if len(line := stream.readline(longest + 1)) > longest:
+            raise UserError(f"{shown(name)}, line {number} is longer than {longest >> 20} MB: one row belongs there")
         if not line:
             return
         if number == 1 and line[:3] == b"\xef\xbb\xbf":

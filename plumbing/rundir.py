@@ -31,8 +31,8 @@ def contents(directory, teacher=None):
     return found
 
 
-# What may differ when a run goes on: places, not contents
-NOT_THE_RUN = ("out", "dry_run", "data", "teacher")
+# What may differ when a run goes on
+NOT_THE_RUN = ("out", "dry_run")
 CHECKPOINT_MINUTES = 10.0
 VALIDATING = 0.05           # of a budget of hours is the most that validations take
 LOG_EVERY = 10              # steps per line of log.jsonl
@@ -69,9 +69,12 @@ def finished(record, out, defaults):
 
 
 def refuse_another(before, record, out):
-    """Of the data and of a teacher that is read counts what they hold, not where they lie."""
+    """Of the data and of a teacher that is read counts what they hold, not where they lie, unless `before`, of an older
+    version, does not say it."""
+    moved = [k for k in ("data", "teacher") if f"contents of {k}" in before or f"contents of {k}" not in record]
     differ = [k if k.startswith("contents") else f"{k} ({before.get(k)} there, {v} here)"
-              for k, v in record.items() if k not in NOT_THE_RUN and before.get(k) != v]
+              for k, v in record.items() if k not in (*NOT_THE_RUN, *moved)
+              and before.get(k, v if k.startswith("contents") else None) != v]
     if differ:
         raise UserError(f"{out} holds a run of another configuration: "
                         f"{', '.join(differ)}: give another --out")
@@ -93,8 +96,8 @@ class RunWriter:
         state = checkpoint.load_run(self.out)
         arm, budget, self.record = self.arm, self.budget, record
         if state:
-            refuse_another(record | state["config"], record, self.out)
-            budget.ended, self.vals = state["ended"], state["vals"]
+            refuse_another(record | state.get("config", {}), record, self.out)
+            budget.ended, self.vals = state.get("ended", []), state.get("vals", [])     # none in older ones
             if budget.ended:
                 arm.enter(len(budget.ended))
                 arm.make_optimizer()

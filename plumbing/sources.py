@@ -35,6 +35,7 @@ from plumbing.rows import NoText, reading
 CUT = re.compile(r"\S.{0,65534}(?=\s|$)|\S.{0,65534}")
 DOCUMENT = 2 ** 18         # characters after which a document is cut: whole books would be most of the memory
 BAD, BAD_ROWS = 0.05, 10    # share of bad rows above which a file is refused, if there are so many
+ENDS, CLOSING = (*".!?:…。！？：",), "\"')]}»”’*_`"                       # of a sentence
 JSON = rb'(\xef\xbb\xbf)?\s*(\{\s*"|\[\s*\{)'
 
 
@@ -101,8 +102,7 @@ def read_documents(files, met, columns=None, rows_per_document=1, document_per="
         if kind != "parquet":
             rows.refuse(name, start)
         if not kind:
-            return (piece for _, line in rows.lines_of(name, stream, met)
-                    for piece in (*cut(line, met), *[""] * (document_per == "line")))
+            return prose(rows.lines_of(name, stream, met, longest=2), file.source, met, document_per == "line")
         table = rows.Table(name, kind, raw if kind == "parquet" else stream, met)
         return row_lines(table, glue.text_columns(table, columns, met), rows_per_document)
 
@@ -177,6 +177,15 @@ def watched(lines, name, met):
     if new["bad_rows"] > BAD * new["_rows"] and new["bad_rows"] >= BAD_ROWS:
         raise UserError(f"{shown(name)}: {new['bad_rows'] / new['_rows']:.0%} of its rows are damaged or have no text "
                         f"in the column: mend it, or leave it out")
+
+
+def prose(lines, source, met, apart):
+    """The same lines, cut, with '' after each if they are to stand `apart`.  It is counted how many of the source's
+    end as sentences do."""
+    for _, line in lines:
+        met[f"_lines of {source}"] += bool(line.strip())
+        met[f"_ended in {source}"] += line.rstrip().rstrip(CLOSING)[-1:] in ENDS
+        yield from (*cut(line, met), *[""] * apart)
 
 
 def cut(line, met):

@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from plumbing.cli import UserError, shown
 from plumbing.files import json_object, parsing
@@ -16,16 +16,19 @@ VOCABULARIES = ("tokenizer.json", "vocab.txt")
 BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")
 GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")              # these take tokenizer.json as it is
 CLASSES = (None, "BertTokenizer", "BertTokenizerFast", "DistilBertTokenizer", "DistilBertTokenizerFast", *GENERIC)
+KINDS = ("BertNormalizer BertPreTokenizer Sequence Lowercase NFC NFD NFKC NFKD Strip StripAccents Whitespace "
+         "WhitespaceSplit Punctuation Digits").split()                  # a Replace or Split of another's need not end
 
 
-def wordpiece(vocab, lowercase=True, **normalizer):
+def wordpiece(vocab, lowercase=True, added=(), **normalizer):
     """BERT's tokenizer, as Hugging Face's tokenizers builds it, for a token -> id map."""
     tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase, **normalizer)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
     if vocab:
-        tokenizer.add_special_tokens(list(SPECIAL))
+        tokenizer.add_tokens(list(added))                               # which may say more of a special token
+        tokenizer.add_special_tokens([t for t in SPECIAL if t not in (a.content for a in added)])
         tokenizer.post_processor = processors.TemplateProcessing(
             single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1",
             special_tokens=[("[CLS]", vocab["[CLS]"]), ("[SEP]", vocab["[SEP]"])])
@@ -66,6 +69,8 @@ def load_tokenizer(name, flag="--vocab "):
         if not path:
             raise UserError(f"{where}: neither tokenizer.json nor vocab.txt is in {top}")
     settings, special, legacy, model = (json_object(f) if f.is_file() else {} for f in map(path.with_name, BESIDE))
+    if not settings.get("extra_special_tokens"):                        # its older name
+        settings["extra_special_tokens"] = settings.pop("additional_special_tokens", None)
 
     def only(what, found, allowed):
         if found not in allowed:
@@ -74,8 +79,13 @@ def load_tokenizer(name, flag="--vocab "):
     with parsing(where, "give a vocab.txt or a tokenizer.json that can be read"):
         only("tokenizer_class", kind := settings.get("tokenizer_class") or model.get("tokenizer_class"), CLASSES)
         only("auto_map", settings.get("auto_map"), [None])
-        if "added_tokens_decoder" not in settings:                      # else it says what the two older files said
-            settings = settings | special | dict(added_tokens_decoder=legacy and dict(enumerate(legacy)))
+        if "added_tokens_decoder" in settings:                          # it says what the two older files said
+            legacy = {}
+        else:
+            settings = settings | special
+        added, ids = added_tokens(settings, legacy)
+        for key, token in zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL, strict=True):
+            only(key, content(settings.get(key)), [None, token])
         change = {ours: settings[theirs] for theirs, ours in (
             ("do_lower_case", "lowercase"), ("strip_accents", "strip_accents"),
             ("tokenize_chinese_chars", "handle_chinese_chars")) if theirs in settings}
@@ -84,15 +94,19 @@ def load_tokenizer(name, flag="--vocab "):
             if kind not in GENERIC and (raw.get("normalizer") or {}).get("type") == "BertNormalizer":
                 raw["normalizer"] |= change
             tokenizer = Tokenizer.from_str(json.dumps(raw))
+            there = {token.content for token in tokenizer.get_added_tokens_decoder().values()} - ids.keys()
+            tokenizer.add_tokens([token for token in added if token.content not in there])
         else:
-            tokenizer = from_vocab(where, path, change)
+            tokenizer = from_vocab(where, path, added, change)
         vocab, parts = tokenizer.get_vocab(), json.loads(tokenizer.to_str())
         only("model", parts["model"].get("type"), ["WordPiece"])
         only("unk_token", parts["model"]["unk_token"], ["[UNK]"])
-        there = {*SPECIAL, *(token.content for token in tokenizer.get_added_tokens_decoder().values())}
-        if more := [token for token in tokens_in(settings) if token not in there]:
-            raise UserError(f"{where}: a file beside it adds the token {shown(repr(more[0]), 60)}: save_pretrained of "
-                            f"transformers' AutoTokenizer writes a tokenizer.json that holds all")
+        for part in ("normalizer", "pre_tokenizer"):
+            for found in re.findall(r'"type": "(\w+)"', json.dumps(parts[part])):
+                only(part, found, KINDS)
+        if wrong := [token for token in ids if vocab.get(token) != ids[token]]:
+            raise UserError(f"{where}: {shown(repr(wrong[0]), 60)} has the id {vocab.get(wrong[0])} in it, and "
+                            f"{shown(ids[wrong[0]], 60)} in the list of added tokens")
         check_special(where, vocab)
         if sorted(vocab.values()) != list(range(len(vocab))):
             raise UserError(f"{where}: {len(vocab):,} tokens with ids up to {max(vocab.values()):,}: a "
@@ -102,16 +116,30 @@ def load_tokenizer(name, flag="--vocab "):
     return tokenizer
 
 
-def tokens_in(settings):
-    """The tokens that the settings of a tokenizer name, each a text or a dict."""
-    found = [value for key, value in settings.items() if key.endswith("_token") and isinstance(value, str | dict)]
-    for key in ("extra_special_tokens", "additional_special_tokens", "added_tokens_decoder"):
-        value = settings.get(key) or []
-        found += value.values() if isinstance(value, dict) else value
-    return [token["content"] if isinstance(token, dict) else token for token in found]
+def content(token):
+    """The text of a token, which stands alone or with its flags."""
+    return token["content"] if isinstance(token, dict) else token
 
 
-def from_vocab(where, path, normalizer):
+def added_tokens(settings, legacy):
+    """([AddedToken], in the order in which transformers adds them; {text: id} of those whose id is said)."""
+    extra = settings.get("extra_special_tokens") or []
+    special = [settings[k] for k in sorted(settings) if k.endswith("_token") and isinstance(settings[k], str | dict)]
+    special += extra.values() if isinstance(extra, dict) else extra
+    names = [content(token) for token in special]
+    special += settings.get("additional_special_tokens") or []          # special_tokens_map.json's
+    special = [{**t} if isinstance(t, dict) else dict(content=t, special=True) for t in special]
+    known = {int(i): token for i, token in settings.get("added_tokens_decoder", {}).items()}
+    known |= {i: dict(content=text, normalized=text not in names) for text, i in legacy.items()}
+    ids = {token["content"]: i for i, token in known.items()}
+    tokens = [known[i] for i in sorted(known)] + [token for token in special if token["content"] not in ids]
+    for token in tokens:
+        token.pop("__type", None)
+        token["special"] = token.get("special", False) or token["content"] in names
+    return [AddedToken(**token) for token in tokens], ids
+
+
+def from_vocab(where, path, added, normalizer):
     """The tokenizer of a vocab.txt."""
     with open(path, encoding="utf-8", newline="\n") as f:
         lines = f.read().rstrip("\r\n").split("\n")                    # not splitlines(): U+2028 may be a token
@@ -123,7 +151,7 @@ def from_vocab(where, path, normalizer):
                             f"{shown(repr(token), 60) if token else 'blank lines'}: each token stands there once")
     words = [token for token in tokens if not re.fullmatch(r"\[.*\]|<.*>", token)]
     lower = sum(token != token.lower() for token in words) < 0.05 * len(words)
-    return wordpiece(vocab, **dict(lowercase=lower) | normalizer)
+    return wordpiece(vocab, added=added, **dict(lowercase=lower) | normalizer)
 
 
 def hub_files(name):
@@ -140,6 +168,8 @@ def check_special(where, vocab):
     missing = [token for token in SPECIAL if token not in vocab]
     if missing:
         raise UserError(f"{where}: a BERT vocabulary has {' '.join(missing)}, this one does not")
+    if len(vocab) == len(SPECIAL):
+        raise UserError(f"{where}: a vocabulary without words: {' '.join(SPECIAL)} and nothing else")
 
 
 def fingerprint(tokenizer):

@@ -26,7 +26,11 @@ from plumbing import checkpoint, files
 from plumbing.cli import UserError
 from plumbing.tokens import TokenDirectory
 
-KINDS = ("run", "tokens", "compare", "glue")
+# A file of each kind as the versions before the marks wrote it
+BEFORE = {"run": ("config.json", dict(strategy="no_kd", seed=0)),
+          "tokens": ("manifest.json", dict(sha256={}, vocab_size=300)),
+          "compare": ("inputs.json", {"--data": "data/wiki", "--size": "6L768"}),
+          "glue": ("glue.json", dict(model="runs/x/model", tasks={}))}
 
 pytestmark = pytest.mark.usefixtures("often")
 
@@ -121,6 +125,7 @@ def test_a_teacher_or_a_token_directory_as_out_is_refused(tools, teacher, corpus
 
 @pytest.mark.parametrize("kind", ["run", "tokens", "compare", "glue"])
 def test_what_is_laid_into_a_directory_of_ours_stays_there(tools, kind, tmp_path):
+    """Marked; and unmarked, as before there were marks."""
     out, makes = tmp_path / "out", getattr(tools, kind)
     makes()
     assert (out / ".nanokd").read_text() == f"{kind}\n"
@@ -129,16 +134,26 @@ def test_what_is_laid_into_a_directory_of_ours_stays_there(tools, kind, tmp_path
     for place in places:
         (place / "notes.txt").write_text("precious")
     makes()
+    marks = list(out.rglob(".nanokd"))
+    assert len(marks) == (5 if kind == "compare" else 1)                # a run and three scores: each on its own
+    for mark in marks:
+        mark.unlink()
+    makes()
     assert {place: (place / "notes.txt").read_text() for place in places} == dict.fromkeys(places, "precious")
+    finished = [mark for mark in marks if (mark.parent / "summary.json").exists()]          # those are not opened
+    assert set(out.rglob(".nanokd")) == set(marks) - set(finished)
 
 
-@pytest.mark.parametrize("place", [
-    "file", "link", "model", "notes", "part", "old", "fraction", "hidden", "sums", "summary.json"])
-def test_what_stands_where_a_run_is_to_end_is_refused_at_its_start(tools, tiny, teacher, tmp_path, monkeypatch, place):
+@pytest.mark.parametrize("place, marked", [*((place, True) for place in (
+    "file", "link", "model", "notes", "part", "old", "fraction", "hidden", "sums", "summary.json")), ("notes", False)])
+def test_what_stands_where_a_run_is_to_end_is_refused_at_its_start(tools, tiny, teacher, tmp_path, monkeypatch,
+                                                                   place, marked):
     """A killed run goes on only when it is gone: with no step done, and nothing lost."""
     out = tmp_path / "out"
     config = tiny(out=str(out), budget_steps=6, fractions="0.5")
     interrupted(monkeypatch, config, 2)
+    if not marked:
+        (out / ".nanokd").unlink()
     elsewhere, model = tmp_path / "elsewhere", out / "model"
     if place == "file":
         model.write_text("precious")
@@ -191,18 +206,38 @@ def test_a_foreign_directory_in_the_place_of_a_classifier_is_refused_before_it_i
 
 # ------------------------------------------------------------------------------------------------------ a claim
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", BEFORE)
 def test_a_directory_is_claimed_once_and_for_one_kind(kind, tmp_path):
-    out = tmp_path / "a/b"
+    out, (name, contents) = tmp_path / "a/b", BEFORE[kind]
     assert files.claim(str(out), kind, dry_run=True) == out and not (tmp_path / "a").exists()
     for _ in range(2):
         assert files.claim(str(out), kind) == out and tree(out) == {".nanokd": f"{kind}\n".encode()}
     (out / "notes.txt").write_text("")
     files.claim(out, kind)
-    other = next(k for k in KINDS if k != kind)
+    other = next(k for k in BEFORE if k != kind)
     for dry_run in (True, False):
         with pytest.raises(UserError, match=f"--out {out} is .*, not .*: give another --out"):
             files.claim(out, other, dry_run)
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / name).write_text(json.dumps(contents))
+    (old / "notes.txt").write_text("")
+    for refused in (k for k in BEFORE if k != kind):
+        with pytest.raises(UserError, match=rf"\({min(name, 'notes.txt')} is there\)"):
+            files.claim(old, refused)
+    assert files.claim(old, kind, dry_run=True) == old and not (old / ".nanokd").exists()
+    files.claim(old, kind)
+    assert (old / ".nanokd").read_text() == f"{kind}\n" and len(tree(old)) == 3
+
+
+@pytest.mark.parametrize("contents", [
+    "", "{", "[]", "null", '"strategy"', '{"seed": 0}', '{"strategy": "no_kd", "model_type": "bert"}', "[" * 100_000,
+    "\udcff"])
+def test_a_file_that_only_has_our_name_makes_no_directory_ours(tmp_path, contents):
+    (tmp_path / "config.json").write_text(contents, errors="surrogateescape")
+    with pytest.raises(UserError, match=r"config.json is there"):
+        files.claim(tmp_path, "run")
+    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
 
 
 @pytest.mark.parametrize("name", [".DS_Store", "lost+found", ".nfs0000a1", ".nanokd.123.part"])
@@ -267,18 +302,39 @@ def test_a_mark_that_means_nothing_here_is_refused_without_escapes(tmp_path):
         assert "\x1b" not in str(e.value)
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_of_two_that_claim_at_once_the_second_finds_the_firsts_mark(tmp_path, monkeypatch, links):
+    """The second comes when the first has found an empty directory and not yet marked it; where a disk has no hard
+    links, a mark is still whole."""
+    whole, at_once = os.link, []
+
+    def link(a, b):
+        if not at_once:
+            at_once.append(1)
+            with monkeypatch.context() as m:
+                m.setattr(os, "getpid", lambda: 17)
+                files.claim(tmp_path, "tokens")
+        if not links:
+            raise OSError(errno.EPERM, "Operation not permitted")
+        whole(a, b)
+    monkeypatch.setattr(os, "link", link)
+    with pytest.raises(UserError, match="is a token directory, not a run of train.py"):
+        files.claim(tmp_path, "run")
+    assert tree(tmp_path) == {".nanokd": b"tokens\n"}
+
+
 def test_a_claim_that_was_killed_anywhere_can_be_made_again(tmp_path, monkeypatch):
     for cut in range(9):
         out = tmp_path / str(cut)
         with monkeypatch.context() as m:
-            killed_after(cut, m, "mkdir", "fsync", "replace")
+            killed_after(cut, m, "mkdir", "fsync", "link", "unlink")
             try:
                 files.claim(out, "run")
                 break
             except Killed:
                 pass
         assert files.claim(out, "run") == out and (out / ".nanokd").read_text() == "run\n"
-    assert cut == 3                                     # each of the three was the last one once
+    assert cut == 4                                     # each of the four was the last one once
 
 
 def test_what_was_made_for_nothing_goes_and_nothing_else(tmp_path):
@@ -333,13 +389,29 @@ def test_the_checkpoints_own_configuration_is_compared(tiny, monkeypatch):
     assert train.train(config, **QUIET)["steps"] == 6
 
 
-def test_a_run_goes_on_where_the_data_and_the_teacher_have_moved(tiny, corpus, teacher, tmp_path, monkeypatch):
+@pytest.mark.parametrize("old", [False, True])
+def test_a_run_goes_on_where_the_data_and_the_teacher_have_moved(tiny, corpus, teacher, tmp_path, monkeypatch, old):
+    """`old`: a directory without a mark, whose checkpoint does not say what the data held."""
     config = tiny(strategy="minilm", budget_steps=6)
     train.train(dataclasses.replace(config, out=str(tmp_path / "whole")), **QUIET)
     interrupted(monkeypatch, config, 3)
+    if old:
+        out = Path(config.out)
+        state = checkpoint.load_run(out)
+        state["config"] = {k: v for k, v in state["config"].items() if not k.startswith("contents")}
+        del state["ended"], state["vals"]
+        checkpoint.save_run(out, state)
+        (out / ".nanokd").unlink()
     shutil.copytree(corpus, tmp_path / "data")
     shutil.copytree(teacher, tmp_path / "teacher")
     moved, said = dataclasses.replace(config, data=str(tmp_path / "data"), teacher=str(tmp_path / "teacher")), []
+    if old:                             # nor does its config.json: what lies elsewhere may be something else
+        file, whole = Path(config.out, "config.json"), Path(config.out, "config.json").read_text()
+        file.write_text(json.dumps({k: v for k, v in json.loads(whole).items() if not k.startswith("contents")}))
+        with pytest.raises(UserError, match="another configuration: teacher .*data "):
+            train.train(moved, **QUIET)
+        train.train(dataclasses.replace(config, dry_run=True), **QUIET)
+        file.write_text(whole)
     train.train(moved, say=said.append)
     assert f"{config.out}: going on after step 3" in said and final(config.out) == final(tmp_path / "whole")
     assert json.loads(Path(config.out, "config.json").read_text())["data"] == str(tmp_path / "data")

@@ -594,7 +594,8 @@ def test_what_is_cut_is_counted(teacher, task, capsys):
 
 
 def test_a_damaged_trial_is_named(tmp_path):
-    for text in ('{"scores"', "[]", '{"scores": {}}', '{"settings": []}', "[" * 10 ** 5):
+    for text in ('{"scores"', "[]", '{"scores": {}}', '{"settings": {"epochs": 1}, "scores": {"accuracy": "high"}}',
+                 '{"settings": {"epochs": 1}, "scores": {"accuracy": NaN}}', '{"settings": []}', "[" * 10 ** 5):
         (tmp_path / "t.json").write_text(text)
         with pytest.raises(UserError, match="t.json is damaged or not ours .*: delete it"):
             ft.finished_trial(tmp_path / "t.json", dict(epochs=1))
@@ -669,6 +670,14 @@ WRONG = [
      "leave it out"),
     (lambda m, t: (m / "config.json").write_text("[1, 2]"), {}, "m/config.json is damaged or not "
      "ours (TypeError: 'list' object is not a mapping): get it again, or leave it out"),
+    (lambda m, t: spoiled_config(m, hidden_size="wide"), {},
+     "m/config.json: hidden_size is 'wide': a whole number from 1 belongs there"),
+    (lambda m, t: spoiled_config(m, num_attention_heads=0), {},
+     "m/config.json: num_attention_heads is 0: a whole number from 1 belongs there"),
+    (lambda m, t: spoiled_config(m, layer_norm_eps="tiny"), {},
+     "m/config.json: layer_norm_eps is 'tiny': a number from 0 to 1 belongs there"),
+    (lambda m, t: spoiled_config(m, pad_token_id=300), {},
+     "m/config.json: pad_token_id is 300: it lies beyond a vocab_size of 300"),
     (lambda m, t: spoiled_config(m, num_attention_heads=5), {},
      "m/config.json: hidden_size is 48: it is not a multiple of 5 heads"),
     (lambda m, t: (next(m.glob("model.s*")).unlink(), (m / "model.safetensors.index.json").write_text("{}")), {},

@@ -223,8 +223,7 @@ def test_parquet_holds_text_in_strings_alone(raw, vocab, tmp_path):
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be", "cr"])
 def test_other_encodings_and_line_ends_are_named(encoding, vocab, tmp_path):
-    message = ("text whose lines end in CR alone" if encoding == "cr" else "UTF-16 or UTF-32: .* iconv -f UTF-16 -t"
-               if len(encoding) == 6 else "binary or not UTF-8: convert it first, as in  iconv")
+    message = ("text whose lines end in CR alone" if encoding == "cr" else "UTF-16 or UTF-32: .* iconv -f UTF-16 -t")
     for file, lines in (("x.txt", "\n\n".join(text(9)) + " \xe9"), ("x.md", "# caf\xe9\n\ntext and more of it"),
                         ("x.jsonl", '{"text": "some words"}\n'), ("x", '{"text": "some words"}\n')):
         content = lines.replace("\n", "\r").encode() if encoding == "cr" else lines.encode(encoding)
@@ -232,6 +231,22 @@ def test_other_encodings_and_line_ends_are_named(encoding, vocab, tmp_path):
             path.write_bytes(packed)
             with pytest.raises(UserError, match=f"{path.name} is {message}"):
                 make(tmp_path / "out", path, vocab=vocab)
+
+
+WRAPPED = "A heading\n=========\n\nThis is the prose of a\nfile that goes on and\non to its end.\n\nOn it\ngoes.\n"
+@pytest.mark.parametrize("name, content, said", [
+    ("a.rst", WRAPPED, True), ("a.txt", WRAPPED + "One ends.\n", True), ("a.md", WRAPPED + "One ends.\n" * 5, False),
+    ("a.txt", '"It ends."\n(So does it!)\nSo: \u201cit\u201d?\u201d\n*Ends:*\n\u5b8c\u3002\nno\n', False),
+    ("a.jsonl", jsonl(["no end", "none"], "text").decode(), False)])
+def test_hard_wrapped_prose_is_noticed(name, content, said, vocab, tmp_path, capsys):
+    (tmp_path / "top").mkdir()
+    (tmp_path / "top" / name).write_text(content, encoding="utf-8")
+    (tmp_path / "b.txt").write_text("A line that ends.\n" * 500)
+    for per in ("blank-line", "file"):
+        make(tmp_path / "out", tmp_path / "top", tmp_path / "b.txt", vocab=vocab, document_per=per)
+        lines = [line for line in capsys.readouterr().err.splitlines() if "hard-wrapped" in line]
+        assert len(lines) == (said and per == "blank-line")
+        assert all(line.startswith(f"{tmp_path / 'top'}: most lines do not end in") for line in lines)
 
 
 def test_an_archive_is_read_whatever_its_members_are_called(vocab, tmp_path, capsys):

@@ -316,18 +316,20 @@ def test_a_forged_checkpoint_executes_nothing(tiny, monkeypatch, tmp_path):
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoint_and_says_what_is_missing(tiny, monkeypatch):
-    """F8."""
+    """F8: known beforehand, or met while writing."""
     config = tiny()
     interrupted(monkeypatch, config, 5)
     before = final(config.out)
 
     def full(fd):
         raise OSError(errno.ENOSPC, "No space left on device")
-    with monkeypatch.context() as m:
-        m.setattr(os, "fsync", full)
-        with pytest.raises(UserError, match=r"[\d,]+ bytes needed, [\d,]+ free; what was there before is intact"):
-            train.train(config, **QUIET)
-    assert final(config.out) == before and not list(Path(config.out).glob("*.part"))
+    usage = shutil.disk_usage(".")._replace(free=1234)
+    for where, name, stand_in in ((shutil, "disk_usage", lambda path: usage), (os, "fsync", full)):
+        with monkeypatch.context() as m:
+            m.setattr(where, name, stand_in)
+            with pytest.raises(UserError, match=r"[\d,]+ bytes needed, [\d,]+ free; what was there before is intact"):
+                train.train(config, **QUIET)
+        assert final(config.out) == before and not list(Path(config.out).glob("*.part"))
     train.train(config, **QUIET)
 
 

@@ -104,7 +104,11 @@ def test_long_logs_are_thinned_but_keep_their_end_and_validations(made):
     assert len([y for y in run.curves["validation mlm"] if y is not None]) == 1000
 
 
-STRANGE = (b"", b'{"step": 3', b"\xff\xfe{", b'{"step": 3, "seconds": 1, "loss": "\xe9"}', b'{"step": 3, {"step": 4}')
+STRANGE = (b"", b"[1, 2]", b"7", b"null", b'{"step": 3', b'{"step": 3, "seconds": "1"}', b"\xff\xfe{", b"{}",
+           b'{"step": 3, "seconds": NaN}', b'{"step": [], "seconds": 1}', b'{"step": 3, "seconds": 1, "loss": "\xe9"}',
+           b'{"step": 3, "seconds": 1, "val": [1]}', b'{"step": 3, "seconds": 1, "loss": {}}', b"[" * 10 ** 5,
+           b'{"step": 3, "seconds": 1, "val": {"mlm": "low"}}', b'{"step": NaN, "seconds": 1}',
+           b'{"step": 3, {"step": 4}')
 
 
 def test_lines_of_a_log_that_are_none_are_passed_over_as_half_lines_are(made):
@@ -146,6 +150,7 @@ def test_follow_redraws_until_ctrl_c(made, monkeypatch):
     (lambda p: (p / "config.json").write_text('{"model_type": "bert"}'), "is a model directory"),
     (lambda p: (p / "config.json").write_text("{}"), "not that of a run"),
     (lambda p: (p / "config.json").write_text('{"budget_steps": "x", "batch_size": 8, "seq_len": 8}'), "damaged"),
+    (lambda p: (p / "config.json").write_text('{"budget_hours": NaN, "batch_size": 8, "seq_len": 32}'), "not ours .V"),
     (lambda p: (p / "config.json").write_text("[" * 10 ** 5), "config.json is damaged or not ours .RecursionError")])
 def test_bad_input_is_one_clear_line(made, change, message):
     path = made()
