@@ -184,7 +184,7 @@ class TransformersArm(Arm):
         with autocast(self.device, self.bf16):
             return self.run_student(batch.ids, labels=labels)
 
-    def loss(self, s, t, labels, strategy):
+    def loss(self, s, t, batch, strategy):
         return s.loss, {}
 
 

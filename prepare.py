@@ -62,7 +62,7 @@ class Config(Checked):
     val_fraction: Fraction = 0.005  # documents kept for validation
     field: str = "text"             # what holds the text in a row of .jsonl or .parquet
     rows_per_document: Count = 1    # rows joined to one document, for data sets with a sentence per row
-    document_per: Literal["blank-line", "file"] = "blank-line"  # what ends a document of plain text
+    document_per: Literal["blank-line", "file", "line"] = "blank-line"  # what ends a document of plain text
 
 
 # ------------------------------------------------------------------------------------------- documents -> ids
@@ -216,7 +216,7 @@ def make(config, documents, out, files, left_out):
         (out / "manifest.json").unlink(missing_ok=True)
         for name in names:
             os.replace(part[name], out / name)
-        for source in config.sources if config.document_per != "file" else ():
+        for source in config.sources if config.document_per == "blank-line" else ():
             if 2 * met[f"_ended in {source}"] < met[f"_lines of {source}"]:
                 print(f"{source}: most lines do not end in . ! ? or :, as in hard-wrapped prose, whose blank lines end "
                       f"no documents: --document-per file makes each file one", file=sys.stderr)

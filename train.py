@@ -31,8 +31,9 @@ from typing import Annotated, Literal
 
 import torch
 
-from data import Blocks, TokenDirectory, prefetch
+from data import Sentences, TokenDirectory, blocks_of, prefetch
 from model import BertConfig
+from plumbing import encoder
 from plumbing.budget import Budget, Stages, Stopped, one_budget, stop_signals
 from plumbing.checks import check_run, refuse_non_finite
 from plumbing.cli import Checked, Count, Lengths, NotNegative, Positive, Seed, Share, UserError, in_turn, run
@@ -102,7 +103,7 @@ class Recipe(Checked):
 @dataclass
 class Config(Recipe):
     # budget
-    strategy: str = "no_kd"             # of strategies.STRATEGIES; or phases: tinybert:0.3/no_kd
+    strategy: str = "no_kd"             # of strategies.STRATEGIES; phases: tinybert:0.3/no_kd; cut: nothing is trained
     budget_hours: Positive | None = None    # the budget, in hours on the clock described above
     budget_flops: Annotated[float, "[1e-9, 1e24]"] | None = None    # or in matmul FLOPs of student and teacher
     budget_tokens: Count | None = None  # or in tokens
@@ -111,11 +112,11 @@ class Config(Recipe):
     # teacher
     teacher: str = "bert-base-uncased"  # model directory or Hub id; not read by no_kd unless --init teacher
     init: Literal["random", "teacher"] | None = None    # teacher: its weights; default: the strategy's
-    init_layers: Annotated[str, int, "[0, 999]"] | None = None  # of the teacher, from 0; default: first, last, evenly
+    init_layers: str | None = None      # of the teacher, from 0; default: first, last, evenly; cut: or best, by --data
     tau: Positive | None = None         # temperature of the soft targets; default: 1, distilbert: 2
     as_released: bool = False           # FOR SCIENCE ONLY: what the paper's released code computes
     # data
-    data: str = "data/wiki"             # token directory, made by prepare.py
+    data: str = "data/wiki"             # token directory, made by prepare.py; sentence and cut: or a file of text
     unique_tokens: Count | None = None  # train on the first so many ids of the data alone, again and again
     static_masks: bool = False          # the same masks in every epoch
     # recipe
@@ -129,6 +130,11 @@ class Config(Recipe):
     def check(self):
         """What the fields ask of each other, and of the number of processes."""
         check_run(self)
+
+    def of_recipe(self, name):
+        """As given, else the strategy's own clip, else the recipe's."""
+        own = self.phases[0].strategy.clip if name == "clip" and self.clip is None else None
+        return super().of_recipe(name) if own is None else own
 
     @property
     def record(self):
@@ -207,7 +213,7 @@ def gradients(arm, batch, step, stages):
                 stages.mark("teacher")
             with arm.synchronised(last):
                 s = arm.student_forward(micro, arm.strategy)
-                loss, terms = arm.loss(s, t, micro.labels, arm.strategy)
+                loss, terms = arm.loss(s, t, micro, arm.strategy)
                 (loss / arm.accumulate).backward()
             sums = sums + torch.stack([loss.detach(), *(v.detach() for v in terms.values())])
             stages.mark("student")
@@ -257,7 +263,7 @@ def trained(run):
             stages.mark("optimizer")
             budget.steps += 1
             run.seconds = budget.clock()                        # what a checkpoint of this step has spent
-            epoch = blocks.epochs(budget.steps, config.batch_size * arm.phase.times)
+            epoch = blocks.epochs(budget.steps, arm.phase.blocks(config.batch_size))
             run.after_step(dict(step=budget.steps, progress=progress, seconds=run.seconds, lr=lr, epoch=epoch,
                                 **values), signals)
             stages.mark(None)
@@ -286,7 +292,8 @@ def begin(config, now, say, status, held):
     began = now()
     config.check()
     out, directory = config.path, TokenDirectory(config.data)
-    Blocks(directory, "train", config.length, config.seed, config.unique_tokens)        # refuses more than there are
+    last = config.phases[-1]
+    blocks = blocks_of(last, directory, "train", config.seed, config.unique_tokens)     # refuses more than there are
     record = config.record | contents(directory, config.teacher if config.reads_teacher else None)
     if summary := finished(record, out, Config().record):
         say(f"{out} is finished: nothing to do")
@@ -300,7 +307,10 @@ def begin(config, now, say, status, held):
     main_rank = arm.ranks.rank == 0
     say = say if main_rank else lambda line: None
     run = Run(config, out, arm, Budget(total, unit, now=now), Stages(arm.device), directory,
-              validation_blocks(directory, config.length, say), say, status, writes=main_rank)
+              validation_blocks(directory, last.seq_len, say, type(blocks)), say, status, writes=main_rank)
+    if isinstance(blocks, Sentences):
+        say(f"{directory.path}: {blocks.count:,} sentences of {blocks.size.mean():.0f} ids in the mean; {blocks.cut:,} "
+            f"were cut to {blocks.body}, {blocks.joined:,} under {blocks.SHORTEST} joined to the next")
     if config.dry_run:
         return None, rehearse(run, gradients, *stream(run, arm.phase))
     run.resume_or_start(record)
@@ -313,6 +323,9 @@ def begin(config, now, say, status, held):
 
 
 def main(config, **options):
+    config = encoder.completed(config)
+    if config.strategy == "cut":
+        return encoder.cut(config) if Ranks().rank == 0 else None
     summary = train(config, **options)
     if summary and Ranks().rank == 0:
         print(what_next(config.path, "d_order" in summary))
@@ -326,9 +339,8 @@ def main(config, **options):
 def stream(run, phase):
     """(Blocks of a phase, their batches from the run's step on)."""
     c = run.config
-    blocks = Blocks(run.directory, "train", phase.seq_len, c.seed, c.unique_tokens, c.static_masks,
-                    phase.strategy.causal)
-    return blocks, batches_of(blocks, run.budget.steps, c.batch_size * phase.times, run.arm.device)
+    blocks = blocks_of(phase, run.directory, "train", c.seed, c.unique_tokens, c.static_masks)
+    return blocks, batches_of(blocks, run.budget.steps, phase.blocks(c.batch_size), run.arm.device)
 
 
 def batches_of(blocks, start, batch_size, device):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 import finetune_glue
-from data import Blocks
+from data import blocks_of
 from model import BertForMaskedLM, BertForSequenceClassification
 from plumbing.budget import Stages
 from plumbing.cli import UserError
@@ -38,7 +38,7 @@ def step_seconds(config, directory, teacher, tries=1):
               BertForMaskedLM(teacher).to(device) if config.needs_teacher else None,
               phase=len(config.phases) - 1)
     arm.make_optimizer()
-    batch = Blocks(directory, "train", config.length, seed=0).batch(0, micro)
+    batch = blocks_of(arm.phase, directory, "train", 0).batch(0, arm.phase.blocks(micro))
     seconds = []
     for _ in range(1 + tries):                                          # the first warms up
         began = time.perf_counter()

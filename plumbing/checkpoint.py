@@ -287,6 +287,39 @@ def read_tokenizer(path):
     return tokenizer
 
 
+class Form(NamedTuple):
+    """How a sentence encoder makes an embedding of the last hidden state, as sentence-transformers reads it."""
+    pooling: str = "mean"               # over real positions; or "cls"
+    normalize: bool = False             # to length 1
+    max_len: int | None = None          # ids, [CLS] and [SEP] included; None: as many as there are positions
+
+    def __str__(self):
+        return (f"{self.pooling} pooling" + ", normalised" * self.normalize
+                + (f", at most {self.max_len} ids" if self.max_len else ""))
+
+
+def read_form(path):
+    """The Form that a model directory is written for; of one that does not say the mean.  Refuses any other."""
+    def content(name, default):
+        return json.loads((path / name).read_text(encoding="utf-8")) if (path / name).is_file() else default
+    with parsing(path):
+        modules = [(m["type"].rpartition(".")[2], m["path"]) for m in content("modules.json", [])]
+        kinds = [kind for kind, _ in modules]
+        pooling = content(f"{dict(modules).get('Pooling', '1_Pooling')}/config.json", dict(pooling_mode="mean"))
+        modes = pooling.get("pooling_mode") or [re.sub("pooling_mode_|_tokens?", "", key)
+                                                for key, value in pooling.items() if value is True]
+        modes = [modes] if isinstance(modes, str) else [m for m in modes if m != "include_prompt"]
+        longest = read_config(path).max_position_embeddings
+        lengths = (content("sentence_bert_config.json", {}).get("max_seq_length"),
+                   content("tokenizer_config.json", {}).get("model_max_length"))
+        length = int(min(next(filter(None, lengths), longest), longest))
+    if modes not in (["mean"], ["cls"]) or kinds not in (
+            [], ["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
+        raise UserError(f"{path} makes embeddings by {shown(', '.join(kinds), 100)}, pooling "
+                        f"{shown(', '.join(modes), 60)}: only Transformer, Pooling (mean or cls), Normalize work here")
+    return Form(modes[0], "Normalize" in kinds, length)
+
+
 def framed(tokenizer):
     """A copy that neither cuts nor pads: [CLS] a [SEP], or [CLS] a [SEP] b [SEP] with 1
     as the type of b [SEP]."""
@@ -354,12 +387,12 @@ def cut_log(file, step):
 
 # ---------------------------------------------------------------------------------------------------- writing
 
-def save_model(directory, model, tokenizer, head=True, card="", max_len=None, names=None, columns=()):
+def save_model(directory, model, tokenizer, head=True, card="", max_len=None, names=None, columns=(), form=None):
     """Writes a model directory: a BertForMaskedLM with its LM head if `head`, else as an
     encoder; or a classifier.
 
     `card` is the text of its README.md; `max_len`: how many ids it was fine-tuned on, where its tokenizer is
-    to cut.  `names`: of a classifier's labels; `columns`: those that its text stood in.
+    to cut.  `names`: of a classifier's labels; `columns`: those that its text stood in.  `form`: a Form.
     Written and synced beside its place, then moved there: whatever happens, a whole one of that name, or the
     one before beside it (find_model reads that, the next save moves it back)."""
     directory = Path(directory)
@@ -390,11 +423,13 @@ def save_model(directory, model, tokenizer, head=True, card="", max_len=None, na
     write(part / "config.json", dict(
         model_type="bert", architectures=[kind], **dataclasses.asdict(c), **extra))
     save_tokenizer(part, framed(tokenizer), max_len or c.max_position_embeddings)
-    write(part / "modules.json", [
-        dict(idx=i, name=str(i), path=where, type=f"sentence_transformers.models.{what}")
-        for i, (where, what) in enumerate([("", "Transformer"), ("1_Pooling", "Pooling")])])
+    form = form or Form()
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling"), *[("2_Normalize", "Normalize")] * form.normalize]
+    write(part / "modules.json", [dict(idx=i, name=str(i), path=where, type=f"sentence_transformers.models.{what}")
+                                  for i, (where, what) in enumerate(modules)])
     write(part / "1_Pooling/config.json", dict(
-        word_embedding_dimension=c.hidden_size, pooling_mode_mean_tokens=True))
+        word_embedding_dimension=c.hidden_size, pooling_mode_mean_tokens=form.pooling == "mean",
+        pooling_mode_cls_token=form.pooling == "cls"))
     write(part / "README.md", card)
     for folder in (part / "1_Pooling", part):
         synced(folder)

@@ -385,6 +385,8 @@ def shaped(lines, document_per):
         lines = ("" if DOC.fullmatch(line) else line for line in lines if line)
     elif TITLE.fullmatch(first) or any(map(SECTION.fullmatch, start)):
         lines = articles(lines)
+    if document_per == "line":
+        return (part for line in lines if line for part in (line, ""))
     return filter(None, lines) if document_per == "file" else lines
 
 
