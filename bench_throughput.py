@@ -34,7 +34,7 @@ import torch
 
 import train
 from comparison.report import aligned
-from data import SPECIAL, Blocks
+from data import SPECIAL, Blocks, blocks_of
 from model import BertConfig, BertForMaskedLM
 from plumbing.checks import check_teacher
 from plumbing.cli import Checked, Count, Length, NotNegative, Share, UserError, run
@@ -112,8 +112,9 @@ class RandomTokens:
     when the process ends."""
 
     def __init__(self, vocab_size, count=2 ** 22):
-        self.path, self.vocab = "random ids", range(vocab_size)
-        self.special = dict(zip(SPECIAL, range(len(SPECIAL)), strict=True))
+        tokens = [*SPECIAL, ".", *(f"a{i}" for i in range(vocab_size))][:vocab_size]
+        self.path, self.vocab = "random ids", {token: i for i, token in enumerate(tokens)}
+        self.special = {token: self.vocab[token] for token in SPECIAL}
         self.file, self.dtype = tempfile.TemporaryFile(), np.uint16 if vocab_size <= 2 ** 16 else np.uint32
         np.random.default_rng(0).integers(len(SPECIAL), vocab_size, count, self.dtype).tofile(self.file)
 
@@ -138,7 +139,7 @@ def entry_of(name, arm, blocks, flops=None):
     """An arm that steps as train.py's loop does."""
     arm.make_optimizer()
     stages, steps = train.Stages(arm.device), itertools.count()
-    batches = train.batches_of(blocks, 0, arm.config.batch_size, arm.device)
+    batches = train.batches_of(blocks, 0, arm.phase.blocks(arm.config.batch_size), arm.device)
 
     def step():
         stages.mark(None)
@@ -154,7 +155,7 @@ def entry_of(name, arm, blocks, flops=None):
     return Entry(name, step, flops, peak, stages)
 
 
-def arms(config, blocks):
+def arms(config, tokens):
     """Every arm that was asked for, each with weights of its own."""
     student_c, teacher_c = shapes = config.shape(config.size, config.heads), config.shape(config.teacher_size)
     names = config.strategies.split(",")
@@ -168,12 +169,13 @@ def arms(config, blocks):
             with torch.device(config.device):
                 arm = Arm(of_arm, *map(BertForMaskedLM, needed), phase=i)
             flops = config.batch_size * sum(flops_per_block(of_arm, *needed, phase=i))
-            yield entry_of(phase.name + RELEASED * as_released, arm, blocks, flops)
+            yield entry_of(phase.name + RELEASED * as_released, arm, blocks_of(phase, tokens, "train", 0), flops)
     if config.baseline:
         import transformers as hf
         with torch.device(config.device):
             model = hf.BertForMaskedLM(hf.BertConfig(**dataclasses.asdict(student_c))).train()
-            yield entry_of("transformers MLM", TransformersArm(config.of_arm("no_kd"), model), blocks)
+            arm = TransformersArm(config.of_arm("no_kd"), model)
+            yield entry_of("transformers MLM", arm, blocks_of(arm.phase, tokens, "train", 0))
 
 
 class TransformersArm(Arm):
@@ -271,8 +273,9 @@ def in_words(rows):
 def main(config):
     if config.json:
         claim_file(config.json, "--json")
-    blocks = Blocks(RandomTokens(config.vocab_size), "train", config.seq_len, seed=0)
+    tokens = RandomTokens(config.vocab_size)
     if config.loader:
+        blocks = Blocks(tokens, "train", config.seq_len, seed=0)
         print(f"loader_tokens_per_second: {loader_rate(blocks):,.0f} (one thread, batches of 1024 x "
               f"{config.seq_len}, {blocks.k} masks each)")
         return
@@ -283,7 +286,7 @@ def main(config):
           f"{'bf16' if config.bf16 else 'fp32'}, {'compiled' if config.compile else 'eager'}, dropout "
           f"{config.dropout:g}, torch {torch.__version__}")
     ready_process(torch.device(config.device))                          # as make_arm does
-    entries = list(arms(config, blocks))
+    entries = list(arms(config, tokens))
     take_turns(entries, config)
     rows = [row(e, entries[0], config, peak_flops(device) if config.bf16 else None) for e in entries]
     print(aligned([*rows[0]], [[r.get(name, "") for name in rows[0]] for r in rows]))

@@ -148,9 +148,15 @@ class Arm:
         """(micro-batch on the device, whether it is this rank's last) of one optimizer step; dropout is
         reseeded for each, so that no generator's state has to survive a stop."""
         micro = self.phase.blocks(self.config.micro_batch)
+        if sentences := bool(self.strategy.seq_len):    # the short ones first, so that less of a micro-batch is padding
+            lengths = (batch.ids != self.student.config.pad_token_id).sum(1)
+            batch, lengths = Batch(*(a[np.argsort(lengths, kind="stable")] for a in batch)), np.sort(lengths)
         for j in range(self.accumulate):
             at = (self.ranks.rank * self.accumulate + j) * micro
-            on_device = self.to_device(Batch(*(a[at:at + micro] for a in batch)))
+            part = Batch(*(a[at:at + micro] for a in batch))
+            if sentences and not self.compiled:
+                part = part._replace(ids=part.ids[:, :lengths[at + micro - 1]])
+            on_device = self.to_device(part)
             torch.manual_seed(int(hashed(self.config.seed, step, j, self.ranks.rank) >> np.uint64(1)))
             yield on_device, j == self.accumulate - 1
 
