@@ -34,7 +34,7 @@ import torch
 
 import train
 from comparison.report import aligned
-from data import SPECIAL, Blocks, blocks_of
+from data import Blocks, blocks_of
 from model import BertConfig, BertForMaskedLM
 from plumbing.checks import check_teacher
 from plumbing.cli import Checked, Count, Length, NotNegative, Share, UserError, run
@@ -48,6 +48,7 @@ from plumbing.device import (
 from plumbing.files import claim_file, write_json
 from plumbing.price import flops_per_block
 from plumbing.screen import peak_flops
+from plumbing.tokenizer import SPECIAL
 from step import Arm, autocast
 from strategies import AS_RELEASED, PHASED, STRATEGIES
 

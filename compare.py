@@ -39,7 +39,7 @@ from comparison import jobs, judge, ngrams, report, statistics, timing
 from comparison.demonstration import demonstrated, look
 from comparison.merge import merged
 from comparison.timing import Progress, duration
-from data import Blocks, TokenDirectory
+from data import Blocks
 from plumbing import checkpoint, glue
 from plumbing.budget import UNITS, one_budget
 from plumbing.checks import NotFinite, check_teacher
@@ -60,6 +60,7 @@ from plumbing.device import choose_device, fitting_micro_batch
 from plumbing.files import claim, parsing, read_json, records, share_runs, write_json, write_whole
 from plumbing.rundir import contents
 from plumbing.student import initial_student, start_from, student_shape
+from plumbing.tokens import TokenDirectory
 from plumbing.validation import validation_blocks
 from strategies import PHASED, RECIPES, STRATEGIES
 

@@ -41,12 +41,13 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from comparison import ngrams
-from data import TokenDirectory, hashed
+from data import hashed
 from plumbing import checkpoint, probe
 from plumbing.cli import Checked, Length, Positives, Seed, Share, Times, UserError, numbers, run
 from plumbing.device import choose_device, multiplies_in_bf16
 from plumbing.files import claim, parsing, sha256, share, write_json, write_whole
 from plumbing.glue import BINARY, PAPER, TASKS, Task, evaluate, parse_tasks, read_task, rows_of_text
+from plumbing.tokens import TokenDirectory
 from step import autocast, decay_groups, to_device
 from train import learning_rate
 

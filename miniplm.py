@@ -27,7 +27,7 @@ import numpy as np
 from tqdm import tqdm
 
 import train
-from data import FILES, Blocks, TokenDirectory, hashed
+from data import Blocks, hashed
 from plumbing.cli import Checked, Count, Fraction, Length, Times, UserError, run, writable
 from plumbing.device import choose_device, hardware, multiplies_in_bf16, ready_process
 from plumbing.diagnose import masked_lm, token_losses
@@ -35,6 +35,7 @@ from plumbing.files import read_json, sha256, share_runs, write_json, write_whol
 from plumbing.glue import spearman
 from plumbing.price import flops_per_block
 from plumbing.rundir import contents
+from plumbing.tokens import FILES, TokenDirectory
 
 UNIT, HELD_OUT = 8, 20          # blocks in a unit; one unit in so many is the reference's
 CHUNK = 500                     # units in a file of scores

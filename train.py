@@ -31,7 +31,7 @@ from typing import Annotated, Literal
 
 import torch
 
-from data import Sentences, TokenDirectory, blocks_of, prefetch
+from data import Sentences, blocks_of, prefetch
 from model import BertConfig
 from plumbing import encoder
 from plumbing.budget import Budget, Stages, Stopped, one_budget, stop_signals
@@ -42,6 +42,8 @@ from plumbing.price import price
 from plumbing.rehearsal import rehearse
 from plumbing.rundir import Run, begun, contents, finished, run_directory
 from plumbing.screen import what_next
+from plumbing.settle import settled, with_file
+from plumbing.tokens import TokenDirectory
 from plumbing.validation import validation_blocks
 from step import make_arm
 from strategies import RECIPES, parts, phases_of
@@ -51,11 +53,11 @@ from strategies import RECIPES, parts, phases_of
 class Recipe(Checked):
     """What all arms of a comparison share, and train.py and compare.py have in common."""
     # model
-    size: str = "6L768"                 # student: layers L width
-    heads: Count | None = None          # attention heads; default: width / 64
+    size: str | None = None             # student: layers L width; default: half of the teacher's layers, else 6L768
+    heads: Count | None = None          # attention heads; default: the teacher's at its width, else width / 64
     # data
     seq_len: Lengths = 128              # S, positions in a block; or in turn, each to a share: 32:0.5,128
-    batch_size: Count = 1024            # blocks per optimizer step
+    batch_size: Count | None = None     # blocks per optimizer step; default: 1024, or what buys 2,000 steps
     micro_batch: Count | None = None    # blocks per forward pass; default: 256 (80 GB: 1024), halved until it fits
     val_blocks: Count = 512             # validation blocks
     val_times: Count = 20               # validations over the budget, the last at its end
@@ -110,13 +112,13 @@ class Config(Recipe):
     budget_steps: Count | None = None   # or in optimizer steps
     fractions: Annotated[str, float, "(0, 1)"] = ""     # of the budget, as 0.25,0.5: to save models there too
     # teacher
-    teacher: str = "bert-base-uncased"  # model directory or Hub id; not read by no_kd unless --init teacher
+    teacher: str | None = None          # model directory or Hub id; default: teacher/ where the data fit it, else BERT
     init: Literal["random", "teacher"] | None = None    # teacher: its weights; default: the strategy's
     init_layers: str | None = None      # of the teacher, from 0; default: first, last, evenly; cut: or best, by --data
     tau: Positive | None = None         # temperature of the soft targets; default: 1, distilbert: 2
     as_released: bool = False           # FOR SCIENCE ONLY: what the paper's released code computes
     # data
-    data: str = "data/wiki"             # token directory, made by prepare.py; sentence and cut: or a file of text
+    data: str | None = None             # token directory, or a file of text; default: data/wiki, else docstrings
     unique_tokens: Count | None = None  # train on the first so many ids of the data alone, again and again
     static_masks: bool = False          # the same masks in every epoch
     # recipe
@@ -322,11 +324,12 @@ def begin(config, now, say, status, held):
     return run, None
 
 
-def main(config, **options):
-    config = encoder.completed(config)
+def main(config, say=print, **options):
+    config = with_file(config)
     if config.strategy == "cut":
         return encoder.cut(config) if Ranks().rank == 0 else None
-    summary = train(config, **options)
+    config = settled(config, say if Ranks().rank == 0 else lambda line: None, gradients)
+    summary = train(config, say=say, **options)
     if summary and Ranks().rank == 0:
         print(what_next(config.path, "d_order" in summary))
     if Ranks().size > 1:

@@ -17,10 +17,10 @@ from plumbing.files import claim, share_runs, write_whole
 TEACHER = Path(__file__).parents[1] / "teacher"        # how it was made: its README.md
 VAL_FRACTION = 0.1
 PACKAGES = ("torch", "sympy", "python", "networkx", "numpy")    # the labels of the task
-LABELLED, CHARACTERS = 500, 160                         # training examples, and how long each is
+LABELLED, CHARACTERS = 2000, 160                        # training examples to draw from, and how long each is
 # Chosen on two CPU cores: FLOPs, so that a busy machine changes how long it takes and not what comes out
 SETTING = dict(teacher=str(TEACHER), size="2L128", budget_flops="5e12", seq_len=64, batch_size=32,
-               micro_batch=32, dropout=0.0, peak_lrs="1e-3", val_times=1, val_blocks=256,
+               micro_batch=32, dropout=0.0, peak_lrs="1e-3", val_times=1, val_blocks=256, labels=200,
                finetune_batch_sizes="32", finetune_lrs="7e-4", finetune_epochs=10, finetune_seeds=2, max_len=48)
 ARMS = "no_kd,vanilla_kd,tinybert,minilm,no_kd+init"        # the last one starts from the teacher
 MASKED = "returns a new [MASK] with the same shape as the input."

@@ -23,9 +23,10 @@ from tokenizers import Tokenizer
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from data import SPECIAL, Blocks
+from data import Blocks
 from kd_losses import soft_cross_entropy
 from model import BertConfig, BertForMaskedLM
+from plumbing.tokenizer import SPECIAL
 from strategies import AS_RELEASED, PHASED, STRATEGIES, Context, loss_terms, relation_head_count
 from train import learning_rate
 

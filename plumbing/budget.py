@@ -20,6 +20,12 @@ def one_budget(config):
     return next(iter(given.items()))
 
 
+def learns(steps, tokens, parameters):
+    """Whether a student that starts from random weights learns something at all: under 200 steps, or a tenth of a token
+    for each parameter, it does not."""
+    return steps >= 200 and tokens >= 0.1 * parameters
+
+
 class Budget:
     """What a run may spend: hours on a clock that can be paused, or steps at a price each (in FLOPs, tokens,
     steps).  `now` is injected by tests; `seconds` and `uncharged` come from a

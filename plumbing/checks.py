@@ -24,7 +24,7 @@ def check_run(config):
     layers_of(config.init_layers)
     if config.init_layers is not None and config.start != "teacher":
         raise UserError(f"--init-layers {config.init_layers} belongs to --init teacher")
-    if (own := phases[0].strategy.seq_len) and (config.micro_batch or config.batch_size) * config.length % own:
+    if (own := phases[0].strategy.seq_len) and (config.micro_batch or config.batch_size or 0) * config.length % own:
         raise UserError(f"--batch-size {config.batch_size}, --micro-batch {config.micro_batch}: their tokens must be a "
                         f"multiple of {own}, the length of {config.strategy}'s sentences: at --seq-len {config.length} "
                         f"give multiples of {own // math.gcd(own, config.length)}")
@@ -32,11 +32,11 @@ def check_run(config):
         raise UserError(f"--seq-len {config.seq_len}: each must divide the last one, so that all steps have as "
                         f"many tokens")
     config.budget  # noqa: B018
-    if config.batch_size * config.length > MANY_TOKENS:
+    if config.batch_size and config.batch_size * config.length > MANY_TOKENS:
         raise UserError(f"--batch-size {config.batch_size} x --seq-len {config.length}: at most {MANY_TOKENS:,} tokens "
                         f"a step")
     ranks = Ranks().size
-    if config.micro_batch and config.batch_size % (config.micro_batch * ranks):
+    if config.micro_batch and config.batch_size and config.batch_size % (config.micro_batch * ranks):
         raise UserError(f"--batch-size {config.batch_size} is not a multiple of "
                         f"--micro-batch {config.micro_batch}" + f" x {ranks} processes" * (ranks > 1))
 

@@ -23,8 +23,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import SCAN, Blocks, TokenDirectory, hashed
+from data import Blocks, hashed
 from plumbing.cli import Checked, Count, Length, UserError, run
+from plumbing.tokens import SCAN, TokenDirectory
 
 D_ORDER_TURN = 0.3          # nat; under it a teacher has no attention structure to give
 COUNTED = 2 ** 26           # training ids that are counted over: the first ones

@@ -1,74 +1,29 @@
-"""A sentence encoder: what is prepared for its student, a start chosen without labels, what was lost and won.
+"""A sentence encoder: what a student lost and won, the teacher's layers alone, a start chosen without labels.
 
 Read it with data.Sentences, when you have an encoder and text but no labels.
 """
-import dataclasses
-import hashlib
 import itertools
 import math
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch.nn import ModuleList
 
-import prepare
-from data import Sentences, TokenDirectory
+from data import Sentences
 from kd_losses import pooled, sentence_mse
 from plumbing import checkpoint
 from plumbing.budget import UNITS
 from plumbing.checks import layers_of
 from plumbing.cli import UserError
 from plumbing.device import multiplies_in_bf16
-from plumbing.files import sha256, share_runs
 from plumbing.student import evenly, initial_student, start_from
-from plumbing.tokenizer import fingerprint
+from plumbing.tokens import TokenDirectory
 from step import autocast
 from strategies import STRATEGIES
 
 HELD_OUT = 1000             # sentences: what was lost is measured on so many, a start is chosen by so many
-LONG = 300                  # bytes: few sentences have more
 NEAREST = 10
 ALL_SETS = 2e13             # FLOPs: up to here all sets of layers are tried
-
-
-# --------------------------------------------------------------------------------- what a command leaves out
-
-def completed(config):
-    """A train.Config of `sentence` or `cut` with the teacher's width, heads and half of its layers where no --size is
-    given, and with a token directory in place of a file of text, a document a line."""
-    if config.strategy not in ("sentence", "cut"):
-        return config
-    path = checkpoint.find_model(config.teacher)
-    teacher, given = checkpoint.read_config(path), {}
-    if config.size == type(config).size:
-        given["size"] = f"{(teacher.num_hidden_layers + 1) // 2}L{teacher.hidden_size}"
-    if config.heads is None and given.get("size", config.size).endswith(f"L{teacher.hidden_size}"):
-        given["heads"] = teacher.num_attention_heads
-    if Path(config.data).is_file():
-        given["data"] = prepared(config.data, path)
-    if given:
-        print("taken: " + " ".join(f"--{name} {value}" for name, value in given.items()))
-    return dataclasses.replace(config, **given)
-
-
-def prepared(text, teacher):
-    """The token directory of a file of text, a document a line, in the teacher's vocabulary, made once: by one process,
-    while others wait."""
-    text, of = Path(text), fingerprint(checkpoint.read_tokenizer(teacher))
-    key = hashlib.sha256((sha256(text) + of).encode()).hexdigest()
-    out = Path("data", f"{text.name.partition('.')[0]}-{key[:8]}")
-    held_out = min(0.2, max(0.005, HELD_OUT * LONG / text.stat().st_size))
-
-    def make(_):
-        if not (out / "manifest.json").exists():
-            prepare.main(prepare.Config([str(text)], str(out), str(teacher), None, held_out, document_per="line"))
-    share_runs([out.parent], make)
-    return str(out)
-
-
-def sentence_length():
-    return STRATEGIES["sentence"].seq_len
 
 
 # --------------------------------------------------------------------------------------- what was lost and won
@@ -126,18 +81,19 @@ def cut(config):
     """--strategy cut: writes the teacher with some of its layers, untrained, as a model directory."""
     if any(getattr(config, f"budget_{unit}") for unit in UNITS):
         raise UserError("--strategy cut trains nothing: leave the budget out")
-    path, depth = checkpoint.find_model(config.teacher), config.shape.num_hidden_layers
-    tokenizer = checkpoint.read_tokenizer(path)
+    path = checkpoint.find_model(config.teacher or " ")
+    tokenizer, form = checkpoint.read_tokenizer(path), checkpoint.read_form(path)
     teacher, missing, _ = checkpoint.load_mlm(path, tokenizer.get_vocab_size())
-    c, form = teacher.config, checkpoint.read_form(path)
-    if config.shape.hidden_size != c.hidden_size or depth > c.num_hidden_layers:
+    c = teacher.config
+    depth = config.shape.num_hidden_layers if config.size else math.ceil(c.num_hidden_layers / 2)
+    if config.size and config.shape.hidden_size != c.hidden_size or depth > c.num_hidden_layers:
         raise UserError(f"--size {config.size}: {config.teacher} is {c.size}, and a cut is as wide and at most as deep")
     checkpoint.room(config.path, dry_run=True)
     if config.init_layers == "best":
         if not missing:
             raise UserError(f"--init-layers best: {config.teacher} has an LM head, and only an encoder's layers are "
                             f"chosen by embeddings: give numbers, or none for the first, the last, evenly between")
-        directory = TokenDirectory(config.data)
+        directory = TokenDirectory(config.data or " ")
         checkpoint.same_vocabulary(directory.read_tokenizer(), path)
         layers = best_layers(teacher, form, depth, directory)
     else:
@@ -156,7 +112,7 @@ def cut(config):
 def best_layers(teacher, form, depth, directory):
     """The layers, from 0, whose untrained student embeds the first sentences of train most like the teacher (seed 0):
     of all sets, or one layer added after another between the first and the last."""
-    blocks, deep = Sentences(directory, "train", sentence_length(), 0), teacher.config.num_hidden_layers
+    blocks, deep = Sentences(directory, "train", STRATEGIES["sentence"].seq_len, 0), teacher.config.num_hidden_layers
     ids = torch.from_numpy(blocks.batch(0, min(HELD_OUT, blocks.count)).ids)
     price = math.comb(deep, depth) * depth * 24 * teacher.config.hidden_size ** 2 * ids.numel()
     if price <= ALL_SETS or depth < 3:

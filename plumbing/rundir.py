@@ -13,7 +13,7 @@ import time
 import torch
 
 from plumbing import checkpoint
-from plumbing.budget import Stopped
+from plumbing.budget import Stopped, learns
 from plumbing.cli import UserError, flag_of, numbers
 from plumbing.encoder import lost_and_won
 from plumbing.files import MARK, claim, hold, read_json, sha256, write_json
@@ -35,6 +35,7 @@ def contents(directory, teacher=None):
 # What may differ when a run goes on
 NOT_THE_RUN = ("out", "dry_run")
 CHECKPOINT_MINUTES = 10.0
+VALIDATING = 0.05           # of a budget of hours is the most that validations take
 LOG_EVERY = 10              # steps per line of log.jsonl
 FILES = (MARK, "config.json", "log.jsonl", "summary.json", *checkpoint.CHECKPOINTS)
 
@@ -87,6 +88,7 @@ class Run:
         self.directory, self.val_blocks = directory, val_blocks
         self.screen = Screen(arm, budget, say, status)
         self.validations, self.seconds, self.teacher_mlm, self.d_order = 0, 0.0, None, None
+        self.val_times = config.val_times
         self.val, self.vals, self.say = {}, [], self.screen.say         # vals: at phases' end
         self.saved, self.writes = time.monotonic(), writes
 
@@ -139,7 +141,11 @@ class Run:
             if (self.arm.teacher and self.arm.teacher_has_head and self.teacher_mlm is None
                     and not self.arm.strategy.seq_len):
                 self.teacher_mlm = validate(self.arm, self.val_blocks, model=self.arm.teacher)["mlm"]
+            began = time.monotonic()
             self.val = validate(self.arm, self.val_blocks)
+            if self.budget.unit == "hours":     # at most VALIDATING of the time
+                most = VALIDATING * 3600 * self.budget.total / (time.monotonic() - began)
+                self.val_times = max(1, min(self.val_times, int(most)))
             describe(self.arm, self.val, self.budget.steps, self.teacher_mlm, self.say)
         self.screen.mark()
 
@@ -153,7 +159,7 @@ class Run:
                 self.write(record | self.screen.speed())
             self.screen.show(record)
         # One fewer: the last is the summary's
-        due = min(int(self.config.val_times * self.budget.progress), self.config.val_times - 1)
+        due = min(int(self.val_times * self.budget.progress), self.val_times - 1)
         if self.validations < due:
             val = self.validate(signals)
             self.validations = due                                      # one, also where a stall skipped some
@@ -273,6 +279,10 @@ class Run:
             self.say(f"{kind}: " + ", ".join(f"{cause} {s:.1f} s" for cause, s in summary[kind].items()))
         for name, value in summary["val"].items():
             self.say(f"val_{name}: {value:.4f}")
+        parameters = sum(p.numel() for p in self.arm.student.parameters())
+        if self.config.start == "random" and not learns(summary["steps"], summary["tokens"], parameters):
+            self.say(f"warning: {summary['steps']:,} steps and {summary['tokens'] / parameters:.2g} tokens for each "
+                     f"parameter: too little to learn from random weights")
 
 
 def model_card(config, summary):

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from data import SPECIAL
 from plumbing.cli import UserError, shown
 from plumbing.files import json_object, parsing
 
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 ALPHABET = 1000             # characters a trained vocabulary knows, the most frequent ones
 VOCABULARIES = ("tokenizer.json", "vocab.txt")
 BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")

@@ -11,10 +11,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 import bench_throughput as bench
 import model
 import train
-from data import Blocks, TokenDirectory, blocks_of
+from data import Blocks, blocks_of
 from model import BertForMaskedLM
 from plumbing import cli
 from plumbing.price import flops_per_block
+from plumbing.tokens import TokenDirectory
 from plumbing.validation import validate
 from step import Arm, make_arm
 from strategies import AS_RELEASED, STRATEGIES, loss_terms

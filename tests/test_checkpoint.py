@@ -17,12 +17,12 @@ from tokenizers import normalizers
 
 import train
 from conftest import text
-from data import SPECIAL, TokenDirectory
 from model import BertConfig, BertForMaskedLM, BertForSequenceClassification
 from plumbing import checkpoint
 from plumbing.checkpoint import DECODER, EMBEDDING
 from plumbing.cli import UserError
-from plumbing.tokenizer import wordpiece
+from plumbing.tokenizer import SPECIAL, wordpiece
+from plumbing.tokens import TokenDirectory
 from step import make_arm
 
 QUIET = dict(say=lambda line: None)

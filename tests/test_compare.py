@@ -23,10 +23,10 @@ import prepare
 import train
 from comparison import demonstration, jobs, timing
 from conftest import TINY, text
-from data import TokenDirectory
 from plumbing import checkpoint, glue
 from plumbing.checks import NotFinite
 from plumbing.cli import UserError
+from plumbing.tokens import TokenDirectory
 
 
 @pytest.fixture

@@ -10,8 +10,9 @@ import pytest
 
 import data
 from bench_throughput import loader_rate
-from data import Blocks, TokenDirectory, document_lengths, prefetch
+from data import Blocks, prefetch
 from plumbing.cli import UserError
+from plumbing.tokens import TokenDirectory
 
 
 @pytest.fixture
@@ -250,18 +251,10 @@ def test_the_loader_rate_counts_tokens(blocks):
     assert loader_rate(blocks, batch_size=8, seconds=3, now=lambda: next(clock)) == 2 * 8 * 32 / 4
 
 
-def test_document_lengths_are_those_of_the_documents(corpus, monkeypatch):
-    directory = TokenDirectory(corpus)
-    monkeypatch.setattr(data, "SCAN", 1000)
-    lengths = document_lengths(directory, "train")
-    assert lengths.sum() == directory.manifest["train_tokens"] and lengths.min() > 1
-    assert len(lengths) + len(document_lengths(directory, "val")) == directory.manifest["documents"]
-
-
 def test_the_script_shows_what_was_masked(corpus, capsys):
     data.main(data.Config([str(corpus)], show=2, seq_len=32))
     out = capsys.readouterr().out
     assert "verified: train.bin, val.bin, tokenizer.json" in out and out.count(" <- ") == 2 * 5
     assert json.loads((corpus / "manifest.json").read_text())["fingerprint"] in out
     assert all(f"\n{key}: " in out for key in (
-        "documents", "unknown_rate", "train_document_lengths", "val_document_lengths"))
+        "documents", "unknown_rate"))

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from data import Batch, Blocks, TokenDirectory
+from data import Batch, Blocks
 from plumbing import checkpoint, diagnose
 from plumbing.cli import UserError
 from plumbing.diagnose import Config, counting, d_order, permuted, repeated, token_losses, validation, where_it_stands
+from plumbing.tokens import TokenDirectory
 
 
 @pytest.fixture(scope="module")

@@ -21,10 +21,10 @@ import prepare
 import train
 from comparison import demonstration
 from conftest import TINY, text
-from data import TokenDirectory
 from model import BertConfig, BertForMaskedLM
 from plumbing import checkpoint, files
 from plumbing.cli import UserError
+from plumbing.tokens import TokenDirectory
 
 # A file of each kind as the versions before the marks wrote it
 BEFORE = {"run": ("config.json", dict(strategy="no_kd", seed=0)),

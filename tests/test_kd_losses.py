@@ -9,7 +9,7 @@ import torch
 import kd_losses as kd
 import strategies as st
 import train
-from data import TokenDirectory
+from plumbing.tokens import TokenDirectory
 from step import make_arm
 
 B, N, S, H, D, M, V = 2, 3, 5, 4, 12, 6, 11

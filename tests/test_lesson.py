@@ -16,10 +16,11 @@ import torch
 import prepare
 import train
 from conftest import text
-from data import Blocks, TokenDirectory
+from data import Blocks
 from exercises import tinybert_in_25_lines
 from plumbing.budget import Stages
 from plumbing.cli import parse
+from plumbing.tokens import TokenDirectory
 from step import make_arm
 
 ROOT = Path(__file__).parents[1]

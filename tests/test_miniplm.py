@@ -21,12 +21,13 @@ import miniplm
 import prepare
 import train
 from conftest import text
-from data import Blocks, TokenDirectory, hashed
+from data import Blocks, hashed
 from model import BertConfig
 from plumbing import checkpoint, sources
 from plumbing.cli import UserError
 from plumbing.files import write_json, write_whole
 from plumbing.price import flops_per_block
+from plumbing.tokens import TokenDirectory
 
 ROOT = Path(__file__).parents[1]
 SILENT = lambda line: None  # noqa: E731

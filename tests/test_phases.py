@@ -10,13 +10,13 @@ import torch
 from test_reliability import command, final, interrupted
 
 import train
-from data import TokenDirectory
 from model import BertConfig
 from plumbing import checkpoint
 from plumbing.budget import Budget
 from plumbing.cli import UserError
 from plumbing.price import flops_per_block
 from plumbing.student import initial_student
+from plumbing.tokens import TokenDirectory
 from step import Arm, make_arm
 from strategies import phases_of
 
@@ -192,7 +192,7 @@ SIZES = [BertConfig.of_size(size, vocab_size=30528) for size in ("6L768", "12L76
 
 def prices(strategy, **other):
     """[(share, cost of a token over no_kd's)] of the phases, 6L768 from 12L768."""
-    config = train.Config(strategy=strategy, **other)
+    config = train.Config(strategy=strategy, size="6L768", batch_size=1024, **other)
     return [(phase.end - phase.begin, sum(flops_per_block(config, *SIZES, i)) / 128 / 283.5e6)
             for i, phase in enumerate(config.phases)]
 

@@ -27,11 +27,11 @@ from tokenizers import BertWordPieceTokenizer
 
 import prepare
 from conftest import text
-from data import SPECIAL, TokenDirectory
 from plumbing import rows, sources
 from plumbing.cli import UserError
 from plumbing.files import hold
-from plumbing.tokenizer import load_tokenizer, wordpiece
+from plumbing.tokenizer import SPECIAL, load_tokenizer, wordpiece
+from plumbing.tokens import TokenDirectory
 
 
 def files(directory):

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import finetune_glue as ft
-from data import Blocks, TokenDirectory, hashed
+from data import Blocks, hashed
 from plumbing import checkpoint, diagnose, glue, probe
 from plumbing.cli import UserError
+from plumbing.tokens import TokenDirectory
 
 
 def made_up(n, classes, width=12, seed=0):

@@ -23,12 +23,12 @@ import prepare
 import train
 from comparison import judge
 from conftest import TINY, text, watching
-from data import TokenDirectory
 from model import BertConfig, BertForMaskedLM
 from plumbing import checkpoint, glue
 from plumbing.cli import UserError
 from plumbing.device import fitting_micro_batch
 from plumbing.student import start_from
+from plumbing.tokens import TokenDirectory
 from strategies import AS_RELEASED, STRATEGIES
 
 FAIR = TINY | dict(micro_batch=4, dropout=0.1, val_blocks=12, val_times=3, warmup=0.25, weight_decay=0.05,

@@ -16,11 +16,11 @@ import torch
 import finetune_glue
 import train
 import watch
-from data import TokenDirectory
 from plumbing import diagnose, rehearsal, screen
 from plumbing.budget import Budget
 from plumbing.cli import parse
 from plumbing.screen import Screen
+from plumbing.tokens import TokenDirectory
 from plumbing.validation import validation_blocks
 
 ROOT = Path(train.__file__).parent

@@ -5,10 +5,10 @@ import time
 
 import pytest
 
-from data import SPECIAL, TokenDirectory
 from plumbing import checkpoint
 from plumbing.cli import UserError
-from plumbing.tokenizer import load_tokenizer
+from plumbing.tokenizer import SPECIAL, load_tokenizer
+from plumbing.tokens import TokenDirectory
 
 WORDS = ("the The cat Cat é e ü ##s ##e [ ] < > hl ##l h ##h ent s 是 苹 果 是苹果 a ##a b [unused1] ÄÖ äö ao ! ##t c "
          "ca x ##x _ f o").split()

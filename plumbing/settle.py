@@ -1,0 +1,187 @@
+"""What a run takes where nobody says it: text, teacher, size, heads, batch size.  Read it with train.py.
+
+What is taken is printed, with the flag that changes it, and stands in config.json as if it had been given.
+"""
+import dataclasses
+import functools
+import math
+import time
+from pathlib import Path
+
+import torch
+
+from data import blocks_of
+from model import BertForMaskedLM
+from plumbing import checkpoint
+from plumbing.budget import Stages, learns
+from plumbing.cli import UserError
+from plumbing.device import Ranks, choose_device, halve_micro_batch_until_it_fits
+from plumbing.encoder import HELD_OUT
+from plumbing.files import sha256, share_runs
+from plumbing.price import flops_per_block
+from plumbing.rundir import begun
+from plumbing.student import student_shape
+from plumbing.tokenizer import fingerprint
+from plumbing.tokens import TokenDirectory
+from step import make_arm
+
+BOX = Path(__file__).parents[1] / "teacher"             # the box's teacher: its README.md says how it was made
+VAL_FRACTION = 0.1                                      # of the docstrings
+WIKI, HUB = "data/wiki", "bert-base-uncased"            # what the paper's runs read
+SETTLED = ("data", "teacher", "size", "heads", "batch_size")
+SIZES = ("6L768", "6L384", "4L256", "2L128")
+PAPERS_BATCH, SMALLEST_BATCH, STEPS = 1024, 16, 2000    # the batch size is chosen such that a budget buys so many steps
+SECONDS = 5                                             # of steps that are timed
+
+
+def settled(config, say, gradients):
+    """The train.Config with data, teacher, size, heads and batch size: those of the run that has begun in its
+    directory, if one has.  `say` gets the lines that say what was taken; `gradients`: train.py's, to be timed."""
+    if before := begun(config.path):
+        return dataclasses.replace(config, **{name: before[name] for name in SETTLED if getattr(config, name) is None})
+    dataclasses.replace(config, size=config.size or SIZES[0]).check()      # refused now, not after the docstrings
+    config = with_shape(with_texts(config, say), config.teacher)
+    return config if config.batch_size else with_batch_size(config, say, gradients)
+
+
+def with_texts(config, say):
+    """The same with data and teacher."""
+    if config.data is None:
+        data = WIKI if Path(WIKI, "manifest.json").exists() else docstrings(config.teacher or BOX)
+        config = dataclasses.replace(config, data=data)
+        say(f"--data is not given: taken is {data}" + ", the documentation on this disk" * (data != WIKI)
+            + "; your own text: python prepare.py TEXT.txt --vocab TEACHER --out DIR")
+    if config.teacher is None:
+        fits = TokenDirectory(config.data).manifest.get("fingerprint") == vocabulary_of(BOX)
+        config = dataclasses.replace(config, teacher=str(BOX) if fits else HUB)
+        if dataclasses.replace(config, size=config.size or SIZES[0]).reads_teacher:
+            say(f"--teacher is not given: taken is {config.teacher}" + ", a small one for trying" * fits)
+    return config
+
+
+def with_shape(config, given):
+    """The same with size and heads: of the teacher's width and half its depth, where the run reads a teacher or one is
+    at hand (`given`, or the box's), else 6L768."""
+    reads = dataclasses.replace(config, size=config.size or SIZES[0]).reads_teacher
+    teacher = checkpoint.read_config(checkpoint.find_model(config.teacher)) if (
+        reads or given or config.teacher == str(BOX)) and not (config.size and config.heads) else None
+    if config.size is None:
+        size = f"{math.ceil(teacher.num_hidden_layers / 2)}L{teacher.hidden_size}" if teacher else SIZES[0]
+        config = dataclasses.replace(config, size=size)
+    if config.heads is None and teacher and teacher.hidden_size == config.shape.hidden_size:
+        config = dataclasses.replace(config, heads=teacher.num_attention_heads)
+    return config
+
+
+@functools.cache
+def vocabulary_of(model):
+    """The fingerprint of a model's tokenizer."""
+    return fingerprint(checkpoint.read_tokenizer(checkpoint.find_model(str(model))))
+
+
+def docstrings(teacher):
+    """The token directory of the documentation on this disk in a model's vocabulary."""
+    return made_once(f"docstrings-{vocabulary_of(teacher)}", "docstrings", teacher, val_fraction=VAL_FRACTION)
+
+
+def with_file(config):
+    """The same with a token directory in place of a file of text, a document a line, in the teacher's vocabulary; as
+    much is held out as HELD_OUT sentences are, of 300 bytes, which few have."""
+    if not config.data or not (text := Path(config.data)).is_file():
+        return config
+    held_out = min(0.2, max(0.005, 300 * HELD_OUT / max(1, text.stat().st_size)))
+    name = f"{text.name.partition('.')[0]}-{sha256(text)[:8]}-{vocabulary_of(config.teacher or BOX)[:8]}"
+    return dataclasses.replace(config, data=made_once(
+        name, config.data, config.teacher or BOX, val_fraction=held_out, document_per="line"))
+
+
+def made_once(name, source, teacher, **how):
+    """The token directory data/NAME: made by one process, the others wait."""
+    import prepare
+
+    path = Path("data", name)
+
+    def make(_):
+        if not (path / "manifest.json").exists():
+            prepare.prepare(prepare.Config([source], str(path), str(checkpoint.find_model(str(teacher))), **how))
+    share_runs([path.parent], make)
+    return str(path)
+
+
+# -------------------------------------------------------------------------------------------------- batch size
+
+def with_batch_size(config, say, gradients):
+    """The same with a batch size: the paper's where the budget is in steps or buys STEPS of it, else the largest power
+    of two that it buys STEPS of.  Refuses a budget under which a student from random weights would learn nothing."""
+    unit, total = config.budget
+    size, multiple = PAPERS_BATCH, Ranks().size * (config.micro_batch or 1)
+    if unit == "steps":
+        return dataclasses.replace(config, batch_size=size)
+    per_second = None
+    if unit == "hours":         # a few blocks at a time where a step of many takes minutes
+        micro = config.micro_batch or (None if choose_device(config.device).type == "cuda" else SMALLEST_BATCH)
+        per_second = blocks_per_second(dataclasses.replace(config, batch_size=size, micro_batch=micro), gradients)
+    for _ in range(2):              # an update has a price too, so that fewer blocks a step are dearer
+        config = dataclasses.replace(config, batch_size=size)
+        blocks = bought(config, per_second)
+        power = max(SMALLEST_BATCH, 2 ** int(math.log2(max(1, blocks / STEPS))))
+        size = math.ceil(min(size, power) / multiple) * multiple
+    config = dataclasses.replace(config, batch_size=size)
+    steps, tokens = blocks / size, blocks * config.length
+    said = (f"--budget-{unit} {total:g} buys {steps:,.0f} steps of {size} x {config.length}, {tokens:,.0f} tokens, "
+            f"{tokens / parameters(config):.2g} for each parameter of a {config.size}")
+    if config.start == "random" and not enough(config, blocks):
+        fit = next((other for other in SIZES if enough(of_size(config, other), blocks * flops_of_block(
+            of_size(config, config.size)) / flops_of_block(of_size(config, other)))), None)
+        raise UserError(f"{said}: too little to learn from random weights: give " + f"--size {fit}, " * bool(fit)
+                        + f"a larger budget, or, to go on anyway, --batch-size {size}")
+    say(said)
+    return config
+
+
+def enough(config, blocks):
+    """Whether a student at random weights learns something from so many blocks."""
+    return learns(blocks / config.batch_size, blocks * config.length, parameters(config))
+
+
+def of_size(config, size):
+    """A run of no_kd at a size, by which sizes are compared."""
+    return dataclasses.replace(config, strategy="no_kd", size=size, heads=None, as_released=False)
+
+
+def bought(config, per_second=None):
+    """The blocks that the budget buys, its dearest phase counted."""
+    unit, total = config.budget
+    if unit == "tokens":
+        return total / config.length
+    return total * 3600 * per_second if unit == "hours" else total / max(
+        flops_of_block(config, phase) for phase in range(len(config.phases)))
+
+
+def flops_of_block(config, phase=0):
+    teacher = checkpoint.read_config(checkpoint.find_model(config.teacher)) if config.needs_teacher else None
+    return sum(flops_per_block(config, student_shape(config, TokenDirectory(config.data)), teacher, phase))
+
+
+def parameters(config):
+    with torch.device("meta"):
+        student = BertForMaskedLM(student_shape(config, TokenDirectory(config.data)))
+    return sum(p.numel() for p in student.parameters())
+
+
+@halve_micro_batch_until_it_fits
+def blocks_per_second(config, gradients):
+    """Of the first phase, over some steps here; under torchrun of all ranks together, which see the same."""
+    ranks, directory = Ranks(), TokenDirectory(config.data)
+    config = dataclasses.replace(config, batch_size=config.micro_batch * ranks.size)
+    arm, took = make_arm(config, directory), []
+    stages, size = Stages(arm.device), arm.phase.blocks(config.batch_size)
+    blocks = blocks_of(arm.phase, directory, "train", config.seed, config.unique_tokens)
+    while sum(took) < SECONDS or len(took) < 3:
+        began = time.monotonic()
+        names, values = gradients(arm, blocks.batch(len(took), size), len(took), stages)
+        arm.update(0.0, arm.ranks.sum(values / ranks.size)[names.index("gradient_norm")])
+        stages.read()
+        seconds = torch.tensor([time.monotonic() - began], dtype=torch.float64)
+        took.append(ranks.sum(seconds)[0] / ranks.size)                 # alike on all
+    return config.batch_size / sorted(took[1:])[len(took[1:]) // 2]     # the first one allocates
