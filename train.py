@@ -46,7 +46,7 @@ from plumbing.settle import settled, with_file
 from plumbing.tokens import TokenDirectory
 from plumbing.validation import validation_blocks
 from step import make_arm
-from strategies import RECIPES, parts, phases_of
+from strategies import RECIPES, STRATEGIES, parts, phases_of
 
 
 @dataclass
@@ -135,8 +135,8 @@ class Config(Recipe):
 
     def of_recipe(self, name):
         """As given, else the strategy's own clip, else the recipe's."""
-        own = self.phases[0].strategy.clip if name == "clip" and self.clip is None else None
-        return super().of_recipe(name) if own is None else own
+        own = name == "clip" and self.clip is None and self.strategy in STRATEGIES and STRATEGIES[self.strategy].clip
+        return own or super().of_recipe(name)
 
     @property
     def record(self):
