@@ -300,24 +300,22 @@ class Form(NamedTuple):
 
 def read_form(path):
     """The Form that a model directory is written for; of one that does not say the mean.  Refuses any other."""
-    def content(name, default):
-        return json.loads((path / name).read_text(encoding="utf-8")) if (path / name).is_file() else default
+    def content(name):
+        return json.loads((path / name).read_text(encoding="utf-8")) if (path / name).is_file() else {}
     with parsing(path):
-        modules = [(m["type"].rpartition(".")[2], m["path"]) for m in content("modules.json", [])]
-        kinds = [kind for kind, _ in modules]
-        pooling = content(f"{dict(modules).get('Pooling', '1_Pooling')}/config.json", dict(pooling_mode="mean"))
-        modes = pooling.get("pooling_mode") or [re.sub("pooling_mode_|_tokens?", "", key)
-                                                for key, value in pooling.items() if value is True]
-        modes = [modes] if isinstance(modes, str) else [m for m in modes if m != "include_prompt"]
+        kinds = [m["type"].rpartition(".")[2] for m in content("modules.json")]
+        pooling, prefix = content("1_Pooling/config.json"), "pooling_mode_"
+        modes = pooling.get("pooling_mode") or [key for key, on in pooling.items() if key.startswith(prefix) and on]
+        modes = [re.sub(f"{prefix}|_tokens?", "", mode) for mode in ([modes] if isinstance(modes, str) else modes)]
         longest = read_config(path).max_position_embeddings
-        lengths = (content("sentence_bert_config.json", {}).get("max_seq_length"),
-                   content("tokenizer_config.json", {}).get("model_max_length"))
-        length = int(min(next(filter(None, lengths), longest), longest))
-    if modes not in (["mean"], ["cls"]) or kinds not in (
-            [], ["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
+        lengths = (content("sentence_bert_config.json").get("max_seq_length"),
+                   content("tokenizer_config.json").get("model_max_length"), longest)
+        length = int(min(longest, next(filter(None, lengths))))
+    if modes not in ([], ["mean"], ["cls"]) or kinds not in ([], *(
+            ["Transformer", "Pooling", "Normalize"][:n] for n in (2, 3))):
         raise UserError(f"{path} makes embeddings by {shown(', '.join(kinds), 100)}, pooling "
                         f"{shown(', '.join(modes), 60)}: only Transformer, Pooling (mean or cls), Normalize work here")
-    return Form(modes[0], "Normalize" in kinds, length)
+    return Form(*modes or ["mean"], "Normalize" in kinds, length)
 
 
 def framed(tokenizer):
