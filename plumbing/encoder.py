@@ -69,16 +69,17 @@ def lost_and_won(run):
     for name in ("cut", "student"):
         shared = (near[name][:, :, None] == near["teacher"][:, None]).any(2).float().mean().item()
         found[name] = dict(loss=distance(of[name], of["teacher"]), neighbours=shared)
-        run.say(f"{name}: on {len(ids):,} held-out sentences loss {found[name]['loss']:.4f}, and of the {NEAREST} nearest "
-                f"neighbours {shared:.1%} are the teacher's")
+        run.say(f"{name}: on {len(ids):,} held-out sentences loss {found[name]['loss']:.4f}, and of the {NEAREST} "
+                f"nearest neighbours {shared:.1%} are the teacher's")
     return dict(found, n=len(ids))
 
 
 def cut(config):
     """--strategy cut: writes the teacher with some of its layers, untrained, as a model directory."""
-    if any(getattr(config, f"budget_{unit}") for unit in UNITS):
-        raise UserError("--strategy cut trains nothing: leave the budget out")
-    path = checkpoint.find_model(config.teacher or " ")
+    if not config.teacher or any(getattr(config, f"budget_{unit}") for unit in UNITS):
+        raise UserError("--strategy cut copies layers and trains nothing: give --teacher, and no budget")
+    checkpoint.room(config.path, dry_run=True)
+    path = checkpoint.find_model(config.teacher)
     tokenizer, form = checkpoint.read_tokenizer(path), checkpoint.read_form(path)
     teacher, missing, _ = checkpoint.load_mlm(path, tokenizer.get_vocab_size())
     c = teacher.config
@@ -87,10 +88,10 @@ def cut(config):
     if config.size and config.shape.hidden_size != c.hidden_size or depth > deep:
         raise UserError(f"--size {config.size}: {config.teacher} is {c.size}, and a cut is as wide and at most as deep")
     if config.init_layers == "best":
-        if not missing:
-            raise UserError(f"--init-layers best: {config.teacher} has an LM head, and only an encoder's layers are "
-                            f"chosen by embeddings: give numbers, or none for the first, the last, evenly between")
-        directory = TokenDirectory(config.data or " ")
+        if not missing or not config.data:
+            raise UserError("--init-layers best chooses by the embeddings of text: give --data, and as --teacher a "
+                            "sentence encoder, without an LM head")
+        directory = TokenDirectory(config.data)
         checkpoint.same_vocabulary(directory.read_tokenizer(), path)
         layers = best_layers(teacher.eval(), form, depth, directory)
     else:
@@ -98,17 +99,20 @@ def cut(config):
     if len(layers) != depth or max(layers) >= deep:
         raise UserError(f"--init-layers {config.init_layers}: {depth} of 0 to {deep - 1} belong there")
     said = f"layers {', '.join(map(str, layers))}, from 0, of {config.teacher}, untrained"
+    print(f"{config.path}: {said}; {form}")
+    if config.dry_run:
+        return
     with only(teacher, layers):
         c.num_hidden_layers = depth
         config.path.parent.mkdir(parents=True, exist_ok=True)
         checkpoint.save_model(config.path, teacher, tokenizer, not missing, f"{said}.\n", form.max_len, form=form)
-    print(f"{config.path}: {said}; {form}")
 
 
 def best_layers(teacher, form, depth, directory):
-    """The layers, from 0, with which alone the teacher embeds the first sentences of train (seed 0) most like the whole:
-    of all sets, or from the first and the last on, one more at a time."""
-    blocks, deep = Sentences(directory, "train", STRATEGIES["sentence"].seq_len, 0), teacher.config.num_hidden_layers
+    """The layers, from 0, with which alone the teacher embeds the first sentences of train (seed 0) most like it does
+    with all: the best of every set, or from the first and the last on, one more at a time."""
+    blocks = Sentences(directory, "train", STRATEGIES["sentence"].seq_len, 0)
+    deep = teacher.config.num_hidden_layers
     ids = torch.from_numpy(blocks.batch(0, min(HELD_OUT, blocks.count)).ids)
     whole, losses = embeddings(teacher, ids, form), {}
 

@@ -5,7 +5,7 @@ set on the Hub in parquet (OWNER/NAME[@REVISION][/FOLDER]; @~parquet: the Hub's 
 docstrings: the English documentation on this disk, of the standard library and of the packages in requirements.txt
 with what those require, read by `ast` and never imported.  How a file is read follows from its first bytes, its name
 comes second:
-text        a paragraph per line, a blank line between documents (--document-per file: each file is one).  Two shapes
+text        a paragraph per line, a blank line between documents (--document-per file, line: each is one).  Two shapes
             have documents of their own: WikiExtractor's <doc ...> lines, and WikiText's " = Title = "
 JSON lines, parquet         a document per row, its text in --field (plumbing/rows.py)
 gzip, xz, bzip2, zip, tar   around text and JSON lines, no archive inside of another

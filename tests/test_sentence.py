@@ -144,6 +144,21 @@ def test_a_run_regresses_the_embeddings_of_whole_sentences(sentences, watched, c
                                      teacher.state_dict()[name.replace(f".{layer}.", f".{of}.")])
 
 
+def test_two_ranks_update_as_one_does(sentences, watched, watched_ranks, tmp_path):
+    """They read disjoint halves of one process's sentences, and their gradient is its."""
+    common = dict(budget_steps=2, clip=0.0)
+    ranks = watched_ranks(sentences(**common, micro_batch=4, out=str(tmp_path / "two")))
+    one = watched(sentences(**common, out=str(tmp_path / "one")))
+    for step, update in enumerate(one.updates):
+        alone = [row[row > 0].tolist() for f in one.micro_batches if f.step == step for row in f.ids]
+        both = [[row[row > 0].tolist() for f in forwards if f["step"] == step for row in f["ids"]]
+                for forwards, _ in ranks]
+        assert [len(rows) for rows in both] == [2, 2] and both[0] + both[1] == alone
+        for _, gradients in ranks:
+            assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(
+                update.grads.values(), gradients[step], strict=True))
+
+
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
 def test_the_loss_of_a_micro_batch_is_that_of_sentences_one_by_one(sentences, corpus, pooling):
     """Without padding, each alone, by hand: so padding is neither attended to nor pooled."""
@@ -301,10 +316,11 @@ def test_cut_writes_the_teachers_layers_in_its_form(make_encoder, narrow_teacher
 
 
 @pytest.mark.parametrize("other, said", [
-    (dict(budget_hours=1), "trains nothing"), (dict(size="5L32"), "4L32, and a cut is as wide and at most as deep"),
+    (dict(budget_hours=1), "trains nothing"), (dict(teacher=None), "give --teacher"),
+    (dict(size="5L32"), "4L32, and a cut is as wide and at most as deep"),
     (dict(size="2L64"), "a cut is as wide"), (dict(init_layers="0,4"), "2 of 0 to 3 belong there"),
     (dict(init_layers="0"), "2 of 0 to 3"), (dict(init_layers="first"), "--init-layers first: must be whole numbers"),
-    (dict(init_layers="best"), "not a token directory")])
+    (dict(init_layers="best"), "not a token directory"), (dict(init_layers="best", data=None), "give --data")])
 def test_a_cut_that_cannot_be_made_writes_nothing(make_encoder, tmp_path, other, said):
     with pytest.raises(UserError, match=said):
         cut(tmp_path, **dict(teacher=str(make_encoder(Form())), size="2L32", data=str(tmp_path)) | other)
@@ -332,5 +348,5 @@ def test_the_best_layers_are_those_whose_student_is_nearest(make_encoder, narrow
     assert torch.equal(kept, whole.bert.encoder["layer"][int(ranked[0][0])].attention["self"]["query"].weight)
     monkeypatch.setattr(encoder, "ALL_SETS", 0)
     assert encoder.best_layers(whole, Form(), 3, directory) in ((0, 1, 3), (0, 2, 3))
-    with pytest.raises(UserError, match="has an LM head"):
+    with pytest.raises(UserError, match="a sentence encoder, without an LM head"):
         cut(tmp_path / "mlm", teacher=str(narrow_teacher), size="2L32", init_layers="best", data=str(corpus))
