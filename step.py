@@ -5,6 +5,7 @@ vocabulary and the teacher's files; `Arm.forward` is what a step costs: the teac
 behind what the strategy asks for, and no more.
 """
 import contextlib
+import math
 import time
 
 import numpy as np
@@ -44,7 +45,6 @@ class Arm:
         self.teacher_has_head, self.teacher_ignored = teacher is not None and has_head, ignored
         self.form = form or checkpoint.Form()
         self.device, self.ranks = next(student.parameters()).device, Ranks()
-        self.accumulate = config.batch_size // (config.micro_batch * self.ranks.size)   # micro-batches
         self.bf16 = multiplies_in_bf16(self.device, config.bf16)
         if teacher:
             # bf16 weights, not autocast: never updated, they need no cast at each step
@@ -129,6 +129,17 @@ class Arm:
         return torch.optim.Muon(matrices, self.peak_lr, self.config.weight_decay,
                                 adjust_lr_fn="match_rms_adamw")
 
+    @property
+    def micro(self):
+        """Blocks of a forward pass.  Of eager sentences on a CPU a few at a time: the short ones by themselves."""
+        blocks, few = self.phase.blocks(self.config.micro_batch), self.strategy.seq_len and self.device.type == "cpu"
+        return math.gcd(blocks, 16) if few and not self.compiled else blocks
+
+    @property
+    def accumulate(self):
+        """Micro-batches of this rank in a step."""
+        return self.phase.blocks(self.config.batch_size) // (self.micro * self.ranks.size)
+
     def synchronised(self, last):
         """Gradients travel between ranks in the last micro-batch of a step only."""
         return contextlib.nullcontext() if last or self.ranks.size == 1 else self.wrapper.no_sync()
@@ -147,7 +158,7 @@ class Arm:
     def micro_batches(self, batch, step):
         """(micro-batch on the device, whether it is this rank's last) of one optimizer step; dropout is
         reseeded for each, so that no generator's state has to survive a stop."""
-        micro = self.phase.blocks(self.config.micro_batch)
+        micro = self.micro
         if sentences := bool(self.strategy.seq_len):    # the short ones first, so that less of a micro-batch is padding
             lengths = (batch.ids != self.student.config.pad_token_id).sum(1)
             batch, lengths = Batch(*(a[np.argsort(lengths, kind="stable")] for a in batch)), np.sort(lengths)
