@@ -6,18 +6,16 @@ verdict.  Read it after finetune_glue.py.
                       --out runs/table2 --dry-run                             # the plan and its time, no more
 
 Each (strategy, budget, data setting, seed) is a run of its own under OUT/runs, whose learning rate ends at
-zero at its budget.  Of several --peak-lrs, each arm takes the one with which its own validation loss ends
-lowest at that budget, on a seed that is not reported.  What is finished is never run again: the same command
-goes on where it was stopped, and several processes with the same --out share the runs, such as one per GPU,
-each started with its own CUDA_VISIBLE_DEVICES.
+zero at its budget.  What is finished is never run again: the same command goes on where it was stopped, and
+several processes with the same --out share the runs, such as one per GPU, each with its own
+CUDA_VISIBLE_DEVICES.
 
-The demonstration takes the English documentation that is already on this disk (see prepare.py) and the
-teacher in teacher/, gives each strategy the same 2-layer student and the same number of FLOPs from three
-seeds, one process per core, and fine-tunes every student on the built-in task: which package does a docstring
-come from?  The task's docstrings are validation documents of that corpus, so neither a student nor the
-teacher has been pretrained on them.
+The demonstration takes the English documentation that is already on this disk (see prepare.py), the teacher in
+teacher/ and a 2-layer student, one process per core, and asks: which package does a docstring come from?  The
+task has validation documents of that corpus alone, which neither a student nor the teacher was pretrained on.
 """
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -25,7 +23,6 @@ import math
 import textwrap
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -35,34 +32,22 @@ import torch
 import finetune_glue
 import miniplm
 import train
-from comparison import jobs, judge, ngrams, report, statistics, timing
+from comparison import jobs, judge, ngrams, report, timing
 from comparison.demonstration import demonstrated, look
 from comparison.merge import merged
 from comparison.timing import Progress, duration
 from data import Blocks
-from plumbing import checkpoint, glue
+from plumbing import checkpoint, glue, settle
 from plumbing.budget import UNITS, one_budget
 from plumbing.checks import NotFinite, check_teacher
-from plumbing.cli import (
-    Count,
-    Counts,
-    Positive,
-    Positives,
-    Seed,
-    Times,
-    UserError,
-    checked,
-    flag_of,
-    numbers,
-    run,
-)
+from plumbing.cli import Count, Counts, Positive, Positives, Seed, Times, UserError, checked, flag_of, numbers, run
 from plumbing.device import choose_device, fitting_micro_batch
-from plumbing.files import claim, parsing, read_json, records, share_runs, write_json, write_whole
+from plumbing.files import claim, claim_each, log_records, parsing, read_json, write_json, write_whole
 from plumbing.rundir import contents
 from plumbing.student import initial_student, start_from, student_shape
 from plumbing.tokens import TokenDirectory
 from plumbing.validation import validation_blocks
-from strategies import PHASED, RECIPES, STRATEGIES
+from strategies import RECIPES
 
 
 @dataclass
@@ -74,8 +59,7 @@ class Config(train.Recipe):
     budget_tokens: Counts | None = None  # or in tokens
     budget_steps: Counts | None = None  # or in optimizer steps
     # arms
-    strategies: Annotated[str, str, (*STRATEGIES, *PHASED)] = "no_kd,vanilla_kd,tinybert,minilm"    # the arms
-    arms: str | None = None             # or STRATEGY, PHASE:END/../PHASE, miniplm; then +init, +released
+    arms: str | None = None             # STRATEGY, PHASE:END/../PHASE, miniplm; then +init, +released, +teacher_budget
     seeds: Times = 3                    # pretraining seeds of each arm; an interval needs two
     first_seed: Seed = 0                # the first of them; choices are made on one that is not among them
     recipes: Annotated[str, str, tuple(RECIPES)] | None = None  # several: each arm takes its best; default: --recipe
@@ -99,27 +83,17 @@ class Config(train.Recipe):
     columns: str | None = None          # of your own tasks: text,label or text,text,label; default: guessed
     finetune_seeds: Times = 4           # fine-tuning runs per pretrained model
     labels: Count | None = None         # training examples, drawn anew for each of them; default: all there are
-    finetune_batch_sizes: Annotated[str, int, "[1, 4096]"] = "16,32"    # the grid of fine-tuning: examples per step ...
-    finetune_lrs: Positives = "1e-5,3e-5,5e-5,8e-5"  # ... times peak learning rates
-    quick: bool = False                 # one point of that grid in its place: batch 32, lr 5e-5
+    finetune_batch_sizes: Annotated[str, int, "[1, 4096]"] | None = None    # the grid's examples per step ...
+    finetune_lrs: Positives | None = None   # ... times peak learning rates; default: by each model's width
+    quick: bool = False                 # one point of that grid, by each model's width (finetune_glue.py --help)
     finetune_epochs: Times = 5          # passes over the training examples
     max_len: Annotated[int, "[8, 65536]"] = 128     # ids an example is cut to
     probe: bool = False                 # what each frozen encoder knows as well, in a table of its own
     # run
-    out: str = "runs/compare"     # directory for the runs, table.md, results.json, results.csv and figure.png
+    out: str = "runs/compare"     # directory for the runs, table.md, costs.md, results.json and figure.png
     jobs: Annotated[int, "[1, 128]"] | None = None  # processes over the runs; default: 1, the demonstration: one a core
     dry_run: bool = False               # print the plan and its time only
     merge: str | None = None         # instead: earlier comparisons (directories or results.json), one report of all
-
-    def for_machine(self):
-        """The same with one micro-batch for all runs: that of the runs which are there,
-        else train.py's default."""
-        if self.micro_batch:
-            return self
-        file = Path(self.out, "inputs.json")
-        before = read_json(file).get("--micro-batch") if file.exists() else None
-        micro = before or fitting_micro_batch(choose_device(self.device), self.batch_size)
-        return dataclasses.replace(self, micro_batch=micro)
 
     def finetuning(self, model="a model", out="a directory", seed=0):
         """The finetune_glue.Config for one model: fresh fine-tuning seeds for each pretraining seed."""
@@ -131,9 +105,15 @@ class Config(train.Recipe):
             compile=bool(self.compile), bf16=self.bf16)
 
 
+# What the arms are where none are given: of a teacher with an LM head, and of an encoder
+ARMS = {True: "no_kd,vanilla_kd,tinybert,minilm,no_kd+init", False: "tinybert+init,no_kd,minilmv2"}
 # What every run of a comparison takes from its command line as it stands there
 SHARED = ("data", *(f.name for f in dataclasses.fields(train.Recipe)))
 MANY_RUNS = 5_000
+SHARES = (1.2 ** 2 + 1.0 ** 2) / 0.75 ** 2      # variance of a fine-tuning with its labels over that of a pretraining
+# What is settled where it is not given, and what that depends on
+GIVEN = ("total_hours", "budget_hours", "budget_flops", "budget_tokens", "budget_steps", "arms", "size", "heads",
+         "batch_size", "teacher", "teacher_size", "teacher_budget")
 
 
 # ------------------------------------------------------------------------------------------------------- plan
@@ -146,9 +126,13 @@ class Plan:
         self.unit, budgets = one_budget(config)
         whole = int if self.unit in ("tokens", "steps") else float
         self.budgets = sorted(numbers(budgets, whole))
-        if config.arms and config.strategies != Config.strategies:
-            raise UserError("give --strategies or --arms, not both")
-        self.names = (config.arms or config.strategies).split(",")
+        self.directory, self.left_out = TokenDirectory(config.data), {}        # {arm: why}
+        if config.teacher != "train":
+            path = checkpoint.find_model(config.teacher)
+            checkpoint.same_vocabulary(self.directory.read_tokenizer(), path)
+            loaded, missing, _ = checkpoint.load_mlm(path, len(self.directory.vocab))
+            self.teacher_shape, self.head = loaded.config, not missing
+        self.names = (config.arms or ARMS[config.teacher == "train" or self.head]).split(",")
         if not all(self.names) or len(set(self.names)) < len(self.names):
             raise UserError(f"--arms {config.arms}: must be arms, separated by commas, none twice")
         uniques = [None if part == "all" else checked("--unique-tokens", part, Count)
@@ -166,13 +150,14 @@ class Plan:
                             f"each other's time: give --budget-flops, or one job per GPU")
         lrs, recipes = numbers(config.peak_lrs or "") or [None], (config.recipes or config.recipe).split(",")
         self.choices, self.teacher = [(recipe, lr) for recipe in recipes for lr in lrs], None
-        self.selections, self.arms = {}, {}     # {directory: miniplm.Config}, {run directory: its arm}
+        self.selections, self.arms, self.nominal = {}, {}, {}   # {directory: miniplm.Config}, {run: arm}, {run: budget}
         if config.teacher == "train":
             size = config.teacher_size or f"{2 * config.shape.num_hidden_layers}L{config.shape.hidden_size}"
             budget = config.teacher_budget or 4 * self.budgets[-1]
             self.teacher = self.run("no_kd", math.ceil(budget) if whole is int else budget, size=size,
                                     out=str(self.out / "teacher"),
                                     choice=self.choices[0] if len(self.choices) == 1 else None)
+            self.teacher_shape, self.head = student_shape(self.teacher, self.directory), True
         elif config.teacher_size or config.teacher_budget:
             raise UserError("--teacher-size and --teacher-budget belong to --teacher train")
         self.seeds = range(config.first_seed, config.first_seed + config.seeds)
@@ -187,28 +172,50 @@ class Plan:
         self.runs = self.runs_at({(name, budget): self.choices[0] for name in self.names for budget in self.budgets})
         if len({each.out for each in self.runs}) < len(self.runs):
             raise UserError(f"{flag_of(f'budget_{self.unit}')} {budgets}: two budgets are the same to six digits")
-        untrained = [(judge.RANDOM, "random"), *[(judge.CUT, "cut")] * any(
-            each.start == "teacher" for each in self.runs)]
+        self.leave_out(self.not_served())
+        untrained = [(judge.RANDOM, "random"), *[(judge.CUT, "cut")] * (self.why_not("no_kd+init") is None)]
         self.yardsticks = [(name, self.out / f"{folder}/seed{seed}", seed)
                            for name, folder in untrained for seed in self.seeds]
         self.yardsticks.append((judge.TEACHER, self.out / "teacher", 0))
         for each in self.all:
             each.check()
+        self.read_inputs()
+
+    def why_not(self, arm):
+        """Why the teacher cannot serve an arm; None where it can."""
+        each = self.run(arm, self.budgets[0])
+        try:
+            if each.reads_teacher:
+                check_teacher(each, student_shape(each, self.directory), self.teacher_shape, self.head)
+        except UserError as e:
+            return str(e)
+
+    def not_served(self):
+        """{arm: why} of those that this teacher cannot serve, which is refused where the arms were given."""
+        found = {name: why for name in self.names if (why := self.why_not(name))}
+        if self.config.arms and found:
+            raise UserError(next(iter(found.values())))
+        return found
+
+    def leave_out(self, why):
+        """Takes arms out of the comparison; `why`: {arm: a line}."""
+        self.left_out |= why
+        self.names = [name for name in self.names if name not in why]
+        self.runs = [each for each in self.runs if self.arms[each.out] not in why]
+        self.tuning = {key: each for key, each in self.tuning.items() if key[0] not in why}
 
     def run(self, arm, budget, unique=None, static=False, seed=0, choice=None, **other):
-        """The train.Config of one run; its directory's name says all that it differs in from the others.
-        `choice`: (recipe, peak LR or None)."""
+        """The train.Config of one run; its directory's name says all that it differs in from the others.  `choice`:
+        (recipe, peak LR or None)."""
         strategy, *suffixes = arm.split("+")
-        controls = miniplm.CONTROLS if strategy == "miniplm" else ()
-        if len(set(suffixes)) < len(suffixes) or not {"init", "released", *controls}.issuperset(suffixes):
-            raise UserError(f"--arms {arm}: after the strategy may come +init (it starts from the teacher) and "
-                            f"+released (what the paper's code computes), each once; after miniplm one of "
+        rules = [s for s in suffixes if strategy == "miniplm" and s in miniplm.CONTROLS]
+        if len(set(suffixes)) < len(suffixes) or len(rules) > 1 or (
+                {*suffixes} - {"init", "released", "teacher_budget", *rules}):
+            raise UserError(f"--arms {arm}: after the strategy may come +init (it starts from the teacher), +released "
+                            f"(what the paper's code computes), +teacher_budget, each once; after miniplm one of "
                             f"+{', +'.join(miniplm.CONTROLS)}")
         if strategy == "miniplm":
-            rules = [rule for rule in suffixes if rule in controls] or ["kept"]
-            if len(rules) > 1:
-                raise UserError(f"--arms {arm}: one control at a time")
-            other["data"], strategy = f"{self.chosen_from(unique)}/{rules[0]}", "no_kd"
+            other["data"], strategy = f"{self.chosen_from(unique)}/{(rules or ['kept'])[0]}", "no_kd"
         recipe, lr = choice or (self.config.recipe, None)
         name = (f"{train.file_name(arm)}-{budget:g}{self.unit}" + f"-{unique}ids" * (unique is not None)
                 + "-static" * static + f"-{recipe}" * bool(choice and self.config.recipes)
@@ -220,7 +227,12 @@ class Plan:
             as_released="released" in suffixes,
             teacher=self.teacher_model, unique_tokens=unique, static_masks=static, seed=seed, recipe=recipe,
             peak_lr=lr, out=str(self.out / "runs" / name)) | {f"budget_{self.unit}": budget} | other)
-        self.arms[each.out] = arm
+        self.arms[each.out], self.nominal[each.out] = arm, budget
+        if "teacher_budget" in suffixes:
+            if self.teacher is None or each.reads_teacher:
+                raise UserError(f"--arms {arm}: +teacher_budget adds the budget of --teacher train to an arm that "
+                                f"reads no teacher, such as no_kd+teacher_budget")
+            each = dataclasses.replace(each, **{f"budget_{self.unit}": budget + self.teacher.budget[1]})
         return each
 
     @property
@@ -234,10 +246,9 @@ class Plan:
             name.startswith("miniplm+") and rule in name.split("+") for name in self.names)]
         # The reference has a third of the student's width, in whole heads of 64
         self.selections[path] = miniplm.Config(
-            [c.data], self.teacher_model, path, ",".join(rules), draws=c.score_draws,
-            reference_size=f"2L{max(64, c.shape.hidden_size // 3 // 64 * 64)}",
-            reference_epochs=c.reference_epochs, batch_size=c.batch_size, seq_len=c.length,
-            unique_tokens=unique, device=c.device, bf16=c.bf16)
+            [c.data], self.teacher_model, path, ",".join(rules), draws=c.score_draws, batch_size=c.batch_size,
+            reference_size=f"2L{max(64, c.shape.hidden_size // 3 // 64 * 64)}", reference_epochs=c.reference_epochs,
+            seq_len=c.length, unique_tokens=unique, device=c.device, bf16=c.bf16)
         return path
 
     def paid(self, each):
@@ -254,96 +265,159 @@ class Plan:
         of_the_arms = {each.out: each for each in (*self.tuning.values(), *self.runs)}      # some are of both
         return [*([self.teacher] if self.teacher else []), *of_the_arms.values()]
 
-
-def check_inputs(plan):
-    """(token directory, {task: its examples}): everything that can be refused before hours of training is."""
-    config, directory = plan.config, TokenDirectory(plan.config.data)
-    plan.tasks = glue.parse_tasks(config.tasks, config.columns)
-    plan.texts = texts = {name: glue.read_task(name, task, config.glue_dir) for name, task in plan.tasks.items()}
-    plan.teacher_shape = teacher_shape(plan, directory)
-    shapes = plan.teacher_shape, student_shape(plan.runs[0], directory)
-    longest = min(c.max_position_embeddings for c in shapes)
-    if config.max_len > longest:
-        raise UserError(f"--max-len {config.max_len}: 8 to {longest} here")
-    if config.probe and plan.runs[0].length > longest:
-        raise UserError(f"--probe at --seq-len {config.seq_len}: the teacher ends at position {longest}")
-    for unique, static in plan.settings:
-        Blocks(directory, "train", plan.runs[0].length, 0, unique, static)       # refuses more than there are
-    validation_blocks(directory, plan.runs[0].length)
-    for each in plan.all:
-        claim(each.out, "run", dry_run=True)
-    return directory, texts
+    def read_inputs(self):
+        """The tasks: everything that can be refused before hours of training is."""
+        config, first = self.config, self.runs[0]
+        self.tasks, self.texts = read_tasks(config.tasks, config.columns, config.glue_dir)
+        self.labels = {name: [*parts.values()][1][1] for name, parts in self.texts.items()}     # of dev
+        longest = min(self.teacher_shape.max_position_embeddings, max(512, first.length))
+        if config.max_len > longest:
+            raise UserError(f"--max-len {config.max_len}: 8 to {longest} here")
+        if config.probe and first.length > longest:
+            raise UserError(f"--probe at --seq-len {config.seq_len}: the teacher ends at position {longest}")
+        for unique, static in self.settings:
+            Blocks(self.directory, "train", first.length, 0, unique, static)        # refuses more than there are
+        validation_blocks(self.directory, first.length)
+        for each in self.all:
+            claim(each.out, "run", dry_run=True)
 
 
-def teacher_shape(plan, directory):
-    """The teacher's BertConfig.  Refuses a teacher that one of the arms cannot use."""
-    if plan.teacher:
-        teacher, head = student_shape(plan.teacher, directory), True
-    else:
-        path = checkpoint.find_model(plan.config.teacher)
-        checkpoint.same_vocabulary(directory.read_tokenizer(), path)
-        loaded, missing, _ = checkpoint.load_mlm(path, len(directory.vocab))
-        teacher, head = loaded.config, not missing
-    for each in plan.runs[:len(plan.names)]:
-        if each.reads_teacher:
-            check_teacher(each, student_shape(each, directory), teacher, head)
-    return teacher
+@functools.cache
+def read_tasks(names, columns, glue_dir):
+    """({name: task}, {name: its examples}), read and said once."""
+    tasks = glue.parse_tasks(names, columns)
+    return tasks, {name: glue.read_task(name, task, glue_dir) for name, task in tasks.items()}
+
+
+def settled(config):
+    """(the same with size, heads, budget, batch size and arms where nobody said them, speeds or None): those of the
+    comparison that is there, if one is; else such that each arm learns something."""
+    files = [Path(config.out, name) for name in ("inputs.json", "taken.json")]
+    inputs, before = (read_json(file) if file.exists() else {} for file in files)
+    given = {name: getattr(config, name) for name in GIVEN}
+    if before.get("given") == given:                                    # the same command goes on
+        return with_micro_batch(dataclasses.replace(config, **before["taken"]), inputs), None
+    config = dataclasses.replace(config, **{name: inputs.get(flag_of(name)) for name in (
+        "size", "heads", "batch_size") if getattr(config, name) is None})
+    teacher = config.teacher != "train" and checkpoint.read_config(checkpoint.find_model(config.teacher))
+    if teacher and config.size is None:
+        config = dataclasses.replace(config, size=f"{-(-teacher.num_hidden_layers // 2)}L{teacher.hidden_size}")
+    if teacher and config.heads is None and teacher.hidden_size == config.shape.hidden_size:
+        config = dataclasses.replace(config, heads=teacher.num_attention_heads)
+    if config.size:
+        found = fitted(config)
+    else:               # of a teacher that is trained: the largest of which all arms get three times what they need
+        for size in reversed(settle.SIZES):
+            try:
+                found = fitted(dataclasses.replace(config, size=size), 3 if size != settle.SIZES[-1] else 1)
+            except UserError:
+                if size == settle.SIZES[-1]:
+                    raise
+                break
+    if not config.dry_run:
+        claim(config.out, "compare")
+        write_json(files[1], dict(given=given, taken={name: getattr(found[0], name) for name in GIVEN}))
+    return with_micro_batch(found[0], inputs), found[1]
+
+
+def with_micro_batch(config, inputs):
+    """The same with one micro-batch for all runs: that of the runs which are there, else what fits into the device."""
+    micro = config.micro_batch or inputs.get("--micro-batch")
+    return dataclasses.replace(config, micro_batch=micro or fitting_micro_batch(
+        choose_device(config.device), config.batch_size))
+
+
+def fitted(config, room=1):
+    """(the same with a batch size and a budget, speeds or None), without the arms that would learn nothing from random
+    weights, whose hours go to the others.  With `room` each needs so many times as much, and none is left out."""
+    while True:
+        now = within(config) if config.total_hours else config
+        small = config.batch_size or settle.SMALLEST_BATCH
+        plan = Plan(dataclasses.replace(now, batch_size=small, micro_batch=config.micro_batch or small))
+        if config.batch_size or plan.unit == "steps":
+            return dataclasses.replace(now, batch_size=config.batch_size or settle.PAPERS_BATCH), None
+        speeds = timing.speeds(plan) if plan.unit == "hours" else None
+        runs = [(each, timing.blocks_of(plan, each, speeds), student_shape(each, plan.directory))
+                for each in plan.runs[:len(plan.names)]]
+        size = min(settle.batch_that_fits(config, blocks) for _, blocks, _ in runs)
+        poor = [(plan.arms[each.out], dataclasses.replace(each, batch_size=size), blocks, shape)
+                for each, blocks, shape in runs if each.start == "random"]
+        poor = [of for of in poor if not settle.enough(of[1], of[2] / room, of[3])]
+        if not poor:
+            return dataclasses.replace(now, batch_size=size), speeds
+        said = [f"{arm} would get {settle.gets(each, blocks, shape)}" for arm, each, blocks, shape in poor]
+        rest = [name for name in plan.names if name not in [arm for arm, *_ in poor]]
+        if not rest or room > 1:
+            fits = settle.sizes_that_fit(*min(poor, key=lambda of: of[2])[1:])
+            raise UserError(f"{said[0]}: too little to learn from random weights: give "
+                            + f"--size {fits[0]}, " * bool(fits) + f"a larger budget, or, to go on anyway, "
+                            f"--batch-size {size}")
+        print("\n".join(f"left out: {line}: too little to learn from random weights" for line in said))
+        config = dataclasses.replace(config, arms=",".join(rest))
 
 
 def within(config):
     """The same with the budget of each run that --total-hours leaves after fine-tuning and a tenth in reserve."""
     if given := [unit for unit in UNITS if getattr(config, f"budget_{unit}") is not None]:
         raise UserError(f"give --total-hours or --budget-{given[0]}, not both")
-    file, hours = Path(config.out, "total.json"), config.total_hours
-    before = read_json(file) if file.exists() else {}
-    config = dataclasses.replace(config, total_hours=None, budget_hours="1")
-    if before.get("total_hours") == hours:                              # the same command goes on
-        return dataclasses.replace(config, budget_hours=before["budget_hours"])
-    plan = Plan(config.for_machine())
-    each = timing.hours_each(plan, hours, *check_inputs(plan))
-    if not config.dry_run:
-        claim(config.out, "compare")
-        write_json(file, dict(total_hours=hours, budget_hours=each))
-    return dataclasses.replace(config, budget_hours=each)
+    small = config.batch_size or settle.SMALLEST_BATCH
+    plan = Plan(dataclasses.replace(config, total_hours=None, budget_hours="1", batch_size=small,
+                                    micro_batch=config.micro_batch or small))
+    return dataclasses.replace(config, total_hours=None, budget_hours=timing.hours_each(plan, config.total_hours))
 
 
-def describe(plan, seconds, finetune_seconds, texts):
-    """The plan in a few lines, before anything starts."""
-    config = plan.config
-    print(f"plan: {', '.join(plan.names)}; student {config.size}; "
-          f"budgets {', '.join(judge.amount(b, plan.unit) for b in plan.budgets)}; "
-          f"{'; '.join(judge.setting(*s) for s in plan.settings)}; seeds 0 to {config.seeds - 1}")
-    print(f"  {len(seconds)} pretraining runs"
-          + (f", {len(plan.tuning)} of them to choose the peak LR" if plan.tuning else "")
-          + (f", the teacher ({plan.teacher.size}, --teacher-budget {plan.teacher.budget[1]:g}) with "
-             f"{duration(seconds[plan.teacher.out])}" if plan.teacher else "")
-          + f"; {[*seconds.values()].count(0)} are finished, the others take about "
-            f"{duration(sum(seconds.values()))} in one process")
+def describe(plan, speeds, seconds, finetune_seconds):
+    """The plan, before anything starts: what each arm gets, what other sizes would, how long it takes."""
+    config, models, shape = plan.config, len(plan.runs) + len(plan.yardsticks), student_shape(
+        plan.runs[0], plan.directory)
+    print(textwrap.fill(f"plan: student {config.size}, {config.heads or shape.num_attention_heads} heads, "
+                        f"{settle.parameters(shape) / 1e6:.1f}M parameters; {config.batch_size} x {config.seq_len} ids "
+                        f"a step; {'; '.join(judge.setting(*s) for s in plan.settings)}; {config.seeds} seeds", 80))
+    for arm, why in plan.left_out.items():
+        print(textwrap.fill(f"left out: {why if why.startswith(arm) else f'{arm}: {why}'}", 80))
+    rows, count = [], Blocks(plan.directory, "train", plan.runs[0].length, 0).count
+    for each in plan.runs[:len(plan.names) * len(plan.budgets) * len(plan.settings)]:
+        if each.unique_tokens is None:
+            blocks = timing.blocks_of(plan, each, speeds)
+            tokens = blocks * each.length
+            rows.append([plan.arms[each.out], judge.amount(plan.nominal[each.out], plan.unit),
+                         f"{blocks / each.batch_size:,.0f}", f"{tokens / 1e6:,.3g}M", f"{blocks / count:.3g}",
+                         f"{tokens / settle.parameters(shape):.2g}", duration(
+                             each.budget[1] * 3600 if plan.unit == "hours" else
+                             blocks * float(np.median(speeds[plan.arms[each.out]])))])
+    print(report.aligned(["arm", "budget", "steps", "tokens", "epochs", "tokens/parameter", "time"], rows))
+    blocks = timing.blocks_of(plan, plan.runs[0], speeds)
+    print(textwrap.fill(
+        f"The same budget for {plan.names[0]} at other sizes, scaled by FLOPs from {config.size}: " + "; ".join(
+            f"{size} {tokens / 1e6:,.3g}M tokens, {each:.2g} a parameter"
+            for size, tokens, each in settle.other_sizes(plan.runs[0], blocks, shape)), 80))
+    runs, tuning, unrest = sum(seconds.values()), models * finetune_seconds, timing.busy(speeds)
+    machines = config.jobs or 1
+    print(textwrap.fill(
+        f"{len(seconds)} pretraining runs, {[*seconds.values()].count(0)} of them finished"
+        + f", {len(plan.tuning)} to choose among {len(plan.choices)} peak LRs" * bool(plan.tuning)
+        + f": {duration(runs)}; fine-tuning {models} models on {', '.join(plan.texts)}: {duration(tuning)}; in all "
+        + duration((runs + tuning) / machines)
+        + (f" to {duration(unrest * (runs + tuning) / machines)}: the machine is busy, the slowest quarter of equal "
+           f"steps took {unrest:.1f} times the fastest" if unrest > 1.5 else "")
+        + (f". The teacher ({plan.teacher.size}) takes {duration(seconds[plan.teacher.out])} of it"
+           if plan.teacher else "") + ".", 80))
+    each = np.mean([seconds[run.out] for run in plan.runs]) / max(finetune_seconds, 1e-9) * config.finetune_seeds
+    if each:
+        print(textwrap.fill(f"At these costs {max(2, round(math.sqrt(SHARES * each)))} fine-tunings a model tell the "
+                            f"most (--finetune-seeds, now {config.finetune_seeds}).", 80))
     if plan.selections:
-        charged = ", and charged to each" * (plan.unit in ("flops", "hours"))
-        print(f"  before them, once for all that use it{charged}: {', '.join(plan.selections)}")
-    models = len(plan.runs) + len(plan.yardsticks)
-    print(f"  fine-tuning {models} models on {', '.join(texts)}: very roughly "
-          f"{duration(models * finetune_seconds)}" + ", and their probes on top of it" * config.probe)
-    pretraining = np.mean([seconds[each.out] for each in plan.runs])
-    if pretraining and (m := statistics.fine_tunings(finetune_seconds / config.finetune_seeds / pretraining)
-                        ) != config.finetune_seeds:
-        print(f"  at these costs --finetune-seeds {m} tells most for its price (it is {config.finetune_seeds})")
-    record = plan.out / "results.json"
-    with parsing(record):
-        able = record.exists() and report.resolution(read_json(record)["results"], config.seeds)
-    if able:
-        print(f"  by the spread in {record}, {able}")
+        print(f"before them, once for all that use it: {', '.join(plan.selections)}")
 
 
-def same_inputs(plan, directory, texts):
+def same_inputs(plan):
     """Notes in OUT/inputs.json what the runs are made from; refuses to mix them with others."""
     now = {flag_of(k): v for k, v in plan.run("no_kd", plan.budgets[0]).record.items()
            if k in (*SHARED, "teacher")}
-    now |= contents(directory, None if plan.teacher else plan.config.teacher)
+    now |= contents(plan.directory, None if plan.teacher else plan.config.teacher)
     now |= {f"task {name}": hashlib.sha256(json.dumps(
         [(part, x, np.asarray(y).tolist()) for part, (x, y) in parts.items()]).encode()).hexdigest()
-        for name, parts in texts.items()}
+        for name, parts in plan.texts.items()}
     file = plan.out / "inputs.json"
     before = read_json(file) if file.exists() else {}
     moved = ("--data", *["--teacher"] * (plan.teacher is None))         # of these the contents count
@@ -354,89 +428,81 @@ def same_inputs(plan, directory, texts):
 
 # -------------------------------------------------------------------------------------------------------- run
 
-def compare(plan):
-    """(results, yardsticks, remarks, costs) of the whole plan; None for a dry run."""
-    config, (directory, texts) = plan.config, check_inputs(plan)
-    seconds = timing.estimate(plan, directory, plan.teacher_shape)
-    finetune_seconds = timing.finetuning_seconds(plan, directory, texts)
-    describe(plan, seconds, finetune_seconds, texts)
+def compare(plan, speeds=None):
+    """(results, yardsticks, remarks) of the whole plan; None for a dry run."""
+    config, speeds = plan.config, speeds or timing.speeds(plan)
+    seconds, finetune_seconds = timing.estimate(plan, speeds), timing.finetuning_seconds(plan)
+    describe(plan, speeds, seconds, finetune_seconds)
     if config.dry_run:
         return None
     claim(plan.out, "compare")
-    share_runs([plan.out], lambda _: same_inputs(plan, directory, texts))
+    claim_each([plan.out], lambda _: same_inputs(plan))
     compared = {each.out for each in plan.runs}
     progress = Progress({out: s + finetune_seconds * (out in compared) for out, s in seconds.items()}
                         | {f"score {path}": finetune_seconds for _, path, _ in plan.yardsticks})
     if (config.jobs or 1) > 1:
-        status = partial(timing.over_all, plan, dict(progress.left), time.monotonic())
-        jobs.run(config.jobs, work, config, plan.out, status)
+        status = functools.partial(timing.over_all, plan, dict(progress.left), time.monotonic())
+        jobs.run_jobs(config.jobs, work, config, plan.out, status)
         progress.say_line = lambda line: None                           # everything is finished
-    return execute(plan, directory, progress)
+    return execute(plan, progress)
 
 
 def work(config):
     """What one of several processes does: its share of the runs."""
-    plan = Plan(config)
-    directory, _ = check_inputs(plan)
-    execute(plan, directory, Progress({}))
+    execute(Plan(config), Progress({}))
 
 
-def execute(plan, directory, progress):
-    """Trains and scores every run and the yardsticks, and what is finished not again: (results,
-    yardsticks, remarks, costs)."""
-    remarks, costs = [], []
-
+def execute(plan, progress):
+    """Trains and scores every run and the yardsticks, what is finished not again: (results, yardsticks, remarks)."""
     def trained(each):
-        return train.train(plan.paid(each), say=progress.say, status=progress.step)
+        def say(line):
+            if line.startswith(("warning", each.out)):                  # that it goes on, or is finished
+                progress.say(line)
+        return train.train(plan.paid(each), say=say, status=progress.step)
 
     def teach(_):
         with progress.on(plan.teacher.out, f"teacher {plan.teacher.size}"):
             return trained(plan.teacher)
 
-    def run_one(each):
-        with progress.on(each.out, Path(each.out).name):
-            summary, speed = timing.timed(plan, directory, each, trained)
+    def run_one(key, each):
+        with progress.on(key, Path(each.out).name):
+            summary, speed = timing.timed(plan, each, trained)
             found = scored(plan, f"{each.out}/model", f"{each.out}/glue", progress.say, each.seed)
             for file in checkpoint.checkpoints(Path(each.out)):         # the model and the log stay
                 file.unlink()
         return dict(result_of(plan, each, summary), **found, speed=speed)
 
+    remarks, keys = [], [each.out for each in plan.runs]                # of their estimates
     if plan.teacher:
-        taught, = share_runs([plan.teacher.out], teach)
+        taught, = claim_each([plan.teacher.out], teach)
         remarks.append(f"The teacher ({plan.teacher.size}) has a validation MLM loss of "
                        f"{taught['val']['mlm']:.2f}; its own pretraining is charged to no arm"
                        + (", and it has seen all of the data." if plan.settings != [(None, False)] else "."))
-        costs.append(f"The teacher's pretraining took {duration(taught['charged_seconds'])}.")
         plan.teacher_flops = taught["student_flops"]
     for selection in plan.selections.values():
         miniplm.miniplm(selection, say=progress.say_line)
     for each in plan.all:
         plan.paid(each)                                                 # refused now, not after other arms' hours
     if plan.tuning:
-        chosen, tried, cost = tuned(plan, progress, trained)
-        before, plan.runs = plan.runs, plan.runs_at(chosen)
-        renamed = {a.out: b.out for a, b in zip(before, plan.runs, strict=True)}
-        progress.left = {renamed.get(out, out): seconds for out, seconds in progress.left.items()}
-        remarks, costs = remarks + tried, costs + [cost]
-    todo = {each.out: partial(run_one, each) for each in plan.runs}
-    todo |= {path: partial(score_yardstick, plan, directory, progress, name, path, seed)
+        chosen, tried = tuned(plan, progress, trained)
+        plan.runs, remarks = plan.runs_at(chosen), remarks + tried
+    todo = {each.out: functools.partial(run_one, key, each) for key, each in zip(keys, plan.runs, strict=True)}
+    todo |= {path: functools.partial(score_yardstick, plan, progress, name, path, seed)
              for name, path, seed in plan.yardsticks}
-    done = share_runs([*todo], lambda i: [*todo.values()][i]())
+    done = claim_each([*todo], lambda i: [*todo.values()][i]())
     results, others = done[:len(plan.runs)], done[len(plan.runs):]
-    costs.append(f"The compared runs were charged "
-                 f"{duration(sum(r['charged_seconds'] for r in results))} in all.")
-    yardsticks = [judge.constant_answer(results), dict(name=judge.NGRAMS, runs=[
-        share_runs([plan.out / "ngrams"], lambda _: score_ngrams(plan, progress))[0]])]
+    grams, = claim_each([plan.out / "ngrams"], lambda _: score_ngrams(plan, progress))
+    yardsticks = [judge.constant_answer(results), dict(name=judge.NGRAMS, runs=[grams])]
     yardsticks += [dict(name=name, runs=[m for m in others if m["name"] == name])
                    for name in dict.fromkeys(m["name"] for m in others)]
-    constant = yardsticks[0]["runs"][0]
-    constant["predicted"] = {t: constant_of(plan.tasks[t], plan.texts[t], t_result) for t, t_result in
-                             results[0]["tasks"].items() if t in plan.texts}
-    return results, yardsticks, remarks + report.spent_before(results), costs
+    yardsticks[0]["runs"][0]["predicted"] = {
+        t: np.full((1, len(y)), 0 if plan.tasks[t].labels == () else np.bincount(y).argmax())
+        for t, y in plan.labels.items()}
+    return results, yardsticks, remarks + report.spent_before(results)
 
 
 def tuned(plan, progress, trained):
-    """({(arm, budget): (recipe, peak LR)} of the lowest own validation loss, what was tried, cost)"""
+    """({(arm, budget): (recipe, peak LR)} of the lowest own validation loss, what was tried)"""
     def do(i):
         (name, budget, choice), each = list(plan.tuning.items())[i]
         with progress.on(each.out, f"{name}, {in_words(choice)}"):
@@ -446,26 +512,22 @@ def tuned(plan, progress, trained):
                 loss = sum(terms[k].weight * v for k, v in summary["val"].items())
             except NotFinite as e:
                 progress.say(str(e))
-                summary, loss = dict(charged_seconds=0.0), math.inf
-        return (name, budget), choice, loss if math.isfinite(loss) else math.inf, summary["charged_seconds"]
+                loss = math.inf
+        return (name, budget), loss if math.isfinite(loss) else math.inf, choice
 
     def in_words(choice):
         recipe, lr = choice
         return f"{recipe} " * bool(plan.config.recipes) + (f"peak LR {lr:g}" if lr else "at its own peak LR")
 
-    def taken(recipe, lr):
-        lrs = [rate for of, rate in plan.choices if of == recipe]
-        edge = {min(lrs): ", the lowest tried", max(lrs): ", the highest tried"} if len(lrs) > 1 else {}
-        return f" (taken{edge.get(lr, '')})"
-    found = share_runs([each.out for each in plan.tuning.values()], do)
-    best = {at: min(((loss, *choice) for a, choice, loss, _ in found if a == at), key=lambda f: f[0])[1:]
+    lrs = [lr for _, lr in plan.choices]
+    edge = {min(lrs): ", the lowest tried", max(lrs): ", the highest tried"} if len(set(lrs)) > 1 else {}
+    found = claim_each([each.out for each in plan.tuning.values()], do)
+    best = {at: min(((loss, choice) for a, loss, choice in found if a == at), key=lambda f: f[0])[1]
             for at, *_ in found}
-    lines = [f"{at[0]} at {judge.amount(at[1], plan.unit)}: " + ", ".join(
+    return best, [f"{at[0]} at {judge.amount(at[1], plan.unit)}: " + ", ".join(
         f"{in_words(choice)}: " + (f"{loss:.4f}" if loss < math.inf else "not finite")
-        + taken(*choice) * (choice == best[at]) for a, choice, loss, _ in found if a == at) for at in best]
-    spent = sum(seconds for at, choice, _, seconds in found if choice != best[at])
-    return best, lines, (f"Choosing took {len(found)} runs; the {len(found) - len(best)} that are not part of the "
-                         f"comparison were charged {duration(spent)}.")
+        + f" (taken{edge.get(choice[1], '')})" * (choice == best[at]) for a, loss, choice in found if a == at)
+        for at in best]
 
 
 # ------------------------------------------------------------------------------------------------------ score
@@ -474,7 +536,9 @@ def scored(plan, model, out, say, seed):
     """What finetune_glue finds of a model, now or in an earlier run: of each task and in short, and
     with --probe the probes."""
     config, tuning = plan.config, plan.config.finetuning(model, out, seed)
-    tasks = finetune_glue.score(tuning, say)["tasks"]
+    tasks = finetune_glue.score_model(tuning, lambda line: None)["tasks"]
+    say(", ".join(f"{name} {r['mean']:.1f}" + f" ({r['collapsed']} of {len(r['scores'])} collapsed)" * (
+        r["collapsed"] > 0) for name, r in tasks.items()))
     means = {name: r["mean"] for name, r in tasks.items()}
     predicted = {name: finetune_glue.kept_predictions(name, plan.tasks.get(name), r, Path(out, "trials"))
                  for name, r in tasks.items()}
@@ -487,43 +551,42 @@ def scored(plan, model, out, say, seed):
 def score_ngrams(plan, progress):
     """What n-grams and a linear classifier find of the tasks, from the training examples that the fine-tunings have:
     a draw each with --labels, else all of them, once."""
-    found, file = dict(tasks={}, predicted={}), plan.out / "ngrams/predicted.npz"
+    found, file = dict(tasks={}, scores={}, predicted={}), plan.out / "ngrams/predicted.npz"
     before = dict(np.load(file)) if file.exists() else {}
     for name, task in plan.tasks.items():
-        (_, y), (_, y_dev), *_ = plan.texts[name].values()
+        (_, y), *_ = plan.texts[name].values()
         if name not in before:
             progress.say_line(f"n-grams on {name}")
-            draws = [finetune_glue.drawn(len(y), plan.config.labels, seed + 1) for seed in range(
-                plan.config.finetune_seeds if plan.config.labels else 1)]
+            runs = plan.config.finetune_seeds if plan.config.labels else 1
+            draws = [finetune_glue.drawn(len(y), plan.config.labels, seed + 1) for seed in range(runs)]
             _, before[name] = ngrams.score(task, plan.texts[name], draws)
-        scores = [glue.evaluate(task, p, y_dev)[0][task.metrics[0]] for p in before[name]]
-        found["tasks"][name] = dict(metric=task.metrics[0], n=len(y_dev), scores=scores, collapsed=0,
+            write_whole(file, compressed(before))
+        scores = [glue.evaluate(task, p, plan.labels[name])[0][task.metrics[0]] for p in before[name]]
+        found["tasks"][name] = dict(metric=task.metrics[0], n=len(plan.labels[name]), scores=scores, collapsed=0,
                                     collapsed_trials=[False] * len(scores))
-        found["predicted"][name] = before[name]
+        found["scores"][name], found["predicted"][name] = float(np.mean(scores)), before[name]
+    return found
+
+
+def compressed(arrays):
+    """The bytes of a .npz of {name: array}."""
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **before)
-    write_whole(file, buffer.getvalue())
-    return found | dict(scores={t: float(np.mean(of["scores"])) for t, of in found["tasks"].items()})
+    np.savez_compressed(buffer, **arrays)
+    return buffer.getvalue()
 
 
-def constant_of(task, parts, result):
-    """(1, dev examples): the constant answer, as a prediction."""
-    _, (_, y), *_ = parts.values()
-    return np.full((1, result["n"]), 0 if task.labels == () else np.bincount(y).argmax())
-
-
-def score_yardstick(plan, directory, progress, name, path, seed):
+def score_yardstick(plan, progress, name, path, seed):
     """The untrained student of a seed, one of the teacher's layers, or the teacher, scored as an arm is."""
     model = path / "model"
     if name == judge.TEACHER:
         model = plan.teacher_model
     elif not model.exists():
-        student = initial_student(dataclasses.replace(plan.runs[0], seed=seed), directory)
+        student = initial_student(dataclasses.replace(plan.runs[0], seed=seed), plan.directory)
         if name == judge.CUT:
             source = checkpoint.find_model(plan.teacher_model)
-            teacher, missing, _ = checkpoint.load_mlm(source, len(directory.vocab))
+            teacher, missing, _ = checkpoint.load_mlm(source, len(plan.directory.vocab))
             start_from(student, teacher, numbers(plan.config.init_layers or "", int), head=not missing)
-        checkpoint.save_model(model, student, directory.read_tokenizer(), head=True)
+        checkpoint.save_model(model, student, plan.directory.read_tokenizer(), head=True)
     with progress.on(f"score {path}", f"{name} {seed}"):
         return dict(name=name, **scored(plan, model, path / "glue", progress.say, seed))
 
@@ -532,80 +595,83 @@ def result_of(plan, each, summary):
     """What a run was and cost, as report.py reads it."""
     kept = ("seed", "peak_lr", "steps", "tokens", "epochs", "charged_seconds", "tokens_per_second",
             "teacher_share", "val", "device")
-    log = (record for _, record in records(Path(each.out, "log.jsonl").read_bytes().split(b"\n")))
+    log = (record for _, record in log_records(Path(each.out, "log.jsonl").read_bytes().split(b"\n")))
     curve = [dict(seconds=r["seconds"], tokens=r["step"] * summary["tokens"] // summary["steps"],
                   mlm=r["val"]["mlm"], d_order=r.get("d_order")) for r in log if "mlm" in r.get("val", {})]
-    return dict({k: summary[k] for k in kept}, strategy=plan.arms[each.out], budget=each.budget[1], unit=plan.unit,
-                unique_tokens=each.unique_tokens, static_masks=each.static_masks, recipe=each.recipe, curve=curve,
+    return dict({k: summary[k] for k in kept}, strategy=plan.arms[each.out], budget=plan.nominal[each.out],
+                unit=plan.unit, unique_tokens=each.unique_tokens, static_masks=each.static_masks, recipe=each.recipe,
+                curve=curve,
                 flops=summary["student_flops"] + summary["teacher_flops"],
                 spent_before=each.budget[1] - summary["budget"][plan.unit])
 
 
 # ----------------------------------------------------------------------------------------------------- report
 
-def recipe(config):
-    """[a line on fine-tuning], where it is not the paper's grid or a part of it."""
-    ours = finetune_glue.Config
-    if (set(finetune_glue.grid(config.finetuning())) <= set(finetune_glue.grid(ours("a model")))
-            and (config.finetune_epochs, config.max_len) == (ours.epochs, ours.max_len)):
-        return []
-    return [f"Fine-tuning is outside the paper's grid (batch {ours.batch_sizes}, lr {ours.peak_lrs}, "
-            f"{ours.epochs} epochs, {ours.max_len} ids): here batch {config.finetune_batch_sizes}, lr "
-            f"{config.finetune_lrs}, {config.finetune_epochs} epochs, {config.max_len} ids."]
-
-
 def papers_setting(plan):
-    """The size whose rows of the paper's Table 2 may stand beside these, or None."""
-    config, teachers = plan.config, {"6L768": "12L768", "12L1024": "24L1024"}
-    same = not config.recipes and all(getattr(config, name) == getattr(Config, name) for name in (
-        "seq_len", "batch_size", "recipe", "init_std", "optimizer", "clip", "weight_decay"))
-    return config.size if same and teachers.get(config.size) == plan.teacher_shape.size else None
+    """Whether the paper's rows may stand beside these: its student, teacher, recipe and fine-tuning."""
+    papers = Config(size="6L768", batch_size=1024)
+    same = ("size", "seq_len", "batch_size", "recipe", "recipes", "init_std", "optimizer", "clip", "weight_decay",
+            "finetune_batch_sizes", "finetune_lrs", "quick", "finetune_epochs", "max_len")
+    return plan.teacher_shape.size == "12L768" and all(getattr(plan.config, k) == getattr(papers, k) for k in same)
 
 
-def write_report(config, results, yardsticks, remarks=(), costs=(), size=None, labels=None, teacher_flops=None):
-    """The tables, the verdict and the figure, under OUT and on the screen.  `labels`: {task: of its dev examples}."""
+def write_report(config, results, yardsticks, labels, teacher_flops, remarks=(), paper=False):
+    """The tables, the verdict and the figure, under OUT and on the screen.  `labels`: {task: of its dev examples};
+    `paper`: with the paper's rows."""
     out, layers = Path(config.out), ", ".join(map(str, numbers(config.init_layers or "", int)))
     for each in (*results, *(r for y in yardsticks for r in y["runs"])):
-        judge.keep_examples(each, each.get("predicted", {}), labels or {})
+        judge.keep_examples(each, each.get("predicted", {}), labels)
     said = report.verdict(results, yardsticks, teacher_flops, layers)
-    notes = [*report.drift(results), *report.remarks(results), *remarks, *recipe(config)]
-    table = report.score_table(results, yardsticks, size)
-    text = "\n\n".join([said[0], table, *said[1:], *notes])
+    notes = [*report.drift(results), *report.remarks(results), *remarks]
+    table = report.score_table(results, yardsticks, paper)
     probes = report.probe_table(results, yardsticks) if config.probe else ""
-    costs = "\n\n".join([report.cost_table(results, teacher_flops), *costs,
-                         *judge.pays_from(results, yardsticks, teacher_flops)])
-    left_out = ("predicted", "examples")
+    text = "\n\n".join([said[0], table, *said[1:], *notes, probes])
+    costs = [report.cost_table(results, teacher_flops), *judge.pays_from(results, yardsticks, teacher_flops)]
+
+    def plain(models):                                  # their arrays are in results.npz
+        return [{k: v for k, v in r.items() if k not in ("predicted", "examples")} for r in models]
     everything = dict(config=dataclasses.asdict(config), verdict=said, teacher_flops=teacher_flops,
-                      results=[{k: v for k, v in r.items() if k not in left_out} for r in results],
-                      yardsticks=[dict(y, runs=[{k: v for k, v in r.items() if k not in left_out} for r in y["runs"]])
-                                  for y in yardsticks])
+                      results=plain(results), yardsticks=[dict(y, runs=plain(y["runs"])) for y in yardsticks])
     if (inputs := out / "inputs.json").exists():
         everything["data"] = read_json(inputs).get("contents of data")
 
     def write(_):
-        for name, content in (("table.md", f"{text}\n\n{probes}"), ("costs.md", costs),
-                              ("results.csv", report.comma_separated(results)),
+        for name, content in (("table.md", text), ("costs.md", "\n\n".join(costs)),
                               ("results.json", json.dumps(everything, indent=1))):
             write_whole(out / name, f"{content.rstrip()}\n".encode())
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, **judge.arrays_of(results, yardsticks, labels or {}))
-        write_whole(out / "results.npz", buffer.getvalue())
+        write_whole(out / "results.npz", compressed(judge.arrays_of(results, yardsticks, labels)))
         report.figure(results, yardsticks, out / "figure.png", teacher_flops)
-    share_runs([out], write)
-    print("\n" + "\n\n".join(filter(None, [
+    claim_each([out], write)
+    print("\n" + "\n\n".join([
         textwrap.fill(said[0], 80), report.screen_table(results, yardsticks),
         *(textwrap.fill(line, 80) for line in (*said[1:], *notes)),
-        "Probes of the frozen encoders: in table.md." * bool(probes),
-        f"also in {out}/table.md, costs.md, results.json and results.csv"])))
+        f"also in {out}/table.md{' (probes too)' * bool(probes)}, costs.md and results.json"]))
+
+
+def in_hand(plan, results):
+    """What the best student is and how it is used, once a classifier of each task is kept of it."""
+    best = max(results, key=lambda r: r["average"])
+    lines = ["from transformers import AutoModel, pipeline", f'student = AutoModel.from_pretrained("{best["model"]}")']
+    for name, r in best["tasks"].items():
+        out, seed = Path(best["model"]).parent / "glue", r["first_seed"] + int(np.argmax(r["scores"]))
+        task = [part for part in plan.config.tasks.split(",") if part.partition("=")[0] == name]
+        finetune_glue.score_model(dataclasses.replace(
+            plan.config.finetuning(best["model"], out / "kept", best["seed"]), tasks=",".join(task), save=True, seeds=1,
+            batch_sizes=str(r["batch_size"]), peak_lrs=f"{r['peak_lr']:g}", first_seed=seed), lambda line: None)
+        kept = out / f"kept/trials/{name}-b{r['batch_size']}-lr{r['peak_lr']:g}-seed{seed}"
+        lines.append(f'{name} = pipeline("text-classification", "{kept}")')
+    return "\n".join([f"Use the best student, {best['strategy']} of seed {best['seed']}, and its classifiers:", "",
+                      *(f"    {line}" for line in lines), "",
+                      f"or, without transformers: python finetune_glue.py --model {kept} --predict FILE"])
 
 
 def main(config):
     began = time.monotonic()
     if config.merge:
         with parsing(f"--merge {config.merge}"):
-            config, found, labels, teacher_flops = merged(config)
+            config, *found = merged(config)
             claim(config.out, "compare")
-            return write_report(config, *found, labels=labels, teacher_flops=teacher_flops)
+            return write_report(config, *found)
     claim(config.out, "compare", dry_run=True)
     demonstration = config.data is None
     if demonstration:
@@ -617,16 +683,15 @@ def main(config):
                         "your own labelled text; GLUE's names: from the Hub)")
     elif config.tasks is None:
         config = dataclasses.replace(config, tasks=finetune_glue.Config.tasks)
-    if config.total_hours:
-        config = within(config)
-    config = config.for_machine()
+    config, speeds = settled(config)
     plan = Plan(config)
-    if not (found := compare(plan)):
+    if not (found := compare(plan, speeds)):
         return
-    labels = {name: [*parts.values()][1][1] for name, parts in plan.texts.items()}
-    write_report(config, *found, papers_setting(plan), labels, plan.teacher_flops)
+    results, yardsticks, remarks = found
+    write_report(config, results, yardsticks, plan.labels, plan.teacher_flops, remarks, papers_setting(plan))
+    print(f"\n{in_hand(plan, results)}")
     if demonstration:
-        look(found[0], config)
+        look(results)
     print(f"\n{time.monotonic() - began:.0f} s in all")
 
 

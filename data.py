@@ -168,7 +168,7 @@ class Sentences(Blocks):
         return Batch(ids, none, none)
 
 
-def blocks_of(phase, directory, split, seed, unique_tokens=None, static_masks=False):
+def phase_blocks(phase, directory, split, seed, unique_tokens=None, static_masks=False):
     """The Blocks, or Sentences, of a strategies.Phase."""
     if phase.strategy.seq_len:
         return Sentences(directory, split, phase.seq_len, seed, unique_tokens)

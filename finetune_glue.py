@@ -14,13 +14,13 @@ text,label; a column that numbers the rows (id, index, ...) is left out.  Of a s
 apart as dev, by the hash of its text.
 
 The recipe is the paper's (arXiv 2404.19319): AdamW, batch {16, 32} x lr {1e-5, 3e-5, 5e-5, 8e-5}, 5 epochs,
-linear decay, 128 ids, dropout 0.1.  Ours: 6% warm-up, of which the paper says nothing; the grid runs on seed
-0 and the point that it picks on other seeds, because the best of a grid on dev is too good to be true; the
-score is that of the last step.  A seed sets the new head, the order of the examples and dropout.
+linear decay, 128 ids, dropout 0.1.  Ours: below width 512 lr {1e-4, 3e-4, 7e-4, 1e-3}; 6% warm-up; the grid runs on
+seed 0 and the point that it picks on other seeds, because the best of a grid on dev is too good to be true; a trial
+that ends predicting one class is repeated once at half its rate, and the repeat counts if it does not.  The score is
+that of the last step.  A seed sets the new head, the order of the examples and dropout.
 
 Every trial (task, batch, lr, seed) is a file, OUT/trials/*.json, with the dev logits beside it (.npy).  What
-is finished never runs again, so the same command goes on after a kill, and processes that
-share OUT share the work.
+is finished never runs again: the same command goes on after a kill, and processes that share OUT share the work.
 """
 import hashlib
 import io
@@ -45,7 +45,7 @@ from data import hashed
 from plumbing import checkpoint, probe
 from plumbing.cli import Checked, Length, Positives, Seed, Share, Times, UserError, numbers, run
 from plumbing.device import choose_device, multiplies_in_bf16
-from plumbing.files import claim, parsing, sha256, share, write_json, write_whole
+from plumbing.files import claim, claim_each, parsing, sha256, write_json, write_whole
 from plumbing.glue import BINARY, PAPER, TASKS, Task, evaluate, parse_tasks, read_task, rows_of_text
 from plumbing.tokens import TokenDirectory
 from step import autocast, decay_groups, to_device
@@ -59,9 +59,9 @@ class Config(Checked):
     tasks: str = "cola,sst2,mrpc,stsb,qqp,mnli,qnli,rte"    # GLUE's names (wnli too); name=PATH: your own
     columns: str | None = None              # of your own: text,label or text,text,label; default: guessed
     predict: str | None = None       # a file of text: --model, a classifier, labels it, one JSON line per row
-    batch_sizes: Annotated[str, int, "[1, 4096]"] = "16,32"     # the grid: examples per step ...
-    peak_lrs: Positives = "1e-5,3e-5,5e-5,8e-5"     # ... times learning rates, reached after 6% of the steps
-    quick: bool = False                     # one grid point, batch 32 and lr 5e-5, in the grid's place
+    batch_sizes: Annotated[str, int, "[1, 4096]"] | None = None     # the grid: examples per step; default: 16,32 ...
+    peak_lrs: Positives | None = None       # ... times peak learning rates; default: by the model's width, see above
+    quick: bool = False                     # default: one grid point, 32 x 5e-5, below width 512 32 x 7e-4
     labels: Annotated[int, "[1, 1e9]"] | None = None    # training examples, drawn anew for each run; default: all
     seeds: Times = 3                        # runs of the chosen point: mean and standard deviation over them
     first_seed: Seed | None = None      # of those runs; default: 1 after a grid, which runs on seed 0, else 0
@@ -78,7 +78,9 @@ class Config(Checked):
     bf16: bool | None = None                # bf16 autocast; default: where that is faster
 
 
-QUICK = (32, 5e-5)         # --quick: batch and learning rate
+# {least width: what its models are fine-tuned with}
+PEAK_LRS = {512: "1e-5,3e-5,5e-5,8e-5", 0: "1e-4,3e-4,7e-4,1e-3"}
+QUICK_LR = {512: "5e-5", 0: "7e-4"}
 
 
 # ------------------------------------------------------------------------------------------------ fine-tuning
@@ -124,7 +126,7 @@ def forward(model, examples, pad_id):
     return model(*(x if x is None else to_device(x, device) for x in padded))
 
 
-def batches(lengths, batch_size, epochs, seed):
+def shuffled_batches(lengths, batch_size, epochs, seed):
     """Index arrays: every example once an epoch, examples of like length together, as `seed` draws them."""
     rng = np.random.default_rng(seed)
     for _ in range(epochs):
@@ -144,7 +146,7 @@ def finetune(model, examples, labels, batch_size, epochs, peak_lr, seed, pad_id,
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(decay_groups(model.parameters(), 0.01), lr=peak_lr, fused=True)
     total, losses = epochs * -(-len(examples) // batch_size), []
-    order = batches(np.array([e.shape[1] for e in examples]), batch_size, epochs, seed)
+    order = shuffled_batches(np.array([e.shape[1] for e in examples]), batch_size, epochs, seed)
     model.train()
     run = torch.compile(model, fullgraph=True, dynamic=True) if compiled else model
     for step, picked in enumerate(tqdm(order, desc=name, total=total, leave=False, disable=None)):
@@ -180,15 +182,13 @@ def embedded(model, tokenizer, texts, max_len):
 
 # ----------------------------------------------------------------------------------------------------- trials
 
-def finished(file, settings, save=False):
+def finished_trial(file, settings, save=False):
     """The result of a trial that ran before, and with `save` has its classifier beside it; else None."""
     if not file.exists():
         return None
     with parsing(file, "delete it and run this again"):
         result = json.loads(file.read_text(encoding="utf-8"))
         differ = [k for k in settings if settings[k] != result["settings"].get(k)]
-        if not all(map(math.isfinite, result.get("scores", {}).values())):
-            raise ValueError("a score that is no number")
     if differ:
         raise UserError(f"{file} was run with another {', '.join(differ)}: give another --out, or delete it")
     return result if not save or file.with_suffix("").is_dir() else None
@@ -214,18 +214,15 @@ def drawn(n, labels, seed):
     return np.sort(np.random.default_rng([seed, labels]).permutation(n)[:labels])
 
 
-def fit(setup, file, batch, lr, seed):
-    """One fine-tuning: (result, dev logits)."""
-    config, name, task, device = setup.config, setup.name, setup.task, setup.device
+def attempt(setup, name, batch, lr, seed):
+    """One fine-tuning: (what the trial's record holds of it, dev logits (n, num_labels), the model)."""
+    config, task, device = setup.config, setup.task, setup.device
     (x, y), *dev = setup.parts.values()
     of = drawn(len(y), config.labels, seed)
-    x, y_drawn = [x[i] for i in of], y[of]
     began, pad_id = time.monotonic(), setup.tokenizer.token_to_id("[PAD]")
-    if config.save:
-        checkpoint.room(file.with_suffix(""))                           # now, not when all is trained
     num_labels = 1 if task.labels == () else len(task.labels or ()) or int(y.max()) + 1
     model = checkpoint.load_classifier(setup.path, num_labels, seed, config.dropout).to(device)
-    losses = finetune(model, x, y_drawn, batch, config.epochs, lr, seed, pad_id, file.stem,
+    losses = finetune(model, [x[i] for i in of], y[of], batch, config.epochs, lr, seed, pad_id, name,
                       multiplies_in_bf16(device, config.bf16), config.compile)
     logits, scores, collapsed = [], {}, False
     for (x, y), where in zip(dev, ("", " mismatched"), strict=False):       # two dev sets: MNLI
@@ -233,18 +230,38 @@ def fit(setup, file, batch, lr, seed):
         values, same = evaluate(task, logits[-1][:, 0] if task.labels == () else logits[-1].argmax(-1), y)
         scores |= {m + where: v for m, v in values.items()}
         collapsed |= same
-    text = ", ".join(f"{m} {v:.1f}" for m, v in scores.items()) + (", COLLAPSED" if collapsed else "")
-    seconds = time.monotonic() - began
-    setup.say(f"{name} batch {batch} lr {lr:g} seed {seed}: {text} ({seconds:.0f} s, {len(losses)} steps)")
+    record = dict(peak_lr=lr, scores=scores, collapsed=collapsed, seconds=time.monotonic() - began)
+    setup.say(f"{setup.name} batch {batch} lr {lr:g} seed {seed}: {scores_in_words(record)} "
+              f"({record['seconds']:.0f} s, {len(losses)} steps)")
+    return record, np.concatenate(logits), model
+
+
+def scores_in_words(record):
+    return ", ".join(f"{m} {v:.1f}" for m, v in record["scores"].items()) + ", COLLAPSED" * record["collapsed"]
+
+
+def run_trial(setup, file, batch, lr, seed):
+    """The record of a trial: its one fine-tuning, or two where the first predicts one class.  Writes the logits of
+    the one that counts beside `file`, and with --save its classifier."""
+    config, kept = setup.config, file.with_suffix("")
     if config.save:
-        names = None if task.labels in (None, (), BINARY) else task.labels
-        columns = task.columns or task.text
-        checkpoint.save_model(file.with_suffix(""), model, setup.tokenizer, True, max_len=config.max_len,
-                              names=names, columns=columns, card=(
-            f"---\nlibrary_name: transformers\ntags: [bert, nanokd]\n---\n\n`{config.model}` fine-tuned by "
-            f"nanoKD on {name} (batch {batch}, lr {lr:g}, seed {seed}): {text} on "
-            f"{len(dev[0][1]):,} dev examples.\n"))
-    return dict(scores=scores, collapsed=collapsed, seconds=seconds), np.concatenate(logits)
+        checkpoint.room(kept)                                           # now, not when all is trained
+    found = [attempt(setup, file.stem, batch, lr, seed)]
+    if found[0][0]["collapsed"]:
+        found.append(attempt(setup, file.stem, batch, lr / 2, seed))
+    record, logits, model = found[0] if found[-1][0]["collapsed"] else found[-1]
+    buffer = io.BytesIO()
+    np.save(buffer, logits)
+    write_whole(file.with_suffix(".npy"), buffer.getvalue())
+    if config.save:
+        task = setup.task
+        checkpoint.save_model(
+            kept, model, setup.tokenizer, max_len=config.max_len, columns=task.columns or task.text,
+            names=None if task.labels in (None, (), BINARY) else task.labels,
+            card=f"---\nlibrary_name: transformers\ntags: [bert, nanokd]\n---\n\n`{config.model}` fine-tuned by nanoKD "
+                 f"on {setup.name} (batch {batch}, lr {record['peak_lr']:g}, seed {seed}) scores, on the dev examples: "
+                 f"{scores_in_words(record)}.\n")
+    return dict(record, attempts=[each for each, *_ in found])
 
 
 def run_trials(setup, out, points):
@@ -253,34 +270,26 @@ def run_trials(setup, out, points):
     # the examples as the model sees them: another TSV, tokenizer or max_len makes another trial
     examples = hashlib.sha256(b"".join(a.tobytes() for x, y in setup.parts.values() for a in (*x, y)))
     settings = dict(model=setup.digests, examples=examples.hexdigest()[:16],
-                    epochs=config.epochs, dropout=config.dropout,
-                    bf16=multiplies_in_bf16(setup.device, config.bf16))
-    if config.labels:
-        settings["drawn"] = config.labels
-    if setup.task.labels and not setup.task.columns:
-        settings["labels"] = list(setup.task.labels)
+                    epochs=config.epochs, dropout=config.dropout, drawn=config.labels,
+                    bf16=multiplies_in_bf16(setup.device, config.bf16),
+                    labels=None if setup.task.columns else list(setup.task.labels or ()) or None)
     files = [out / f"{setup.name}-b{batch}-lr{lr:g}-seed{seed}.json" for batch, lr, seed in points]
-    again = sum(file.exists() and not finished(file, settings, config.save) for file in files)
-    if again:
-        setup.say(f"{setup.name}: {again} finished trials kept no classifier: they run again (--save)")
 
     def trial(i):
-        result = finished(files[i], settings, config.save)
+        result = finished_trial(files[i], settings, config.save)
         if result is None:
-            result, logits = fit(setup, files[i], *points[i])
-            buffer = io.BytesIO()
-            np.save(buffer, logits)
-            write_whole(files[i].with_suffix(".npy"), buffer.getvalue())
+            result = run_trial(setup, files[i], *points[i])
             write_json(files[i], dict(result, settings=settings))
         locks[i].unlink(missing_ok=True)
         return result
     locks = [file.with_suffix(".lock") for file in files]
-    return dict(zip(points, share(locks, trial), strict=True))
+    return dict(zip(points, claim_each(locks, trial, directories=False), strict=True))
 
 
 def score_task(setup, out):
     """The grid on seed 0, the best point on fresh seeds."""
-    points, first, trials, metric = grid(setup.config), setup.config.first_seed, 0, setup.task.metrics[0]
+    points = grid(setup.config, checkpoint.read_config(setup.path).hidden_size)
+    first, trials, metric = setup.config.first_seed, 0, setup.task.metrics[0]
     if first is None:
         first = int(len(points) > 1)
     if len(points) > 1:     # else there is nothing to choose, and seed 0 is as fresh as any
@@ -291,14 +300,16 @@ def score_task(setup, out):
                                       for seed in range(first, first + setup.config.seeds)])
     results, (_, (_, y), *_) = list(results.values()), setup.parts.values()
     majority = np.full(len(y), 0 if setup.task.labels == () else np.bincount(y).argmax())
-    mean = {m: dict(scores=[r["scores"][m] for r in results]) for m in results[0]["scores"]}
-    for values in mean.values():
-        values |= dict(mean=float(np.mean(values["scores"])),
-                       std=float(np.std(values["scores"], ddof=1)) if len(results) > 1 else 0.0)
+    mean = {}
+    for m in results[0]["scores"]:
+        scores = [r["scores"][m] for r in results]
+        mean[m] = dict(scores=scores, mean=float(np.mean(scores)),
+                       std=float(np.std(scores, ddof=1)) if len(scores) > 1 else 0.0)
     collapsed = [r["collapsed"] for r in results]
     return dict(mean.pop(metric), metric=metric, others=mean, batch_size=points[0][0], peak_lr=points[0][1],
                 trials=trials + len(results), n=len(y), majority=evaluate(setup.task, majority, y)[0][metric],
-                collapsed=sum(collapsed), collapsed_trials=collapsed, first_seed=first)
+                collapsed=sum(collapsed), collapsed_trials=collapsed, first_seed=first,
+                repeated=sum(len(r.get("attempts", ())) > 1 for r in results))
 
 
 def kept_predictions(name, task, found, out):
@@ -314,16 +325,18 @@ def line(name, r):
     values = [f"{m} {v['mean']:.1f} ± {v['std']:.1f}" for m, v in [(r["metric"], r), *r["others"].items()]]
     return (f"{name}: {', '.join(values)} over {len(r['scores'])} seeds (batch {r['batch_size']}, "
             f"lr {r['peak_lr']:g}; {r['trials']} trials), n = {r['n']:,}, majority class {r['majority']:.1f}"
+            + (f"; {r['repeated']} predicted one class and ran again at half the rate" if r["repeated"] else "")
             + (f"; {r['collapsed']} of {len(r['scores'])} COLLAPSED" if r["collapsed"] else ""))
 
 
 # -------------------------------------------------------------------------------------------------------- all
 
-def grid(config):
-    """[(batch size, peak lr)]"""
-    if config.quick:
-        return [QUICK]
-    return list(itertools.product(numbers(config.batch_sizes, int), numbers(config.peak_lrs)))
+def grid(config, width):
+    """[(batch size, peak lr)] for a model of this width: what the flags say, else the defaults of that width."""
+    lrs = QUICK_LR if config.quick else PEAK_LRS
+    batch_sizes = config.batch_sizes or ("32" if config.quick else "16,32")
+    peak_lrs = config.peak_lrs or next(text for least, text in lrs.items() if width >= least)
+    return list(itertools.product(numbers(batch_sizes, int), numbers(peak_lrs)))
 
 
 def opened(config, say):
@@ -340,7 +353,7 @@ def opened(config, say):
     return setup, tasks, texts, claim(out, "glue")
 
 
-def score(config, say=print):
+def score_model(config, say=print):
     """Fine-tunes and scores on every task; returns what glue.json holds, scores in percent."""
     setup, tasks, texts, out = opened(config, say)
     (out / "trials").mkdir(exist_ok=True)
@@ -377,7 +390,7 @@ def probes(config, say=print):
                                     for x, y in parts.values()]).encode())
     settings = dict(model=setup.digests, examples=examples.hexdigest()[:16], max_len=config.max_len,
                     seq_len=config.seq_len, data=directory and directory.manifest["sha256"])
-    result = finished(out / "probes.json", settings)
+    result = finished_trial(out / "probes.json", settings)
     if result:
         return result
     embed = partial(embedded, loaded.model.to(setup.device), setup.tokenizer, max_len=config.max_len)
@@ -437,7 +450,7 @@ def main(config):
             scores, _ = ngrams.score(task, read_task(name, task, config.glue_dir))
             print(f"{name}: n-grams {scores[0]:.1f}")
         return found
-    result = score(config)
+    result = score_model(config)
     print()
     for name, r in result["tasks"].items():
         print(line(name, r))

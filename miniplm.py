@@ -10,12 +10,9 @@ masked ids of all other units, the pool, both of the same corrupted blocks:
     r(u)   = s_teacher(u) - s_reference(u)              the expected masked-loss gap
 
 and the half with the largest r is kept (difference sampling, arXiv 2410.17215, section 2.4).  OUT gets token
-directories with the source's validation ids and tokenizer: kept, in the corpus's order; the controls that are asked
-for: as many units with the smallest r (flipped), highest s_teacher (teacher), lowest s_reference (reference), drawn by
-lot (random), and all units (all); held_out, on which reference_run/ is trained.  Their manifests say what they
-were made from and what all of it has cost: train.py charges none of that, compare.py takes it off the budget of its
-arms miniplm, miniplm+random, ...  Other block lengths: docs/miniplm.md.  The same command goes on where it was stopped,
-and adds controls; what is finished is not done again.
+directories: kept, the controls that are asked for, and held_out, on which reference_run/ is trained (docs/miniplm.md).
+Their manifests say what all of it has cost: train.py charges none of that, compare.py takes it off the budget of its
+arms miniplm, miniplm+random, ...  The same command goes on where it was stopped, and adds controls.
 """
 import dataclasses
 import time
@@ -31,7 +28,7 @@ from data import Blocks, hashed
 from plumbing.cli import Checked, Count, Fraction, Length, Times, UserError, run, writable
 from plumbing.device import choose_device, hardware, multiplies_in_bf16, ready_process
 from plumbing.diagnose import masked_lm, token_losses
-from plumbing.files import read_json, sha256, share_runs, write_json, write_whole
+from plumbing.files import claim_each, read_json, sha256, write_json, write_whole
 from plumbing.glue import spearman
 from plumbing.price import flops_per_block
 from plumbing.rundir import contents
@@ -72,7 +69,7 @@ def miniplm(config, say=print):
     how = ("data", "out", "controls", "device")
     request = {k: v for k, v in dataclasses.asdict(config).items() if k not in how} | dict(
         source=source.manifest["sha256"], teacher=contents(source, config.teacher)["contents of teacher"])
-    share_runs([out], lambda _: make(config, out, source, request, device, say))
+    claim_each([out], lambda _: make(config, out, source, request, device, say))
 
 
 def make(config, out, source, request, device, say):

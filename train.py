@@ -16,7 +16,7 @@ counts fetching and masking the batch, the teacher's forward pass, the student's
 communication and the optimizer; it does not count start-up, warm-up of compilation, validation, saving, or
 the pretraining of the teacher.
 
-A run directory (--out) gets config.json, log.jsonl, checkpoint.pt and the one before, summary.json and
+A run directory (--out) gets config.json, log.jsonl, checkpoint.pt, summary.json and
 model/, a Hugging Face BERT directory.  The same command goes on where a stopped run was; under torchrun it
 runs on many GPUs.
 
@@ -35,16 +35,16 @@ from typing import Annotated, Literal
 
 import torch
 
-from data import Sentences, blocks_of, prefetch
+from data import Sentences, phase_blocks, prefetch
 from model import BertConfig
 from plumbing import encoder
 from plumbing.budget import Budget, Stages, Stopped, one_budget, stop_signals
 from plumbing.checks import check_run, refuse_non_finite
 from plumbing.cli import Checked, Count, Lengths, NotNegative, Positive, Seed, Share, UserError, in_turn, run
-from plumbing.device import Ranks, alone, choose_device, fitting_micro_batch, halve_micro_batch_until_it_fits
+from plumbing.device import Ranks, alone_on_device, choose_device, fitting_micro_batch, halve_micro_batch_until_it_fits
 from plumbing.price import price
 from plumbing.rehearsal import rehearse
-from plumbing.rundir import Run, begun, contents, finished, run_directory
+from plumbing.rundir import RunWriter, begun, contents, finished, run_directory
 from plumbing.screen import what_next
 from plumbing.settle import settled, with_file
 from plumbing.tokens import TokenDirectory
@@ -244,7 +244,7 @@ def trained(run):
     blocks, batches = stream(run, arm.phase)
     budget.start()
     stages.mark(None)
-    with alone(arm.device, budget.unit), stop_signals() as signals, run.stopped_by(signals):
+    with alone_on_device(arm.device, budget.unit), stop_signals() as signals, run.stopped_by(signals):
         while budget.progress < 1 or not budget.steps:
             if arm.phase.end <= budget.progress < 1:
                 run.next_phase(signals)
@@ -293,27 +293,27 @@ def agreed(ranks, names, values, budget, signals):
 
 
 def begin(config, now, say, status, held):
-    """(the Run at the step where it stopped, None); with nothing to run (None, what train returns).  `held`: the
+    """(RunWriter at the step where it stopped, None); with nothing to run (None, what train returns).  `held`: the
     stack on which rank 0 holds the run directory."""
     began = now()
     config.check()
     out, directory = config.path, TokenDirectory(config.data)
     last = config.phases[-1]
-    blocks = blocks_of(last, directory, "train", config.seed, config.unique_tokens)     # refuses more than there are
+    blocks = phase_blocks(last, directory, "train", config.seed, config.unique_tokens)     # refuses more than there are
     record = config.record | contents(directory, config.teacher if config.reads_teacher else None)
     if summary := finished(record, out, Config().record):
         say(f"{out} is finished: nothing to do")
         return None, summary
     unit, total = config.budget
-    with alone(choose_device(config.device), unit):      # refused now, not after minutes of compilation
+    with alone_on_device(choose_device(config.device), unit):      # refused now, not after minutes of compilation
         if Ranks().rank == 0:
             held.enter_context(run_directory(config))
     arm = make_arm(config, directory)
     directory.verify()
     main_rank = arm.ranks.rank == 0
     say = say if main_rank else lambda line: None
-    run = Run(config, out, arm, Budget(total, unit, now=now), Stages(arm.device), directory,
-              validation_blocks(directory, last.seq_len, say, type(blocks)), say, status, writes=main_rank)
+    run = RunWriter(config, out, arm, Budget(total, unit, now=now), Stages(arm.device), directory,
+                    validation_blocks(directory, last.seq_len, say, type(blocks)), say, status, writes=main_rank)
     if isinstance(blocks, Sentences):
         say(f"{directory.path}: {blocks.count:,} sentences of {blocks.size.mean():.0f} ids in the mean; {blocks.cut:,} "
             f"were cut to {blocks.body}, {blocks.joined:,} under {blocks.SHORTEST} joined to the next")
@@ -346,7 +346,7 @@ def main(config, say=print, **options):
 def stream(run, phase):
     """(Blocks of a phase, their batches from the run's step on)."""
     c = run.config
-    blocks = blocks_of(phase, run.directory, "train", c.seed, c.unique_tokens, c.static_masks)
+    blocks = phase_blocks(phase, run.directory, "train", c.seed, c.unique_tokens, c.static_masks)
     return blocks, batches_of(blocks, run.budget.steps, phase.blocks(c.batch_size), run.arm.device)
 
 

@@ -12,7 +12,7 @@ import prepare
 import watch
 from plumbing import sources
 from plumbing.cli import UserError
-from plumbing.files import claim, share_runs, write_whole
+from plumbing.files import claim, claim_each, write_whole
 
 TEACHER = Path(__file__).parents[1] / "teacher"        # how it was made: its README.md
 VAL_FRACTION = 0.1
@@ -24,7 +24,6 @@ SETTING = dict(teacher=str(TEACHER), size="2L128", budget_flops="5e12", seq_len=
                finetune_batch_sizes="32", finetune_lrs="7e-4", finetune_epochs=10, finetune_seeds=2, max_len=48)
 ARMS = "no_kd,vanilla_kd,tinybert,minilm,no_kd+init"        # the last one starts from the teacher
 MASKED = "returns a new [MASK] with the same shape as the input."
-QUERY = "compute the eigenvalues of a matrix"
 
 
 def package_task(task, documents):
@@ -74,37 +73,30 @@ def written(out, dry_run=False):
         prepare.prepare(prepare.Config(["docstrings"], str(data), str(TEACHER), val_fraction=VAL_FRACTION),
                         [text for _, text in documents])
     claim(out, "compare")
-    share_runs([out], make)
+    claim_each([out], make)
     return str(data), f"package={task}"
 
 
 def demonstrated(config):
     """The configuration of the demonstration, its text and task on disk.  Its sizes are its own."""
-    free = ("out", "strategies", "arms", "seeds", "dry_run", "jobs", "device", "compile", "bf16")
+    free = ("out", "arms", "seeds", "dry_run", "jobs", "device", "compile", "bf16")
     given = [f.name for f in dataclasses.fields(config)
              if f.name not in free and getattr(config, f.name) != f.default]
     if given:
         raise UserError(f"--{given[0].replace('_', '-')} without --data: the demonstration, which runs without "
                         f"--data, has its own sizes; give --data, --teacher and a budget")
-    if config.arms is None and config.strategies == type(config).strategies:
-        config = dataclasses.replace(config, arms=ARMS)
+    config = dataclasses.replace(config, arms=config.arms or ARMS)
     data, tasks = written(config.out, config.dry_run)
     jobs = config.jobs or os.cpu_count() or 1
     return dataclasses.replace(config, **SETTING, jobs=jobs, data=data, tasks=tasks)
 
 
-def look(results, config):
-    """A masked sentence as each student of the first seed fills it in, and what is nearest to a query."""
-    lines = Path(config.out) / "package/lines.txt"
-    rows = (Path(config.out) / "package/dev.tsv").read_text(encoding="utf-8").splitlines()[1:]
-    write_whole(lines, "".join(row.rpartition("\t")[0] + "\n" for row in rows).encode())
-    print(f"To look at (seed 0): \"{MASKED}\", and of {len(rows):,} docstrings the nearest to \"{QUERY}\"")
+def look(results):
+    """A masked sentence as each student of the first seed fills it in."""
+    print(f"To look at (seed 0): \"{MASKED}\"")
     for each in results:
         if each["seed"] == 0 and each["budget"] == results[0]["budget"]:
-            said = []
+            said = ["[MASK] 1: (no LM head)"]
             if "mlm" in each["val"]:                                    # it has trained an LM head
                 watch.ask(watch.Config(model=each["model"], sentence=MASKED), said.append)
-            watch.ask(watch.Config(model=each["model"], sentence=QUERY, nearest=str(lines)), said.append)
-            masked = said[0].removeprefix("[MASK] 1: ") if "mlm" in each["val"] else "(no LM head)"
-            nearest = next(line for line in said if line.startswith("  ")).strip()
-            print(f"{each['strategy']:12} {masked}\n{'':12} {nearest[:100]}")
+            print(f"{each['strategy']:12} {said[-1].removeprefix('[MASK] 1: ')}")

@@ -1,4 +1,4 @@
-"""Worker processes over one plan: each takes the runs that no other one works on (plumbing.files.share).
+"""Worker processes over one plan: each takes the runs that no other one works on (plumbing.files.claim_each).
 
 The workers write to OUT/jobs/N.log; this process shows one line over all of them.  Ctrl-C reaches them all,
 each leaves a checkpoint, and the same command goes on.  A worker that fails stops the others.
@@ -46,7 +46,7 @@ def reason(code, log):
     return (lines or ["no word"])[-1].removeprefix("error: ")
 
 
-def run(jobs, do, config, out, status, say=print):
+def run_jobs(jobs, do, config, out, status, say=print):
     """Runs do(config) in `jobs` processes to their end; `status()` is the line that is said now and then.
 
     On CUDA each process has a GPU of its own, on a CPU its share of the threads."""

@@ -23,7 +23,10 @@ class Row(NamedTuple):
     name: str
     runs: list                  # results, one per seed
     budget: float | None = None
-    needs_teacher: bool = False
+
+    @property
+    def needs_teacher(self):
+        return self.name == CUT or self.budget is not None and needs_teacher(self.name)
 
     @property
     def flops(self):
@@ -57,7 +60,7 @@ def constant_answer(results):
 
 def base_of(arms, yardsticks=()):
     """What the others are compared with: no_kd, else the untrained layers, else random weights, else the first arm."""
-    there = {y["name"] for y in yardsticks if "runs" in y}
+    there = {y["name"] for y in yardsticks}
     return next((name for name in ("no_kd", CUT, RANDOM) if name in arms or name in there), next(iter(arms)))
 
 
@@ -97,9 +100,7 @@ def arm(name, runs, tasks, given=False, fixed=False):
 
 
 def yardstick_arm(y, tasks):
-    """The same of a yardstick; None where it has no fine-tunings of its own (older records)."""
-    if "runs" not in y or any(t not in r["tasks"] for r in y["runs"] for t in tasks):
-        return None
+    """The same of a yardstick."""
     fixed = y["name"] == CONSTANT or y["name"] == NGRAMS and len(trials_of(y["runs"][0], tasks)) == 1
     return arm(y["name"], y["runs"], tasks, given=y["name"] != RANDOM, fixed=fixed)
 
@@ -107,7 +108,7 @@ def yardstick_arm(y, tasks):
 def table_of(arms, yardsticks, tasks):
     """[statistics.Arm] of one group's arms and the yardsticks."""
     found = [arm(name, [runs[s] for s in sorted(runs)], tasks) for name, runs in arms.items()]
-    return found + [a for y in yardsticks if (a := yardstick_arm(y, tasks))]
+    return found + [yardstick_arm(y, tasks) for y in yardsticks]
 
 
 def differences(arms, yardsticks, tasks):
@@ -122,7 +123,7 @@ def measuring(results, yardsticks):
     is known."""
     floors, measures, nothing = {CONSTANT, NGRAMS, RANDOM}, [], {}
     for task in results[0]["tasks"]:
-        ys = [a for y in yardsticks if (a := yardstick_arm(y, [task]))]
+        ys = [yardstick_arm(y, [task]) for y in yardsticks]
         floor = max((a for a in ys if a.name in floors and a.means), key=lambda a: np.mean(a.means), default=None)
         found = []
         for arms in groups(results).values():
@@ -153,10 +154,10 @@ def rows_of(results, yardsticks, tasks):
         if unique is None:
             for name, runs in arms.items():
                 of = [runs[s] for s in sorted(runs)]
-                found.append((Row(name, of, budget, needs_teacher(name)), arm(f"{name} @ {budget:g}", of, tasks)))
+                found.append((Row(name, of, budget), arm(f"{name} @ {budget:g}", of, tasks)))
     for y in yardsticks:
-        if y["name"] != TEACHER and (a := yardstick_arm(y, tasks)):
-            found.append((Row(y["name"], y["runs"], None, y["name"] == CUT), a))
+        if y["name"] != TEACHER:
+            found.append((Row(y["name"], y["runs"]), yardstick_arm(y, tasks)))
     return found
 
 
@@ -226,29 +227,25 @@ def path_of(row):
 def pays_from(results, yardsticks, teacher_flops):
     """[lines]: from how many students on a lead over no_kd pays for the teacher, by the FLOPs with which no_kd alone
     reaches the same score (on the line over log FLOPs between its budgets)."""
-    tasks, points, lines = tasks_of(results, yardsticks), {}, []
-    for row, a in rows_of(results, yardsticks, tasks):
-        if row.budget is not None and a.means:
-            points.setdefault(row.name, []).append((row.flops, statistics.summary(a)[0], row))
-    alone = sorted((f, s) for f, s, _ in points.get("no_kd", ()))
+    rows = [(row, row.flops, statistics.summary(a)[0]) for row, a in rows_of(
+        results, yardsticks, tasks_of(results, yardsticks)) if row.budget is not None and a.means]
+    alone, lines = sorted((flops, score) for row, flops, score in rows if row.name == "no_kd"), []
     if not teacher_flops or len(alone) < 2:
         return []
-    for name, of in points.items():
-        for flops, score, row in of:
-            lead = score - dict(alone).get(flops, math.inf)
-            if not row.needs_teacher or not lead > 0:
-                continue
-            where = f"{name} at {amount(row.budget, row.runs[0]['unit'])}"
-            above = next((i for i, (_, s) in enumerate(alone) if s >= score), None)
-            if above is None:
-                lines.append(f"{where}: no_kd does not reach its score with {alone[-1][0]:.2g} FLOPs.")
-            elif above:
-                (f0, s0), (f1, s1) = alone[above - 1:above + 1]
-                same = math.exp(np.interp(score, (s0, s1), np.log((f0, f1))))
-                if same > flops:
-                    students = math.ceil(teacher_flops / (same - flops))
-                    lines.append(f"{where}: no_kd reaches its score with about {same:.2g} FLOPs, so its teacher "
-                                 f"({teacher_flops:.2g}) is paid for from {students:,} students on.")
+    for row, flops, score in rows:
+        where = f"{row.name} at {amount(row.budget, row.runs[0]['unit'])}"
+        if not row.needs_teacher or not score > dict(alone).get(flops, math.inf):
+            continue
+        above = next((i for i, (_, s) in enumerate(alone) if s >= score), None)
+        if above is None:
+            lines.append(f"{where}: no_kd does not reach its score with {alone[-1][0]:.2g} FLOPs.")
+        elif above:
+            (f0, s0), (f1, s1) = alone[above - 1:above + 1]
+            same = math.exp(np.interp(score, (s0, s1), np.log((f0, f1))))
+            if same > flops:
+                lines.append(f"{where}: no_kd reaches its score with about {same:.2g} FLOPs, so its teacher "
+                             f"({teacher_flops:.2g}) is paid for from {math.ceil(teacher_flops / (same - flops)):,} "
+                             f"students on.")
     return lines
 
 
@@ -273,28 +270,23 @@ def keep_examples(found, predicted, labels):
             [statistics.example_scores(metric, p.astype(float), labels[task].astype(float)) for p in rows])
 
 
-def key_of(r):
-    """The name of a result's predictions in results.npz."""
-    return "|".join(str(r.get(k)) for k in ("strategy", "budget", "unit", "unique_tokens", "static_masks", "seed"))
+def named(results, yardsticks):
+    """{the name of its predictions in results.npz: result}, of the yardsticks too."""
+    what = ("strategy", "budget", "unit", "unique_tokens", "static_masks", "seed")
+    return {"|".join(str(r.get(k)) for k in what): r for r in results} | {
+        f"{y['name']}|{i}": r for y in yardsticks for i, r in enumerate(y.get("runs", ()))}
 
 
 def attach(results, yardsticks, arrays):
-    """Adds the kept predictions of a results.npz to results and yardsticks."""
+    """Adds the kept predictions of a results.npz to results and yardsticks; {task: labels}."""
     labels = {name.removeprefix("labels/"): a for name, a in arrays.items() if name.startswith("labels/")}
-    named = {key_of(r): r for r in results} | {
-        f"{y['name']}|{i}": r for y in yardsticks for i, r in enumerate(y.get("runs", ()))}
-    for name, r in named.items():
+    for name, r in named(results, yardsticks).items():
         r["predicted"] = {t: arrays[f"{name}/{t}"] for t in labels if f"{name}/{t}" in arrays and t in r["tasks"]}
     return labels
 
 
 def arrays_of(results, yardsticks, labels):
     """{name: array} for results.npz: the labels, and what each fine-tuning predicted."""
-    named = [(key_of(r), r) for r in results] + [
-        (f"{y['name']}|{i}", r) for y in yardsticks for i, r in enumerate(y.get("runs", ()))]
-    return {f"labels/{t}": small(y) for t, y in labels.items()} | {
-        f"{name}/{t}": small(p) for name, r in named for t, p in r.get("predicted", {}).items()}
-
-
-def small(a):
-    return a.astype(np.float32 if a.dtype.kind == "f" else np.int16)
+    arrays = {f"labels/{t}": y for t, y in labels.items()} | {
+        f"{name}/{t}": p for name, r in named(results, yardsticks).items() for t, p in r.get("predicted", {}).items()}
+    return {name: a.astype(np.float32 if a.dtype.kind == "f" else np.int16) for name, a in arrays.items()}

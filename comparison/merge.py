@@ -21,11 +21,12 @@ def what_is_shared(config, Config):
     same |= {name for name in named if name.startswith("finetune_")} | {"quick", "max_len"}
     found = {name: config.get(name, named[name]) for name in same}
     found |= {n: v for n, v in RECIPES[config.get("recipe", "paper")].items() if found[n] is None}
-    return {name: str(v) for name, v in (found | {n: v for n, v in config.items() if n not in named}).items()}
+    found |= {n: v for n, v in config.items() if n not in {*named, "strategies"}}
+    return {name: str(v) for name, v in found.items()}
 
 
 def merged(config):
-    """(config, (results, yardsticks), {task: labels} of kept predictions, FLOPs of the teacher) of earlier comparisons
+    """(config, results, yardsticks, {task: labels} of kept predictions, FLOPs of the teacher) of earlier comparisons
     of one student, recipe, teacher and tasks.  Of the last two the yardsticks tell: the untrained student of a seed
     and the teacher score the same."""
     Config, records = type(config), {}
@@ -76,5 +77,5 @@ def merged(config):
     recipe = {k: v for k, v in records[first]["config"].items() if k in names}
     recipe |= dict(out=config.out, probe=all(r["config"].get("probe") for r in records.values()))
     prices = {record.get("teacher_flops") for record in records.values()} - {None}
-    found = list(results.values()), list(yardsticks.values())
-    return Config(**recipe), found, labels, config.teacher_flops or (prices.pop() if len(prices) == 1 else None)
+    price = config.teacher_flops or (prices.pop() if len(prices) == 1 else None)
+    return Config(**recipe), list(results.values()), list(yardsticks.values()), labels, price

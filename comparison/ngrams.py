@@ -2,13 +2,12 @@
 of a table surprises.
 
 A text is counted twice, in lower case: its runs of 2 to 5 characters within a word and the spaces around it, and
-its words and pairs of neighbouring words.  Each count becomes TF-IDF, (1 + log tf) (1 + log((1 + n) / (1 + df))),
-at length 1 over a text: scikit-learn's TfidfVectorizer with sublinear_tf, "char_wb" and "word".  A pair u, v has
-the features u, v, sqrt(u v) and the sum of u v, their cosine.  The classifier is scikit-learn's LinearSVC, the
-squared hinge loss of one class against the rest; for scores it is ridge.  The strength of L2 is the one that
-does best in cross-validation on the training examples.  Nothing is drawn, nothing is pretrained.
+its words and pairs of neighbouring words, as TF-IDF (scikit-learn's TfidfVectorizer with sublinear_tf, "char_wb" and
+"word").  A pair u, v has the features u, v, sqrt(u v) and their cosine.  The classifier is scikit-learn's LinearSVC,
+the squared hinge loss of one class against the rest; for scores it is ridge.  The strength of L2 is the one that does
+best in cross-validation on the training examples.  Nothing is drawn, nothing is pretrained.
 
-Legend: n training examples, N those and dev's, F features, V terms, K classes (1 for scores), P problems.
+Legend: n training examples, N those and dev's, F features, V terms, K classes (1 for scores).
 """
 import re
 
@@ -80,8 +79,7 @@ def features(sentences, n):
 
 
 def matrix(row, column, value, height):
-    """The function that multiplies a sparse matrix with a dense one.  torch.sparse has it on some CPUs only, and
-    at half the speed."""
+    """The function that multiplies a sparse matrix with a dense one; torch.sparse's is far slower."""
     order = np.argsort(row, kind="stable")
     column, value, starts = map(torch.from_numpy, (
         column[order], value[order].astype(np.float32), np.searchsorted(row[order], np.arange(height))))
@@ -90,36 +88,37 @@ def matrix(row, column, value, height):
 
 # ----------------------------------------------------------------------------------------------- classifier
 
-def fit(x, x_t, y, kept, C, hinge, a):
-    """(n, P) coefficients, from a on; weights w = x_t(a).  Each column minimises |w|^2 / 2 + C * sum of kept
+def fit(x, x_t, y, C, hinge, a):
+    """(n, K) coefficients, from a on; weights w = x_t(a).  Each column minimises |w|^2 / 2 + C * sum of
     (y - x w)^2, with `hinge` (y is -1 or 1) only over the examples where y x w < 1.
 
     Newton's method on the coefficients (Chapelle 2007, doi 10.1162/neco.2007.19.5.1155), for all columns at
     once; where a column would get worse, half of the step, and half of that."""
     def active(z):
-        return kept * (y * z < 1) if hinge else kept
+        return (y * z < 1).float() if hinge else torch.ones_like(y)
 
     def loss(a, z):
-        return (a * z).sum(0) / 2 + C * (active(z) * (y - z).square()).sum(0)               # (P,)
+        return (a * z).sum(0) / 2 + C * (active(z) * (y - z).square()).sum(0)               # (K,)
     z = x(x_t(a))
     now = loss(a, z)
     for _ in range(30):
         on = active(z)
         target = solved(lambda p, on=on: on * x(x_t(p)) + p / (2 * C), on * y, on * a)
-        step, change, share = target - a, x(x_t(target)) - z, torch.ones_like(now)
-        for _ in range(10):
-            share[loss(a + share * step, z + share * change) > now * (1 + 1e-6)] /= 2
+        step, change, share, worse = target - a, x(x_t(target)) - z, torch.ones_like(now), now < now + 1
+        while worse.any() and share.min() > 1e-3:
+            worse = loss(a + share * step, z + share * change) > now * (1 + 1e-6)
+            share[worse] /= 2
         a, z, before = a + share * step, z + share * change, now
         now = loss(a, z)
-        if (before - now <= 1e-4 * before).all():
+        if (before - now <= 1e-6 * before).all():
             break
     return a
 
 
 def solved(product, b, x):
-    """Solves product(x) = b (n, P) for each column, from x on, to 1% of b, by conjugate gradients."""
+    """Solves product(x) = b (n, K) for each column, from x on, to 0.1% of b, by conjugate gradients."""
     r = p = b - product(x)
-    square, goal = r.square().sum(0), 1e-4 * b.square().sum(0)                              # (P,)
+    square, goal = r.square().sum(0), 1e-6 * b.square().sum(0)                              # (K,)
     for _ in range(500):
         if (square <= goal).all():
             break
@@ -139,28 +138,33 @@ def fit_predict(sentences, labels, dev_sentences, classes=None, metric=None):
     order = order[:max(1, np.count_nonzero(length <= TEXT))]
     labels, n, n_dev = np.asarray(labels)[order], len(order), len(dev_sentences)
     row, column, value, width = features([*(sentences[i] for i in order), *dev_sentences], n)
-    train = row < n
-    x = matrix(row[train], column[train], value[train], n)
-    x_t = matrix(column[train], row[train], value[train], width)
-    dev = matrix(row[~train] - n, column[~train], value[~train], n_dev)
+    number = np.arange(n + n_dev)
+    train, fold = number < n, number % FOLDS
     middle = np.float32(labels.mean()) if score else 0
     y = (labels - middle)[:, None] if score else np.where(labels[:, None] == np.arange(classes), 1, -1)
     y = torch.from_numpy(y[:, classes == 2:]).float()                   # of two classes the second: (n, K)
-    fold = torch.arange(n) % FOLDS
-    kept = (fold[:, None] != torch.arange(FOLDS + 1)).float()           # the last problem keeps every example
-    kept, y = kept.repeat_interleave(y.shape[1], 1), y.repeat(1, FOLDS + 1)                 # (n, P)
-    a, best, metric = torch.zeros_like(y), -np.inf, metric or (glue.pearson if score else glue.accuracy)
+    left_out, metric = torch.zeros(len(STRENGTHS), *y.shape), metric or (glue.pearson if score else glue.accuracy)
+
+    def part(some):
+        """(x, x_t) of these of the n + n_dev examples, as functions that multiply with it."""
+        kept = some[row]
+        i, j, v = (np.cumsum(some) - 1)[row[kept]], column[kept], value[kept]
+        return matrix(i, j, v, some.sum()), matrix(j, i, v, width)
 
     def logits(z):
+        z = z.numpy()
         return np.concatenate([-z, z], 1) if classes == 2 else z + middle
-    for C in STRENGTHS:                                                 # of equals the strongest L2
-        a = fit(x, x_t, y, kept, C, not score, a)
-        w = x_t(a)                                                                          # (F, P)
-        left_out = logits(x(w).view(n, FOLDS + 1, -1)[torch.arange(n), fold].numpy())
-        quality = metric(left_out[:, 0] if score else left_out.argmax(1), labels)
-        if quality > best:
-            best, found = quality, logits(dev(w).view(n_dev, FOLDS + 1, -1)[:, -1].numpy())
-    return found
+
+    for k in range(FOLDS):
+        (x, x_t), (rest, _), mine = part(train & (fold != k)), part(train & (fold == k)), y[fold[:n] != k]
+        a = torch.zeros_like(mine)
+        for i, C in enumerate(STRENGTHS):
+            a = fit(x, x_t, mine, C, not score, a)
+            left_out[i, fold[:n] == k] = rest(x_t(a))
+    found = [logits(z)[:, 0] if score else logits(z).argmax(1) for z in left_out]
+    C = STRENGTHS[np.argmax([metric(p, labels) for p in found])]        # of equals the strongest L2
+    (x, x_t), (dev, _) = part(train), part(~train)
+    return logits(dev(x_t(fit(x, x_t, y, C, not score, torch.zeros_like(y)))))
 
 
 def score(task, parts, draws=(None,)):

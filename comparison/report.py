@@ -3,64 +3,19 @@
 Read it with compare.py; who is ahead of whom is judge.py's, and how sure that is statistics.py's.  The first line
 says what to do.  A result is a dict, see judge.py.
 """
-import csv
-import io
 import math
 
 import numpy as np
 
 from comparison import judge, statistics
 from comparison.judge import amount, averaged, base_of, groups, setting
-from plumbing.diagnose import D_ORDER_TURN
 from plumbing.glue import PAPER as PAPER_TASKS
 
-# arXiv 2404.19319, Table 2: GLUE dev, one seed, one A100; {(size, limited data): rows}: tokens, tasks, mean
-PAPERS_HOURS = {("6L768", False): 4, ("12L1024", False): 11.3, ("6L768", True): 24}
-PAPER = {
-    ("6L768", False): {
-        "no_kd": (4.6e9, 86.5, 89.8, 79.2, 87.3, 90.1, 60.7, 47.3, 77.3),
-        "vanilla_kd": (2.6e9, 87.3, 89.2, 78.8, 87.1, 89.7, 61.7, 44.8, 76.9),
-        "minilm": (2.6e9, 88.5, 90.6, 81.7, 90.0, 90.3, 64.3, 43.9, 78.5),
-        "tinybert": (2.6e9, 89.5, 91.0, 82.2, 90.3, 90.4, 67.2, 40.8, 78.8)},
-    ("12L1024", False): {
-        "no_kd": (4.6e9, 87.8, 90.1, 80.6, 86.5, 90.3, 60.3, 51.1, 78.1),
-        "vanilla_kd": (2.6e9, 86.3, 90.5, 79.8, 88.8, 89.9, 62.1, 48.6, 78.0),
-        "minilm": (2.6e9, 90.0, 91.2, 83.3, 90.1, 90.9, 69.0, 49.1, 80.5),
-        "tinybert": (2.6e9, 89.5, 91.4, 82.0, 90.8, 90.6, 65.5, 41.1, 78.7)},
-    ("6L768", True): {
-        "no_kd": (27.9e9, 88.8, 91.2, 81.3, 88.0, 90.4, 59.6, 50.5, 78.5),
-        "vanilla_kd": (15.4e9, 86.9, 91.1, 81.1, 89.5, 90.3, 61.7, 58.3, 79.8),
-        "minilm": (15.6e9, 90.0, 91.5, 83.0, 90.3, 90.6, 65.7, 50.7, 80.3),
-        "tinybert": (15.6e9, 90.5, 92.3, 83.3, 90.2, 90.8, 67.5, 51.8, 80.9)},
-}
-
-
-def turned(r):
-    """Tokens at which D_order first passed 0.3, where the model began to use the order of its context, on the
-    line through the validations before and after; the first validation's where that is past it; inf where it
-    did not; None where it was not logged."""
-    points = [(p["tokens"], p["d_order"]) for p in r["curve"] if p.get("d_order") is not None]
-    before = None
-    for tokens, d_order in points:
-        if d_order >= D_ORDER_TURN:
-            if before is None:
-                return tokens
-            return before[0] + (tokens - before[0]) * (D_ORDER_TURN - before[1]) / (d_order - before[1])
-        before = tokens, d_order
-    return math.inf if points else None
-
-
-def turn_of(runs):
-    """The same of an arm's runs, for the table."""
-    at = [turned(r) for r in runs]
-    if None in at:
-        return ""
-    late = sum(map(math.isinf, at))
-    if late == len(at):
-        return f"> {min(r['tokens'] for r in runs) / 1e6:.2g}M"
-    mean = np.mean([x for x in at if math.isfinite(x)])
-    first = any(r["curve"][0].get("d_order", 0) >= D_ORDER_TURN for r in runs)
-    return "< " * first + f"{mean / 1e6:.2g}M" + f" ({late} of {len(at)} later)" * (late > 0)
+# arXiv 2404.19319, Table 2, 6L768 after 4 h on one A100, one seed: tokens, GLUE dev's tasks, their mean
+PAPER = {"no_kd": (4.6e9, 86.5, 89.8, 79.2, 87.3, 90.1, 60.7, 47.3, 77.3),
+         "vanilla_kd": (2.6e9, 87.3, 89.2, 78.8, 87.1, 89.7, 61.7, 44.8, 76.9),
+         "minilm": (2.6e9, 88.5, 90.6, 81.7, 90.0, 90.3, 64.3, 43.9, 78.5),
+         "tinybert": (2.6e9, 89.5, 91.0, 82.2, 90.3, 90.4, 67.2, 40.8, 78.8)}
 
 
 # ----------------------------------------------------------------------------------------------------- tables
@@ -78,9 +33,10 @@ def signed(d, digits=1):
     return f"{d.d:+.{digits}f}" + within
 
 
-def row_of(arm):
-    """The arm's name as a row has it."""
-    return arm + " (MobileBERT's transfer on a plain BERT)" * ("mobilebert" in arm)
+def rate_of(run):
+    """Recipe, where it is not the paper's, and peak LR."""
+    recipe = run.get("recipe", "paper")
+    return f"{recipe} " * (recipe != "paper") + f"{run['peak_lr']:g}"
 
 
 def markdown(head, rows):
@@ -95,12 +51,6 @@ def aligned(head, rows, width=80):
     return "\n".join(line if len(line) <= width else line[:width - 1] + "…" for line in lines)
 
 
-def rate_of(runs):
-    """Recipe and peak LR of an arm's runs."""
-    recipe = runs[0].get("recipe", "paper")
-    return f"{recipe} " * (recipe != "paper") + f"{runs[0]['peak_lr']:g}"
-
-
 def score_rows(results, yardsticks):
     """[(budget, setting, name, runs, values, Difference or None)] of every row: values are the scores, averaged over
     the tasks that measure, of the pretraining seeds (of a single one, or of a yardstick: of its fine-tunings)."""
@@ -110,11 +60,9 @@ def score_rows(results, yardsticks):
         for name, runs in arms.items():
             of = [runs[s] for s in sorted(runs)]
             found.append((key[2], key[:2], name, of, values_of(judge.arm(name, of, tasks)), against.get(name)))
-    last = judge.differences(arms, yardsticks, tasks) if len(groups(results)) == 1 else {}
     for y in yardsticks:
-        a = judge.yardstick_arm(y, tasks)
-        values = values_of(a) if a else [float(np.mean(s)) for s in zip(*(y["scores"][t] for t in tasks), strict=True)]
-        found.append((None, None, y["name"], y.get("runs", []), values, last.get(y["name"])))
+        d = against.get(y["name"]) if len(groups(results)) == 1 else None
+        found.append((None, None, y["name"], y["runs"], values_of(judge.yardstick_arm(y, tasks)), d))
     return found
 
 
@@ -123,36 +71,32 @@ def values_of(a):
     return a.means if len(a.means) > 1 else [x for of in a.scores for x in of]
 
 
-def score_table(results, yardsticks=(), size=None):
+def score_table(results, yardsticks=(), paper=False):
     """Scores, mean ± standard deviation over pretraining seeds (of a single one over its fine-tuning runs), and the
     difference to the base row with its plain 95% interval and the word for it.  It holds nothing that depends on the
-    machine's speed.  `yardsticks`: {name, runs: [as results], scores: {task: [percent]}}."""
+    machine's speed.  `yardsticks`: {name, runs: [as results]}; `paper`: with its rows."""
     tasks, many = list(results[0]["scores"]), len(results[0]["scores"]) > 1
     used = judge.tasks_of(results, yardsticks)
     base, rows = base_of(next(iter(groups(results).values())), yardsticks), []
     for budget, kind, name, of, values, d in score_rows(results, yardsticks):
         arm = budget is not None
         val = [r["val"]["mlm"] for r in of if "mlm" in r.get("val", ())] if arm else []
-        by_task = [spread(values_of(judge.arm(name, of, [t], given=not arm))) if of else
-                   spread(next(y["scores"][t] for y in yardsticks if y["name"] == name)) for t in tasks]
-        rows.append([amount(budget, of[0]["unit"]) if arm else "", setting(*kind) if arm else "", row_of(name),
-                     rate_of(of) if arm else "", f"{np.mean([r['tokens'] for r in of]):,.0f}" if arm else "",
+        by_task = [spread(values_of(judge.arm(name, of, [t], given=not arm))) for t in tasks]
+        rows.append([amount(budget, of[0]["unit"]) if arm else "", setting(*kind) if arm else "", name,
+                     rate_of(of[0]) if arm else "",
+                     f"{np.mean([r['tokens'] for r in of]):,.0f}" if arm else "",
                      f"{np.mean([r['epochs'] for r in of]):.2g}" if arm else "", f"{np.mean(val):.2f}" if val else "",
-                     turn_of(of) if arm else "", *by_task, *([spread(values)] if many else []),
+                     *by_task, *([spread(values)] if many else []),
                      signed(d) if d else "", d.says if d else ""])
-    for limited in dict.fromkeys(unique is not None for unique, _, _ in groups(results)):
-        paper = PAPER.get((size, limited), {}) if set(tasks) & set(PAPER_TASKS) else {}
-        for name, (tokens, *values, average) in paper.items():
-            of = dict(zip(PAPER_TASKS, values, strict=True))
-            rows.append([f"the paper's: {PAPERS_HOURS[size, limited]} h, one A100, one seed",
-                         "limited" if limited else "all", name, "", f"{tokens:.2g}", "", "", "",
-                         *[of.get(task, "") for task in tasks], *([f"{average} (7 tasks)"] if many else []), "", ""])
+    for name, (tokens, *values, average) in PAPER.items() if paper and set(tasks) & set(PAPER_TASKS) else ():
+        of = dict(zip(PAPER_TASKS, values, strict=True))
+        rows.append(["the paper's: 4 h, one A100, one seed", "all", name, "", f"{tokens:.2g}", "", "",
+                     *[of.get(task, "") for task in tasks], *([f"{average} (7 tasks)"] if many else []), "", ""])
     of = "the paper's 7" if set(PAPER_TASKS) <= set(tasks) and used == averaged(tasks) else "+".join(used)
-    head = ["budget", "data", "arm", "peak LR", "tokens", "epochs", "val MLM", "turn", *tasks,
+    head = ["budget", "data", "arm", "peak LR", "tokens", "epochs", "val MLM", *tasks,
             *([f"average of {of}"] if many else []), f"Δ to {base} [95%]", "so"]
-    unneeded = [1] * all(r["unique_tokens"] is None for r in results)   # one setting needs no column
-    unneeded += [head.index("turn")] * all(turned(r) is None for r in results)
-    head, *rows = ([cell for i, cell in enumerate(row) if i not in unneeded] for row in (head, *rows))
+    if all(r["unique_tokens"] is None for r in results):                # one setting needs no column
+        head, *rows = ([row[0], *row[2:]] for row in (head, *rows))
     return markdown(head, rows)
 
 
@@ -162,8 +106,7 @@ SHORT = {"ahead, outside the noise": "ahead", "behind, outside the noise": "behi
 
 def screen_table(results, yardsticks=()):
     """The table as a terminal shows it: at most 80 columns."""
-    base, blocks, rows = base_of(next(iter(groups(results).values())), yardsticks), [], []
-    last = None
+    base, rows, last = base_of(next(iter(groups(results).values())), yardsticks), [], None
     for budget, kind, name, of, values, d in score_rows(results, yardsticks):
         where = f"{amount(budget, of[0]['unit'])} on {setting(*kind)}" if budget is not None else last
         if where != last:
@@ -171,8 +114,7 @@ def screen_table(results, yardsticks=()):
         last = where
         word = SHORT.get(d.word, f"within {d.less:.1f}") if d else ""
         rows.append([f"  {name if len(name) < 28 else name[:26] + '…'}", spread(values), signed(d) if d else "", word])
-    blocks.append(aligned(["", "score", f"Δ to {base} [95%]", ""], rows))
-    return "\n\n".join(blocks)
+    return aligned(["", "score", f"Δ to {base} [95%]", ""], rows)
 
 
 def probes_of(r):
@@ -226,41 +168,21 @@ def best_probe(arms, column, where):
 
 def cost_table(results, teacher_flops=None):
     """What the budget bought: means over seeds.  Seconds and rates are this machine's."""
-    def mean(runs, key):
-        return np.mean([r[key] for r in runs.values()])
-
-    rows, timed = [], all(r.get("speed") for r in results)
+    head, rows = ["budget", "data", "arm", "tokens", "x base", "charged s", "tokens/s", "in teacher", "FLOPs",
+                  "with the teacher's"], []
+    formats = dict(charged_seconds="{:,.1f}", tokens_per_second="{:,.0f}", teacher_share="{:.0%}")
+    if all(r.get("speed") for r in results):
+        head, formats["speed"] = [*head, "machine's speed"], "{:.2f}"
     for (*kind, budget), arms in groups(results).items():
+        tokens = {name: np.mean([r["tokens"] for r in runs.values()]) for name, runs in arms.items()}
         for name, runs in arms.items():
-            times = mean(runs, "tokens") / mean(arms[base_of(arms)], "tokens")
-            rows.append([amount(budget, results[0]["unit"]), setting(*kind), row_of(name),
-                         f"{mean(runs, 'tokens'):,.0f}", f"{times:.2f}",
-                         f"{mean(runs, 'charged_seconds'):,.1f}", f"{mean(runs, 'tokens_per_second'):,.0f}",
-                         f"{mean(runs, 'teacher_share'):.0%}", *prices(name, runs, budget, teacher_flops),
-                         *[f"{mean(runs, 'speed'):.2f}" for _ in range(timed)]])
-    return markdown(["budget", "data", "arm", "tokens", "x base", "charged s", "tokens/s", "in teacher",
-                     "FLOPs", "with the teacher's",
-                     *["machine's speed"] * timed], rows)
-
-
-def prices(name, runs, budget, teacher_flops):
-    """The FLOPs of one model, and with its teacher's pretraining; "" where that is not known."""
-    row = judge.Row(name, [*runs.values()], budget, judge.needs_teacher(name))
-    whole = row.flops + row.needs_teacher * (teacher_flops or 0)
-    return f"{row.flops:.3g}", "" if row.needs_teacher and not teacher_flops else f"{whole:.3g}"
-
-
-def comma_separated(results):
-    """One line per pretrained model, as CSV."""
-    fixed = ("strategy", "budget", "unit", "unique_tokens", "static_masks", "seed", "peak_lr", "steps",
-             "tokens", "epochs", "charged_seconds", "tokens_per_second", "teacher_share")
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow([*fixed, "val_mlm", *results[0]["scores"], "average"])
-    for r in results:
-        scores = [r["scores"][task] for task in results[0]["scores"]]
-        writer.writerow([*(r[k] for k in fixed), r["val"].get("mlm"), *scores, r["average"]])
-    return file.getvalue()
+            row = judge.Row(name, [*runs.values()], budget)
+            whole = row.flops + (teacher_flops or math.nan) if row.needs_teacher else row.flops
+            cells = [form.format(np.mean([r[k] for r in row.runs])) for k, form in formats.items()]
+            rows.append([amount(budget, results[0]["unit"]), setting(*kind), name, f"{tokens[name]:,.0f}",
+                         f"{tokens[name] / tokens[base_of(arms)]:.2f}", *cells[:3], f"{row.flops:.3g}",
+                         "" if math.isnan(whole) else f"{whole:.3g}", *cells[3:]])
+    return markdown(head, rows)
 
 
 # ---------------------------------------------------------------------------------------------------- verdict
@@ -312,17 +234,6 @@ def who_is_ahead(key, arms, yardsticks, tasks):
     return [line.strip() for line in lines]
 
 
-def resolution(results, seeds):
-    """What so many seeds can tell apart at the spread of these results, in words; "" where none is known."""
-    tasks = averaged(results[0]["scores"])
-    known = [(d.wide, d.n) for arms in groups(results).values() for d in judge.differences(arms, (), tasks).values()
-             if math.isfinite(d.wide)]
-    if not known or seeds < 2:
-        return ""
-    able = sorted(wide * math.sqrt(n / seeds) for wide, n in known)
-    return f"{seeds} seeds tell differences of about {able[len(able) // 2]:.1f} points from noise"
-
-
 def remarks(results):
     """What the spreads and intervals mean here."""
     counts = sorted(len(runs) for arms in groups(results).values() for runs in arms.values())
@@ -342,16 +253,15 @@ def remarks(results):
 
 
 def spent_before(results):
-    """What of the budget was spent before the first step, on the data that a run reads: a line for all arms alike."""
-    lines, unit = {}, results[0]["unit"]
+    """What of the budget was spent before the first step, on the data that a run reads."""
+    lines, unit = [], results[0]["unit"]
     for (*kind, budget), arms in groups(results).items():
         for name, of in arms.items():           # older records have it under "offline"
             spent = np.mean([r.get("spent_before") or r.get("offline", {}).get("charge", 0) for r in of.values()])
             if spent or name.startswith("miniplm"):
-                line = (f"of {amount(budget, unit)} on {setting(*kind)}, {spent / budget:.0%} was spent before the "
-                        "first step." + " This unit charges steps alone." * (unit not in ("flops", "hours")))
-                lines.setdefault(line, []).append(row_of(name))
-    return [f"{', '.join(names)}: {line}" for line, names in lines.items()]
+                lines.append(f"{name}: of {amount(budget, unit)} on {setting(*kind)}, {spent / budget:.0%} was spent "
+                             f"before the first step.")
+    return lines
 
 
 def drift(results):
@@ -403,7 +313,7 @@ def figure(results, yardsticks, path, teacher_flops=None):
                     table = judge.table_of(arms, yardsticks, tasks)
                     a = next(a for a in table if a.name == name)
                     if a.means:
-                        row = judge.Row(name, [*arms[name].values()], key[2], judge.needs_teacher(name))
+                        row = judge.Row(name, [*arms[name].values()], key[2])
                         points.append((row.flops, float(np.mean(a.means)), statistics.half_width(table, name)))
             if not points or not all(math.isfinite(x) for x, _, _ in points):
                 continue

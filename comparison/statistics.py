@@ -1,5 +1,5 @@
-"""How far two arms are apart, how sure that is, and the word for it.  comparison/simulate.py shows how often the
-intervals hold and how often a word is wrong.
+"""How far two arms are apart, how sure that is, and the word for it.  docs/judged.md says how often the intervals
+hold and how often a word is wrong.
 
 The unit is the pretrained model of one seed; its score y is the mean of its fine-tunings that did not collapse.
 An arm's mean varies with its seeds (its own spread, and the table's as a prior), a difference also with the examples
@@ -15,7 +15,6 @@ from typing import NamedTuple
 import numpy as np
 
 PRIOR = 4                       # degrees of freedom that the table's spread is worth; docs/records: 5.6 [3.6, 47]
-RATIO = 0.62 / 0.38             # variance of a fine-tuning to that of a pretraining in docs/records
 
 
 class Arm(NamedTuple):
@@ -66,12 +65,6 @@ def summary(arm):
     """(mean, standard deviation over seeds, seeds); NaN where there are too few."""
     y, n = arm.means, len(arm.means)
     return float(np.mean(y)) if n else math.nan, float(np.std(y, ddof=1)) if n > 1 else math.nan, n
-
-
-def fine_tunings(cost, ratio=RATIO):
-    """The number of fine-tunings of each model that tells most for its price, where one costs this share of a
-    pretraining; 2 at least, or their spread is not known."""
-    return max(2, round(math.sqrt(ratio / cost)))
 
 
 # ------------------------------------------------------------------------------------------------- comparisons

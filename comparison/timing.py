@@ -3,19 +3,20 @@ noted of a machine whose speed changes.  Read it when compare.py's times surpris
 import contextlib
 import dataclasses
 import math
+import re
 import time
 from pathlib import Path
 
 import numpy as np
 
 import finetune_glue
-from data import blocks_of
+from data import phase_blocks
 from model import BertForMaskedLM, BertForSequenceClassification
+from plumbing import settle
 from plumbing.budget import Stages
 from plumbing.cli import UserError
 from plumbing.device import choose_device, halve_micro_batch_until_it_fits, multiplies_in_bf16, ready_process
-from plumbing.files import read_json, records, write_json
-from plumbing.price import flops_per_block
+from plumbing.files import log_records, read_json, write_json
 from plumbing.student import student_shape
 from step import Arm
 from train import gradients
@@ -27,9 +28,9 @@ def duration(seconds):
 
 
 @halve_micro_batch_until_it_fits
-def step_seconds(config, directory, teacher, tries=1):
-    """Seconds of one optimizer step of this run on this machine, the median of so many tries: with random
-    weights, on a CPU with a smaller micro-batch.  `teacher`: its BertConfig."""
+def block_seconds(config, directory, teacher, seconds=1.0):
+    """[seconds of a block] of this run's last phase, of each step within so many seconds on this machine, two at least:
+    with random weights, on a CPU with a smaller micro-batch.  `teacher`: its BertConfig."""
     device = choose_device(config.device)
     ready_process(device)
     micro = config.micro_batch if device.type == "cuda" else min(config.micro_batch, 16)
@@ -38,26 +39,38 @@ def step_seconds(config, directory, teacher, tries=1):
               BertForMaskedLM(teacher).to(device) if config.needs_teacher else None,
               phase=len(config.phases) - 1)
     arm.make_optimizer()
-    batch = blocks_of(arm.phase, directory, "train", 0).batch(0, arm.phase.blocks(micro))
-    seconds = []
-    for _ in range(1 + tries):                                          # the first warms up
+    batch, took = phase_blocks(arm.phase, directory, "train", 0).batch(0, arm.phase.blocks(micro)), []
+    while len(took) < 3 or sum(took) < seconds:                         # the first warms up
         began = time.perf_counter()
-        gradients(arm, batch, 0, Stages(arm.device))[1].tolist()        # waits for the device
-        seconds.append(time.perf_counter() - began)
-    return float(np.median(seconds[1:])) * config.batch_size / micro
+        names, values = gradients(arm, batch, 0, Stages(arm.device))
+        arm.update(0.0, values.tolist()[names.index("gradient_norm")])  # waits for the device
+        took.append(time.perf_counter() - began)
+    return [each / micro for each in took[1:]]
 
 
-def finetuning_seconds(plan, directory, texts):
+def speeds(plan):
+    """{arm, or "teacher": [seconds of a block]}, each timed in turn, smallest budget's settings."""
+    runs = {plan.arms[each.out]: each for each in plan.runs[:len(plan.names)]}
+    runs |= {"teacher": plan.teacher} if plan.teacher else {}
+    return {arm: block_seconds(each, plan.directory, plan.teacher_shape) for arm, each in runs.items()}
+
+
+def busy(speeds):
+    """The slowest quarter of the timed steps over the fastest, median over the arms: 1 of a machine that is ours."""
+    return float(np.median([np.quantile(took, 0.875) / min(took) for took in speeds.values()]))
+
+
+def finetuning_seconds(plan):
     """Seconds of fine-tuning one student on every task with every trial, by trying a few batches of each
     task with random weights."""
-    config, tokenizer, device = plan.config, directory.read_tokenizer(), choose_device(plan.config.device)
-    points = finetune_glue.grid(config.finetuning())
+    config, tokenizer, device = plan.config, plan.directory.read_tokenizer(), choose_device(plan.config.device)
+    points = finetune_glue.grid(config.finetuning(), config.shape.hidden_size)
     batch, trials = points[0][0], config.finetune_seeds + (len(points) if len(points) > 1 else 0)
-    model, seconds = BertForSequenceClassification(student_shape(plan.runs[0], directory), 2).to(device), 0.0
-    for parts in texts.values():
+    model, seconds = BertForSequenceClassification(student_shape(plan.runs[0], plan.directory), 2).to(device), 0.0
+    for parts in plan.texts.values():
         (sentences, _), *dev = parts.values()
         examples = finetune_glue.encode(tokenizer, sentences[:4 * batch], config.max_len)
-        pad_id, bf16 = directory.special["[PAD]"], multiplies_in_bf16(device, config.bf16)
+        pad_id, bf16 = plan.directory.special["[PAD]"], multiplies_in_bf16(device, config.bf16)
         args = (examples, np.zeros(len(examples), np.int64), batch, 1, 1e-5, 0, pad_id, "", bf16,
                 bool(config.compile))
         finetune_glue.finetune(model, *args)                            # the first time warms up
@@ -66,63 +79,61 @@ def finetuning_seconds(plan, directory, texts):
         trained = time.perf_counter()
         finetune_glue.predict(model, examples, pad_id)
         scored = time.perf_counter() - trained
-        seconds += trials / len(examples) * (len(sentences) * config.finetune_epochs * (trained - began)
-                                             + sum(len(x) for x, _ in dev) * scored)
+        steps = config.finetune_epochs * min(config.labels or len(sentences), len(sentences))      # of one example
+        seconds += trials / len(examples) * (steps * (trained - began) + sum(len(x) for x, _ in dev) * scored)
     return seconds
 
 
-def estimate(plan, directory, teacher):
-    """{run directory: seconds until it is finished}; `teacher`: a BertConfig."""
-    seconds, rates = {}, {}
+def estimate(plan, speeds):
+    """{run directory: seconds until it is finished}; `speeds`: what speeds(plan) found."""
+    seconds = {}
     for each in plan.all:
-        _, budget = each.budget
-        kind = each.size, plan.unit != "flops" and plan.arms.get(each.out)     # a FLOP takes every arm about as long
         if (Path(each.out) / "summary.json").exists():
             seconds[each.out] = 0.0
         elif plan.unit == "hours":
-            seconds[each.out] = budget * 3600
+            seconds[each.out] = each.budget[1] * 3600
         else:
-            if kind not in rates:       # at the last phase's FLOP/s
-                shape, phases = student_shape(each, directory), range(len(each.phases))
-                flops = [each.batch_size * sum(flops_per_block(each, shape, teacher, i)) for i in phases]
-                price = dict(steps=1, tokens=each.batch_size * each.length).get(plan.unit)
-                rates[kind] = step_seconds(each, directory, teacher) / flops[-1] * sum(
-                    (p.end - p.begin) * (n / price if price else 1)
-                    for p, n in zip(each.phases, flops, strict=True))
-            seconds[each.out] = budget * rates[kind]
+            arm = "teacher" if each is plan.teacher else plan.arms[each.out]
+            seconds[each.out] = blocks_of(plan, each) * float(np.median(speeds[arm]))
     return seconds
 
 
-def hours_each(plan, hours, directory, texts):
+def blocks_of(plan, each, speeds=None):
+    """The blocks of the last length that a run's budget buys, of its phases together."""
+    unit, total = each.budget
+    if unit == "hours":
+        return total * 3600 / float(np.median(speeds[plan.arms[each.out]]))
+    shapes = student_shape(each, plan.directory), plan.teacher_shape if each.needs_teacher else None
+    return sum((p.end - p.begin) * settle.bought(each, shapes, phase=i) for i, p in enumerate(each.phases))
+
+
+def hours_each(plan, hours):
     """The budget of a run, as text, with which all of it takes so many hours, a tenth of them in reserve."""
     student, teacher = (c.num_hidden_layers * c.hidden_size ** 2
-                        for c in (student_shape(plan.runs[0], directory), plan.teacher_shape))
+                        for c in (student_shape(plan.runs[0], plan.directory), plan.teacher_shape))
     models, machines = len(plan.runs) + len(plan.yardsticks), plan.config.jobs or 1
-    tuned = (models - 1 + teacher / student) * finetuning_seconds(plan, directory, texts) / 3600
+    tuned = (models - 1 + teacher / student) * finetuning_seconds(plan) / 3600
     taught = plan.config.teacher_budget or 0
     left = 0.9 * machines * hours - (tuned + taught)
     if left <= 0:
-        raise UserError(f"--total-hours {hours:g}: fine-tuning {models} models on {len(texts)} tasks alone "
-                        f"takes about {duration(3600 * tuned / machines)}: give more hours, --quick, or "
-                        f"fewer tasks, arms or seeds")
+        raise UserError(f"--total-hours {hours:g}: fine-tuning {models} models on {len(plan.texts)} tasks alone "
+                        f"takes about {duration(3600 * tuned / machines)}: give more hours, "
+                        f"{'' if plan.config.quick else '--quick, '}or fewer tasks, arms or seeds")
     left /= sum(each.budget_hours for each in plan.all) - taught
     scale = 10 ** (math.floor(math.log10(left)) - 1)
-    each = f"{math.floor(left / scale) * scale:.3g}"                    # two digits, rounded down
-    print(f"{hours:g} hours buy {len(plan.runs)} runs of {duration(3600 * float(each))}, after about "
-          f"{duration(3600 * tuned / machines)} of fine-tuning and with a tenth in reserve")
-    return each
+    return f"{math.floor(left / scale) * scale:.3g}"                    # two digits, rounded down
 
 
-def timed(plan, directory, each, train):
+def timed(plan, each, train):
     """(what train(each) returns, speed) of a run.  Under a budget in hours a fixed step is timed before and
     after it, uncharged: the machine's speed beside the first run's, since an hour of a busy machine buys
     less.  Else the speed is None."""
     note, first = Path(each.out, "speed.json"), plan.out / "speed.json"
     if plan.unit == "hours" and not Path(each.out, "summary.json").exists():
         reference = plan.run("no_kd", plan.budgets[0])
-        before = step_seconds(reference, directory, None, tries=5)
+        before = np.median(block_seconds(reference, plan.directory, None))
         summary = train(each)
-        seconds = (before + step_seconds(reference, directory, None, tries=5)) / 2
+        seconds = float(before + np.median(block_seconds(reference, plan.directory, None))) / 2
         write_json(note, dict(seconds=seconds))
         if not first.exists():
             write_json(first, dict(seconds=seconds))
@@ -151,8 +162,8 @@ class Progress:
             self.estimated, self.took = self.estimated + estimate, self.took + seconds
 
     def step(self, record):
-        """What train.py tells of a step, at most every 10 seconds."""
-        if time.monotonic() - self.said >= 10:
+        """What train.py tells of a step, at most every 30 seconds."""
+        if time.monotonic() - self.said >= 30:
             self.say(f"{record['progress']:.0%}, loss {record['loss']:.4f}")
 
     def say(self, line):
@@ -160,39 +171,30 @@ class Progress:
         seconds = sum(self.left.values()) * (self.took / self.estimated if self.estimated else 1)
         seconds = max(0, seconds - (time.monotonic() - self.began))
         where = f"[{self.count - len(self.left) + 1}/{self.count}, {duration(seconds)} left] " * bool(self.count)
-        self.say_line(f"{where}{self.what}: {line}")
+        text = f"{where}{self.what}: {line}"
+        self.say_line(text if len(text) <= 80 else text[:79] + "…")
 
 
 def over_all(plan, estimates, began):
-    """One line over all processes: what is finished, what is under way, and the time left."""
-    folders = {each.out: Path(each.out).name for each in plan.all}
-    folders |= {str(path): f"{name} {seed}" for name, path, seed in plan.yardsticks}
-    done, finished, under_way = 0.0, 0, []
-    tuning = {each.out for each in plan.tuning.values()}
-    for out, name in folders.items():
-        at = out if out in tuning else max(at_every_choice(plan, out), key=progressed)
-        name = name if at == out else Path(at).name
-        log, share = Path(at, "log.jsonl"), 0.0
-        if Path(at, "glue/glue.json").exists() or at in tuning and Path(at, "summary.json").exists():
+    """One line over all processes: what is finished, what is under way, and the time left; `estimates`: {run
+    directory, or "score DIRECTORY" of a yardstick: seconds}."""
+    done, finished, under_way, tuning = 0.0, 0, [], {each.out for each in plan.tuning.values()}
+    for key, seconds in estimates.items():
+        at = Path(key.removeprefix("score "))
+        if key not in tuning:           # which peak LR a run takes is for its process to know
+            at = max(at.parent.glob(re.sub("-lr.*-seed", "-lr*-seed", at.name)), key=progressed, default=at)
+        log, share = at / "log.jsonl", 0.0
+        if (at / "glue/glue.json").exists() or key in tuning and (at / "summary.json").exists():
             finished, share = finished + 1, 1.0
         elif log.exists():
-            _, last = next(records(reversed(log.read_bytes().split(b"\n"))), (b"", {}))
+            _, last = next(log_records(reversed(log.read_bytes().split(b"\n"))), (b"", {}))
             share = 0.8 * last.get("progress", 0.0)
-            under_way.append(f"{name} {share / 0.8:.0%}" if share < 0.8 else f"{name} is scored")
-        done += share * estimates.get(out, estimates.get(f"score {out}"))
+            under_way.append(f"{at.name} {share / 0.8:.0%}" if share < 0.8 else f"{at.name} is scored")
+        done += share * seconds
     part = done / max(sum(estimates.values()), 1e-9)
     left = f", {duration((time.monotonic() - began) * (1 - part) / part)} left" if part > 0.02 else ""
-    return f"[{finished}/{len(folders)}{left}] {', '.join(under_way)}"
-
-
-def at_every_choice(plan, out):
-    """The directories that this run has with each recipe and peak LR: which it takes is for its process to know."""
-    run = next((each for each in plan.runs if each.out == out), None)
-    if run is None:                     # a yardstick
-        return [out]
-    same = plan.arms[out], run.budget[1], run.unique_tokens, run.static_masks, run.seed
-    return [plan.run(*same, choice).out for choice in plan.choices]
+    return f"[{finished}/{len(estimates)}{left}] {', '.join(under_way)}"
 
 
 def progressed(out):
-    return Path(out, "glue/glue.json").exists(), Path(out, "log.jsonl").exists()
+    return (out / "glue/glue.json").exists(), (out / "log.jsonl").exists()

@@ -19,7 +19,7 @@ from torch.nn.functional import mse_loss
 from model import BertConfig, BertForMaskedLM
 
 
-def scores(q, k, v):
+def attention_scores(q, k, v):
     return q @ k.mT / q.shape[-1] ** 0.5
 
 
@@ -29,7 +29,7 @@ def tinybert(student, teacher, ids):
         t = teacher(ids, want=inside)
     s = student(ids, want=inside)
     return (mse_loss(s["embedding"], t["embedding"])            # (B, S, D)
-            + mse_loss(scores(*s["qkv"]), scores(*t["qkv"]))    # (B, N, S, S)
+            + mse_loss(attention_scores(*s["qkv"]), attention_scores(*t["qkv"]))        # (B, N, S, S)
             + mse_loss(s["hidden"], t["hidden"]))               # (B, S, D)
 
 

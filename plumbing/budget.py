@@ -28,8 +28,7 @@ def learns(steps, tokens, parameters):
 
 class Budget:
     """What a run may spend: hours on a clock that can be paused, or steps at a price each (in FLOPs, tokens,
-    steps).  `now` is injected by tests; `seconds` and `uncharged` come from a
-    checkpoint when a run goes on."""
+    steps).  `now` is injected by tests."""
     def __init__(self, total, unit, price=1, now=time.monotonic):
         self.total, self.unit, self.price, self.now = total, unit, price, now
         self.steps = 0
@@ -74,8 +73,7 @@ class Budget:
 
 
 class Stages:
-    """Seconds per stage: data, teacher, student, communication, optimizer.  On CUDA by
-    events, read once a step."""
+    """Seconds per stage: data, teacher, student, communication, optimizer.  On CUDA by events, read once a step."""
 
     def __init__(self, device):
         self.cuda, self.marks, self.seconds = device.type == "cuda", [], {}
@@ -105,8 +103,7 @@ class Stopped(Exception):
 
 @contextlib.contextmanager
 def stop_signals():
-    """A list that receives the signals that ask for a stop; they are acted on between
-    steps, never in an update."""
+    """A list that receives the signals that ask for a stop; they are acted on between steps, never in an update."""
     caught = []
     if threading.current_thread() is not threading.main_thread():
         yield caught

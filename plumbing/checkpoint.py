@@ -1,16 +1,11 @@
 """Everything that is written to or read from disk about weights.  Read it when a file surprises you.
 
 A model directory is a Hugging Face BERT directory: config.json, weights under Hugging Face's tensor names,
-vocab.txt and tokenizer.json.  Any such directory, or a Hub id, is a teacher or a student to fine-tune:
-safetensors or pytorch_model.bin, whole or sharded, with or without the prefix `bert.` (or torch's own), the
-pooler and the LM head, in any precision of floats.  What config.json says of the computation is understood or
-refused by name.  What a checkpoint holds is either used or listed as ignored; what it lacks is refused unless it
-is not needed.
-
-A student is written with its LM head (opens with AutoModelForMaskedLM) where its strategy trains one, else as
-an encoder (AutoModel).  Nothing is unpickled beyond tensors (`weights_only=True`).
+vocab.txt and tokenizer.json.  Any such directory, or a Hub id, is a teacher or a student to fine-tune: safetensors or
+pytorch_model.bin, whole or sharded, with or without the prefix `bert.` (or torch's own), pooler and LM head.  What
+config.json says of the computation is understood or refused by name; what a checkpoint holds is used or listed as
+ignored; what it lacks is refused unless it is not needed.  Nothing is unpickled beyond tensors (`weights_only=True`).
 """
-import contextlib
 import dataclasses
 import hashlib
 import io
@@ -27,7 +22,7 @@ from tokenizers.processors import BertProcessing
 
 from model import ACTIVATIONS, BertConfig, BertForMaskedLM, BertForSequenceClassification
 from plumbing.cli import UserError, shown
-from plumbing.files import json_object, parsing, records, sha256, write_whole
+from plumbing.files import as_json, json_object, log_records, parsing, sha256, write_whole
 from plumbing.tokenizer import load_tokenizer
 
 OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias",
@@ -39,14 +34,7 @@ PLAIN = dict(is_decoder=False, add_cross_attention=False, is_encoder_decoder=Fal
              position_embedding_type="absolute", pruned_heads={}, auto_map=None)    # else it is another computation
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 POOLER = ("bert.pooler.dense.weight", "bert.pooler.dense.bias")
-PARTS = {"an adapter that was not merged into the weights": r"lora_|base_layer|adapter|modules_to_save",
-         "quantised weights": r"\.(SCB|qweight|qzeros|scales?|g_idx|absmax|quant_|_packed|zero_point|weight_scale)",
-         "a decoder's cross-attention": "crossattention", "relative positions": "distance_embedding|relative"}
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-# All that save_model writes; SHA256SUMS, which tells a model of ours, is written first and goes last
-MODEL = {*WEIGHTS, "SHA256SUMS", "config.json", "tokenizer.json", "vocab.txt", "tokenizer_config.json",
-         "modules.json", "1_Pooling", "1_Pooling/config.json", "README.md"}
-CHECKPOINTS = ("checkpoint.pt", "checkpoint.new.pt", "checkpoint.before.pt")      # newest first
 
 
 # ---------------------------------------------------------------------------------------------------- reading
@@ -57,19 +45,12 @@ def find_model(name):
     path = Path(name)
     if not path.exists() and beside(path, "old").exists():              # save_model was killed between two renames
         path = beside(path, "old")
-    try:
-        for file in sorted(path.iterdir()) if path.exists() else ():
-            if file.is_file():
-                open(file, "rb").close()              # here, where one message names whichever is locked away
-        if (path / "adapter_config.json").exists():
-            raise UserError(f"{name} holds an adapter (adapter_config.json): merge it into its base model "
-                            f"(merge_and_unload of peft), and give that")
-        if (path / "config.json").is_file():
-            return path
-    except OSError as e:
-        raise UserError(f"{name} cannot be read as a model directory: {e.filename}: {e.strerror}") from None
+    if (path / "config.json").is_file():
+        return path
     if path.exists():
-        raise UserError(f"{name} is not a model directory (no config.json)")
+        raise UserError(f"{name} is not a model directory (no config.json)"
+                        + ", but an adapter's: merge it into its base model (merge_and_unload of peft), and give that"
+                        * (path / "adapter_config.json").exists())
     repo, _, revision = name.partition("@")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo):
         raise UserError(f"{name} is neither a model directory nor a Hub id (no such directory)")
@@ -88,8 +69,9 @@ def find_model(name):
 
 
 def read_config(path):
-    """The BertConfig of a model directory: of a BERT, and as large as the files of its weights allow."""
-    file, raw = path / "config.json", json_object(path / "config.json")
+    """The BertConfig of a model directory; what is no plain BERT is refused."""
+    file = path / "config.json"
+    raw = json_object(file)
 
     def need(good, name, value, wanted):
         if not good:
@@ -101,30 +83,15 @@ def read_config(path):
         c = BertConfig(**{f.name: raw[f.name] for f in dataclasses.fields(BertConfig) if f.name in raw})
         for name, plain in (PLAIN | dict(embedding_size=c.hidden_size)).items():
             need(raw.get(name) in (None, plain), name, raw.get(name), f"only {plain!r} works here")
-        for f in dataclasses.fields(c):
-            value, least = getattr(c, f.name), int(f.name != "pad_token_id")
-            need(f.type is not int or type(value) is int and value >= least or value is None and not least,
-                 f.name, value, f"a whole number from {least} belongs there")
-            need(f.type is not float or type(value) in (int, float) and 0 <= value <= 1,
-                 f.name, value, "a number from 0 to 1 belongs there")
-        need((c.pad_token_id or 0) < c.vocab_size, "pad_token_id", c.pad_token_id,
-             f"it lies beyond a vocab_size of {c.vocab_size}")
         need(c.hidden_act in ACTIVATIONS, "hidden_act", c.hidden_act, f"one of {', '.join(ACTIVATIONS)} works here")
         need(c.hidden_size % c.num_attention_heads == 0, "hidden_size", c.hidden_size,
              f"it is not a multiple of {c.num_attention_heads} heads")
-    least = c.hidden_size * (c.vocab_size + c.max_position_embeddings + c.type_vocab_size + c.num_hidden_layers * (
-        4 * c.hidden_size + 2 * c.intermediate_size)) + 500 * c.num_hidden_layers       # its names alone take 500
-    held = sum(f.stat().st_size for f in weight_files(path))
-    if least > held:
-        raise UserError(f"{file} describes a model of {shown(format(least, ','), 40)} numbers and more, its weights "
-                        f"are {held:,} bytes: they are cut, quantised, or another model's")
     return c
 
 
 def weight_files(path):
-    """The files that hold the weights: safetensors before pytorch_model.bin, whole or
-    as an index lists them."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
+    """The files that hold the weights: safetensors before pytorch_model.bin, whole or as an index lists them."""
+    for name in WEIGHTS:
         files, index = [path / name], path / f"{name}.index.json"
         if not files[0].is_file() and index.is_file():
             with parsing(index):
@@ -139,29 +106,28 @@ def weight_files(path):
 
 def read_weights(path):
     """{tensor name: tensor}: Hugging Face's names of today, the encoder's with the prefix `bert.`."""
-    sums, named = path / "SHA256SUMS", {}
-    sums_text = sums.read_text(encoding="utf-8", errors="replace") if sums.is_file() else ""
-    expected = {name: digest for digest, name in re.findall(r"^(\w{64}) [ *](.+)$", sums_text, re.M)}
+    expected, named = sums_of(path), {}
     for file in weight_files(path):
         if file.name in expected and expected[file.name] != sha256(file):
-            raise UserError(f"{file} is not the file that was written: its sha256 is not the one in {sums}")
+            raise UserError(f"{file} is not the file that was written: its sha256 is not the one in SHA256SUMS")
         for name, tensor in tensors_in(file).items():
-            if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            if not isinstance(tensor, torch.Tensor):
                 raise UserError(f"{file}: {shown(name, 60)} is no tensor ({type(tensor).__name__}): of a "
                                 f"training checkpoint, the model's state_dict alone belongs here")
             name = re.sub(WRAPPERS, "", name)
             for old, new in OLD_NAMES.items():
                 name = re.sub(rf"(^|\.){re.escape(old)}$", rf"\g<1>{new}", name)
-            name = "bert." * name.startswith(("embeddings.", "encoder.", "pooler.")) + name
-            if not same(named.setdefault(name, tensor), tensor):
-                raise UserError(f"{file}: {shown(name)} is there twice, with different values")
+            named["bert." * name.startswith(("embeddings.", "encoder.", "pooler.")) + name] = tensor
     if DECODER in named:
         named.setdefault(EMBEDDING, named[DECODER])                     # saved once, under the other name
     return named
 
 
-def same(a, b):
-    return a is b or a is not None and a.shape == b.shape and bool((a == b).all())
+def sums_of(path):
+    """{file name: sha256} that a model directory's SHA256SUMS holds; {} where there is none."""
+    file = path / "SHA256SUMS"
+    text = file.read_text("utf-8", "replace") if file.is_file() else ""
+    return {name: digest for digest, name in re.findall(r"^(\w{64}) [ *](.+)$", text, re.M)}
 
 
 def tensors_in(file):
@@ -187,34 +153,27 @@ class Loaded(NamedTuple):
 
 
 def fill(model, path, optional=()):
-    """Loads the directory's weights into `model`; what is missing must lie under one of
-    the prefixes `optional`."""
-    weights, own, layers = read_weights(path), model.state_dict(), model.config.num_hidden_layers
-    there = {int(i) for i in re.findall(r"^bert\.encoder\.layer\.(\d+)\.", "\n".join(weights), re.M)}
-    for name in weights:
-        if of := [part for part, pattern in PARTS.items() if re.search(pattern, name)]:
-            raise UserError(f"{path}: {shown(name)} belongs to {of[0]}: only the weights of a plain BERT work here")
-    if there and max(there) != layers - 1:
-        raise UserError(f"{path}: config.json asks for {layers} layers, the weights hold {max(there) + 1}")
+    """Loads the directory's weights into `model`; what is missing must lie under one of the prefixes `optional`."""
+    weights, own = read_weights(path), model.state_dict()
     for name in weights:
         if name.startswith("bert.") and name not in own and name not in POOLER and not name.endswith("_ids"):
-            raise UserError(f"{path}: {shown(name)} belongs to no plain BERT: only the weights of one work here")
+            raise UserError(f"{path}: {shown(name)} belongs to no plain BERT of {model.config.size}: adapters must be "
+                            f"merged, quantised weights do not work")
     missing = [name for name in own if name not in weights]
     if needed := [name for name in missing if not name.startswith(optional or "-")]:
         raise UserError(f"{path}: {len(needed)} tensors are missing, {needed[0]} first; there are "
                         f"{shown(', '.join(sorted(weights.keys() - own.keys()) or weights), 120)}")
     for name in (own.keys() | {DECODER}) & weights.keys():
         tensor, shape = weights[name], own.get(name, own[EMBEDDING]).shape
-        if tensor.dtype not in FLOATS or tensor.layout != torch.strided or tensor.is_meta:
-            raise UserError(f"{path}: {name} holds {tensor.dtype}, {tensor.layout}: quantised weights, or none: "
-                            f"floats belong there")
+        if tensor.dtype not in FLOATS:
+            raise UserError(f"{path}: {name} holds {tensor.dtype}: quantised weights do not work, floats belong there")
         if tensor.shape != shape:
             raise UserError(f"{path}: {name} is {tuple(tensor.shape)}, but config.json makes it {tuple(shape)}")
         if not tensor.isfinite().all():
             raise UserError(f"{path}: {name} holds values that are not finite: the file is damaged")
     if "cls.predictions.bias" in own.keys() & weights.keys():
         tied = json_object(path / "config.json").get("tie_word_embeddings") is not False
-        if not same(weights.get(DECODER, weights[EMBEDDING] if tied else None), weights[EMBEDDING]):
+        if not (torch.equal(weights[DECODER], weights[EMBEDDING]) if DECODER in weights else tied):
             raise UserError(f"{path}: {DECODER} is not the word embedding: an untied decoder does not work here")
     model.load_state_dict({name: weights[name] for name in own if name in weights}, strict=False)
     return Loaded(model, missing, [shown(name) for name in weights if name not in own and name != DECODER])
@@ -236,8 +195,7 @@ def load_mlm(path, vocab_size=None):
 
 
 def load_classifier(path, num_labels, seed, dropout=None):
-    """A classifier on the directory's encoder; the head, and a pooler that was never
-    trained, come from `seed`."""
+    """A classifier on the directory's encoder; the head, and a pooler that was never trained, come from `seed`."""
     config = read_config(path)
     if dropout is not None:
         config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
@@ -270,10 +228,9 @@ def read_classifier(path):
     with parsing(path / "config.json"):     # transformers leaves two classes without names of their own out
         names = {int(i): str(name) for i, name in raw.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"}).items()}
         names, columns = [names[i] for i in range(len(names))], list(map(str, raw.get("text_columns", [])))
-    with parsing(file := path / "tokenizer_config.json"):
+    file = path / "tokenizer_config.json"
+    with parsing(file):
         cut = int(json_object(file).get("model_max_length", 1e9)) if file.is_file() else 10 ** 9
-        if cut < 8:
-            raise ValueError(f"model_max_length {cut}")
     model = fill(BertForSequenceClassification(config, len(names)), path).model.eval()
     return Classifier(model, names, raw.get("problem_type") == "regression" or len(names) == 1, columns,
                       min(cut, config.max_position_embeddings))
@@ -319,8 +276,7 @@ def read_form(path):
 
 
 def framed(tokenizer):
-    """A copy that neither cuts nor pads: [CLS] a [SEP], or [CLS] a [SEP] b [SEP] with 1
-    as the type of b [SEP]."""
+    """A copy that neither cuts nor pads: [CLS] a [SEP], or [CLS] a [SEP] b [SEP] with 1 as the type of b [SEP]."""
     tokenizer = Tokenizer.from_str(tokenizer.to_str())
     tokenizer.post_processor = BertProcessing(*((t, tokenizer.token_to_id(t)) for t in ("[SEP]", "[CLS]")))
     tokenizer.no_padding()
@@ -342,100 +298,102 @@ def same_vocabulary(tokenizer, path):
 # -------------------------------------------------------------------------------------------------- run state
 
 def save_run(out, state):
-    """Everything a run needs to go on, in out/checkpoint.pt: tensors, then their sha256.
-    The one before is kept."""
+    """Everything a run needs to go on, in out/checkpoint.pt: tensors, then their sha256."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     data = buffer.getvalue()
-    new = out / "checkpoint.new.pt"
-    write_whole(new, data + hashlib.sha256(data).digest())
-    if (out / "checkpoint.pt").exists():
-        os.replace(out / "checkpoint.pt", out / "checkpoint.before.pt")
-    os.replace(new, out / "checkpoint.pt")
+    write_whole(out / "checkpoint.pt", data + hashlib.sha256(data).digest())
 
 
 def checkpoints(out):
-    """The files of a run's checkpoints, newest first."""
-    return [out / name for name in CHECKPOINTS if (out / name).exists()]
+    """The file of a run's checkpoint, in a list that is empty where there is none."""
+    return [*out.glob("checkpoint.pt")]
 
 
-def load_run(out, say):
-    """The newest good state in `out`, or None where no checkpoint was ever written.
-    Damage is never a restart."""
-    files = checkpoints(out)
-    for file in files:
+def load_run(out):
+    """The state in `out`, or None where no checkpoint was ever written.  Damage is never a restart."""
+    for file in checkpoints(out):
         data = file.read_bytes()
-        if hashlib.sha256(data[:-32]).digest() == data[-32:]:
-            with parsing(file, "remove it"):    # a forged pickle with a right checksum
-                return torch.load(io.BytesIO(data[:-32]), map_location="cpu", weights_only=True)
-        say(f"warning: {file} is damaged (its sha256 does not match)")
-    if files:
-        names = " and ".join(file.name for file in files)
-        raise UserError(f"{out}: every checkpoint is damaged: remove {names} to start anew")
+        if hashlib.sha256(data[:-32]).digest() != data[-32:]:
+            raise UserError(f"{file} is damaged (its sha256 does not match): remove it to start anew")
+        with parsing(file, "remove it"):        # a forged pickle with a right checksum
+            return torch.load(io.BytesIO(data[:-32]), map_location="cpu", weights_only=True)
     return None
 
 
 def cut_log(file, step):
-    """Leaves the lines of log.jsonl up to `step`: what a killed run wrote beyond its
-    checkpoint is done again."""
+    """Leaves the lines of log.jsonl up to `step`: what a killed run wrote beyond its checkpoint is done again."""
     if file.exists():
-        kept = [line + b"\n" for line, said in records(file.read_bytes().split(b"\n")) if said["step"] <= step]
+        kept = [line + b"\n" for line, said in log_records(file.read_bytes().split(b"\n")) if said["step"] <= step]
         write_whole(file, b"".join(kept))
 
 
 # ---------------------------------------------------------------------------------------------------- writing
 
 def save_model(directory, model, tokenizer, head=True, card="", max_len=None, names=None, columns=(), form=None):
-    """Writes a model directory: a BertForMaskedLM with its LM head if `head`, else as an
-    encoder; or a classifier.
+    """Writes a model directory: a BertForMaskedLM with its LM head if `head`, else as an encoder; or a classifier.
 
     `card` is the text of its README.md; `max_len`: how many ids it was fine-tuned on, where its tokenizer is
     to cut.  `names`: of a classifier's labels; `columns`: those that its text stood in.  `form`: a Form.
-    Written and synced beside its place, then moved there: whatever happens, a whole one of that name, or the
-    one before beside it (find_model reads that, the next save moves it back)."""
+    Written beside its place, then moved there: whatever happens, a whole one of that name, or the one before beside it
+    (find_model reads that, the next save moves it back)."""
     directory = Path(directory)
     room(directory)
-    part = beside(directory, "part")
+    part, old = beside(directory, "part"), beside(directory, "old")
     (part / "1_Pooling").mkdir(parents=True)
-    c = model.config
+    files = files_of(model, framed(tokenizer), head, max_len, names, columns, form or Form())
+    files["README.md"] = card.encode()
+    # First, and with every other file in it: by it, what was begun or put there is told from what was not
+    sums = "".join(f"{hashlib.sha256(data).hexdigest()}  {name}\n" for name, data in files.items())
+    for name, data in {"SHA256SUMS": sums.encode(), **files}.items():
+        write_whole(part / name, data)
+    if directory.exists():
+        os.replace(directory, old)
+    os.replace(part, directory)
+    remove(old)
+
+
+def files_of(model, tokenizer, head, max_len, names, columns, form):
+    """{name: bytes} of a model directory."""
+    c, buffer = model.config, io.BytesIO()
     kind = type(model).__name__ if head else "BertModel"
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in
                (model if head else model.bert).state_dict().items()}
-    extra = {}
+    config = dict(model_type="bert", architectures=[kind], **dataclasses.asdict(c))
     if kind == "BertModel":
         weights |= untrained_pooler(c)                  # what transformers' BertModel expects to find
     if kind == "BertForSequenceClassification":
         names = names or [f"LABEL_{i}" for i in range(model.classifier.out_features)]
-        extra = dict(id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)},
-                     text_columns=list(columns),                     # a pipeline's sigmoid is not for scores:
-                     problem_type="regression" if len(names) == 1 else "single_label_classification")
+        config |= dict(id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)},
+                       text_columns=list(columns),                   # a pipeline's sigmoid is not for scores:
+                       problem_type="regression" if len(names) == 1 else "single_label_classification")
     try:
         from safetensors.torch import save
-        file, data = part / WEIGHTS[0], save(weights, metadata={"format": "pt"})
+        files = {WEIGHTS[0]: save(weights, metadata={"format": "pt"})}
     except ImportError:
-        file, buffer = part / WEIGHTS[1], io.BytesIO()
         torch.save(weights, buffer)
-        data = buffer.getvalue()
-    write(part / "SHA256SUMS", f"{hashlib.sha256(data).hexdigest()}  {file.name}\n")
-    write_whole(file, data)
-    write(part / "config.json", dict(
-        model_type="bert", architectures=[kind], **dataclasses.asdict(c), **extra))
-    save_tokenizer(part, framed(tokenizer), max_len or c.max_position_embeddings)
-    form = form or Form()
+        files = {WEIGHTS[1]: buffer.getvalue()}
+    vocab = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    normalizer = json.loads(tokenizer.to_str())["normalizer"] or {}
+    # PreTrainedTokenizerFast takes tokenizer.json as it is, but gives token types only where
+    # model_input_names has them.  BertTokenizer would build its own from the vocabulary and the
+    # settings of the normaliser.
+    tokenizer_config = dict(
+        tokenizer_class="PreTrainedTokenizerFast",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+        model_max_length=max_len or c.max_position_embeddings, do_lower_case=normalizer.get("lowercase", False),
+        strip_accents=normalizer.get("strip_accents"),
+        tokenize_chinese_chars=normalizer.get("handle_chinese_chars", True),
+        unk_token="[UNK]", sep_token="[SEP]", pad_token="[PAD]", cls_token="[CLS]", mask_token="[MASK]")
     modules = [("", "Transformer"), ("1_Pooling", "Pooling"), *[("2_Normalize", "Normalize")] * form.normalize]
-    write(part / "modules.json", [dict(idx=i, name=str(i), path=where, type=f"sentence_transformers.models.{what}")
-                                  for i, (where, what) in enumerate(modules)])
-    write(part / "1_Pooling/config.json", dict(
-        word_embedding_dimension=c.hidden_size, pooling_mode_mean_tokens=form.pooling == "mean",
-        pooling_mode_cls_token=form.pooling == "cls"))
-    write(part / "README.md", card)
-    for folder in (part / "1_Pooling", part):
-        synced(folder)
-    if directory.exists():
-        os.replace(directory, beside(directory, "old"))
-    os.replace(part, directory)
-    synced(directory.parent)
-    remove(beside(directory, "old"))
+    modules = [dict(idx=i, name=str(i), path=where, type=f"sentence_transformers.models.{what}")
+               for i, (where, what) in enumerate(modules)]
+    pooling = dict(word_embedding_dimension=c.hidden_size, pooling_mode_mean_tokens=form.pooling == "mean",
+                   pooling_mode_cls_token=form.pooling == "cls")
+    return files | {"config.json": as_json(config), "tokenizer.json": tokenizer.to_str(pretty=True).encode(),
+                    "vocab.txt": "".join(f"{token}\n" for token, _ in vocab).encode(),
+                    "tokenizer_config.json": as_json(tokenizer_config), "modules.json": as_json(modules),
+                    "1_Pooling/config.json": as_json(pooling)}
 
 
 def beside(directory, what):
@@ -459,66 +417,27 @@ def room(directory, dry_run=False):
 
 def entries(directory):
     """What save_model has written there, SHA256SUMS last; what it has not is refused."""
-    sums = directory / "SHA256SUMS"
-    vouched = re.findall(r"^(\w{64})  (.+)$", sums.read_text("utf-8", "replace"), re.M) if sums.is_file() else []
+    sums, paths = sums_of(directory), sorted(directory.rglob("*"), reverse=True)       # a folder after what is in it
 
     def ours(path):
-        name = re.sub(r"\.\d+\.part$", "", path.relative_to(directory).as_posix())
-        return (name in MODEL and not path.is_symlink() and path.is_dir() == (name == "1_Pooling")
-                and (vouched or name in ("1_Pooling", "SHA256SUMS"))
-                and (path.name not in WEIGHTS or (sha256(path), path.name) in vouched))
-    found = sorted(directory.rglob("*"), key=lambda path: (path == sums, -len(path.parts), path))
-    foreign = [path for path in found if not ours(path)]
-    if os.path.lexists(directory) and (directory.is_symlink() or not directory.is_dir()):
-        foreign = [directory]
+        name = path.relative_to(directory).as_posix()
+        whole = re.sub(r"\.\d+\.part$", "", name)                      # of a save that was killed
+        return whole in ("SHA256SUMS", "1_Pooling") or whole in sums and (whole != name or sums[name] == sha256(path))
+    foreign = [directory] if directory.is_symlink() or directory.is_file() else [p for p in paths if not ours(p)]
     if foreign:
         raise UserError(f"{shown(foreign[0])} is not ours, and {directory} is where a model is to be saved: "
                         f"nothing was touched; move it away, or give another --out")
-    return found
+    return sorted(paths, key=lambda path: path.name == "SHA256SUMS")
 
 
 def remove(directory):
-    """Unlinks a model of ours, by the names that save_model writes."""
+    """Unlinks a model of ours."""
     for path in (*entries(directory), *[directory] * directory.exists()):
         path.rmdir() if path.is_dir() else path.unlink()
 
 
-def synced(directory):
-    """Puts the names in a directory on the disk, where that can be asked for."""
-    with contextlib.suppress(OSError):
-        handle = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def write(file, value):
-    text = value if isinstance(value, str) else json.dumps(value, indent=1) + "\n"
-    write_whole(file, text.encode())
-
-
-def save_tokenizer(directory, tokenizer, max_len):
-    """tokenizer.json, vocab.txt and what transformers has to be told of them."""
-    write(directory / "tokenizer.json", tokenizer.to_str(pretty=True))
-    vocab = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    write(directory / "vocab.txt", "".join(f"{token}\n" for token, _ in vocab))
-    normalizer = json.loads(tokenizer.to_str())["normalizer"] or {}
-    # PreTrainedTokenizerFast takes tokenizer.json as it is, but gives token types only where
-    # model_input_names has them.  BertTokenizer would build its own from the vocabulary and the
-    # settings of the normaliser.
-    write(directory / "tokenizer_config.json", dict(
-        tokenizer_class="PreTrainedTokenizerFast",
-        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
-        model_max_length=max_len, do_lower_case=normalizer.get("lowercase", False),
-        strip_accents=normalizer.get("strip_accents"),
-        tokenize_chinese_chars=normalizer.get("handle_chinese_chars", True),
-        unk_token="[UNK]", sep_token="[SEP]", pad_token="[PAD]", cls_token="[CLS]", mask_token="[MASK]"))
-
-
 def untrained_pooler(config):
-    """The pooler that an encoder is saved with: pretraining has none.  Always the same, so
-    it can be told apart."""
+    """The pooler that an encoder is saved with: pretraining has none.  Always the same, so it can be told apart."""
     D, generator = config.hidden_size, torch.Generator().manual_seed(0)
     return {"pooler.dense.weight": torch.randn(D, D, generator=generator) * config.initializer_range,
             "pooler.dense.bias": torch.zeros(D)}

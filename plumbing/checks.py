@@ -2,14 +2,10 @@
 import math
 from typing import Annotated
 
-import torch
-
 from plumbing.checkpoint import checkpoints
 from plumbing.cli import UserError, checked, numbers
 from plumbing.device import Ranks
 from strategies import AS_RELEASED, STRATEGIES
-
-MANY_TOKENS = 2 ** 25       # a step's batch, which is made as a whole: 1 GB
 
 
 def check_run(config):
@@ -18,9 +14,6 @@ def check_run(config):
     if config.as_released and not any(phase.strategy.as_released for phase in phases):
         raise UserError(f"--as-released: no other code was released for {config.strategy}; it was for "
                         f"{', '.join(AS_RELEASED)}")
-    if config.of_recipe("optimizer") == "muon" and not hasattr(torch.optim, "Muon"):
-        raise UserError(f"torch {torch.__version__} has no torch.optim.Muon: install torch 2.13, or give "
-                        f"--optimizer adamw")
     layers_of(config.init_layers)
     if config.init_layers is not None and config.start != "teacher":
         raise UserError(f"--init-layers {config.init_layers} belongs to --init teacher")
@@ -32,9 +25,6 @@ def check_run(config):
         raise UserError(f"--seq-len {config.seq_len}: each must divide the last one, so that all steps have as "
                         f"many tokens")
     config.budget  # noqa: B018
-    if config.batch_size and config.batch_size * config.length > MANY_TOKENS:
-        raise UserError(f"--batch-size {config.batch_size} x --seq-len {config.length}: at most {MANY_TOKENS:,} tokens "
-                        f"a step")
     ranks = Ranks().size
     if config.micro_batch and config.batch_size and config.batch_size % (config.micro_batch * ranks):
         raise UserError(f"--batch-size {config.batch_size} is not a multiple of "
@@ -50,6 +40,7 @@ def layers_of(text):
 
 def check_teacher(config, student, teacher, head):
     """Refuses a teacher that one of the phases cannot use, saying which strategy can."""
+    as_wide = f"give --size {student.num_hidden_layers}L{teacher.hidden_size}"
     for phase in config.phases:
         strategy = phase.strategy
         label = config.label if len(config.phases) == 1 else f"{phase.name}, a phase of {config.label},"
@@ -64,19 +55,16 @@ def check_teacher(config, student, teacher, head):
                             f"take --strategy minilmv2")
         if strategy.same_width and student.hidden_size != teacher.hidden_size:
             raise UserError(f"{label} needs a student as wide as its teacher: {student.hidden_size} and "
-                            f"{teacher.hidden_size}; give --size "
-                            f"{student.num_hidden_layers}L{teacher.hidden_size}")
+                            f"{teacher.hidden_size}; {as_wide}")
     if config.start != "random" and student.hidden_size != teacher.hidden_size:
         label = config.label + " --init teacher" * (config.start == "teacher")
-        copied = "weights" if config.start == "teacher" else config.start
-        raise UserError(f"{label} needs a student as wide as its teacher, whose {copied} it copies: "
-                        f"{student.hidden_size} and {teacher.hidden_size}; give --size "
-                        f"{student.num_hidden_layers}L{teacher.hidden_size}"
+        raise UserError(f"{label} needs a student as wide as its teacher, whose "
+                        f"{'weights' if config.start == 'teacher' else config.start} it copies: "
+                        f"{student.hidden_size} and {teacher.hidden_size}; {as_wide}"
                         + " or --init random" * (config.start == "embeddings"))
+    same = ("intermediate_size", "num_attention_heads", "hidden_act")
     if config.start == "teacher" and (student.num_hidden_layers > teacher.num_hidden_layers
-                                       or student.intermediate_size != teacher.intermediate_size
-                                       or student.num_attention_heads != teacher.num_attention_heads
-                                       or student.hidden_act != teacher.hidden_act):
+                                       or any(getattr(student, k) != getattr(teacher, k) for k in same)):
         raise UserError(f"--init teacher: the student ({student.size}) must be the teacher ({teacher.size}) "
                         f"with fewer layers: give --heads {teacher.num_attention_heads} and a depth of at "
                         f"most {teacher.num_hidden_layers}")
@@ -86,8 +74,7 @@ def check_teacher(config, student, teacher, head):
                         f"layers, the teacher {layers}: give one of 0 to {layers - 1} for each of the "
                         f"student's")
     if teacher.max_position_embeddings < max(config.length, config.phases[0].seq_len):
-        raise UserError(f"--seq-len {config.seq_len}: the teacher has {teacher.max_position_embeddings} "
-                        f"positions only")
+        raise UserError(f"--seq-len {config.seq_len}: the teacher has {teacher.max_position_embeddings} positions only")
 
 
 class NotFinite(UserError):
@@ -98,5 +85,7 @@ def refuse_non_finite(run, values):
     bad = [name for name, value in values.items() if not math.isfinite(value)]
     if bad:
         left = "the last checkpoint is good" if checkpoints(run.out) else "there is no checkpoint yet"
+        advice = ["a smaller --peak-lr", *["--clip 1"] * (not run.config.of_recipe("clip")),
+                  *["--no-bf16"] * run.arm.bf16]
         raise NotFinite(f"step {run.budget.steps}: {' and '.join(bad)} not finite: stopped before the update; "
-                        f"{left}; try a smaller --peak-lr, --clip 1 or --no-bf16")
+                        f"{left}; try {' or '.join(advice)}")

@@ -46,13 +46,8 @@ Fraction = Annotated[float, "[1e-9, 1)"]
 Seed = Annotated[int, "[0, 1e18]"]
 Length = Annotated[int, "[4, 8192]"]            # of a block: [CLS], [SEP] and two ids, of which one is masked
 Lengths = Annotated[str, "in turn", int, "[4, 8192]"]
-MANY = 64                                       # values in a list
-NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", re.I)   # no 1_0, no digits but these
 # The signals that ask a process to end: a hang-up not under nohup, nor on Windows
 ENDING = [s for s in (signal.SIGTERM, getattr(signal, "SIGHUP", None)) if s and signal.getsignal(s) != signal.SIG_IGN]
-GONE = {                                        # (script, flag): what to do in its place
-    ("compare.py", "--shard"): "processes with the same --out share the runs, and --jobs N starts several",
-    ("finetune_glue.py", "--shard"): "processes with the same --out share the trials"}
 
 
 class UserError(Exception):
@@ -74,8 +69,7 @@ def one_line(text, length):
 # ---------------------------------------------------------------------------------------- what a field allows
 
 class Checked:
-    """A dataclass whose fields hold what their annotations allow; text is read as the
-    number that belongs there."""
+    """A dataclass whose fields hold what their annotations allow; text is read as the number that belongs there."""
 
     def __post_init__(self):
         for field, kind in annotated(type(self)):
@@ -114,24 +108,18 @@ def checked(flag, value, kind):
     """The value, held against its annotation; of a list the text as it is."""
     of, several, limit = allowed(kind)
     if not (limit or of in (int, float)):
-        for text in value if isinstance(value, list) else [value]:
-            if not str(text).strip():
-                raise UserError(f"{flag} is empty: say what belongs there, or leave it out")
-            if any("\ud800" <= c <= "\udfff" for c in str(text)):
-                raise UserError(f"{flag} {one_line(text, 100)}: is not UTF-8, or the locale is not (PYTHONUTF8=1)")
+        if not all(str(text).strip() for text in (value if isinstance(value, list) else [value])):
+            raise UserError(f"{flag} is empty: say what belongs there, or leave it out")
         return value
     try:
-        if turns := several == "in turn":
-            found = [v for _, v in in_turn(value, of)]
-        else:
-            found = numbers(value, of) if several else [read(value, of)]
-        good = (turns or len(set(found)) == len(found) > 0) and all(inside(v, limit) for v in found)
-    except (TypeError, ValueError):
+        found = ([v for _, v in in_turn(value, of)] if several == "in turn" else
+                 numbers(value, of) if several else [read(value, of)])
+        good = (several == "in turn" or len(set(found)) == len(found) > 0) and all(inside(v, limit) for v in found)
+    except ValueError:
         good = False
-    if not good or len(found) > MANY:
-        raise UserError(f"{flag} {one_line(value, 100)}: must be {wanted(of, several, limit)}"
-                        + f", at most {MANY} of them" * (good and len(found) > MANY))
-    return found[0] if not several or turns and len(found) == 1 else value
+    if not good:
+        raise UserError(f"{flag} {one_line(value, 100)}: must be {wanted(of, several, limit)}")
+    return value if several is True or len(found) > 1 else found[0]
 
 
 def numbers(text, of=float):
@@ -150,18 +138,15 @@ def in_turn(text, of=float):
 
 
 def read(value, of):
-    """A name, or a number as people write it: 12, 1e6, .5; nothing else that Python's int and float take."""
-    text = str(value)
+    """A name, or a number as people write it: 12, 1e6, .5."""
     if of is str:
-        return text
-    if not NUMBER.fullmatch(text) or text[0] == "-" and not float(text):                    # -0
-        raise ValueError(text)
-    try:
-        return of(text)
-    except ValueError:                          # 1e6
-        if not float(text).is_integer():
-            raise
-        return int(float(text))
+        return str(value)
+    number = float(value)
+    if of is int:
+        if not number.is_integer():
+            raise ValueError(value)
+        return int(value) if str(value).isdigit() else int(number)      # a float has 53 bits
+    return number
 
 
 def inside(value, limit):
@@ -177,20 +162,17 @@ def wanted(of, several, limit):
         text = ("names out of " if several else "one of " if len(limit) > 1 else "") + ", ".join(limit)
     else:
         noun, many = "whole number" if of is int else "number", several is True
-        low, high = limit[1:-1].split(", ") if limit else ("-inf", "inf")
-        words = ("at least" if limit and limit[0] == "[" else "above",
-                 "at most" if limit and limit[-1] == "]" else "below")
-        bounds = [f"{word} {bound}" for word, bound in zip(words, (low, high), strict=True)
-                  if "inf" not in bound]
-        text = (f"{noun}s" if many else f"a {noun}") + (f", {' and '.join(bounds)}" if bounds else "")
+        text = f"{noun}s" if many else f"a {noun}"
+        if limit:
+            (low, high), said = limit[1:-1].split(", "), {"[": "at least", "(": "above", "]": "at most", ")": "below"}
+            text += f", {said[limit[0]]} {low} and {said[limit[-1]]} {high}"
     return text + {True: ", separated by commas, none twice", False: "", "in turn":
                    ", or several in turn, all but the last with the share of the budget at which they end, such as "
                    "32:0.5,128"}[several]
 
 
 def writable(path, flag="--out"):
-    """The Path, if it is a directory, or can be made one, in which files can be
-    written.  It makes nothing."""
+    """The Path, if it is a directory, or can be made one, in which files can be written.  It makes nothing."""
     path = Path(path)
     there = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
     try:
@@ -219,53 +201,33 @@ def parse(cls, doc, argv=None):
             if name:
                 helps[name], heading[name] = text, title
     groups = {title: parser.add_argument_group(title) if title else parser for title in heading.values()}
-    valued, others = set(), {"-h", "--help"}
+    flags = {"--help"}
     for field, kind in annotated(cls):
         of, several, _ = allowed(kind)
         flag, text = flag_of(field.name), helps.get(field.name, "").replace("%", "%%")
         group = groups.get(heading.get(field.name), parser)
+        flags |= {flag, f"--no-{flag[2:]}"}
         if field.default not in (None, dataclasses.MISSING):
             text += f" [{field.default}]"
         if typing.get_origin(kind) is list:
             empty = field.default_factory is not dataclasses.MISSING
-            group.add_argument(field.name, nargs="*" if empty else "+", metavar=field.name.upper(),
-                                help=text)
+            group.add_argument(field.name, nargs="*" if empty else "+", metavar=field.name.upper(), help=text)
         elif kind is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help=text)
-            others |= {flag, f"--no-{flag[2:]}"}
         else:
             required = field.default is dataclasses.MISSING
             group.add_argument(flag, default=None if required else field.default, required=required,
-                                metavar=of.__name__.upper() + ",..." * bool(several), help=text)
-            valued.add(flag)
-    argv = joined(sys.argv[1:] if argv is None else argv, valued, valued | others, parser)
-    return cls(**vars(parser.parse_args(argv)))
-
-
-def joined(argv, valued, flags, parser):
-    """--flag VALUE as --flag=VALUE, since argparse takes a VALUE such as -1e-3 for a flag.  Unknown flags are
-    refused here: argparse would first complain of another one that is missing."""
-    words = []
-    for word in argv:
-        flag = word.partition("=")[0]
-        if words and words[-1] in valued and not word.startswith("--"):
-            words[-1] += "=" + word
-        elif word.startswith("-") and word != "-" and flag not in flags:
-            if (parser.prog, flag) in GONE:
-                raise UserError(f"{flag} is gone: {GONE[parser.prog, flag]}")
+                               metavar=of.__name__.upper() + ",..." * bool(several), help=text)
+    argv = sys.argv[1:] if argv is None else argv
+    for flag in (word.partition("=")[0] for word in argv):      # argparse would first name another that is missing
+        if flag.startswith("--") and flag not in flags:
             close = difflib.get_close_matches(flag, flags, 1)
             parser.error(f"unknown flag {flag}" + (f": is {close[0]} meant?" if close else ""))
-        else:
-            words.append(word)
-    return words
+    return cls(**vars(parser.parse_args(argv)))
 
 
 def run(main, cls, doc):
     """main(config) as a program."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:          # closed (>&-): the next file would get its number, and its output
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
-            os.set_inheritable(getattr(sys, name).fileno(), True)
     sys.stdout.reconfigure(line_buffering=True, errors="replace")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     for number in ENDING:

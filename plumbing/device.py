@@ -19,17 +19,12 @@ class Ranks:
     """The processes of a torchrun, or this one alone.  All decide on sums that all see alike."""
 
     def __init__(self):
-        """From what torchrun puts into the environment: with a part of it, a run would write nothing or wait
-        for ever."""
-        numbers = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-        given = {name: os.environ[name] for name in (*numbers, "MASTER_ADDR", "MASTER_PORT") if name in os.environ}
-        texts = [given.get(name, alone) for name, alone in numbers.items()]
-        whole = all(re.fullmatch("[0-9]{1,9}", text) for text in texts)
-        self.rank, self.size, self.local = map(int, texts) if whole else (1, 0, 1)
-        if max(self.rank, self.local) >= self.size or ("RANK" in given) != ("WORLD_SIZE" in given) or (
-                self.size > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= given.keys()):
-            raise UserError(f"{', '.join(f'{name}={value}' for name, value in given.items())} in the environment "
-                            f"is not what torchrun puts there: start this with torchrun, or unset it")
+        """From what torchrun puts into the environment."""
+        self.rank, self.size, self.local = (int(os.environ.get(name, alone)) for name, alone in (
+            ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        if max(self.rank, self.local) >= self.size:
+            raise UserError("RANK, WORLD_SIZE and LOCAL_RANK in the environment are not what torchrun puts there: "
+                            "start this with torchrun, or unset them")
 
     def join(self, device):
         if self.size > 1 and not dist.is_initialized():
@@ -79,7 +74,7 @@ def hardware(device):
 
 
 @contextlib.contextmanager
-def alone(device, unit):
+def alone_on_device(device, unit):
     """Under an hour budget: of two runs of one user on one GPU each would get a part of its hours, so the
     second is refused.  Not on a CPU, whose cores can be shared out."""
     uuid = gpu_uuid(device) if unit == "hours" else None
@@ -135,13 +130,8 @@ def multiplies_in_bf16(device, asked=None):
 def ready_process(device):
     """What holds for the whole process, not for one arm."""
     torch._dynamo.config.recompile_limit = 64    # arms share a forward pass's code: 8 variants are too few
-    if device.type == "cpu":
-        keep_freed_memory()
-
-
-def keep_freed_memory():
-    """glibc hands large freed tensors back to the system and takes them again in every step."""
-    with contextlib.suppress(OSError, AttributeError):                  # another C library: as it likes
-        mallopt, trim_threshold, mmap_max = ctypes.CDLL("libc.so.6").mallopt, -1, -4        # malloc.h
-        mallopt(trim_threshold, -1)
-        mallopt(mmap_max, 0)
+    if device.type == "cpu":        # glibc hands large freed tensors back and takes them again in every step
+        with contextlib.suppress(OSError, AttributeError):              # another C library: as it likes
+            mallopt, trim_threshold, mmap_max = ctypes.CDLL("libc.so.6").mallopt, -1, -4        # malloc.h
+            mallopt(trim_threshold, -1)
+            mallopt(mmap_max, 0)

@@ -3,7 +3,7 @@
 A masked LM stays for long at what counting does better, and leaves abruptly when attention structure forms.
 Three measurements on validation's own blocks and masks tell on which side of that turn a model is:
 
-  baselines   what counting over train.bin reaches: unigram, bigram (left neighbour), both neighbours
+  baselines   what counting over train.bin reaches: unigram, and bigram (the left neighbour)
   D_order     loss with each block's unmasked tokens permuted, minus the loss: about 0 for a bag of words
   induction   the loss at masked tokens that also occur unmasked in their block, and at the others
 
@@ -29,92 +29,43 @@ from plumbing.tokens import SCAN, TokenDirectory
 
 D_ORDER_TURN = 0.3          # nat; under it a teacher has no attention structure to give
 COUNTED = 2 ** 26           # training ids that are counted over: the first ones
-CELLS = 2 ** 21             # probabilities made in one go
-# The two neighbours' joint evidence is tempered; 1 would take them as independent given the word.  Chosen
-# among 0.7, 0.8, 0.9 and 1 on blocks of the first 131,072 training ids of docstrings and of Wikipedia,
-# counting over the rest of train.bin; 1 costs 0.07 to 0.11 nat there.
-EXPONENT = 0.8
 
 
 # --------------------------------------------------------------------------------------------------- counting
 
-class Followers:
-    """How often each word stands in the `queries`, contexts as integers; -1 is a context that tells nothing.
-
-    key(left, right): the context's integer, from the ids on both sides of a word."""
-
-    def __init__(self, train, key, queries, V, never):
-        self.V, self.contexts = V, np.unique(queries[queries >= 0])
-        self.pairs, self.counts = np.empty(0, np.int64), np.empty(0, np.int64)
-        for at in range(0, len(train) - 2 if len(self.contexts) else 0, SCAN):
-            ids = train[at:at + SCAN + 2].astype(np.int64)
-            row, known = self.find(key(ids[:-2], ids[2:]))
-            known &= ids[1:-1] != never
-            pairs, counts = np.unique(row[known] * V + ids[1:-1][known], return_counts=True)
-            self.pairs, where = np.unique(np.concatenate([self.pairs, pairs]), return_inverse=True)
-            self.counts = np.bincount(where, np.concatenate([self.counts, counts])).astype(np.int64)
-        self.start = np.searchsorted(self.pairs, np.arange(len(self.contexts) + 1) * V)
-
-    def find(self, queries):
-        row = np.minimum(np.searchsorted(self.contexts, queries), max(0, len(self.contexts) - 1))
-        return row, self.contexts[row] == queries if len(self.contexts) else np.zeros(len(queries), bool)
-
-    def probabilities(self, queries, lower):
-        """(n, V), interpolated with `lower` (n, V): (count + types * lower) / (total + types), types = the
-        different words seen in the context (Witten and Bell 1991, doi 10.1109/18.87000, method C)."""
-        row, known = self.find(queries)
-        length = np.where(known, np.diff(self.start)[row], 0) if known.any() else np.zeros(len(queries), int)
-        at = np.arange(length.sum()) + np.repeat(self.start[row] - np.cumsum(length) + length, length)
-        counts = np.zeros((len(queries), self.V))
-        counts[np.repeat(np.arange(len(queries)), length), self.pairs[at] % self.V] = self.counts[at]
-        types = np.maximum(length, 1)[:, None]                          # nothing seen: `lower` as it is
-        return (counts + types * lower) / (counts.sum(1, keepdims=True) + types)
-
-
 def counting(directory, batch):
-    """({name: (B, k) losses}, the same without the token that stands at the masked position itself)."""
+    """{name: (B, k) losses} at the masked positions, in nats, of words as often as they and their left neighbour
+    stand in train.bin."""
     V, special, train = len(directory.vocab), directory.special, directory.split("train")[:COUNTED]
-    seen = np.where(batch.ids == special["[MASK]"], -1, batch.ids)
-    seen[:, [0, -1]] = -1                                               # always [CLS] and [SEP]
-    left, own, right = (np.take_along_axis(seen, batch.masked + offset, 1).ravel() for offset in (-1, 0, 1))
-    labels, both = batch.labels.ravel(), np.where((left >= 0) & (right >= 0), left * V + right, -1)
-
-    unigram = 1.0 + sum(np.bincount(train[at:at + SCAN], minlength=V) for at in range(0, len(train), SCAN))
+    unigram, pairs, counts = np.ones(V), np.empty(0, np.int64), np.empty(0)
+    for at in range(0, len(train), SCAN):
+        ids = train[at:at + SCAN + 1].astype(np.int64)
+        unigram += np.bincount(ids[:SCAN], minlength=V)
+        new, often = np.unique(ids[:-1] * V + ids[1:], return_counts=True)
+        pairs, where = np.unique(np.concatenate([pairs, new]), return_inverse=True)
+        counts = np.bincount(where, np.concatenate([counts, often]))
     unigram[special["[SEP]"]] = 1                                       # never masked
     unigram /= unigram.sum()
-    by_left, by_right, by_both = (
-        Followers(train, key, queries, V, special["[SEP]"]) for key, queries in
-        ((lambda a, b: a, left), (lambda a, b: b, right), (lambda a, b: a * V + b, both)))
+    counts[pairs % V == special["[SEP]"]] = 0
+    total = np.bincount(pairs // V, counts, V)
+    types = np.maximum(np.bincount(pairs // V, counts > 0, V), 1)       # nothing seen: unigram as it is
 
-    with_own, context = {}, {}
-    for at in range(0, len(labels), max(1, CELLS // V)):
-        s = slice(at, at + max(1, CELLS // V))
-        n, stands, uniform = np.arange(len(labels[s])), own[s], 1 / (V - len(special))
-        alone = np.broadcast_to(unigram, (len(n), V))
-        table = dict(unigram=alone, bigram=by_left.probabilities(left[s], alone))
-        # Bayes, neighbours independent given the word: p(w | l, r) ~ p(w | l) p(w | r) / p(w); then counts
-        joint = table["bigram"] * by_right.probabilities(right[s], alone) / unigram
-        joint **= np.where(both[s] >= 0, EXPONENT, 1)[:, None]
-        table["neighbours"] = by_both.probabilities(both[s], joint / joint.sum(1, keepdims=True))
-        for name, p in table.items():
-            there = p[n, labels[s]]
-            context.setdefault(name, []).append(-np.log(there))
-            # As many are kept as random: p(w | what stands there) ~ p(w) (1[it is w] + uniform)
-            given = there * ((labels[s] == stands) + uniform) / (p[n, stands] + uniform)
-            there = np.where(stands < 0, there, given)
-            with_own.setdefault(name, []).append(-np.log(there))
-    return tuple({name: np.concatenate(parts).reshape(batch.masked.shape) for name, parts in losses.items()}
-                 for losses in (with_own, context))
-
-
-def where_it_stands(loss, baselines):
-    """In words, from {name: mean loss}: "between bigram and neighbours"."""
-    beaten = [name for name in baselines if loss < baselines[name]]
-    others = [name for name in baselines if name not in beaten]
-    if not others:
-        return f"better than {min(beaten, key=baselines.get)}"
-    ahead = max(others, key=baselines.get)
-    return f"between {min(beaten, key=baselines.get)} and {ahead}" if beaten else f"worse than {ahead}"
+    def bigram(words):
+        """Interpolated: (count + types * unigram) / (total + types), types = the different words seen after `left`
+        (Witten and Bell 1991, doi 10.1109/18.87000, method C)."""
+        at = np.minimum(np.searchsorted(pairs, left * V + words), len(pairs) - 1)
+        count = np.where(pairs[at] == left * V + words, counts[at], 0)
+        p = (count + types[left] * unigram[words]) / (total[left] + types[left])
+        return np.where(left >= 0, p, unigram[words])
+    seen = np.where(batch.ids == special["[MASK]"], -1, batch.ids)
+    seen[:, [0, -1]] = -1                                               # always [CLS] and [SEP]
+    left, own = (np.take_along_axis(seen, batch.masked + offset, 1) for offset in (-1, 0))
+    uniform, losses = 1 / (V - len(special)), {}
+    for name, p in (("unigram", lambda words: unigram[words]), ("bigram", bigram)):
+        # As many are kept as random: p(w | what stands there) ~ p(w) (1[it is w] + uniform)
+        given = ((batch.labels == own) + uniform) / (p(own) + uniform)
+        losses[name] = -np.log(p(batch.labels) * np.where(own >= 0, given, 1))
+    return losses
 
 
 # ---------------------------------------------------------------------------------------------------- a model
@@ -151,8 +102,8 @@ def permuted(batch, special):
     return batch._replace(ids=ids)
 
 
-def d_order(forward, batch, special, plain=None):
-    """What the order of the context is worth, in nats.  `plain`: the loss on the batch itself, if known."""
+def order_gain(forward, batch, special, plain=None):
+    """D_order, what the order of the context is worth, in nats.  `plain`: the loss on the batch itself, if known."""
     if plain is None:
         plain = token_losses(forward, batch).mean()
     return float(token_losses(forward, permuted(batch, special)).mean() - plain)
@@ -184,22 +135,20 @@ def diagnose(directory, config):
     # refused before anything is counted
     forward, _ = masked_lm(config.model, directory, config.seq_len) if config.model else (None, None)
     batch = validation(Blocks(directory, "val", config.seq_len, seed=0), config.val_blocks)
-    again, (losses, context) = repeated(batch), counting(directory, batch)
+    again, losses = repeated(batch), counting(directory, batch)
+    if forward:
+        losses["model"] = token_losses(forward, batch)
     means = {name: loss.mean() for name, loss in losses.items()}
-
-    def row(name, loss, last=""):
-        split = [f"{part.mean():9.3f}" if part.size else "         " for part in (loss[again], loss[~again])]
-        print(f"{name:<12}{loss.mean():8.3f}{split[0]}{split[1]}{last}")
     print(f"{directory.path}: {len(batch.ids)} validation blocks of {config.seq_len}, {again.size:,} masked "
           f"tokens, {again.mean():.0%} of them also unmasked in their block\n"
-          f"{'':12}    loss repeated   others   loss without the token that stands there")
+          f"{'':12}    loss repeated   others")
     for name, loss in losses.items():
-        row(name, loss, f"{context[name].mean():9.3f}")
+        split = [f"{part.mean():9.3f}" if part.size else "         " for part in (loss[again], loss[~again])]
+        print(f"{name:<12}{means[name]:8.3f}{split[0]}{split[1]}")
     if forward:
-        own = token_losses(forward, batch)
-        row("model", own)
-        d = d_order(forward, batch, directory.special, own.mean())
-        print(f"{config.model}: {where_it_stands(own.mean(), means)}, D_order {d:.2f}"
+        beaten = " and ".join(name for name in means if means["model"] < means[name])
+        d = order_gain(forward, batch, directory.special, means["model"])
+        print(f"{config.model}: {f'better than {beaten}' if beaten else 'worse than counting'}, D_order {d:.2f}"
               + f", under {D_ORDER_TURN}: it has no attention structure to give" * (d < D_ORDER_TURN))
 
 

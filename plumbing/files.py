@@ -4,11 +4,9 @@ One atomic writer, one claim, one lock, one wait loop: for checkpoints, model di
 tables and token directories.
 """
 import contextlib
-import errno
 import functools
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
@@ -19,13 +17,7 @@ from pathlib import Path
 from plumbing.cli import UserError, shown, writable
 
 MARK = ".nanokd"            # the file in each directory that we write to; it says of which kind
-# kind: (in words, {its own files: keys of what is in them}); by them one is known that was written before there
-# were marks
-KINDS = {"run": ("a run of train.py", {"config.json": {"strategy"}}),
-         "tokens": ("a token directory", {"manifest.json": {"sha256", "vocab_size"}}),
-         "compare": ("a comparison", {"inputs.json": {"--data"}, "results.json": {"config", "results", "yardsticks"}}),
-         "glue": ("finetune_glue.py's", {"glue.json": {"model", "tasks"}, "probes.json": {"tasks", "settings"},
-                                         "trials/*.json": {"scores", "settings"}})}
+KINDS = dict(run="a run of train.py", tokens="a token directory", compare="a comparison", glue="finetune_glue.py's")
 # Names in a directory that is empty all the same: a disk's, a file manager's, of a claim that was killed
 NOTHING = re.compile(rf"lost\+found|\.DS_Store|\.nfs\w+|{re.escape(MARK)}\.\d+\.part")
 
@@ -39,8 +31,6 @@ def parsing(file, remedy="get it again, or leave it out"):
     except (UserError, OSError, MemoryError):
         raise
     except Exception as e:
-        if type(e).__name__ == "OutOfMemoryError":                      # torch's, which need not be imported here
-            raise
         raise UserError(f"{shown(file)} is damaged or not ours ({type(e).__name__}: {shown(e, 100)}): "
                         f"{remedy}") from e
 
@@ -51,53 +41,41 @@ def json_object(file):
         return {**json.loads(file.read_text(encoding="utf-8"))}
 
 
-def records(lines):
+def read_json(file):
+    """The dict in one of our own files."""
+    with parsing(file, "give another --out"):
+        return {**json.loads(file.read_text(encoding="utf-8") if file.is_file() else "")}
+
+
+def log_records(lines):
     """(line, what it says) of those of a log.jsonl's lines, as bytes, that train.py has written whole: a kill or a
     full disk leaves half a line."""
     for line in lines:
-        with contextlib.suppress(AttributeError, LookupError, TypeError, ValueError, RecursionError):
-            record = json.loads(line)
-            values = [v for k, v in record.items() if k != "val"] + [*(record.get("val") or {}).values()]
-            if all(isinstance(v, int | float | None) for v in values) and math.isfinite(
-                    record["seconds"] + record.get("progress", 0)) and record["step"] // 1 == record["step"]:
-                yield line, record
+        with contextlib.suppress(ValueError):
+            yield line, json.loads(line)
 
 
-def write_whole(file, data, new=False):
-    """Writes bytes under a temporary name, syncs, renames: `file` is the old one or the
-    new one, never a part.  `new`: one that is there already stays."""
+def write_whole(file, data):
+    """Writes bytes under a temporary name, syncs, renames: `file` is the old one or the new one, never a part."""
     part = file.with_name(f"{file.name}.{os.getpid()}.part")
-    free = shutil.disk_usage(file.parent).free
     try:
-        if free < len(data):
-            raise OSError(errno.ENOSPC, "no space left")
         with open(part, "wb") as f:
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
-        with contextlib.suppress(OSError):                              # no hard links here: the last one wins
-            if new:
-                os.link(part, file)
-        if not (new and file.exists()):
-            os.replace(part, file)
-        part.unlink(missing_ok=True)
+        os.replace(part, file)
     except OSError as e:
         part.unlink(missing_ok=True)
-        raise UserError(f"{file} could not be written ({e.strerror}): {len(data):,} bytes needed, {free:,} "
-                        f"free; what was there before is intact") from None
+        raise UserError(f"{file} could not be written ({e.strerror}): {len(data):,} bytes needed, "
+                        f"{shutil.disk_usage(file.parent).free:,} free; what was there before is intact") from None
+
+
+def as_json(value):
+    return (json.dumps(value, indent=1) + "\n").encode()
 
 
 def write_json(file, value):
-    write_whole(file, (json.dumps(value, indent=1) + "\n").encode())
-
-
-def read_json(file):
-    """The dict in one of our own files."""
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (FileNotFoundError, IsADirectoryError, TypeError, ValueError, RecursionError):
-        raise UserError(f"{file} is missing or damaged, so what {file.parent} holds cannot be told: give "
-                        f"another --out") from None
+    write_whole(file, as_json(value))
 
 
 def sha256(file):
@@ -112,24 +90,23 @@ def digest(file, size, changed):
 
 
 def claim(path, kind, dry_run=False):
-    """The Path of a directory that is ours and of this kind: made and marked, marked before, or known by its
-    own files.  Refused where anything else is.  A dry run makes nothing."""
+    """The Path of a directory that is ours and of this kind: made and marked, or marked before.  Refused where
+    anything else is.  A dry run makes nothing."""
     if not str(path).strip():
         raise UserError("--out is empty: give the name of a directory")
-    path, (what, own) = writable(path), KINDS[kind]
+    path = writable(path)
     mark = path / MARK
-    if path.exists() and not mark.exists():
-        others = sorted(p.name for p in path.iterdir() if not NOTHING.fullmatch(p.name) and not (
-            p.name == "trials" and p.is_dir() and all(f.suffix == ".lock" for f in p.iterdir())))   # none is finished
-        if others and not any(holds(file, keys) for pattern, keys in own.items() for file in path.glob(pattern)):
-            raise UserError(f"--out {path} is neither empty nor {what} ({shown(others[0])} is there): nothing was "
-                            f"touched; give a new directory")
-    if not (dry_run or mark.exists()):
+    if mark.exists():
+        there = mark.read_text("utf-8", "replace").strip()
+        if there != kind:
+            raise UserError(f"--out {path} is {KINDS.get(there, shown(there))}, not {KINDS[kind]}: give another --out")
+        return path
+    if others := sorted(p.name for p in path.glob("*") if not NOTHING.fullmatch(p.name)):
+        raise UserError(f"--out {path} is neither empty nor {KINDS[kind]} ({shown(others[0])} is there): nothing was "
+                        f"touched; give a new directory")
+    if not dry_run:
         path.mkdir(parents=True, exist_ok=True)
-        write_whole(mark, f"{kind}\n".encode(), new=True)
-    there = mark.read_text("utf-8", "replace").strip() if mark.exists() else kind
-    if there != kind:
-        raise UserError(f"--out {path} is {KINDS.get(there, [shown(there)])[0]}, not {what}: give another --out")
+        write_whole(mark, f"{kind}\n".encode())
     return path
 
 
@@ -141,14 +118,6 @@ def claim_file(path, flag="--out"):
                         f"another name")
     writable(path.parent, flag)
     return path
-
-
-def holds(file, keys):
-    """Whether it is a JSON object with these keys, and no model's config.json."""
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        found = json.loads(file.read_text(encoding="utf-8"))
-        return isinstance(found, dict) and keys <= found.keys() and "model_type" not in found
-    return False
 
 
 @contextlib.contextmanager
@@ -191,10 +160,13 @@ def lock(path):
         os.close(handle)
 
 
-def share(paths, do):
+def claim_each(paths, do, directories=True):
     """[do(i) for each path], in any order: processes with the same paths take what no other one works on, and
-    wait for the rest.  What another process has done, `do` finds finished."""
+    wait for the rest.  What another process has done, `do` finds finished.  `directories` are made where they are
+    not there; else the paths are lock files."""
     results, waiting = {}, range(len(paths))
+    for path in paths if directories else ():
+        Path(path).mkdir(parents=True, exist_ok=True)
 
     def done(i):
         with lock(paths[i]) as ours:
@@ -204,10 +176,3 @@ def share(paths, do):
     while waiting := [i for i in waiting if not done(i)]:
         time.sleep(1)
     return [results[i] for i in range(len(paths))]
-
-
-def share_runs(directories, do):
-    """The same of directories, which are made where they are not there."""
-    for directory in directories:
-        Path(directory).mkdir(parents=True, exist_ok=True)
-    return share(directories, do)

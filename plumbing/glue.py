@@ -1,4 +1,5 @@
 """GLUE's tasks and one's own: their columns and labels, how they are read, what they are scored with."""
+import contextlib
 import csv
 import hashlib
 import os
@@ -10,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from plumbing.cli import UserError, shown
-from plumbing.rows import FORMATS, KIND, NUMBER, label_of, quoted, table
+from plumbing.rows import KIND, NUMBER, NoText, label_of, quoted, table
 
 # ------------------------------------------------------------------------------------------------------ tasks
 
@@ -55,14 +56,10 @@ def parse_tasks(names, columns=None, say=print):
     """{name: Task} of "cola,mine=FILE_OR_DIR"; `columns`: text,label or text,text,label of one's own."""
     tasks, ours = {}, "|".join(TASKS)
     parts = re.split(rf",(?=\s*(?:[\w.-]+=|(?:{ours})\s*(?:,|$)))", names)          # a path may hold commas
-    parts = [name for part in parts for name in ([part] if "=" in part else part.split(","))]
     for name, _, own in (part.strip().partition("=") for part in parts):
         if not re.fullmatch(r"[\w.-]+", name) or name in tasks or (not own and name not in TASKS):
             raise UserError(f"--tasks {name!r}: unknown or given twice; of {', '.join(TASKS)}, or name=PATH for your "
                             f"own labelled text: a file, or a directory with train.tsv and dev.tsv")
-        if own and not os.path.exists(own):
-            raise UserError(f"--tasks {name}={own}: no such file or directory (a file of labelled text belongs there, "
-                            f"or a directory with train.tsv and dev.tsv)")
         tasks[name] = TASKS[name] if not own else own_task(
             Path(own), columns, lambda line, name=name: say(f"{name}: {line}"))
     if columns and all(task.columns for task in tasks.values()):
@@ -73,44 +70,28 @@ def parse_tasks(names, columns=None, say=print):
 def own_files(path):
     """{"train": file, "dev": file}; of a single file, or where there is no dev: {"train": file}."""
     if not path.is_dir():
-        if not KIND.search(path.name):
-            raise UserError(f"{path}: one of {FORMATS} can be read, by the end of its name")
         return dict(train=path)
-    files = {}
+    files = dict(train=path / "train.tsv")
     for part in ("train", "dev"):
         found = [f for f in sorted(path.glob(f"{part}.*")) if KIND.fullmatch(f.name, len(part))]
         if len(found) > 1:
             raise UserError(f"{path}: both {found[0].name} and {found[1].name}: leave one of them there")
-        if found or part == "train":
-            files[part] = found[0] if found else path / "train.tsv"
+        files.update((part, file) for file in found)
     return files
-
-
-def existing(path):
-    if not path.exists():
-        raise UserError(f"{path}: no such file or directory: a task's directory holds train.tsv and dev.tsv (MNLI: "
-                        f"dev_matched.tsv, dev_mismatched.tsv)")
-    return path
 
 
 def own_task(path, columns=None, say=print):
     """The Task of one's own file or directory: its columns by name, its labels as they stand there."""
     file = own_files(path)["train"]
-    with table(existing(file), Counter()) as rows:
+    with table(file, Counter()) as rows:
         names = header(rows)
-        if len(names) == 1:
-            marks = dict(csv="commas, semicolons or tabs", tsv="tabs").get(rows.kind)
-            raise UserError(f"{file}, line 1: one column, {quoted(names)}: text and a label belong there"
-                            + f", which {marks} separate" * bool(marks))
         *text, label = named(file, names, columns) if columns else guessed(names)
-        if columns and not 1 <= len(text) <= 2:
-            raise UserError(f"--columns {columns}: one or two columns of text and then the label belong there")
         once(file, names, [*text, label])
-        seen, telling = looked_through(rows, names, [] if columns else text, label) if text else (Counter(), ())
+        seen, telling = looked_through(rows, names, [] if columns else text, label)
     if telling and (others := [name for name in text if name not in telling]):
-        say(f"no sentence: {quoted(n for n in text if n in telling)}: empty, or one to one with the label")
+        say(f"no sentence: {quoted(telling)}: it says no more than the label")
         text = others
-    if not columns and (len(text) not in (1, 2) or {"label", "score"} & set(text)):
+    if len(text) not in (1, 2) or not columns and {"label", "score"} & set(text):
         raise UserError(f"{file}, line 1: the columns are {quoted(names)}: which are one or two columns of text and "
                         f"which is the label? Say it with --columns text,label")
     labels = () if label == "score" else own_labels(file, seen, columns)
@@ -124,10 +105,10 @@ def header(rows):
     """The names of the columns, in lower case."""
     names = [name.strip().lower() for name in rows.names]
     if not names:
-        raise UserError(f"{rows.name} is empty: a header, such as sentence<tab>label, and examples belong there")
+        raise NoText(rows.name, "empty", "a header, such as sentence<tab>label, and examples belong there")
     if rows.kind in ("csv", "tsv") and (numbers := [name for name in names if NUMBER.fullmatch(name)]):
-        raise UserError(f"{rows.name}, line 1 looks like an example (it holds {numbers[-1]}): a header, such as "
-                        f"sentence<tab>label, belongs above the examples")
+        raise NoText(rows.name, f"without a header (line 1 holds {numbers[-1]})", "names such as sentence<tab>label "
+                     "belong above the examples")
     return names
 
 
@@ -149,26 +130,41 @@ def named(path, names, columns):
     """The names in --columns, of which each must be there; one with a comma stands in quotes."""
     wanted = [c.strip().lower() for c in next(csv.reader([columns], skipinitialspace=True))]
     if missing := [c for c in wanted if c not in names]:
-        raise UserError(f"--columns {columns}: {path} has no column {missing[0]!r}, but {quoted(names)}")
+        raise NoText(path, f"without the column {missing[0]!r} of --columns", f"it has {quoted(names)}")
     if len(set(wanted)) < len(wanted):
         raise UserError(f"--columns {columns}: one is given twice")
     return wanted
 
 
+def text_columns(rows, columns, met):
+    """The positions of the columns of text: those in --columns, else `text`, else those that fine-tuning would take."""
+    names = header(rows)
+    *text, label = guessed(names)
+    if columns or "text" in names:
+        text = named(rows.name, names, columns or "text")
+    else:
+        found = rows.look(names.index(label))
+        labels = label in LABELS or len(set(found)) <= len(found) / 2 + 1
+        if len(found) < 2 or len(text) > 2 or text and not labels:
+            raise NoText(rows.name, "a table without a column 'text'", f"which of {quoted(names)} are text? Say it "
+                         "with --columns")
+        text = text or [label]
+        met[f"tables with the text in {quoted(text)}"] += 1
+    once(rows.name, names, text)
+    return [names.index(name) for name in text]
+
+
 def looked_through(rows, names, text, label):
-    """(how often each label is there, those columns of `text` that are empty or map one to one onto the label)."""
-    seen, to, back = Counter(), {name: {} for name in text}, {name: {} for name in text}
+    """(how often each label is there, those columns of `text` in which every label has one value or none)."""
+    seen, pairs = Counter(), {name: set() for name in text}
     for _, cells in rows.cells([names.index(name) for name in (label, *text)]):
-        try:
+        with contextlib.suppress(ValueError):
             value = label_of(None if isinstance(cells, str) else cells[0], rows.met)
-        except ValueError:
-            continue
-        seen[value] += 1
-        for name, cell in zip(text, map(str, cells[1:]), strict=True):
-            if name in to and cell not in ("", "None") and (
-                    to[name].setdefault(value, cell) != cell or back[name].setdefault(cell, value) != value):
-                del to[name]
-    return seen, set(to) if seen.total() >= 2 * len(seen) else set()            # else nothing speaks against it
+            seen[value] += 1
+            for name, cell in zip(text, cells[1:], strict=True):
+                pairs[name].add((value, str(cell or "")))
+    few = seen.total() >= 2 * len(seen)                                 # else nothing speaks against it
+    return seen, [name for name in text if few and len(pairs[name]) <= len(seen)]
 
 
 def own_labels(path, seen, columns):
@@ -201,7 +197,7 @@ def read_rows(path, task, say=print):
     A row of another width than the first line's (an extra tab, a field missing), without text or with an unknown
     label is left out and listed; more than 0.1% of them are refused."""
     sentences, labels, bad, met = [], [], [], Counter()
-    with table(existing(path), met, task.header) as rows:
+    with table(path, met, task.header) as rows:
         text, label = task.text, task.label
         if not task.columns:                           # one's own: by name, whatever their order in this file
             names, wanted = header(rows), (*text, label)
@@ -227,9 +223,8 @@ def read_rows(path, task, say=print):
     listed = "; ".join(bad[:10]) + f"; and {len(bad) - 10} more" * (len(bad) > 10)
     total = len(labels) + len(bad)
     if len(bad) > 0.001 * total:
-        kind = (f"one of {', '.join(map(shown, task.labels))}" if task.labels else "a number" if task.labels == ()
-                else "a whole number, 0 for the first class, or a word; any number where the header calls the column "
-                     "`score`")
+        kind = f"one of {', '.join(map(shown, task.labels))}" if task.labels else (
+            "a number" if task.labels == () else "a whole number, 0 for the first class, or a word")
         raise UserError(f"{path}: {len(bad)} of {total:,} rows cannot be read: {listed}"
                         + f" (a label here is {kind})" * ("label" in listed))
     if bad:
@@ -239,8 +234,7 @@ def read_rows(path, task, say=print):
             f"became U+FFFD")
     for name, column in () if task.columns else zip(task.text, zip(*sentences, strict=True), strict=False):
         if not any(c.isalpha() for sentence in column for c in sentence):
-            raise UserError(f"{path}: the column {name!r} holds no letter: is it text?  A column that is called id is "
-                            f"left out")
+            raise UserError(f"{path}: the column {name!r} holds no letter: is it text? Say so with --columns")
     return sentences, labels, len(bad)
 
 
@@ -248,10 +242,6 @@ def rows_of_text(path, columns, known):
     """What the text's columns are, in words; then (place, sentences, what is wrong or None) of each row.
 
     The columns: those in --columns without the label, else the `known` ones, else all not like a label."""
-    if not KIND.search(path.name):
-        raise UserError(f"--predict {path}: one of {FORMATS} can be read, by the end of its name")
-    if not path.exists():
-        raise UserError(f"--predict {path}: no such file")
     with table(path, Counter()) as rows:
         names = header(rows)
         if columns:

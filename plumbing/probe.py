@@ -46,7 +46,7 @@ def taken(n, limit=EXAMPLES):
     return np.sort(np.argsort(hashed(0, np.arange(n)), kind="stable")[:limit])
 
 
-def features(u, v=None):
+def pair_features(u, v=None):
     """(n, D) or (n, 4 D), from the sentences' states."""
     return u if v is None else np.concatenate([u, v, np.abs(u - v), u * v], 1)
 
@@ -137,7 +137,7 @@ def probe_task(task, parts, embed):
     x, y, score = [x[i] for i in some], y[some], task.labels == ()
     (train_states, dev_states), found = ([embed([s[i] for s in of]) for i in range(len(of[0]))]
                                          for of in (x, dev)), {}
-    predictions, C = linear(features(*train_states), y, features(*dev_states), score)
+    predictions, C = linear(pair_features(*train_states), y, pair_features(*dev_states), score)
     found["linear"] = glue.evaluate(task, predictions, labels)[0][task.metrics[0]]
     if score and len(dev_states) == 2:
         u, v = (s / np.linalg.norm(s, axis=1, keepdims=True) for s in dev_states)
@@ -178,7 +178,7 @@ def probe_masked_lm(model, directory, seq_len, val_blocks=512):
     split = {name: float(part.mean()) for name, part in (("repeated", losses[again]),
                                                          ("others", losses[~again]))
              if part.size}
-    return dict(mlm=float(losses.mean()), **split, d_order=diagnose.d_order(
+    return dict(mlm=float(losses.mean()), **split, d_order=diagnose.order_gain(
         forward, batch, directory.special, losses.mean()))
 
 

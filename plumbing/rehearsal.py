@@ -9,7 +9,7 @@ import time
 import torch
 
 from plumbing.price import price
-from plumbing.screen import amount
+from plumbing.screen import quantity
 
 SECONDS = 20                # of steps are measured; where one takes longer, it is the only one
 
@@ -42,8 +42,8 @@ def rehearse(run, gradients, blocks, batches):
     ends = min(time.time() + charged + validations, 253_370_764_800)    # the year 9999
     say(f"--budget-{budget.unit} {budget.total:g} buys {steps:,} steps, {steps * tokens:,} tokens, "
         f"{blocks.epochs(steps, arm.phase.blocks(config.batch_size)):.3g} epochs in "
-        f"{amount(charged / 3600, 'hours')}, and "
-        f"{amount(validations / 3600, 'hours')} go to {config.val_times} validations: begun now, it ends on "
+        f"{quantity(charged / 3600, 'hours')}, and "
+        f"{quantity(validations / 3600, 'hours')} go to {config.val_times} validations: begun now, it ends on "
         + time.strftime("%Y-%m-%d at %H:%M", time.localtime(ends)))
 
 

@@ -1,12 +1,10 @@
-"""Bytes, lines and rows: the one reader behind prepare.py, fine-tuning, --probe and --predict.  Read it when a
-file of rows surprises you.
+"""Bytes, lines and rows: the one reader behind prepare.py, fine-tuning, --probe and --predict.
 
-bytes    gzip, xz and bzip2 are unpacked; what is cut or damaged, FIFOs, devices and what `no_text` names are refused
-lines    end in LF or CRLF and hold 64 MB at most; a BOM at the start is removed
+bytes    gzip, xz and bzip2 are unpacked; what is cut or damaged, FIFOs, devices and what NO_TEXT names are refused
+lines    end in LF or CRLF and hold 128 MB at most; a BOM at the start is removed
 rows     of CSV (commas, semicolons or tabs), TSV (no quotes), JSON lines or parquet, whose columns have names; a
          blank line, or a row with nothing in any column, is none
-text     a string.  NUL is removed, a lone surrogate becomes U+FFFD, both are counted.  Bytes, lists, objects,
-         numbers and nothing at all are no text: they make a bad row
+text     a string: NUL is removed, a lone surrogate becomes U+FFFD, both are counted.  All else makes a bad row
 label    a string, a number, true or false, the same in every format: 1.0 is 1, True is true, NaN is nothing
 """
 import bz2
@@ -25,32 +23,37 @@ from collections import Counter
 from plumbing.cli import UserError, shown
 from plumbing.files import parsing
 
-LONGEST = 2 ** 26           # bytes of a line, characters of a field
+LONGEST = 2 ** 27           # bytes of a line, characters of a field
+NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", re.I)   # no 1_0, no digits but these
 LOOK = 100                  # rows of JSON in whose objects the names of the columns are looked for
 CONTROL = bytes({*range(32), 127} - {*b"\t\n\v\f\r\x1b\x1c\x1d\x1e\x1f"})
+BAD, BAD_BYTES = 0.05, 20   # share of bad lines above which a text is none, if there are so many bad bytes
 KIND = re.compile(r"\.(tsv|csv|jsonl|ndjson|json|parquet)(\.(gz|xz|bz2))?$", re.I)
-FORMATS = ".tsv, .csv, .jsonl, .ndjson, .json (each also .gz, .xz, .bz2) or .parquet"
 PACKED = ((rb"\x1f\x8b", gzip.open), (rb"\xfd7zXZ\0", lzma.open), (rb"BZh[1-9](1AY&SY|\x17rE8P)", bz2.open))
 ZIP, PARQUET, TAR = rb"PK(\x03\x04|\x05\x06)", rb"PAR1", rb"(?s:.{257})ustar"
-ARCHIVE = b"|".join((ZIP, PARQUET, TAR))
+ARCHIVE, ENDS = b"|".join((ZIP, PARQUET, TAR)), r"\.(gz|tgz|xz|bz2|zip|tar|parquet)$"
 TEXT_FIRST = "take the text out of it first, or leave it out"
+NO_UTF8 = "binary or not UTF-8", "convert it first, as in  iconv -f LATIN1 -t UTF-8, or leave it out"
 NO_TEXT = (                 # how it begins, what it is, what to do
+    (ARCHIVE, "an archive, an Office document or parquet under another name", TEXT_FIRST),
     (rb"%PDF-", "a PDF", "convert it first, as pdftotext does, or leave it out"),
     (rb"\(\xb5/\xfd", "packed by Zstandard", "unpack it first, as in  zstd -dc FILE | python prepare.py -"),
-    (rb"7z\xbc\xaf|Rar!\x1a", "a 7-Zip or RAR archive", "unpack it first"),
-    (rb"\x80[\x02-\x05]", "a Python pickle", TEXT_FIRST),
     (rb"\xd0\xcf\x11\xe0|\{\\rtf", "an Office document", TEXT_FIRST),
-    (rb"\x89PNG|\xff\xd8\xff|GIF8[79]a", "an image", TEXT_FIRST),
-    (rb"\x7fELF|\xca\xfe\xba\xbe|\xcf\xfa\xed\xfe", "a program", "leave it out"),
-    (rb"\x93NUMPY|\x89HDF|ARROW1|\xff{4}|SQLite format 3", "numpy, HDF5, Arrow or SQLite", TEXT_FIRST),
     (rb"version https://git-lfs", "a Git LFS pointer", "fetch the file itself, as in  git lfs pull"),
-    (rb"(\xef\xbb\xbf)?\s*<(?i:!doctype|html|\?xml|svg)", "HTML or XML", TEXT_FIRST))
-NO_TEXT_NAMES = (           # in prepare.py alone
-    (r"\.html?", "HTML", TEXT_FIRST),
-    (r"\.[ct]sv", "a table", "write its text column as JSON lines first, {\"text\": ...} in each"))
-NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[-+]?[0-9]+)?", re.I)
+    (rb"(\xef\xbb\xbf)?\s*<(?i:!doctype|html|\?xml|svg)", "HTML or XML", TEXT_FIRST),
+    (rb"\xff\xfe|\xfe\xff|\0\0\xfe\xff", "UTF-16 or UTF-32", "convert it first, as in  iconv -f UTF-16 -t UTF-8"),
+    (rb"(\xef\xbb\xbf)?\s*\[\s*\{", "one JSON array", "make it one object per line first, as in  jq -c '.[]'"),
+    (rb"[^\n]*\r[^\n]*\Z", "text whose lines end in CR alone", r"convert them first, as in  tr '\r' '\n'"))
 KINDS = {dict: "an object", bytes: "bytes", type(None): "nothing", bool: "no text", int: "a number", float: "a number"}
 csv.field_size_limit(LONGEST)
+
+
+class NoText(UserError):
+    """A file that holds no text that we can read: refused, or left out and counted where nobody named it."""
+
+    def __init__(self, name, what, todo):
+        super().__init__(f"{shown(name)} is {what}: {todo}")
+        self.what = what
 
 
 # -------------------------------------------------------------------------------------------------- bytes -> lines
@@ -67,11 +70,11 @@ def reading(name):
 
 
 @contextlib.contextmanager
-def opening(path, name=None):
-    """The file, open for reading, which messages call `name`."""
+def opening(path):
+    """The file, open for reading."""
     if os.path.exists(path) and not os.path.isfile(path):               # to open a FIFO may wait for ever
-        raise UserError(f"{shown(name or path)} is a directory, a FIFO or a device: give a file")
-    with reading(name or path):
+        raise UserError(f"{shown(path)} is a directory, a FIFO or a device: give a file")
+    with reading(path):
         raw = open(path, "rb")
     with raw:
         yield raw
@@ -80,8 +83,8 @@ def opening(path, name=None):
 class Full(io.RawIOBase):
     """A stream whose reads are full ones, so that the first look shows as much of a pipe as of a file."""
 
-    def __init__(self, name, stream):
-        self.name, self.stream = name, stream
+    def __init__(self, name, stream, met):
+        self.name, self.stream, self.met = name, stream, met
 
     def readable(self):
         return True
@@ -92,40 +95,49 @@ class Full(io.RawIOBase):
             while n < len(buffer) and (part := self.stream.read(len(buffer) - n)):
                 buffer[n:n + len(part)] = part
                 n += len(part)
+        self.met["_read"] += n
         return n
 
 
-def unpacked(name, raw):
-    """(a stream whose `peek` shows its first bytes, whether it had to be unpacked: a second time, and no more)."""
-    stream, packed = io.BufferedReader(Full(name, raw), 2 ** 20), False
-    for _ in range(2):
-        if unpack := next((unpack for begins, unpack in PACKED if re.match(begins, stream.peek())), None):
-            stream, packed = io.BufferedReader(Full(name, unpack(stream)), 2 ** 20), True
-    return stream, packed
+def unpacked(name, raw, met):
+    """What is in the file, without its gzip, xz or bzip2, as a stream whose `peek` shows the first bytes."""
+    stream = io.BufferedReader(Full(name, raw, met), 2 ** 20)
+    unpack = next((unpack for begins, unpack in PACKED if re.match(begins, stream.peek())), None)
+    if not (unpack or re.match(ARCHIVE, stream.peek())) and re.search(ENDS, str(name), re.I):
+        raise UserError(f"{shown(name)} does not begin as its name says (damaged, or a Git LFS pointer): get it again, "
+                        f"or leave it out")
+    return io.BufferedReader(Full(name, unpack(stream), Counter()), 2 ** 20) if unpack else stream
 
 
-def no_text(start, name=""):
-    """(what it is, what to do) of what cannot be read as text, by its first bytes or its name; else None."""
+def guarded(name, items):
+    """The same items: what goes wrong in making one is the file's fault."""
+    while True:
+        with reading(name):
+            if (item := next(items, None)) is None:
+                return
+        yield item
+
+
+def kind_of(name):
+    """csv, tsv, json or parquet by the end of the name; else None."""
+    kind = (found := KIND.search(str(name))) and found[1].lower()
+    return "json" if kind in ("jsonl", "ndjson") else kind
+
+
+def refuse(name, start):
+    """Raises NoText where what begins with these bytes cannot be read as text."""
     for begins, what, todo in NO_TEXT:
         if re.match(begins, start):
-            return what, todo
-    for ends, what, todo in NO_TEXT_NAMES:
-        if re.search(ends + r"(\.(gz|xz|bz2))?$", name, re.I):
-            return what, todo
-    code, head = json.detect_encoding(start[:16]), start[:16]
-    zeros = 5 * head.count(0) >= 2 * len(head) and "\0" not in head.decode(code, "ignore")
-    if code in ("utf-16", "utf-32") or code[:5] != "utf-8" and zeros:                       # with a BOM, or without
-        code = code.upper().replace("-LE", "LE").replace("-BE", "BE")
-        return code[:6], f"convert it first, as in  iconv -f {code} -t UTF-8"
-    if b"\r" in start and b"\n" not in start and not re.match(ARCHIVE, start):
-        return "text whose lines end in CR alone", r"convert them first, as in  tr '\r' '\n'"
-    return None
+            raise NoText(name, what, todo)
+    met = Counter()
+    for line in start[:2 ** 16].splitlines():
+        decode(line, met)
+    if spoilt(met):
+        raise NoText(name, *NO_UTF8)
 
 
-def refuse(name, found):
-    """`found` by no_text in the file of this name is its refusal; if it is None, nothing happens."""
-    if found:
-        raise UserError(f"{shown(name)} is {found[0]}{', not text' * (found[0][:4] != 'text')}: {found[1]}")
+def spoilt(met):
+    return met["_bad_lines"] > BAD * met["_lines"] and met["_bad_bytes"] >= BAD_BYTES
 
 
 def decode(line, met):
@@ -147,7 +159,7 @@ def decode(line, met):
     return text
 
 
-def lines_of(name, stream, met, strict):
+def lines_of(name, stream, met, strict=False):
     """(number, text) of each line; `strict` refuses what is no UTF-8."""
     for number in itertools.count(1):
         if len(line := stream.readline(LONGEST + 1)) > LONGEST:
@@ -168,29 +180,26 @@ def lines_of(name, stream, met, strict):
 class Table:
     """The rows of a stream, read once: `names` of its columns, then `cells` or `pick`.
 
-    kind: csv, tsv, json, or parquet, which is read from `path` and takes no stream.  met: counts what was met, bad
-    rows too.  strict: what is no UTF-8 is refused; else it becomes U+FFFD."""
+    kind: csv, tsv, json, or parquet, whose stream is the open file.  met: counts what was met, bad rows too.  strict:
+    what is no UTF-8 is refused; else it becomes U+FFFD."""
 
-    def __init__(self, name, kind, stream, met, path=None, strict=False, header=True):
-        self.name, self.kind, self.met, self.path, first = name, kind, met, path, []
+    def __init__(self, name, kind, stream, met, strict=False, header=True):
+        self.name, self.kind, self.met, first = name, kind, met, []
         if kind == "parquet":
             try:
                 import pyarrow.parquet
             except ImportError:
                 raise UserError(f"{shown(name)}: parquet takes one more package: pip install pyarrow") from None
             with reading(name):
-                self.file = pyarrow.parquet.ParquetFile(path)
-                self.names = self.file.schema_arrow.names
+                self.file = pyarrow.parquet.ParquetFile(stream)
+                self.names, self.rows = self.file.schema_arrow.names, iter(())
             return
-        if kind == "json" and re.match(rb"(\xef\xbb\xbf)?\s*\[\s*\{", stream.peek()):
-            raise UserError(f"{shown(name)} is one JSON array: make it one object per line first, as in  jq -c '.[]'")
         self.rows = dict(csv=csv_rows, tsv=tsv_rows, json=json_rows)[kind](name, lines_of(name, stream, met, strict))
         if kind == "json":          # the names of most of the first objects: one may lack some, or be damaged
             first = list(itertools.islice(self.rows, LOOK))
             objects = [row for _, row in first if row is not None]
             if first and not objects:
-                raise UserError(f"{shown(name)}, {first[0][0]}: no JSON object: one per line belongs there, such as "
-                                f'{{"text": "..."}}; jq -c .  writes them so')
+                raise NoText(name, "no JSON lines", "make it one object per line first, as in  jq -c .")
             count = Counter(key for row in objects for key in row)
             self.names = [key for key, n in count.items() if 2 * n >= len(objects)]
         else:
@@ -209,8 +218,15 @@ class Table:
                 yield place, [row.get(name) for name in names]
             elif any(map(str.strip, row)) or row and width == 1:        # else a blank one
                 fits = len(row) >= width and not any(row[width:])       # with delimiters at the end, or without
-                yield place, [row[i] for i in wanted] if fits else f"has {len(row)} fields, not {width}" + (
-                    ", and a CR in it" if "\r" in "".join(row) else "")
+                yield place, [row[i] for i in wanted] if fits else f"has {len(row)} fields, not {width}"
+
+    def look(self, column):
+        """What stands in the column at this position in the first LOOK rows, which are read again."""
+        first, rest = list(itertools.islice(self.rows, LOOK)), self.rows
+        self.rows = iter(first)
+        found = [str(cells) for _, cells in itertools.islice(self.cells([column]), LOOK)]
+        self.rows = itertools.chain(first, rest)
+        return found
 
     def pick(self, text, label=None):
         """(place, values, what is wrong or None) of each row: the texts in the columns at the positions `text`, and
@@ -232,15 +248,14 @@ class Table:
 @contextlib.contextmanager
 def table(path, met, header=True):
     """The Table of labelled text, whose kind is what the end of its name says."""
-    _, kind, _, pack = KIND.search(path.name).group(0, 1, 2, 3)
     with opening(path) as raw:
-        stream, packed = unpacked(path, raw)
-        refuse(path, no_text(start := stream.peek()))
-        if packed != bool(pack) or kind.lower() != "parquet" and re.match(ARCHIVE, start):
-            raise UserError(f"{shown(path)} does not begin as its name says: it is damaged, or an Office document, "
-                            f"parquet or an archive under another name")
-        kind = kind.lower() if kind.lower() in ("csv", "tsv", "parquet") else "json"
-        yield Table(path, kind, stream, met, path, strict=True, header=header)
+        if not (kind := kind_of(path)):
+            raise UserError(f"{shown(path)}: one of .tsv, .csv, .jsonl, .ndjson, .json (each also .gz, .xz, .bz2) or "
+                            f".parquet can be read, by the end of its name")
+        stream = unpacked(path, raw, met)
+        if kind != "parquet":
+            refuse(path, stream.peek())
+        yield Table(path, kind, raw if kind == "parquet" else stream, met, strict=True, header=header)
 
 
 def tsv_rows(name, lines):
@@ -251,22 +266,17 @@ def tsv_rows(name, lines):
 
 
 def csv_rows(name, lines):
+    """Fields are parted by , ; or tab: by what stands in the header most often."""
     lines = itertools.dropwhile(lambda line: not line[1].strip(), lines)
-    first = list(itertools.islice(lines, 2)) or [(1, "")]
-
-    def columns(mark):          # of both lines; of the header, where the other one may be a part of a field
-        counts = [len(next(csv.reader([line.replace("\r", "")], delimiter=mark), "")) for _, line in first]
-        return min(counts), counts[0]
-    reader = csv.reader((line for _, line in itertools.chain(first, lines)), strict=True,
-                        delimiter=max(",;\t", key=columns))
-    start = first[0][0]
+    start, header = next(lines, (1, ""))
+    reader = csv.reader((line for _, line in itertools.chain([(start, header)], lines)), strict=True,
+                        delimiter=max(",;\t", key=header.count))
     while True:
         try:
             row = next(reader, None)
         except csv.Error as e:
-            todo = "quotes in a field stand twice, and the field in quotes" if "new-line" not in str(e) else (
-                r"a line ends in CR, or holds one outside quotes: convert them first, as in  tr '\r' '\n'")
-            raise UserError(f"{shown(name)}, line {start + reader.line_num - 1}: no CSV ({e}): {todo}") from None
+            raise UserError(f"{shown(name)}, line {start + reader.line_num - 1}: no CSV ({e}): quotes in a field stand "
+                            f"twice, and the field in quotes; a CR inside a line is one too") from None
         if row is None:
             return
         yield f"line {start + reader.line_num - 1}", row
@@ -285,18 +295,9 @@ def json_rows(name, lines):
 
 def parquet_rows(table, names):
     """Objects with these columns alone."""
-    size, total, at = os.path.getsize(table.path), table.file.metadata.num_rows, 0
-    with reading(table.name):
-        batches = table.file.iter_batches(256, columns=names)
-    while True:
-        with reading(table.name):
-            if (batch := next(batches, None)) is None:
-                return
-            rows = batch.to_pylist()
-        for row in rows:
-            at += 1
-            yield f"row {at}", row
-        table.met["_read"] += size * len(rows) // total
+    batches = (batch.to_pylist() for batch in table.file.iter_batches(256, columns=names))
+    for at, row in enumerate(itertools.chain.from_iterable(guarded(table.name, batches)), 1):
+        yield f"row {at}", row
 
 
 # -------------------------------------------------------------------------------------------------- cells -> values

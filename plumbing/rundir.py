@@ -1,6 +1,6 @@
 """A run directory: what is written beside the steps, and said about a run.  Nothing here is on the clock.
 
-config.json (with the sha256 of what it was made from), log.jsonl, checkpoint.pt and the one before, model/,
+config.json (with the sha256 of what it was made from), log.jsonl, checkpoint.pt, model/,
 and, at the end, summary.json.
 """
 import contextlib
@@ -23,8 +23,8 @@ from plumbing.validation import d_order, validate
 
 
 def contents(directory, teacher=None):
-    """What stands in the token files and in the teacher's weights, by sha256: under the same paths, something
-    else may stand tomorrow."""
+    """What stands in the token files and in the teacher's weights, by sha256: the same paths may hold others
+    tomorrow."""
     found = {"contents of data": directory.manifest["sha256"]}
     if teacher:
         files = checkpoint.weight_files(checkpoint.find_model(teacher))
@@ -32,12 +32,12 @@ def contents(directory, teacher=None):
     return found
 
 
-# What may differ when a run goes on
-NOT_THE_RUN = ("out", "dry_run")
+# What may differ when a run goes on: places, not contents
+NOT_THE_RUN = ("out", "dry_run", "data", "teacher")
 CHECKPOINT_MINUTES = 10.0
 VALIDATING = 0.05           # of a budget of hours is the most that validations take
 LOG_EVERY = 10              # steps per line of log.jsonl
-FILES = (MARK, "config.json", "log.jsonl", "summary.json", *checkpoint.CHECKPOINTS)
+FILES = (MARK, "config.json", "log.jsonl", "summary.json", "checkpoint.pt")
 
 
 @contextlib.contextmanager
@@ -61,8 +61,8 @@ def begun(out):
 
 
 def finished(record, out, defaults):
-    """The summary if the run of this very record has finished in `out`, None if it has not; another one is
-    refused.  `defaults`: of what a configuration of an older version does not name."""
+    """The summary if the run of this very record has finished in `out`, None if it has not; another one is refused.
+    `defaults`: of what a configuration of an older version does not name."""
     if not (before := begun(out)):
         return None
     refuse_another(defaults | before, record, out)
@@ -71,16 +71,14 @@ def finished(record, out, defaults):
 
 def refuse_another(before, record, out):
     """Of the data and of a teacher that is read counts what they hold, not where they lie."""
-    moved = [k for k in ("data", "teacher") if f"contents of {k}" in before or f"contents of {k}" not in record]
     differ = [k if k.startswith("contents") else f"{k} ({before.get(k)} there, {v} here)"
-              for k, v in record.items() if k not in (*NOT_THE_RUN, *moved)
-              and before.get(k, v if k.startswith("contents") else None) != v]
+              for k, v in record.items() if k not in NOT_THE_RUN and before.get(k) != v]
     if differ:
         raise UserError(f"{out} holds a run of another configuration: "
                         f"{', '.join(differ)}: give another --out")
 
 
-class Run:
+class RunWriter:
     """The run directory: what is written beside the steps, none of it on the clock, and only by rank 0."""
 
     def __init__(self, config, out, arm, budget, stages, directory, val_blocks, say, status=None, writes=True):
@@ -93,11 +91,11 @@ class Run:
         self.saved, self.writes = time.monotonic(), writes
 
     def resume_or_start(self, record):
-        state = checkpoint.load_run(self.out, self.say)
+        state = checkpoint.load_run(self.out)
         arm, budget, self.record = self.arm, self.budget, record
         if state:
-            refuse_another(record | state.get("config", {}), record, self.out)
-            budget.ended, self.vals = state.get("ended", []), state.get("vals", [])     # none in older ones
+            refuse_another(record | state["config"], record, self.out)
+            budget.ended, self.vals = state["ended"], state["vals"]
             if budget.ended:
                 arm.enter(len(budget.ended))
                 arm.make_optimizer()
@@ -146,7 +144,7 @@ class Run:
             if self.budget.unit == "hours":     # at most VALIDATING of the time
                 most = VALIDATING * 3600 * self.budget.total / (time.monotonic() - began)
                 self.val_times = max(1, min(self.val_times, int(most)))
-            describe(self.arm, self.val, self.budget.steps, self.teacher_mlm, self.say)
+            announce(self.arm, self.val, self.budget.steps, self.teacher_mlm, self.say)
         self.screen.mark()
 
     def after_step(self, record, signals):
@@ -257,20 +255,13 @@ class Run:
         return summary
 
     def phase_summary(self, i):
-        """What a phase did; `val` at its end, `val_at_end` by its terms at the end of the run."""
-        config, arm, phase = self.config, self.arm, self.arm.phases[i]
-        steps = [*(n for n, _ in self.budget.ended), self.budget.phase_steps, *[0] * len(arm.phases)][i]
-        student, teacher = (steps * config.batch_size * flops for flops in flops_of(arm, i)) if steps else (0, 0)
+        """What a phase did; `val` at its end."""
+        config, phase = self.config, self.arm.phases[i]
+        steps = [*(n for n, _ in self.budget.ended), self.budget.phase_steps, *[0] * len(self.arm.phases)][i]
+        student, teacher = (steps * config.batch_size * flops for flops in flops_of(self.arm, i)) if steps else (0, 0)
         found = dict(name=phase.name, begin=phase.begin, end=phase.end, steps=steps, student_flops=student,
-                     teacher_flops=teacher,
-                     weights={k: term.weight for k, term in phase.strategy.terms.items()})
-        if i < arm.number:
-            found["val"] = self.vals[i]
-            strategy = arm.for_depths(phase.strategy)
-            if self.writes and self.vals[i] and not len(arm.projections(strategy)):     # which end with their phase
-                with self.budget.pause("validation"):
-                    found["val_at_end"] = validate(arm, self.val_blocks, strategy=strategy)
-        return found
+                     teacher_flops=teacher, weights={k: term.weight for k, term in phase.strategy.terms.items()})
+        return found | (dict(val=self.vals[i]) if i < self.arm.number else {})
 
     def tell(self, summary):
         self.say(f"finished after {summary['steps']:,} steps, {summary['tokens']:,} tokens, "
@@ -301,7 +292,7 @@ def model_card(config, summary):
             f"Validation: {val}.\n\n    python train.py{given}\n")
 
 
-def describe(arm, val, step, teacher_mlm, say):
+def announce(arm, val, step, teacher_mlm, say):
     config, c, strategy = arm.config, arm.student.config, arm.strategy
     trained = sum(p.numel() for p in arm.student.parameters() if p.requires_grad)
     several = f", {arm.phase.name} to {arm.phase.end:.0%}" * (len(arm.phases) > 1)
@@ -314,13 +305,14 @@ def describe(arm, val, step, teacher_mlm, say):
     if arm.teacher:
         quality = (str(arm.form) if strategy.seq_len else
                    f"validation MLM loss {teacher_mlm:.4f}" if teacher_mlm is not None else "no LM head")
-        layers = [need[1] % arm.teacher.config.num_hidden_layers + 1 for need in strategy.want("teacher")
+        layers = [f"{need[1] % arm.teacher.config.num_hidden_layers + 1}" for need in strategy.want("teacher")
                   if need[0] == "qkv"]
-        say(f"teacher {config.teacher}: {arm.teacher.config.size}, {quality}"
-            + (f"; q, k, v of its layer {' and '.join(map(str, layers))}" if layers else "")
-            + (f"; {arm.relation_heads} relation heads" if "qq" in strategy.terms else "")
-            + ("; its dropout is on" if arm.teacher.training else "")
-            + (f"; tau {strategy.tau:g}" if strategy.needs_teachers_head else "")
-            + (f"; ignored: {', '.join(arm.teacher_ignored)}" if arm.teacher_ignored else ""))
+        more = {f"q, k, v of its layer {' and '.join(layers)}": layers,
+                f"{arm.relation_heads} relation heads": "qq" in strategy.terms,
+                "its dropout is on": arm.teacher.training,
+                f"tau {strategy.tau:g}": strategy.needs_teachers_head,
+                f"ignored: {', '.join(arm.teacher_ignored)}": arm.teacher_ignored}
+        say("; ".join([f"teacher {config.teacher}: {arm.teacher.config.size}, {quality}",
+                       *(text for text, holds in more.items() if holds)]))
     for name, term in strategy.terms.items():
         say(f"  {term.weight:g} x {name:8} {val[name]:9.4f} at step {step}   {term.about}")

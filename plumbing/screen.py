@@ -66,7 +66,7 @@ class Screen:
         if self.status:
             return self.status(record)
         budget, speed, (_, rate) = self.budget, self.speed(), self.per_second()
-        left = amount((1 - budget.progress) / rate / 3600, "hours") if rate > 0 else "?"
+        left = quantity((1 - budget.progress) / rate / 3600, "hours") if rate > 0 else "?"
         text = (f"{spent(budget.progress * budget.total, budget.total, budget.unit)}, {left} left, "
                 f"loss {record['loss']:.4f}, {speed['tokens_per_second']:,.0f} tokens/s"
                 + (f", {speed['memory'] / 1e9:.1f} GB" if "memory" in speed else "")
@@ -92,13 +92,12 @@ class Screen:
 
 def what_next(out, has_head):
     """The last lines of a run."""
-    question = '"the [MASK] sat"' if has_head else '"the cat sat" --nearest FILE.txt'
-    return (f"look at the run:   python watch.py {out}\n"
-            f"ask the model:     python watch.py --model {out}/model --sentence {question}\n"
+    ask = f"ask the model:     python watch.py --model {out}/model --sentence \"the [MASK] sat\"\n" if has_head else ""
+    return (f"look at the run:   python watch.py {out}\n{ask}"
             f"fine-tune it:      python finetune_glue.py --model {out}/model --glue-dir glue")
 
 
-def amount(value, unit):
+def quantity(value, unit):
     if unit == "hours":
         return f"{value * 3600:.0f} s" if value < 1 / 6 else f"{int(value)}:{int(value * 60) % 60:02} h"
     return f"{value:.3g} FLOPs" if unit == "flops" else f"{value:,.0f} {unit}"
@@ -106,7 +105,7 @@ def amount(value, unit):
 
 def spent(value, total, unit):
     """60 of 360 s, 16.7%"""
-    so_far, whole = amount(value, unit), amount(total, unit)
+    so_far, whole = quantity(value, unit), quantity(total, unit)
     if so_far.split()[1] == whole.split()[1]:
         so_far = so_far.split()[0]
     return f"{so_far} of {whole}, {value / total:.1%}"

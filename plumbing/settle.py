@@ -10,14 +10,14 @@ from pathlib import Path
 
 import torch
 
-from data import blocks_of
-from model import BertForMaskedLM
+from data import phase_blocks
+from model import BertConfig, BertForMaskedLM
 from plumbing import checkpoint
 from plumbing.budget import Stages, learns
 from plumbing.cli import UserError
 from plumbing.device import Ranks, choose_device, halve_micro_batch_until_it_fits
 from plumbing.encoder import HELD_OUT
-from plumbing.files import sha256, share_runs
+from plumbing.files import claim_each, sha256
 from plumbing.price import flops_per_block
 from plumbing.rundir import begun
 from plumbing.student import student_shape
@@ -104,7 +104,7 @@ def made_once(name, source, teacher, **how):
     def make(_):
         if not (path / "manifest.json").exists():
             prepare.prepare(prepare.Config([source], str(path), str(checkpoint.find_model(str(teacher))), **how))
-    share_runs([path.parent], make)
+    claim_each([path.parent], make)
     return str(path)
 
 
@@ -114,59 +114,90 @@ def with_batch_size(config, say, gradients):
     """The same with a batch size: the paper's where the budget is in steps or buys STEPS of it, else the largest power
     of two that it buys STEPS of.  Refuses a budget under which a student from random weights would learn nothing."""
     unit, total = config.budget
-    size, multiple = PAPERS_BATCH, Ranks().size * (config.micro_batch or 1)
     if unit == "steps":
-        return dataclasses.replace(config, batch_size=size)
-    per_second = None
+        return dataclasses.replace(config, batch_size=PAPERS_BATCH)
+    teacher = checkpoint.read_config(checkpoint.find_model(config.teacher)) if config.needs_teacher else None
+    shapes, per_second = (student_shape(config, TokenDirectory(config.data)), teacher), None
     if unit == "hours":         # a few blocks at a time where a step of many takes minutes
         micro = config.micro_batch or (None if choose_device(config.device).type == "cuda" else SMALLEST_BATCH)
-        per_second = blocks_per_second(dataclasses.replace(config, batch_size=size, micro_batch=micro), gradients)
+        per_second = blocks_per_second(
+            dataclasses.replace(config, batch_size=PAPERS_BATCH, micro_batch=micro), gradients)
+    size = PAPERS_BATCH
     for _ in range(2):              # an update has a price too, so that fewer blocks a step are dearer
         config = dataclasses.replace(config, batch_size=size)
-        blocks = bought(config, per_second)
-        power = max(SMALLEST_BATCH, 2 ** int(math.log2(max(1, blocks / STEPS))))
-        size = math.ceil(min(size, power) / multiple) * multiple
+        blocks = bought(config, shapes, per_second)
+        size = min(size, batch_that_fits(config, blocks))
     config = dataclasses.replace(config, batch_size=size)
-    steps, tokens = blocks / size, blocks * config.length
-    said = (f"--budget-{unit} {total:g} buys {steps:,.0f} steps of {size} x {config.length}, {tokens:,.0f} tokens, "
-            f"{tokens / parameters(config):.2g} for each parameter of a {config.size}")
-    if config.start == "random" and not enough(config, blocks):
-        fit = next((other for other in SIZES if enough(of_size(config, other), blocks * flops_of_block(
-            of_size(config, config.size)) / flops_of_block(of_size(config, other)))), None)
-        raise UserError(f"{said}: too little to learn from random weights: give " + f"--size {fit}, " * bool(fit)
+    said = f"--budget-{unit} {total:g} buys {gets(config, blocks, shapes[0])}"
+    if config.start == "random" and not enough(config, blocks, shapes[0]):
+        raise UserError(f"{said}: too little to learn from random weights: give "
+                        + "".join(f"--size {fit}, " for fit in sizes_that_fit(config, blocks, shapes[0])[:1])
                         + f"a larger budget, or, to go on anyway, --batch-size {size}")
     say(said)
     return config
 
 
-def enough(config, blocks):
-    """Whether a student at random weights learns something from so many blocks."""
-    return learns(blocks / config.batch_size, blocks * config.length, parameters(config))
+def batch_that_fits(config, blocks):
+    """The largest power of two of which so many blocks make STEPS, from SMALLEST_BATCH to the paper's."""
+    multiple = Ranks().size * (config.micro_batch or 1)
+    power = max(SMALLEST_BATCH, 2 ** int(math.log2(max(1, blocks / STEPS))))
+    return math.ceil(min(PAPERS_BATCH, power) / multiple) * multiple
 
 
-def of_size(config, size):
-    """A run of no_kd at a size, by which sizes are compared."""
-    return dataclasses.replace(config, strategy="no_kd", size=size, heads=None, as_released=False)
+def gets(config, blocks, shape):
+    """What so many blocks are, in words; `shape`: the student's BertConfig."""
+    tokens = blocks * config.length
+    return (f"{blocks / config.batch_size:,.0f} steps of {config.batch_size} x {config.length}, {tokens:,.0f} tokens, "
+            f"{tokens / parameters(shape):.2g} for each parameter of a {shape.size}")
 
 
-def bought(config, per_second=None):
-    """The blocks that the budget buys, its dearest phase counted."""
+def enough(config, blocks, shape):
+    """Whether a student learns something from random weights in so many blocks."""
+    return learns(blocks / config.batch_size, blocks * config.length, parameters(shape))
+
+
+def other_sizes(config, blocks, shape):
+    """[(size, tokens, tokens for each parameter)] of SIZES: what so many blocks of this student cost buys of them, by
+    the FLOPs of no_kd."""
+    alone = dataclasses.replace(config, strategy="no_kd", as_released=False, init=None)
+    flops, found = flops_of_block(alone, (shape, None)), []
+    for size in SIZES:
+        of = dataclasses.replace(BertConfig.of_size(size), vocab_size=shape.vocab_size)
+        tokens = blocks * config.length * flops / flops_of_block(dataclasses.replace(
+            alone, size=size, heads=None), (of, None))
+        found.append((size, tokens, tokens / parameters(of)))
+    return found
+
+
+def sizes_that_fit(config, blocks, shape):
+    """Of SIZES, those for which it is enough."""
+    return [size for size, tokens, each in other_sizes(config, blocks, shape) if learns(
+        tokens / config.length / config.batch_size, each, 1)]
+
+
+def bought(config, shapes, per_second=None, phase=None):
+    """The blocks that the budget buys, in one phase or counted as its dearest; `shapes`: (student's BertConfig,
+    teacher's or None); `per_second`: blocks, under a budget in hours."""
     unit, total = config.budget
-    if unit == "tokens":
-        return total / config.length
-    return total * 3600 * per_second if unit == "hours" else total / max(
-        flops_of_block(config, phase) for phase in range(len(config.phases)))
+    if unit == "hours":
+        return total * 3600 * per_second
+    each = dict(tokens=config.length, steps=1 / config.batch_size).get(unit)
+    phases = range(len(config.phases)) if phase is None else [phase]
+    return total / (each or max(flops_of_block(config, shapes, i) for i in phases))
 
 
-def flops_of_block(config, phase=0):
-    teacher = checkpoint.read_config(checkpoint.find_model(config.teacher)) if config.needs_teacher else None
-    return sum(flops_per_block(config, student_shape(config, TokenDirectory(config.data)), teacher, phase))
+def flops_of_block(config, shapes, phase=0):
+    return sum(flops_per_block(config, *shapes, phase))
 
 
-def parameters(config):
+@functools.cache
+def parameters_of(shape):
     with torch.device("meta"):
-        student = BertForMaskedLM(student_shape(config, TokenDirectory(config.data)))
-    return sum(p.numel() for p in student.parameters())
+        return sum(p.numel() for p in BertForMaskedLM(BertConfig(**dict(shape))).parameters())
+
+
+def parameters(shape):
+    return parameters_of(tuple(dataclasses.asdict(shape).items()))
 
 
 @halve_micro_batch_until_it_fits
@@ -176,7 +207,7 @@ def blocks_per_second(config, gradients):
     config = dataclasses.replace(config, batch_size=config.micro_batch * ranks.size)
     arm, took = make_arm(config, directory), []
     stages, size = Stages(arm.device), arm.phase.blocks(config.batch_size)
-    blocks = blocks_of(arm.phase, directory, "train", config.seed, config.unique_tokens)
+    blocks = phase_blocks(arm.phase, directory, "train", config.seed, config.unique_tokens)
     while sum(took) < SECONDS or len(took) < 3:
         began = time.monotonic()
         names, values = gradients(arm, blocks.batch(len(took), size), len(took), stages)

@@ -1,12 +1,11 @@
-"""BERT's WordPiece tokenizer: trained, or read from a file, a directory or the Hub.  All of
-it is tokenizers' own."""
+"""BERT's WordPiece tokenizer: trained, or read from a file, a directory or the Hub.  All of it is tokenizers' own."""
 import hashlib
 import json
 import re
 from collections import Counter
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from plumbing.cli import UserError, shown
 from plumbing.files import json_object, parsing
@@ -17,19 +16,16 @@ VOCABULARIES = ("tokenizer.json", "vocab.txt")
 BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")
 GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")              # these take tokenizer.json as it is
 CLASSES = (None, "BertTokenizer", "BertTokenizerFast", "DistilBertTokenizer", "DistilBertTokenizerFast", *GENERIC)
-KINDS = ("BertNormalizer BertPreTokenizer Sequence Lowercase NFC NFD NFKC NFKD Strip StripAccents Whitespace "
-         "WhitespaceSplit Punctuation Digits").split()                  # a Replace or Split of another's need not end
 
 
-def wordpiece(vocab, lowercase=True, added=(), **normalizer):
+def wordpiece(vocab, lowercase=True, **normalizer):
     """BERT's tokenizer, as Hugging Face's tokenizers builds it, for a token -> id map."""
     tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase, **normalizer)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
     if vocab:
-        tokenizer.add_tokens(list(added))                               # which may say more of a special token
-        tokenizer.add_special_tokens([t for t in SPECIAL if t not in (a.content for a in added)])
+        tokenizer.add_special_tokens(list(SPECIAL))
         tokenizer.post_processor = processors.TemplateProcessing(
             single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1",
             special_tokens=[("[CLS]", vocab["[CLS]"]), ("[SEP]", vocab["[SEP]"])])
@@ -39,9 +35,8 @@ def wordpiece(vocab, lowercase=True, added=(), **normalizer):
 def train_vocabulary(texts, size):
     """A WordPiece vocabulary, the same on each run: special tokens, then the rest in sorted order.
 
-    tokenizers breaks ties between merges by ids that follow a hash map's order, so two runs differ in ids
-    and, where there are ties, in tokens too.  Naming every character and its `##` form in
-    advance fixes those ids."""
+    tokenizers breaks ties between merges by ids that follow a hash map's order, so two runs differ in ids and, where
+    there are ties, in tokens too.  Naming every character and its `##` form in advance fixes those ids."""
     learner = wordpiece({})
     count = Counter()
     for text in texts:
@@ -61,20 +56,16 @@ def train_vocabulary(texts, size):
 
 def load_tokenizer(name, flag="--vocab "):
     """A tokenizer from vocab.txt, tokenizer.json, a directory that holds one of them, or a Hub id, which gives the ids
-    of transformers' BertTokenizer.  What the files beside it say is honoured or refused by name.
-
-    Casing is what tokenizer_config.json says; else what tokenizer.json says; a vocab.txt alone lower-cases, unless
-    one in twenty of its words has capitals."""
+    of transformers' BertTokenizer.  What the files beside it say is honoured or refused by name.  Casing is what
+    tokenizer_config.json says; else what tokenizer.json says; a vocab.txt alone lower-cases, unless one in twenty of
+    its words has capitals."""
     path, where = Path(name), f"{flag}{name}"
-    if path.is_dir():
-        path = next((path / f for f in VOCABULARIES if (path / f).is_file()), None)
+    if not path.is_file():                                              # a FIFO is not waited for
+        top = path if path.is_dir() else hub_files(name)
+        path = next((top / f for f in VOCABULARIES if (top / f).is_file()), None)
         if not path:
-            raise UserError(f"{where}: neither tokenizer.json nor vocab.txt is in this directory")
-    elif not path.is_file():                                            # a FIFO is not waited for
-        path = hub_tokenizer(name)
+            raise UserError(f"{where}: neither tokenizer.json nor vocab.txt is in {top}")
     settings, special, legacy, model = (json_object(f) if f.is_file() else {} for f in map(path.with_name, BESIDE))
-    if not settings.get("extra_special_tokens"):                        # its older name
-        settings["extra_special_tokens"] = settings.pop("additional_special_tokens", None)
 
     def only(what, found, allowed):
         if found not in allowed:
@@ -83,13 +74,8 @@ def load_tokenizer(name, flag="--vocab "):
     with parsing(where, "give a vocab.txt or a tokenizer.json that can be read"):
         only("tokenizer_class", kind := settings.get("tokenizer_class") or model.get("tokenizer_class"), CLASSES)
         only("auto_map", settings.get("auto_map"), [None])
-        if "added_tokens_decoder" in settings:                          # it says what the two older files said
-            legacy = {}
-        else:
-            settings = settings | special
-        added, ids = added_tokens(settings, legacy)
-        for key, token in zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL, strict=True):
-            only(key, content(settings.get(key)), [None, token])
+        if "added_tokens_decoder" not in settings:                      # else it says what the two older files said
+            settings = settings | special | dict(added_tokens_decoder=legacy and dict(enumerate(legacy)))
         change = {ours: settings[theirs] for theirs, ours in (
             ("do_lower_case", "lowercase"), ("strip_accents", "strip_accents"),
             ("tokenize_chinese_chars", "handle_chinese_chars")) if theirs in settings}
@@ -98,19 +84,15 @@ def load_tokenizer(name, flag="--vocab "):
             if kind not in GENERIC and (raw.get("normalizer") or {}).get("type") == "BertNormalizer":
                 raw["normalizer"] |= change
             tokenizer = Tokenizer.from_str(json.dumps(raw))
-            there = {token.content for token in tokenizer.get_added_tokens_decoder().values()} - ids.keys()
-            tokenizer.add_tokens([token for token in added if token.content not in there])
         else:
-            tokenizer = from_vocab(where, path, added, change)
+            tokenizer = from_vocab(where, path, change)
         vocab, parts = tokenizer.get_vocab(), json.loads(tokenizer.to_str())
         only("model", parts["model"].get("type"), ["WordPiece"])
         only("unk_token", parts["model"]["unk_token"], ["[UNK]"])
-        for part in ("normalizer", "pre_tokenizer"):
-            for found in re.findall(r'"type": "(\w+)"', json.dumps(parts[part])):
-                only(part, found, KINDS)
-        if wrong := [token for token in ids if vocab.get(token) != ids[token]]:
-            raise UserError(f"{where}: {shown(repr(wrong[0]), 60)} has the id {vocab.get(wrong[0])} in it, and "
-                            f"{shown(ids[wrong[0]], 60)} in the list of added tokens")
+        there = {*SPECIAL, *(token.content for token in tokenizer.get_added_tokens_decoder().values())}
+        if more := [token for token in tokens_in(settings) if token not in there]:
+            raise UserError(f"{where}: a file beside it adds the token {shown(repr(more[0]), 60)}: save_pretrained of "
+                            f"transformers' AutoTokenizer writes a tokenizer.json that holds all")
         check_special(where, vocab)
         if sorted(vocab.values()) != list(range(len(vocab))):
             raise UserError(f"{where}: {len(vocab):,} tokens with ids up to {max(vocab.values()):,}: a "
@@ -120,30 +102,16 @@ def load_tokenizer(name, flag="--vocab "):
     return tokenizer
 
 
-def content(token):
-    """The text of a token, which stands alone or with its flags."""
-    return token["content"] if isinstance(token, dict) else token
+def tokens_in(settings):
+    """The tokens that the settings of a tokenizer name, each a text or a dict."""
+    found = [value for key, value in settings.items() if key.endswith("_token") and isinstance(value, str | dict)]
+    for key in ("extra_special_tokens", "additional_special_tokens", "added_tokens_decoder"):
+        value = settings.get(key) or []
+        found += value.values() if isinstance(value, dict) else value
+    return [token["content"] if isinstance(token, dict) else token for token in found]
 
 
-def added_tokens(settings, legacy):
-    """([AddedToken], in the order in which transformers adds them; {text: id} of those whose id is said)."""
-    extra = settings.get("extra_special_tokens") or []
-    special = [settings[k] for k in sorted(settings) if k.endswith("_token") and isinstance(settings[k], str | dict)]
-    special += extra.values() if isinstance(extra, dict) else extra
-    names = [content(token) for token in special]
-    special += settings.get("additional_special_tokens") or []          # special_tokens_map.json's
-    special = [{**t} if isinstance(t, dict) else dict(content=t, special=True) for t in special]
-    known = {int(i): token for i, token in settings.get("added_tokens_decoder", {}).items()}
-    known |= {i: dict(content=text, normalized=text not in names) for text, i in legacy.items()}
-    ids = {token["content"]: i for i, token in known.items()}
-    tokens = [known[i] for i in sorted(known)] + [token for token in special if token["content"] not in ids]
-    for token in tokens:
-        token.pop("__type", None)
-        token["special"] = token.get("special", False) or token["content"] in names
-    return [AddedToken(**token) for token in tokens], ids
-
-
-def from_vocab(where, path, added, normalizer):
+def from_vocab(where, path, normalizer):
     """The tokenizer of a vocab.txt."""
     with open(path, encoding="utf-8", newline="\n") as f:
         lines = f.read().rstrip("\r\n").split("\n")                    # not splitlines(): U+2028 may be a token
@@ -155,40 +123,23 @@ def from_vocab(where, path, added, normalizer):
                             f"{shown(repr(token), 60) if token else 'blank lines'}: each token stands there once")
     words = [token for token in tokens if not re.fullmatch(r"\[.*\]|<.*>", token)]
     lower = sum(token != token.lower() for token in words) < 0.05 * len(words)
-    return wordpiece(vocab, added=added, **dict(lowercase=lower) | normalizer)
+    return wordpiece(vocab, **dict(lowercase=lower) | normalizer)
 
 
-def hub_tokenizer(name):
-    """The tokenizer.json or vocab.txt of a model on the Hub, as a file on this disk; what belongs to
-    it lies beside it."""
-    if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) or name.endswith((".txt", ".json")):
-        raise UserError(f"--vocab {name}: neither on this disk nor a name on the Hub: give a vocab.txt, a "
-                        f"tokenizer.json, a directory that holds one, or a Hub id")
+def hub_files(name):
+    """The directory of a model's vocabulary from the Hub, or from its cache."""
     import huggingface_hub as hub  # comes with tokenizers
-    import huggingface_hub.errors  # which it does not import by itself
-    found = []
-    for names in (VOCABULARIES, *((f,) for f in BESIDE)):
-        for f in names:
-            try:
-                found.append(Path(hub.hf_hub_download(name, f)))
-                break
-            except hub.errors.EntryNotFoundError:
-                continue
-            except Exception as e:      # of many kinds: no network, no such model, not allowed
-                raise UserError(f"--vocab {name}: neither a vocabulary on this disk nor one that the Hub or "
-                                f"its cache gives ({shown(e)})") from None
-    if not found or found[0].name not in VOCABULARIES:
-        raise UserError(f"--vocab {name}: neither tokenizer.json nor vocab.txt is to be had "
-                        f"from the Hub or its cache")
-    return found[0]
+    try:
+        return Path(hub.snapshot_download(name, allow_patterns=[*VOCABULARIES, *BESIDE]))
+    except Exception as e:      # of many kinds: no network, no such model, not allowed
+        raise UserError(f"--vocab {name}: neither on this disk nor given by the Hub or its cache ({shown(e)}): give a "
+                        f"vocab.txt, a tokenizer.json, a directory that holds one, or a Hub id") from None
 
 
 def check_special(where, vocab):
     missing = [token for token in SPECIAL if token not in vocab]
     if missing:
         raise UserError(f"{where}: a BERT vocabulary has {' '.join(missing)}, this one does not")
-    if len(vocab) == len(SPECIAL):
-        raise UserError(f"{where}: a vocabulary without words: {' '.join(SPECIAL)} and nothing else")
 
 
 def fingerprint(tokenizer):

@@ -59,13 +59,13 @@ def validate(arm, blocks, signals=(), model=None, strategy=None):
 
 
 def d_order(arm, blocks, special, plain=None, signals=()):
-    """diagnose.d_order of the arm's student, over the blocks of `validate`."""
+    """diagnose.order_gain of the arm's student, over the blocks of `validate`."""
     def forward(ids, masked):
         if signals:
             raise Stopped
         with autocast(arm.device, arm.bf16):
             return arm.student(ids.to(arm.device), masked.to(arm.device), want=("logits",))["logits"]
     arm.student.eval()
-    found = diagnose.d_order(forward, diagnose.validation(blocks, arm.config.val_blocks), special, plain)
+    found = diagnose.order_gain(forward, diagnose.validation(blocks, arm.config.val_blocks), special, plain)
     arm.student.train(arm.strategy.dropout)
     return found

@@ -301,22 +301,18 @@ QUERY = "bert.encoder.layer.1.attention.self.query.weight"
 
 @pytest.mark.parametrize("change, message", [
     (renamed(lambda name: name.replace("bert.", "distilbert.")), "are missing, bert.*; there are distilbert.emb"),
-    (renamed(lambda name: name.replace("query.", "query.base_layer.")), "query.base_layer.bias belongs to an adapter"),
-    (lambda w: w | {QUERY.replace("weight", "lora_A.weight"): torch.zeros(2, 32)}, "lora_A.weight belongs to an ad"),
-    (lambda w: w | {QUERY.replace("weight", "SCB"): torch.zeros(32)}, "query.SCB belongs to quantised weights"),
-    (lambda w: w | {QUERY + ".absmax": torch.zeros(32)}, "absmax belongs to quantised weights"),
+    (renamed(lambda name: name.replace("query.", "query.base_layer.")), "query.base_layer.bias belongs to no plain"),
+    (lambda w: w | {QUERY.replace("weight", "lora_A.weight"): torch.zeros(2, 32)}, "lora_A.weight belongs .* merged"),
+    (lambda w: w | {QUERY.replace("weight", "SCB"): torch.zeros(32)}, "query.SCB belongs .*, quantised weights do not"),
     (lambda w: w | {QUERY: w[QUERY].to(torch.int8)}, "query.weight holds torch.int8.*floats belong there"),
     (lambda w: w | {QUERY: w[QUERY].to(torch.uint8)}, "query.weight holds torch.uint8"),
     (lambda w: w | {QUERY: w[QUERY].to(torch.float8_e4m3fn)}, "query.weight holds torch.float8"),
-    (lambda w: w | {QUERY: w[QUERY].to_sparse()}, "query.weight holds torch.float32, torch.sparse_coo"),
-    (lambda w: w | {QUERY: w[QUERY].to("meta")}, "query.weight holds torch.float32"),
-    (lambda w: w | {QUERY.replace("self.query", "self.distance_embedding"): w[QUERY]}, "belongs to relative positions"),
-    (lambda w: w | {"bert.encoder.layer.0.crossattention.self.key.weight": w[QUERY]}, "a decoder's cross-attention"),
+    (lambda w: w | {QUERY.replace("self.query", "self.distance_embedding"): w[QUERY]}, "belongs to no plain BERT"),
+    (lambda w: w | {"bert.encoder.layer.0.crossattention.self.key.weight": w[QUERY]}, "key.weight belongs to no plain"),
     (lambda w: w | {"bert.embeddings_project.weight": w[QUERY]}, "project.weight belongs to no plain BERT"),
     (lambda w: w | {"bert.\x1b[31m\nx": w[QUERY]}, r"bert.\\x1b\[31m belongs to no plain BERT"),
-    (lambda w: w | {"module." + QUERY: w[QUERY] + 1}, "query.weight is there twice, with different values"),
     (lambda w: {"state_dict": w, "epoch": 3}, "state_dict is no tensor .dict.: of a training checkpoint"),
-    (lambda w: [*w.values()], "is damaged or not ours .TypeError"), (lambda w: w | {3: w[QUERY]}, "3 is no tensor"),
+    (lambda w: [*w.values()], "is damaged or not ours .TypeError"),
     (lambda w: w | {EMBEDDING: torch.zeros(1, 1).expand(10 ** 6, 10 ** 6)}, "is .1000000, 1000000., but config.json"),
     (lambda w: w | {EMBEDDING: w[EMBEDDING] * float("inf")}, "not finite")])
 def test_weights_of_another_kind_are_named(tmp_path, change, message):
@@ -345,7 +341,7 @@ def test_a_compressed_archive_and_a_record_that_is_cut_are_refused(tmp_path):
 
 def test_an_adapter_without_its_base_model_is_called_one(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(UserError, match=r"holds an adapter \(adapter_config.json\): merge it into its base model"):
+    with pytest.raises(UserError, match=r"no config.json.*, but an adapter's: merge it into its base model"):
         checkpoint.find_model(str(tmp_path))
 
 
@@ -425,7 +421,7 @@ def test_damaged_files_are_refused(tmp_path, how):
         with pytest.raises(UserError, match="is damaged or not ours"):
             checkpoint.load_mlm(tmp_path)
     file.write_bytes(b"")
-    with pytest.raises(UserError, match="its weights are 0 bytes: they are cut, quantised, or another model's"):
+    with pytest.raises(UserError, match="is damaged or not ours"):
         checkpoint.load_mlm(tmp_path)
 
 
@@ -447,13 +443,10 @@ def edit(path, **changes):
 @pytest.mark.parametrize("changes, message", [
     (dict(model_type="roberta"), "only BERT works"), (dict(model_type="modernbert"), "only BERT works"),
     (dict(hidden_act="silu"), "gelu, gelu_new, relu"), (dict(position_embedding_type="relative_key"), "absolute"),
-    (dict(num_hidden_layers=1), "asks for 1 layers, the weights hold 2"),
-    (dict(num_hidden_layers=3), "asks for 3 layers, the weights hold 2"),
+    (dict(num_hidden_layers=1), "encoder.layer.1.* belongs to no plain BERT of 1L32"),
+    (dict(num_hidden_layers=3), "16 tensors are missing, bert.encoder.layer.2"),
     (dict(hidden_size=64), r"config.json makes it \("), (dict(vocab_size=50), "config.json makes it"),
-    (dict(num_attention_heads=5), "not a multiple of 5"), (dict(hidden_size="wide"), "hidden_size is 'wide'"),
-    (dict(vocab_size=True), "vocab_size is True"), (dict(layer_norm_eps=None), "layer_norm_eps is None"),
-    (dict(hidden_dropout_prob=1.5), "hidden_dropout_prob is 1.5: a number from 0 to 1"),
-    (dict(num_hidden_layers=0), "num_hidden_layers is 0: a whole number from 1"),
+    (dict(num_attention_heads=5), "not a multiple of 5"), (dict(hidden_size="wide"), "config.json is damaged or not"),
     (dict(is_decoder=True), "is_decoder is True: only False"), (dict(add_cross_attention=True), "add_cross_attention"),
     (dict(quantization_config=dict(load_in_8bit=True)), "quantization_config is {'load_in_8bit': True}: only None"),
     (dict(embedding_size=16), "embedding_size is 16: only 32"), (dict(pruned_heads={"0": [1]}), "pruned_heads is {'0'"),
@@ -461,11 +454,7 @@ def edit(path, **changes):
     (dict(model_type=None, architectures=["RobertaModel"]), "model_type is None: only BERT"),
     (dict(hidden_act=["gelu"]), "config.json is damaged or not ours .TypeError"),
     (dict(hidden_act="\x1b[31m"), r"hidden_act is '\\x1b\[31m'"),
-    (dict(layer_norm_eps=float("nan")), "layer_norm_eps is nan"), (dict(vocab_size=1e12), "vocab_size is 10{12}.0"),
-    *((dict([(name, 10 ** 10)]), "a model of .* numbers and more, its weights are .* bytes") for name in (
-        "vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "max_position_embeddings",
-        "type_vocab_size")),
-    (dict(pad_token_id=120), "pad_token_id is 120: it lies beyond a vocab_size of 120")])
+    (dict(vocab_size=130), r"config.json makes it .130")])
 def test_a_config_that_does_not_match_is_refused(tmp_path, changes, message):
     store(theirs(), tmp_path, "safetensors")
     edit(tmp_path, **changes)

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,10 +24,9 @@ import prepare
 import train
 from comparison import demonstration, jobs, timing
 from conftest import TINY, text
-from plumbing import checkpoint, glue
+from plumbing import checkpoint
 from plumbing.checks import NotFinite
 from plumbing.cli import UserError
-from plumbing.tokens import TokenDirectory
 
 
 @pytest.fixture
@@ -64,7 +64,6 @@ def test_the_whole_way_ends_with_the_table_and_a_second_call_repeats_nothing(sma
     assert " ".join(first.splitlines()[0].split()) in " ".join(said.split()) and "  n-grams" in said
     arrays, dev = np.load(out / "results.npz"), len((task / "dev.tsv").read_text().splitlines()) - 1
     assert arrays["labels/mine"].shape == (dev,) and arrays["no_kd|3|steps|None|False|0/mine"].shape == (2, dev)
-    assert len((out / "results.csv").read_text().splitlines()) == 5
     probed = first.partition("Probes of the frozen encoders")[2]
     settings, = {json.loads(f.read_text())["settings"]["seq_len"] for f in out.glob("runs/*/glue/probes.json")}
     assert settings == TINY["seq_len"]                                  # the masked LM's, not 128 positions
@@ -82,7 +81,7 @@ def test_the_whole_way_ends_with_the_table_and_a_second_call_repeats_nothing(sma
 
 def test_budgets_seeds_data_settings_and_a_trained_teacher_are_runs_of_their_own(small, tmp_path, capsys):
     config = small(teacher="train", teacher_budget=2.0, budget_steps="2,4", seeds=2, unique_tokens="all,600",
-                   static_masks=True, strategies="no_kd,minilm", peak_lrs="1e-3,3e-3", size="1L32")
+                   static_masks=True, arms="no_kd,minilm", peak_lrs="1e-3,3e-3", size="1L32")
     compare.main(config)
     plan, kept = compare.Plan(config), json.loads((tmp_path / "out/results.json").read_text())
     assert plan.teacher.size == "2L32" and plan.teacher.budget_steps == 2
@@ -122,7 +121,7 @@ def test_arms_are_strategies_phases_and_starts_and_stand_in_the_results_as_they_
     assert runs["no_kd+init"].init == "teacher" and runs["minilmv2+released"].as_released
     assert [phase.name for phase in runs["tinybert:0.5/no_kd"].phases] == ["tinybert", "no_kd"]
     assert "| no_kd+init |" in table and "| tinybert:0.5/no_kd |" in table and "Δ to no_kd" in table
-    assert "| mobilebert (MobileBERT's transfer on a plain BERT) |" in table
+    assert "| mobilebert |" in table
     summary = json.loads((tmp_path / "out/runs/no_kd+init-4steps-seed0/summary.json").read_text())
     untrained, teacher = (checkpoint.load_mlm(path, 64)[0].state_dict() for path in (
         tmp_path / "out/cut/seed0/model", narrow_teacher))
@@ -137,8 +136,7 @@ def test_the_plan_prices_every_phase(small, teacher):
     """Of steps at equal FLOP/s, half of them with a teacher: between the two strategies alone."""
     def seconds(unit, **budget):
         plan = compare.Plan(small(arms="tinybert,no_kd,tinybert:0.5/no_kd", budget_steps=None, **budget))
-        directory = TokenDirectory(plan.config.data)
-        return list(timing.estimate(plan, directory, compare.teacher_shape(plan, directory)).values())
+        return list(timing.estimate(plan).values())
 
     with pytest.MonkeyPatch.context() as m:
         m.setattr(timing, "step_seconds", lambda config, directory, teacher: 1e-9 * 8 * sum(timing.flops_per_block(
@@ -149,7 +147,7 @@ def test_the_plan_prices_every_phase(small, teacher):
 
 
 def test_a_chosen_peak_lr_is_the_one_with_the_lowest_own_validation_loss(small, tmp_path):
-    config = small(peak_lrs="1e-6,1e-2", strategies="no_kd,tinybert", budget_steps="20")
+    config = small(peak_lrs="1e-6,1e-2", arms="no_kd,tinybert", budget_steps="20")
     compare.main(config)
     kept = json.loads((tmp_path / "out/results.json").read_text())
     assert [r["peak_lr"] for r in kept["results"]] == [1e-2, 1e-2]
@@ -157,26 +155,20 @@ def test_a_chosen_peak_lr_is_the_one_with_the_lowest_own_validation_loss(small, 
     assert seeds == ["0"] * 2 + ["999"] * 4     # what it was chosen on is not reported
 
 
-def test_a_recipe_outside_the_papers_grid_is_printed_and_the_default_is_the_grid(small):
+def test_the_default_grid_is_the_papers(small):
     recipe = {f.name: f.default for f in dataclasses.fields(compare.Config) if "finetune_" in f.name}
-    own = finetune_glue.Config("m")
-    assert finetune_glue.grid(compare.Config.finetuning(small(**recipe))) == finetune_glue.grid(own)
-    assert recipe["finetune_epochs"] == own.epochs and len(finetune_glue.grid(own)) == 8
-    assert compare.recipe(small(**recipe)) == compare.recipe(small(**recipe, quick=True)) == []
-    assert finetune_glue.grid(compare.Config.finetuning(small(**recipe, quick=True))) == [(32, 5e-5)]
-    for change in (dict(finetune_epochs=2), dict(finetune_lrs="5e-4"), dict(finetune_batch_sizes="64"),
-                   dict(max_len=64)):
-        line, = compare.recipe(small(**recipe | change))
-        assert line.startswith("Fine-tuning is outside the paper's grid (batch 16,32, lr ") and "here batch" in line
+    own, recipe = finetune_glue.Config("m"), recipe | dict(size="2L512", heads=8)
+    assert finetune_glue.grid(compare.Config.finetuning(small(**recipe)), 512) == finetune_glue.grid(own, 512)
+    assert recipe["finetune_epochs"] == own.epochs and len(finetune_glue.grid(own, 512)) == 8
+    assert finetune_glue.grid(compare.Config.finetuning(small(**recipe, quick=True)), 512) == [(32, 5e-5)]
 
 
-def test_the_dry_run_says_what_the_seeds_tell_at_an_earlier_record_s_spread(small, tmp_path, monkeypatch, capsys):
-    config = small(seeds=2, strategies="no_kd", budget_steps="2")
-    compare.main(config)
-    assert "by the spread" not in capsys.readouterr().out
-    monkeypatch.setattr(compare.report, "resolution", lambda results, seeds: f"{len(results)} runs, {seeds} seeds")
-    compare.main(dataclasses.replace(config, dry_run=True, seeds=4))
-    assert f"by the spread in {tmp_path}/out/results.json, 2 runs, 4 seeds" in capsys.readouterr().out
+def test_the_paper_s_rows_stand_beside_the_paper_s_setting_alone():
+    for change, same in ({}, True), (dict(finetune_lrs="5e-4"), False), (dict(size="4L256"), False):
+        plan = SimpleNamespace(config=compare.Config(**change), teacher_shape=SimpleNamespace(size="12L768"))
+        assert compare.papers_setting(plan) is same
+    plan.teacher_shape.size = "4L128"
+    assert not compare.papers_setting(SimpleNamespace(config=compare.Config(), teacher_shape=plan.teacher_shape))
 
 
 def test_the_dry_run_prints_the_plan_and_writes_nothing(small, tmp_path, capsys):
@@ -199,25 +191,23 @@ def test_the_plan_measures_fine_tuning_on_the_tasks_own_examples(small, monkeypa
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     for changes, trials in ((dict(finetune_seeds=2), 2), (dict(finetune_seeds=2, finetune_lrs="1e-5,2e-5"), 4)):
         config = small(finetune_epochs=3, finetune_batch_sizes="8", **changes)
-        texts = {name: glue.read_task(name, task, None)
-                 for name, task in glue.parse_tasks(config.tasks).items()}
-        seconds = timing.finetuning_seconds(compare.Plan(config), TokenDirectory(config.data), texts)
+        seconds = timing.finetuning_seconds(compare.Plan(config))
         assert seconds == pytest.approx(trials * (3 * 40 * 1.0 + 40 * 0.5))
 
 
 def test_runs_from_other_data_tasks_or_teachers_are_not_mixed(small, task, tmp_path, narrow_teacher):
-    compare.main(small(strategies="no_kd"))
+    compare.main(small(arms="no_kd"))
     with pytest.raises(UserError, match="holds runs with another --size: "):
-        compare.main(small(strategies="no_kd", size="1L32", budget_steps="5"))
+        compare.main(small(arms="no_kd", size="1L32", budget_steps="5"))
     with pytest.raises(UserError, match="holds runs with another contents of teacher: "):
-        compare.main(small(strategies="no_kd", teacher=str(narrow_teacher), budget_steps="5"))
+        compare.main(small(arms="no_kd", teacher=str(narrow_teacher), budget_steps="5"))
     (task / "dev.tsv").write_text((task / "dev.tsv").read_text().replace("\t1\n", "\t0\n", 3))
     with pytest.raises(UserError, match="holds runs with another task mine: "):
-        compare.main(small(strategies="no_kd"))
+        compare.main(small(arms="no_kd"))
 
 
 def test_the_line_over_all_processes_finds_the_runs_at_the_rate_that_was_chosen(small, tmp_path):
-    plan = compare.Plan(small(strategies="no_kd", peak_lrs="1e-3,2e-3", seeds=2, budget_steps="4"))
+    plan = compare.Plan(small(arms="no_kd", peak_lrs="1e-3,2e-3", seeds=2, budget_steps="4"))
     estimates = {each.out: 1.0 for each in plan.all} | {f"score {path}": 1.0 for _, path, _ in plan.yardsticks}
     for name, file in (("lr0.001-seed999", "summary.json"), ("lr0.002-seed999", "summary.json"),
                        ("lr0.002-seed1", "glue/glue.json")):
@@ -248,14 +238,14 @@ def test_a_peak_lr_that_diverges_is_not_taken(small, tmp_path, monkeypatch, caps
             raise NotFinite("step 2: mlm not finite")
         return real(config, **other)
     monkeypatch.setattr(train, "train", diverges)
-    compare.main(small(strategies="no_kd", peak_lrs="1,1e-3", budget_steps="2"))
+    compare.main(small(arms="no_kd", peak_lrs="1,1e-3", budget_steps="2"))
     assert "no_kd at 2 steps: peak LR 1: not finite, peak LR 0.001: " in (tmp_path / "out/table.md").read_text()
     assert "step 2: mlm not finite" in capsys.readouterr().out
 
 
 @pytest.mark.slow
 def test_stopped_three_times_the_table_is_the_same(small, tmp_path, monkeypatch, capsys):
-    config = small(seeds=2, strategies="no_kd,minilm", budget_steps="4,8")
+    config = small(seeds=2, arms="no_kd,minilm", budget_steps="4,8")
     compare.main(config)
     steps, rng, real = [0], random.Random(0), train.Run.after_step
 
@@ -335,7 +325,7 @@ def test_comparisons_of_different_plans_are_not_merged(tmp_path, change, says):
 def test_total_hours_are_shared_among_the_runs_after_fine_tuning(small, tmp_path, monkeypatch, capsys):
     """0.9 x 2 h, less fine-tuning 2 x 3 students, 3 random ones and a teacher of 3 (48 / 32)^2 / 2 times the size."""
     monkeypatch.setattr(timing, "finetuning_seconds", lambda *_: 360.0)
-    config = small(total_hours=2.0, budget_steps=None, strategies="no_kd,minilm", seeds=3, dry_run=True)
+    config = small(total_hours=2.0, budget_steps=None, arms="no_kd,minilm", seeds=3, dry_run=True)
     compare.main(config)
     each = (1.8 - (9 + 1.5 * 1.5 ** 2) * 0.1) / 6
     assert f"buy 6 runs of {math.floor(each * 1000) / 1000 * 60:.0f} min" in capsys.readouterr().out
@@ -364,7 +354,7 @@ def test_processes_share_the_runs_and_each_is_done_once(tmp_path):
             (tmp_path / f"{i}/finished").touch()
         return i * i
 
-    threads = [threading.Thread(target=lambda: found.append(compare.share_runs(directories, do))) for _ in range(3)]
+    threads = [threading.Thread(target=lambda: found.append(compare.claim_each(directories, do))) for _ in range(3)]
     for t in threads:
         t.start()
     for t in threads:
@@ -375,7 +365,7 @@ def test_processes_share_the_runs_and_each_is_done_once(tmp_path):
 @pytest.mark.slow
 def test_two_jobs_make_the_table_of_one_and_a_job_that_fails_is_told(small, tmp_path, capsys):
     """--jobs: worker processes over the same plan; the table is that of one process, to the last digit."""
-    config = small(budget_flops="2e9", budget_steps=None, strategies="no_kd,minilm")
+    config = small(budget_flops="2e9", budget_steps=None, arms="no_kd,minilm")
     compare.main(config)
     table = (tmp_path / "out/table.md").read_text()
     compare.main(dataclasses.replace(config, jobs=2, out=str(tmp_path / "two")))
@@ -383,8 +373,7 @@ def test_two_jobs_make_the_table_of_one_and_a_job_that_fails_is_told(small, tmp_
     assert (tmp_path / "two/table.md").read_text() == table and all("finished after" in log for log in logs)
     victim = tmp_path / "two/runs/no_kd-2e+09flops-seed0"
     (victim / "summary.json").unlink()
-    for file in ("checkpoint.pt", "checkpoint.before.pt"):
-        (victim / file).write_bytes(b"damaged")
+    (victim / "checkpoint.pt").write_bytes(b"damaged")
     with pytest.raises(UserError, match="worker . of 2 stopped .*damaged.*jobs/.*the same command goes on"):
         compare.main(dataclasses.replace(config, jobs=2, out=str(tmp_path / "two")))
 
@@ -399,7 +388,7 @@ def test_arms_that_ran_at_different_speeds_are_told(small, tmp_path, monkeypatch
         def step_seconds(config, directory, teacher, tries=1, seconds=seconds):
             return next(seconds) if tries == 5 else whole(config, directory, teacher, tries)
         monkeypatch.setattr(timing, "step_seconds", step_seconds)
-        config = small(budget_hours=f"{0.3 / 3600}", budget_steps=None, strategies="no_kd,minilm", out=str(out))
+        config = small(budget_hours=f"{0.3 / 3600}", budget_steps=None, arms="no_kd,minilm", out=str(out))
         for _ in range(2):                                              # the second time nothing is timed
             compare.main(config)
             table, costs = ((out / f"{name}.md").read_text() for name in ("table", "costs"))
@@ -411,7 +400,7 @@ def test_arms_that_ran_at_different_speeds_are_told(small, tmp_path, monkeypatch
 def test_of_a_worker_that_a_signal_ended_the_signal_is_told(tmp_path):
     """Not what its log ends with, and also where it was the last one at work."""
     with pytest.raises(UserError, match="worker 0 of 1 stopped .signal 9, Killed: perhaps there was no memory left.: "):
-        jobs.run(1, signal.raise_signal, signal.SIGKILL, tmp_path, lambda: "")
+        jobs.run_jobs(1, signal.raise_signal, signal.SIGKILL, tmp_path, lambda: "")
     log = tmp_path / "log"
     assert jobs.reason(1, log) == "no word"
     log.write_text("step 3\nerror: no space left\n")
@@ -421,7 +410,7 @@ def test_of_a_worker_that_a_signal_ended_the_signal_is_told(tmp_path):
 
 @pytest.mark.slow
 def test_killed_and_run_by_two_processes_the_table_is_the_same(small, tmp_path):
-    config = small(seeds=2, budget_steps="30,60", strategies="no_kd,minilm")
+    config = small(seeds=2, budget_steps="30,60", arms="no_kd,minilm")
     compare.main(config)
     given = {f.name.replace("_", "-"): getattr(config, f.name) for f in dataclasses.fields(config)
              if getattr(config, f.name) != f.default and f.name != "out"}
@@ -484,11 +473,11 @@ def test_the_task_holds_validation_documents_alone_and_splits_them(tmp_path, mon
     (dict(static_masks=True), "--static-masks"),
     (dict(teacher_size="4L32"), "--teacher train"),
     (dict(max_len=513), "--max-len 513: 8 to 512 here"),
-    (dict(strategies="no_kd", seq_len="1024", probe=True), "--probe at --seq-len 1024: the teacher ends at position"),
+    (dict(arms="no_kd", seq_len="1024", probe=True), "--probe at --seq-len 1024: the teacher ends at position"),
     (dict(tasks="cola=nowhere"), "nowhere"),
     (dict(size="2Lx"), "2Lx"),
     (dict(batch_size=12), "--batch-size 12"),
-    (dict(heads=4, strategies="no_kd,minilm"), "--heads 2"),
+    (dict(heads=4, arms="no_kd,minilm"), "--heads 2"),
     (dict(budget_steps=None, budget_hours="1", jobs=64), "--jobs 64 under --budget-hours: runs that share a device"),
     (dict(arms="no_kd+warm"), "--arms no_kd+warm: after the strategy may come +init"),
     (dict(arms="no_kd+init+init"), "each once"),
@@ -497,7 +486,7 @@ def test_the_task_holds_validation_documents_alone_and_splits_them(tmp_path, mon
     (dict(arms="tinybert:0.3"), "phase tinybert:0.3: "),
     (dict(arms="no_kd+released"), "no other code was released for no_kd"),
     (dict(arms="no_kd,no_kd+init"), "no_kd --init teacher needs a student as wide as its teacher"),
-    (dict(arms="no_kd", strategies="no_kd"), "not both"),
+    (dict(arms="no_kd", arms="no_kd"), "not both"),
 ])
 def test_wrong_arguments_are_refused_before_anything_runs(small, tmp_path, changes, message):
     with pytest.raises(UserError) as refused:
@@ -509,7 +498,7 @@ def test_wrong_arguments_are_refused_before_anything_runs(small, tmp_path, chang
 def test_one_micro_batch_for_all_runs_and_the_same_when_they_go_on(small, tmp_path, monkeypatch):
     for chosen, taken in ((4, 4), (2, 4)):
         monkeypatch.setattr(compare, "fitting_micro_batch", lambda device, batch, chosen=chosen: chosen)
-        compare.main(small(strategies="no_kd,tinybert", micro_batch=None))
+        compare.main(small(arms="no_kd,tinybert", micro_batch=None))
         files = [tmp_path / "out/inputs.json", *(tmp_path / "out/runs").glob("*/config.json")]
         recorded = [json.loads(file.read_text()) for file in files]
         assert [r.get("--micro-batch", r.get("micro_batch")) for r in recorded] == [taken] * 3
@@ -526,7 +515,7 @@ def test_device_compilation_and_precision_reach_the_runs_the_estimates_and_fine_
     monkeypatch.setattr(timing, "Arm", Seen)
     monkeypatch.setattr(torch, "compile", lambda f, **_: f)
     monkeypatch.setattr(finetune_glue, "finetune", lambda *args: scored.append(args[-2:]) or [0.0])
-    compare.main(small(strategies="no_kd", batch_size=64, micro_batch=32, val_blocks=8, compile=True, bf16=True))
+    compare.main(small(arms="no_kd", batch_size=64, micro_batch=32, val_blocks=8, compile=True, bf16=True))
     assert made == [(16, 16, True, True)] and len(scored) > 3 and set(scored) == {(True, True)}
     recorded = json.loads((tmp_path / "out/inputs.json").read_text())
     assert [recorded[f"--{name}"] for name in ("device", "compile", "bf16")] == ["cpu", True, True]

@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 import bench_throughput
 import finetune_glue
 import train
-from data import blocks_of
+from data import phase_blocks
 from model import BertForMaskedLM
 from plumbing import checkpoint
 from plumbing.device import ready_process
@@ -37,7 +37,7 @@ def random_arm(strategy, device, compiled=False, bf16=False, **sizes):
     shapes = [bench.shape(bench.size), bench.shape(bench.teacher_size)][:1 + of_arm.needs_teacher]
     arm = Arm(of_arm, *(BertForMaskedLM(shape).to(device) for shape in shapes))
     arm.make_optimizer()
-    return arm, blocks_of(arm.phase, bench_throughput.RandomTokens(bench.vocab_size), "train", 0)
+    return arm, phase_blocks(arm.phase, bench_throughput.RandomTokens(bench.vocab_size), "train", 0)
 
 
 @contextlib.contextmanager
@@ -114,7 +114,7 @@ def test_a_classifier_of_a_gpu_says_the_same_in_transformers_on_a_cpu(teacher, t
         (task / f"{name}.tsv").write_text("text\tlabel\n" + "".join(f"{t}\t{i % 2}\n" for i, t in enumerate(part)))
     config = finetune_glue.Config(model=str(teacher), tasks=f"mine={task}", quick=True, seeds=1, epochs=2, save=True,
                                   max_len=32, out=str(tmp_path / "out"), device=str(DEVICE))
-    finetune_glue.score(config, say=lambda line: None)
+    finetune_glue.score_model(config, say=lambda line: None)
     logits, = (tmp_path / "out/trials").glob("*.npy")
     saved = logits.with_suffix("")
     tokenizer = transformers.AutoTokenizer.from_pretrained(saved)

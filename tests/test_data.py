@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 import data
-from bench_throughput import loader_rate
 from data import Blocks, prefetch
 from plumbing.cli import UserError
 from plumbing.tokens import TokenDirectory
@@ -244,11 +243,6 @@ def test_prefetch_gives_the_same_batches_from_another_thread_and_ends(blocks):
     ahead.close()
     assert len(threads) == 1 and threading.current_thread() not in threads
     assert not threads.pop().is_alive()
-
-
-def test_the_loader_rate_counts_tokens(blocks):
-    clock = itertools.count()                                           # a second per look
-    assert loader_rate(blocks, batch_size=8, seconds=3, now=lambda: next(clock)) == 2 * 8 * 32 / 4
 
 
 def test_the_script_shows_what_was_masked(corpus, capsys):

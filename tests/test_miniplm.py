@@ -3,7 +3,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import re
 import shutil
 import subprocess
 import sys
@@ -441,7 +440,7 @@ def test_miniplm_and_its_controls_go_the_whole_way(small, tmp_path, lenient):  #
             assert 0 <= over < summary["student_flops"] / summary["steps"]
     assert len({r["tokens"] for r in results}) == 2
     share = f"of 4.4e09 FLOPs on 8,000 unique tokens, {costs['kept'] / 4.4e9:.0%} was spent before the first step."
-    assert re.search(rf"^miniplm.*, miniplm.random.*: {re.escape(share)}$", table, re.M)
+    assert f"\nminiplm: {share}\n" in table and f"\nminiplm+random: {share}\n" in table
     stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*") if p.suffix in (".bin", ".safetensors")}
     compare.main(config)
     assert stamps and all(p.stat().st_mtime_ns == stamp for p, stamp in stamps.items())
@@ -462,7 +461,7 @@ def test_arms_of_miniplm_are_no_kd_on_the_directories_of_their_controls(small): 
     assert all(choice.controls == ",".join(miniplm.CONTROLS) for choice in plan.selections.values())
     with pytest.raises(UserError, match="after miniplm one of .random"):
         compare.Plan(small(arms="miniplm+best"))
-    with pytest.raises(UserError, match="one control at a time"):
+    with pytest.raises(UserError, match="after miniplm one of .random"):
         compare.Plan(small(arms="miniplm+random+flipped"))
 
 

@@ -166,10 +166,9 @@ def test_each_is_read_packed_and_refused_cut(pack, suffix, tmp_path):
         (tmp_path / f"cut{kind}{suffix}").write_bytes(pack(content)[:-20])
         with pytest.raises(UserError, match=f"cut{kind}{suffix} is damaged or not ours"):
             read(tmp_path / f"cut{kind}{suffix}")
-        for wrong, text in ((f"w{kind}", pack(content)), (f"w{kind}{suffix}", content)):
-            (tmp_path / wrong).write_bytes(text)
-            with pytest.raises(UserError, match=f"{wrong} does not begin as its name says"):
-                read(tmp_path / wrong)
+        (tmp_path / f"w{kind}{suffix}").write_bytes(content)
+        with pytest.raises(UserError, match=f"w{kind}{suffix} does not begin as its name says"):
+            read(tmp_path / f"w{kind}{suffix}")
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be", "cr"])
@@ -178,10 +177,10 @@ def test_other_encodings_and_line_ends_are_named(encoding, tmp_path):
         text = write(tmp_path / f"x{kind}", [(f"t\xe9xt {i}", "ab"[i % 2]) for i in range(60)]).read_text("utf-8")
         text = text.replace("\n", "\r").encode() if encoding == "cr" else text.encode(encoding)
         (tmp_path / f"x{kind}").write_bytes(text)
-        name = encoding.upper().replace("-LE", "LE").replace("-BE", "BE")
         with pytest.raises(UserError, match=f"x{kind} is " + (
                 "text whose lines end in CR alone: convert them first, as in  tr" if encoding == "cr" else
-                f"{name[:6]}, not text: convert it first, as in  iconv -f {name} -t UTF-8")):
+                "UTF-16 or UTF-32: convert it first, as in  iconv -f UTF-16" if len(encoding) == 6 else
+                "binary or not UTF-8: convert it first, as in  iconv")):
             read(tmp_path / f"x{kind}")
 
 
@@ -213,7 +212,7 @@ def test_a_column_that_numbers_the_rows_is_left_out_also_where_it_is_words(name,
     (("text", "intent", "intent_name"), [("book a", "B"), ("cancel a", "C")], ("text",), "intent_name"),
     (("text", "sentiment", "what"), [("p", "positive"), ("n", "negative"), ("o", "other")], ("text",), "sentiment"),
     (("text", "label", "note"), [("p", ""), ("n", None)], ("text",), "label"),
-    (("text", "label", "other"), [("p", "x"), ("n", "x")], ("text", "other"), "label"),         # tells nothing
+    (("text", "label", "other"), [("p", "x"), ("n", "x")], ("text",), "label"),                 # tells nothing
     (("text", "label", "finer"), [("p", "x"), ("p", "y"), ("n", "z")], ("text", "finer"), "label")])
 def test_what_says_the_label_in_other_words_is_no_sentence(names, values, text, label, tmp_path):
     for kind in (".csv", ".jsonl"):
@@ -272,7 +271,7 @@ def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path, teacher):
     (model / "tokenizer.json").unlink()
     (model / "vocab.txt").unlink(missing_ok=True)
     os.mkfifo(model / "vocab.txt")
-    with pytest.raises(UserError, match="neither tokenizer.json nor vocab.txt is in this directory"):
+    with pytest.raises(UserError, match="neither tokenizer.json nor vocab.txt is in "):
         checkpoint.read_tokenizer(model)
     (model / "config.json").unlink()
     os.mkfifo(model / "config.json")
@@ -282,7 +281,7 @@ def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path, teacher):
 
 def test_what_a_file_names_reaches_no_terminal_with_escapes(tmp_path):
     names, said = ("text", "label", "\x1b[31m\ud800", "z\n"), []
-    rows_ = [(f"text {i}", ("a\x1b[2J", "b\nc")[i % 2], "x", 1) for i in range(60)]
+    rows_ = [(f"text {i}", ("a\x1b[2J", "b\nc")[i % 2], f"x{i}", i) for i in range(60)]
     write(tmp_path / "x.jsonl", rows_, names)
     read(tmp_path / "x.jsonl", "text,label", said.append)
     with pytest.raises(UserError) as e:
@@ -360,28 +359,28 @@ def test_bad_rows_are_listed_up_to_a_thousandth(tmp_path):
 
 
 WRONG = [   # (file, its content, --columns, the message)
-    ("x.csv", "text\na\n", None, "line 1: one column, 'text': text and a label belong there, which commas, semicolons"),
+    ("x.csv", "text\na\n", None, "line 1: the columns are 'text': which are one or two columns of text"),
     ("x.csv", 'text,label\n"a,b\nc,d\n', None, r"no CSV \(unexpected end of data\): quotes in a field stand twice"),
     ("x.csv", 'text,label\n"a"b,c\n', None, r"x.csv, line 2: no CSV"),
     ("x.csv", "text,label\n" + "a,b\nc,d\n" * 9 + "a,b,c\n", None, "rows cannot be read: line 20 has 3 fields, not 2"),
     ("x.csv", "", None, "x.csv is empty"), ("x.csv", "text,label\n", None, "no examples|0 rows have 0"),
-    ("x.csv", "3.5,label\na,b\n", None, "line 1 looks like an example"),
+    ("x.csv", "3.5,label\na,b\n", None, "is without a header .line 1 holds 3.5.: names"),
     ("x.csv", "text,text,label\na,b,c\n", None, "two columns have one name"),
     ("x.csv", "text,label\n" + "b,yes\nd,no\n" * 3, None, "6 examples are too few to set a tenth of them apart"),
     ("x.csv", "text,label\n" + "".join(f"a{i},b{i}\n" for i in range(50)), None, "50 rows have 50 different labels"),
-    ("x.csv", "text,label\na,b\n", "body,label", "--columns body,label: .*x.csv has no column 'body', but "
-     "'text', 'label'"),
-    ("x.csv", "text,label\na,b\n", "text", "--columns text: one or two columns of text and then the label"),
+    ("x.csv", "text,label\na,b\n", "body,label", "x.csv is without the column 'body' of --columns: "
+     "it has 'text', 'label'"),
+    ("x.csv", "text,label\na,b\n", "text", "which are one or two columns of text and which is the label"),
     ("x.csv", "a,b,c,d\n1,2,3,4\n", None, "Say it with --columns text,label"),
     ("x.csv", "text,label\n" + "".join(f"{i},{'ab'[i % 2]}\n" for i in range(60)), None, "'text' holds no letter"),
     ("x.csv", b"text,label\na,\xff\n", None, "x.csv, line 2: not UTF-8: convert it, as in  iconv"),
     ("x.jsonl", "[{}]\n", None, "x.jsonl is one JSON array: make it one object per line first, as in  jq"),
-    ("x.jsonl", "[1]\n", None, "x.jsonl, line 1: no JSON object: one per line belongs there"),
-    ("x.jsonl", "text,label\n", None, "x.jsonl, line 1: no JSON object"),
-    ("x.jsonl", '{"text": "a"}\n', None, "one column, 'text': text and a label belong there"),
-    ("x.parquet", "not parquet", None, "x.parquet is damaged or not ours"),
+    ("x.jsonl", "[1]\n", None, "x.jsonl is no JSON lines: make it one object per line first, as in  jq"),
+    ("x.jsonl", "text,label\n", None, "x.jsonl is no JSON lines"),
+    ("x.jsonl", '{"text": "a"}\n', None, "the columns are 'text': which are one or two"),
+    ("x.parquet", "not parquet", None, "x.parquet does not begin as its name says"),
     ("x.xlsx", "", None, "x.xlsx: one of .tsv, .csv, .jsonl, .ndjson, .json .* or .parquet can be read"),
-    ("x.tsv", "text,label\na,b\n", None, "one column, 'text,label': text and a label belong there, which tabs")]
+    ("x.tsv", "text,label\na,b\n", None, "the columns are 'text,label': which are one or two columns")]
 
 
 @pytest.mark.parametrize("name, content, columns, message", WRONG, ids=[str(i) for i in range(len(WRONG))])
@@ -410,9 +409,9 @@ def classified(teacher, tmp_path_factory):
     rows = [(", ".join([" ".join(rng.choice(words[2:], 3)), words[i % 2]]), ("not so, good", "good")[i % 2])
             for i in range(300)]
     write(here / "reviews.csv", rows, ("review", "verdict"))
-    result = ft.score(ft.Config(str(teacher), tasks=f"reviews={here}/reviews.csv", batch_sizes="8", peak_lrs="3e-3",
-                                epochs=5, seeds=1, max_len=16, out=str(here / "out"), save=True, device="cpu"),
-                      said.append)
+    result = ft.score_model(ft.Config(str(teacher), tasks=f"reviews={here}/reviews.csv", batch_sizes="8",
+                                      peak_lrs="3e-3", epochs=5, seeds=1, max_len=16, out=str(here / "out"), save=True,
+                                      device="cpu"), said.append)
     assert said[0] == "reviews: text from 'review', labels from 'verdict' (reviews.csv): good, not so, good"
     assert result["tasks"]["reviews"]["mean"] > 90
     kept, = (p for p in (here / "out/trials").iterdir() if p.is_dir())
@@ -473,10 +472,10 @@ def test_predictions_come_as_they_are_made(classified, tmp_path):
 
 
 @pytest.mark.parametrize("name, content, columns, message", [
-    ("new.txt", "a\n", None, "--predict .*new.txt: one of .tsv, .csv"),
-    ("none.csv", None, None, "none.csv: no such file"),
+    ("new.txt", "a\n", None, "new.txt: one of .tsv, .csv"),
+    ("none.csv", None, None, "none.csv cannot be read .No such file"),
     ("new.csv", "a,b,c\n1,2,3\n", None, "the columns are 'a', 'b', 'c': which are the 1 of text. Say it with"),
-    ("new.csv", "a,b\n1,2\n", "c", "has no column 'c', but 'a', 'b'")])
+    ("new.csv", "a,b\n1,2\n", "c", "is without the column 'c' of --columns: it has 'a', 'b'")])
 def test_what_cannot_be_predicted_is_refused(name, content, columns, message, classified, tmp_path, capsys):
     if content:
         (tmp_path / name).write_text(content)

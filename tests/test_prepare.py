@@ -27,7 +27,7 @@ from tokenizers import BertWordPieceTokenizer
 
 import prepare
 from conftest import text
-from plumbing import rows, sources
+from plumbing import glue, rows, sources
 from plumbing.cli import UserError
 from plumbing.files import hold
 from plumbing.tokenizer import SPECIAL, load_tokenizer, wordpiece
@@ -75,9 +75,8 @@ def test_every_format_gives_the_same_bytes(raw, vocab, tmp_path, monkeypatch):
     (tmp_path / "packed.json").write_bytes(jsonl(documents, "body"))
     (tmp_path / "packed").write_bytes(jsonl(documents, "body"))
     (tmp_path / "packed.data").write_bytes(b"\xef\xbb\xbf\n" + jsonl(documents, "body"))       # whatever the name
-    (tmp_path / "packed.text").write_bytes(gzip.compress(lzma.compress(raw.read_bytes())))
     inside = [("./one", "\n\n".join(documents[:100]).encode()), ("__MACOSX/._one", b"\0\5\x16\7\0"),
-              ("a.png", b"\x89PNG"), ("deep/.two.txt", b"not read"),
+              ("a.png", b"\x89PNG" * 20), ("deep/.two.txt", b"not read"),
               ("../two", jsonl(documents[100:], "body"))]
     tar(tmp_path / "packed.tar", inside)
     for suffix, pack in ((".tar.gz", gzip.compress), (".tgz", gzip.compress), (".tar.xz", lzma.compress)):
@@ -89,14 +88,13 @@ def test_every_format_gives_the_same_bytes(raw, vocab, tmp_path, monkeypatch):
     first = make(tmp_path / "out", raw, vocab=vocab)
     again = make(tmp_path / "out2", raw, vocab=vocab)
     assert files(tmp_path / "out") == files(tmp_path / "out2") and first == again
-    for i, given in enumerate(([folder], [folder / "*.[tT]*", f"{folder}/**/*.gz"], *(
-            [p] for p in sorted(tmp_path.glob("packed*"))))):
-        field = "text" if i < 2 else "body"
-        made = make(tmp_path / "out2", *given, vocab=vocab, field=field)
+    no_column = "without the column 'body' of --columns"
+    for given in (folder, *sorted(tmp_path.glob("packed*"))):
+        made = make(tmp_path / "out2", given, vocab=vocab, columns=None if given == folder else "body")
         assert made["sha256"] == first["sha256"], given
-        archive = {".zip", ".tar", ".tgz"} & {*given[0].suffixes} if i > 1 else ()
-        assert made["met"] == (dict(archived_files_left_out=1) if archive else
-                               dict(boms=1) if given[0].name == "packed.data" else {})
+        assert made["met"] == ({f"left out: .csv ({no_column})": 1} if ".zip" in given.suffixes else
+                               {"left out: .png (binary or not UTF-8)": 1} if {".tar", ".tgz"} & {*given.suffixes} else
+                               dict(boms=1) if given.name == "packed.data" else {})
     for content in (raw.read_bytes(), jsonl(documents, "text"), gzip.compress(raw.read_bytes()),
                     tar(tmp_path / "any", [("a.txt", raw.read_bytes())])):
         monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BufferedReader(io.BytesIO(content))))
@@ -134,45 +132,11 @@ def test_parquet_and_rows_that_are_sentences(raw, vocab, tmp_path):
     assert manifest["documents"] == 100 and manifest["characters"] == first["characters"] + 200
     parquet(tmp_path / "c.parquet", [*[None] * 10, *["a line\n" * 600] * 120, *text(130)])
     assert make(tmp_path / "out2", tmp_path / "c.parquet", vocab=vocab)["met"] == {"bad_rows": 10}
-    with pytest.raises(UserError, match="no column 'body': give --field, one of 'id', 'text'"):
-        make(tmp_path / "out3", tmp_path / "a.parquet", vocab=vocab, field="body")
+    with pytest.raises(UserError, match="without the column 'body' of --columns: it has 'id', 'text'"):
+        make(tmp_path / "out3", tmp_path / "a.parquet", vocab=vocab, columns="body")
     (tmp_path / "a.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-1])
     with pytest.raises(UserError, match="a.parquet is damaged or not ours"):
         make(tmp_path / "out3", tmp_path / "a.parquet", vocab=vocab)
-
-
-def test_a_data_set_of_the_hub_is_read_file_by_file(raw, vocab, tmp_path, monkeypatch):
-    import huggingface_hub as hub
-    documents, asked = text(300), []
-    names = [f"{folder}/{split}-0000{i}-of-00002.parquet" for folder in ("en", "de") for split in ("train", "test")
-             for i in range(2)]
-    for i, name in enumerate(names[:2]):
-        parquet(tmp_path / name, documents[150 * i:150 * (i + 1)])
-
-    class Api:
-        def dataset_info(self, name, revision, files_metadata):
-            if name != "some/wiki":
-                raise ConnectionError("404")
-            return types.SimpleNamespace(sha="c" * 40, siblings=[
-                types.SimpleNamespace(rfilename=n, size=1000) for n in ("README.md", *names)])
-
-    def download(name, filename, repo_type, revision):
-        asked.append((name, filename, repo_type, revision))
-        return str(tmp_path / filename)
-    monkeypatch.setattr(hub, "HfApi", Api)
-    monkeypatch.setattr(hub, "hf_hub_download", download)
-    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
-    manifest = make(tmp_path / "out", "some/wiki/en", vocab=vocab)
-    assert manifest["sha256"] == make(tmp_path / "out2", raw, vocab=vocab)["sha256"]
-    assert asked == [("some/wiki", name, "dataset", "c" * 40) for name in names[:2]]        # not the test split
-    assert manifest["hub"] == ["some/wiki@" + "c" * 40] and manifest["files"] == 2
-    for source, message in (("some/wiki", "2 folders: name one, as in some/wiki/de"), ("some/wiki/fr", "no parquet"),
-                            ("other/wiki", "neither on this disk nor")):
-        with pytest.raises(UserError, match=message):
-            make(tmp_path / "out3", source, vocab=vocab)
-    names.remove("en/train-00001-of-00002.parquet")
-    with pytest.raises(UserError, match="1 of its 2 files"):
-        make(tmp_path / "out3", "some/wiki/en", vocab=vocab)
 
 
 @pytest.mark.parametrize("dirty, clean, met", [
@@ -205,7 +169,8 @@ def test_rows_that_are_no_rows(raw, vocab, tmp_path):
     assert manifest["met"] == {"bad_rows": 4, "boms": 1}
     path.write_bytes(jsonl(["lone \ud800 surrogate, nul \0 inside"], "text"))
     assert make(tmp_path / "out", path, vocab=vocab)["met"] == {"lone_surrogates": 1, "nul_lines": 1}
-    for content, message in ((b'{"id": 1, "body": "a"}', "one of 'id', 'body'"), (b"text", "no JSON object")):
+    for content, message in ((b'{"id": 1, "body": "a"}', "which of 'id', 'body' are text. Say it with --col"),
+                             (b"text", "no JSON lines")):
         path.write_bytes(content)
         with pytest.raises(UserError, match=message):
             make(tmp_path / "out", path, vocab=vocab)
@@ -220,7 +185,7 @@ def test_rows_of_json_are_read_counted_and_mended(content, met, documents, tmp_p
     (tmp_path / "vocab.txt").write_text("\n".join([*SPECIAL, *"abcd?"]) + "\n")
     (tmp_path / "x.jsonl").write_text(content, encoding="utf-8")
     if not documents:
-        with pytest.raises(UserError, match="x.jsonl: no text in it"):
+        with pytest.raises(UserError, match="x.jsonl is empty"):
             make(tmp_path / "out", tmp_path / "x.jsonl", vocab=tmp_path / "vocab.txt")
         return
     manifest = make(tmp_path / "out", tmp_path / "x.jsonl", vocab=tmp_path / "vocab.txt")
@@ -230,9 +195,9 @@ def test_rows_of_json_are_read_counted_and_mended(content, met, documents, tmp_p
 
 
 @pytest.mark.parametrize("rows_, message", [
-    (['{"text": ["a", "b"]}'] * 20, "100% of its rows are damaged or have no text in the --field"),
+    (['{"text": ["a", "b"]}'] * 20, "100% of its rows are damaged or have no text in the column"),
     (['{"text": "a"}'] * 90 + ['{"text": {"a": "b"}}'] * 10, "10% of its rows are damaged"),
-    (['{"body": "a"}'] * 60 + ['{"text": "a"}'] * 40, "no column 'text': give --field, one of 'body'"),
+    (['{"body": "a"}'] * 60 + ['{"text": "a"}'] * 40, "40% of its rows are damaged"),
     (['{"text": "a"}', '{"text": "' + "a" * 2000 + '"}'], "line 2 is longer than 0 MB: one row belongs there"),
     (['{"text": "' + "a" * 2000], "line 1 is longer than 0 MB")])
 def test_rows_of_json_that_cannot_be_read_are_one_line(rows_, message, vocab, tmp_path, monkeypatch):
@@ -252,16 +217,16 @@ def test_parquet_holds_text_in_strings_alone(raw, vocab, tmp_path):
         assert make(tmp_path / "out2", tmp_path / "x.parquet", vocab=vocab)["sha256"] == first["sha256"]
     for column in ([t.encode() for t in texts], [[t] for t in texts], [{"a": t} for t in texts], pa.nulls(300)):
         pq.write_table(pa.table({"text": column}), tmp_path / "x.parquet")
-        with pytest.raises(UserError, match="x.parquet: 100% of its rows are damaged or have no text in the --field"):
+        with pytest.raises(UserError, match="x.parquet: 100% of its rows are damaged or have no text in the column"):
             make(tmp_path / "out2", tmp_path / "x.parquet", vocab=vocab)
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be", "cr"])
 def test_other_encodings_and_line_ends_are_named(encoding, vocab, tmp_path):
-    name = encoding.upper().replace("-LE", "LE").replace("-BE", "BE")
-    message = "text whose lines end in CR alone" if encoding == "cr" else f"{name[:6]}, not text.* iconv -f {name} -t"
-    for file, lines in (("x.txt", "\n\n".join(text(9)) + " \xe9"), ("x.md", "# caf\xe9\n\ntext"),
-                        ("x.jsonl", '{"text": "a"}\n'), ("x", '{"text": "a"}\n')):
+    message = ("text whose lines end in CR alone" if encoding == "cr" else "UTF-16 or UTF-32: .* iconv -f UTF-16 -t"
+               if len(encoding) == 6 else "binary or not UTF-8: convert it first, as in  iconv")
+    for file, lines in (("x.txt", "\n\n".join(text(9)) + " \xe9"), ("x.md", "# caf\xe9\n\ntext and more of it"),
+                        ("x.jsonl", '{"text": "some words"}\n'), ("x", '{"text": "some words"}\n')):
         content = lines.replace("\n", "\r").encode() if encoding == "cr" else lines.encode(encoding)
         for path, packed in ((tmp_path / file, content), (tmp_path / f"{file}.gz", gzip.compress(content))):
             path.write_bytes(packed)
@@ -269,23 +234,7 @@ def test_other_encodings_and_line_ends_are_named(encoding, vocab, tmp_path):
                 make(tmp_path / "out", path, vocab=vocab)
 
 
-WRAPPED = "A heading\n=========\n\nThis is the prose of a\nfile that goes on and\non to its end.\n\nOn it\ngoes.\n"
-@pytest.mark.parametrize("name, content, said", [
-    ("a.rst", WRAPPED, True), ("a.txt", WRAPPED + "One ends.\n", True), ("a.md", WRAPPED + "One ends.\n" * 5, False),
-    ("a.txt", '"It ends."\n(So does it!)\nSo: \u201cit\u201d?\u201d\n*Ends:*\n\u5b8c\u3002\nno\n', False),
-    ("a.jsonl", jsonl(["no end", "none"], "text").decode(), False)])
-def test_hard_wrapped_prose_is_noticed(name, content, said, vocab, tmp_path, capsys):
-    (tmp_path / "top").mkdir()
-    (tmp_path / "top" / name).write_text(content, encoding="utf-8")
-    (tmp_path / "b.txt").write_text("A line that ends.\n" * 500)
-    for per in ("blank-line", "file"):
-        make(tmp_path / "out", tmp_path / "top", tmp_path / "b.txt", vocab=vocab, document_per=per)
-        lines = [line for line in capsys.readouterr().err.splitlines() if "hard-wrapped" in line]
-        assert len(lines) == (said and per == "blank-line")
-        assert all(line.startswith(f"{tmp_path / 'top'}: most lines do not end in") for line in lines)
-
-
-def test_an_archive_is_read_whatever_its_members_are_called(vocab, tmp_path):
+def test_an_archive_is_read_whatever_its_members_are_called(vocab, tmp_path, capsys):
     names = ["../up/a.txt", "/abs/b.md", "./c", "..", "d\\e.rst", "f\x1b[31m\n.txt", "x" * 90 + ".jsonl"]
     members = [(name, jsonl([words], "text") if "json" in name else words.encode())
                for name, words in zip(names, text(len(names)), strict=True)]
@@ -297,17 +246,18 @@ def test_an_archive_is_read_whatever_its_members_are_called(vocab, tmp_path):
             info = tarfile.TarInfo("a.txt")
             info.type, info.linkname, info.size = kind, "a.txt", 4 * (kind == tarfile.REGTYPE)
             archive.addfile(info, io.BytesIO(b"text"))
-        for name, content in (("in.tar", inner), ("in.txt", gzip.compress(b"text")), ("in.zip", zipped(a="b")),
+        for name, content in (("in.tar", inner), ("in.txt", gzip.compress(b"more")), ("in.zip", zipped(a="b")),
                               ("in.md", "text".encode("utf-16"))):
             info = tarfile.TarInfo(name)
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
     manifest = make(tmp_path / "out", tmp_path / "a.tar", vocab=vocab)
-    assert (manifest["documents"], manifest["met"]) == (1, {"archived_files_left_out": 8})
-    tar(tmp_path / "b.tar", [("\x1b[2J\nb.txt", b"%PDF-")])
-    with pytest.raises(UserError, match=r"b.tar:.x1b\[2J") as e:
-        make(tmp_path / "out", tmp_path / "b.tar", vocab=vocab)
-    assert str(e.value).isprintable()
+    assert (manifest["documents"], manifest["met"]) == (2, {            # in.txt is unpacked
+        "left out: .md (UTF-16 or UTF-32)": 1, "left out: .tar (an archive inside of another one)": 1,
+        "left out: .txt (a link or a device)": 4, "left out: .zip (an archive inside of another one)": 1})
+    tar(tmp_path / "b.tar", [("\x1b[2J\nb.txt", b"words"), ("b.\x1b[2J", b"%PDF-")])
+    prepare.main(prepare.Config([str(tmp_path / "b.tar")], str(tmp_path / "out"), str(vocab)))
+    assert "met: 1 left out: .\\x1b[2j (a PDF)" in (said := capsys.readouterr().err) and "\x1b[2" not in said
 
 
 def test_what_is_no_file_is_refused_and_not_waited_for(raw, vocab, tmp_path):
@@ -324,10 +274,10 @@ def test_names_reach_no_terminal_with_escapes(raw, vocab, tmp_path, capsys):
     (tmp_path / "top/a.txt").write_bytes(raw.read_bytes())
     (tmp_path / "top/b.x\x1b[2J\n").write_bytes(bytes(range(256)))
     prepare.main(prepare.Config([str(tmp_path / "top")], str(tmp_path / "out"), str(vocab)))
-    assert "left out: 1 .x\\x1b[2j" in (said := capsys.readouterr().err) and "\x1b[2" not in said
-    (tmp_path / "top/c\x1b[2J\n.txt").write_bytes(b"%PDF-")
+    assert "met: 1 left out: .x\\x1b[2j" in (said := capsys.readouterr().err) and "\x1b[2" not in said
+    (tmp_path / "c\x1b[2J\n.txt").write_bytes(b"%PDF-")
     with pytest.raises(UserError, match="is a PDF") as e:
-        make(tmp_path / "out", tmp_path / "top", vocab=vocab)
+        make(tmp_path / "out", tmp_path / "c\x1b[2J\n.txt", vocab=vocab)
     assert str(e.value).isprintable()
 
 
@@ -353,35 +303,30 @@ def zipped(**contents):
 
 WORDS = b"some words, and more of them on a line\n" * 100
 @pytest.mark.parametrize("name, content, message", [
-    ("a.txt", b"%PDF-1.7\n" + WORDS, "is a PDF, not text: convert it first"),
+    ("a.txt", b"%PDF-1.7\n" + WORDS, "is a PDF: convert it first"),
     ("a.docx", zipped(**{"[Content_Types].xml": "<x/>", "word/document.xml": "<x/>"}), "is an Office document or"),
     ("a.txt", zipped(mimetype="application/epub+zip", a="<x/>"), "is an Office document or an EPUB"),
-    ("a.zip", zipped(**{"a.png": b"\x89PNG", "b.csv": "x"}), "a.zip: no file to read in it"),
-    ("a.zip", zipped(**{"in.txt": b"\x80\x04\x95" + WORDS}), r"a.zip:in.txt is a Python pickle"),
-    ("a.tar", [("b.parquet", b"PAR1" + WORDS), ("c.txt", gzip.compress(WORDS, mtime=0))],
-     "a.tar: no file to read in it: what is packed once more is to be unpacked first"),
-    ("a.zip.gz", gzip.compress(zipped(a="x"), mtime=0),
-     "is a .zip or .parquet inside of something packed or a pipe: give it"),
-    ("a.gz", b"", r"damaged or not ours \(it does not begin as its name says\)"),
-    ("a.doc", b"\xd0\xcf\x11\xe0" + WORDS, "is an Office document, not text"),
-    ("a.txt", b"{\\rtf1 " + WORDS, "is an Office document, not text"),
-    ("a.pkl", pickle.dumps(["text"] * 100), "is a Python pickle, not text"),
-    ("a.txt", b"\x89PNG\r\n" + WORDS, "is an image, not text"),
-    ("a.npy", b"\x93NUMPY" + WORDS, "is numpy, HDF5, Arrow or SQLite, not text"),
-    ("a.txt.zst", b"\x28\xb5\x2f\xfd" + WORDS, "is packed by Zstandard, not text: unpack it first"),
-    ("a.7z", b"7z\xbc\xaf\x27" + WORDS, "is a 7-Zip or RAR archive"),
-    ("program", b"\x7fELF" + WORDS, "is a program, not text"),
-    ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a Git LFS pointer"),
-    ("a.txt", b"\n<!DOCTYPE html>\n" + WORDS, "is HTML or XML, not text: take the text out"),
+    ("a.zip", zipped(**{"a.png": b"\x89PNG" * 20, "b.csv": "x"}), "a.zip: no text in it; met: 1 left out: .png .bin"),
+    ("a.tar", [("b.parquet", b"PAR1" + WORDS), ("c.zip", zipped(a="b"))], "a.tar: no text in it; met: 1 left "
+     "out: .parquet .an archive inside of another one., 1 left out: .zip"),
+    ("a.zip.gz", gzip.compress(zipped(a="x"), mtime=0), "a.zip.gz is damaged or not ours .BadZipFile: File is"),
+    ("a.gz", b"", "a.gz does not begin as its name says .damaged, or a Git LFS"),
+    ("a.doc", b"\xd0\xcf\x11\xe0" + WORDS, "is an Office document: take the text out"),
+    ("a.txt", b"{\\rtf1 " + WORDS, "is an Office document: take"),
+    ("a.pkl", pickle.dumps(["text"] * 100), "is binary or not UTF-8"),
+    ("a.txt", b"\x89PNG\r\n" + bytes(range(256)), "is binary or not UTF-8"),
+    ("a.txt.zst", b"\x28\xb5\x2f\xfd" + WORDS, "is packed by Zstandard: unpack it first"),
+    ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "begin as its name says .*Git LFS"),
+    ("a.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a Git LFS pointer: fetch"),
+    ("a.txt", b"\n<!DOCTYPE html>\n" + WORDS, "is HTML or XML: take the text out"),
     ("wiki.xml", b"\xef\xbb\xbf<?xml version='1.0'?>" + WORDS, "is HTML or XML"),
-    ("a.HTM", WORDS, "is HTML, not text"),
-    ("a.csv", WORDS, "is a table, not text: write its text column as JSON lines"),
-    ("a.tsv.gz", gzip.compress(WORDS, mtime=0), "is a table, not text"),
-    ("a.json", b'[\n {"text": "a"}\n]', "one JSON array: make it one object per line first"),
-    ("a.json", b'{\n "text": "a"\n}', "a.json, line 1: no JSON object: one per line belongs there"),
-    ("a.jsonl", WORDS, "a.jsonl, line 1: no JSON object: one per line belongs there"),
-    ("a.txt", ("caf\xe9 au lait\n" * 100).encode("latin-1") + WORDS, "50% of its lines hold control characters or"),
-    ("a.bin", bytes(range(256)) * 40, r"\d+% of its lines hold control characters or bytes that are no UTF-8"),
+    ("a.csv", b"a,b,c,d\n" + b"x,y,z,u\n" * 9, "is a table without a column 'text': which of 'a', 'b', 'c', 'd' are"),
+    ("a.tsv.gz", gzip.compress(b"0.5\t1\n", mtime=0), "is without a header .line 1 holds 1."),
+    ("a.json", b'[\n {"text": "a"}\n]', "is one JSON array: make it one object per line first, as in  jq"),
+    ("a.json", b'{\n "text": "a"\n}', "a.json is no JSON lines"), ("a.jsonl", WORDS, "a.jsonl is no JSON lines"),
+    ("a.txt", ("caf\xe9 au lait\n" * 100).encode("latin-1") + WORDS, "is binary or not UTF-8: convert it first"),
+    ("a.txt", WORDS * 20 + b"\xe9" * 30 + b"\n\xe9" * 150, "is binary or not UTF-8: convert it first"),
+    ("a.bin", bytes(range(256)) * 40, "is binary or not UTF-8"),
     ("a.txt", WORDS + bytes(200) + b"\n" * 5 + b"\1" * 20, None),
     ("a.txt", (WORDS[:-1] + b"\0\n") * 3, None),
     ("a.jsonl", jsonl(["words"] * 100, "text") + b'{"text": 3}\n' * 30, "23% of its rows are damaged or have no text"),
@@ -406,7 +351,7 @@ def test_a_tar_that_is_cut_anywhere_or_has_a_damaged_header_is_refused(vocab, tm
     cuts = [whole[:n] for n in (0, 1, 400, 512, 700, second, second + 100, second + 512, second + 700, 7168)]
     for content in (*cuts, whole[:second + 100] + b"x" * 100 + whole[second + 200:]):
         (tmp_path / "a.tar").write_bytes(content)
-        with pytest.raises(UserError, match="a.tar is damaged or not ours"):
+        with pytest.raises(UserError, match="a.tar.* (is damaged or not ours|does not begin as its name says)"):
             make(tmp_path / "out", tmp_path / "a.tar", vocab=vocab)
 
 
@@ -420,32 +365,35 @@ def test_a_directory_is_read_to_its_end_and_says_what_is_left_out(vocab, tmp_pat
     for i, name in enumerate(("README", "a.md", "b.rst", "c.cfg", "d.log.xz", "lines.0001")):
         content = f"another {'text ' * i}" if name != "lines.0001" else '{"text": "a line"}\n{"text": "more lines"}\n'
         (top / name).write_bytes(lzma.compress(content.encode()) if name.endswith("xz") else content.encode())
-    for name in ("f.csv", "g.csv", "h.html.gz", "__MACOSX/._a", "__MACOSX/a.txt", ".git/HEAD", ".DS_Store"):
+    for name in ("f.csv", "g.csv", "__MACOSX/._a", "__MACOSX/a.txt", ".git/HEAD", ".DS_Store"):
         (top / name).parent.mkdir(exist_ok=True)
         (top / name).write_bytes(b"not read")
-    for name, content in (("i.PDF", b"%PDF-1.4"), ("program", b"\x7fELF"), ("j.pyc", bytes(range(200))),
-                          ("k.md", "wide".encode("utf-16")), ("l.rst", b"a\rb\r"), ("m.docx", zipped(a="b")),
-                          ("n.pkl.gz", gzip.compress(b"\x80\x04 no")), ("o.ipynb", b'{\n "cells": []\n}'),
+    for name, content in (("i.PDF", b"%PDF-1.4"), ("program", b"\x7fELF" * 20), ("j.pyc", bytes(range(200))),
+                          ("k.md", "wide".encode("utf-16")), ("l.rst", b"a\rb\r"), ("m.docx", zipped(mimetype="b")),
+                          ("h.html.gz", gzip.compress(b"<html>")), ("o.ipynb", b'{\n "cells": []\n}'),
                           ("r.json", b'{ \r\n "a": 1\n}'), ("p.rst", "d\xe9j\xe0 vu\n".encode("latin-1") * 10),
-                          ("q.svg", b"<svg>")):
+                          ("q.svg", b"<svg>"), ("s.map", b'{"a": 1}\n'), ("t.txt", b"%PDF-1.4")):
         (top / name).write_bytes(content)
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere/j.txt").write_text("another document that is linked to")
-    (top / "linked").symlink_to(tmp_path / "elsewhere")
-    (top / "linked/again").symlink_to(top)                              # a circle
+    (top / "linked.txt").symlink_to(tmp_path / "elsewhere/j.txt")
+    (top / "circle").symlink_to(top)
     (top / "nowhere").symlink_to(tmp_path / "gone")
     os.mkfifo(top / "pipe")
     config = prepare.Config([str(top)], str(tmp_path / "out"), str(vocab), val_fraction=0.1)
     prepare.main(config)
     manifest = TokenDirectory(tmp_path / "out").manifest
-    assert manifest["documents"] == 128 and manifest["files"] == 13
-    assert manifest["left_out"] == dict.fromkeys((
-        ".gz (HTML)", "without suffix (a FIFO or a device)", f"{top / 'nowhere'} (No such file or directory)",
-        ".pdf (a PDF)", "without suffix (a program)", ".pyc (no UTF-8)", ".md (UTF-16)", ".docx (packed)",
-        ".rst (text whose lines end in CR alone)", ".gz (a Python pickle)", ".ipynb (JSON)", ".rst (no UTF-8)",
-        ".svg (HTML or XML)", ".json (JSON over many lines)"), 1) | {".csv (a table)": 2}
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("left out: ")]
-    assert len(said) == 1 and "2 .csv (a table), " in said[0] and said[0].endswith(", ...")
+    assert manifest["documents"] == 128 and manifest["files"] == 28
+    assert manifest["met"] == {f"left out: {what}": n for what, n in {
+        f"{top / 'circle'} (no file)": 1, f"{top / 'nowhere'} (no file)": 1, f"{top / 'pipe'} (no file)": 1,
+        ".csv (a table without a column 'text')": 2, ".docx (an Office document or an EPUB)": 1, ".gz (HTML or XML)": 1,
+        ".ipynb (no JSON lines)": 1, ".json (no JSON lines)": 1, ".map (a table without a column 'text')": 1,
+        ".md (UTF-16 or UTF-32)": 1, ".pdf (a PDF)": 1, ".pyc (binary or not UTF-8)": 1,
+        ".rst (binary or not UTF-8)": 1,
+        ".rst (text whose lines end in CR alone)": 1, ".svg (HTML or XML)": 1, ".txt (a PDF)": 1,
+        "without suffix (binary or not UTF-8)": 1}.items()}
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("met: ")]
+    assert len(said) == 1 and said[0].startswith("met: 2 left out: .csv (a table without") and said[0].endswith(", ...")
 
 
 def test_what_cannot_be_opened_is_named_with_its_reason(vocab, raw, tmp_path, monkeypatch):
@@ -459,8 +407,8 @@ def test_what_cannot_be_opened_is_named_with_its_reason(vocab, raw, tmp_path, mo
             raise PermissionError(13, "Permission denied", str(path))
         return scandir(path) if not rest else open(path, *rest)
     monkeypatch.setattr(os, "scandir", refuse)
-    assert make(tmp_path / "out", top, vocab=vocab)["left_out"] == {f"{top / 'locked'} (Permission denied)": 1}
-    with pytest.raises(UserError, match=r"no file to read in it; left out: 1 .*locked \(Permission denied\)"):
+    assert make(tmp_path / "out", top, vocab=vocab)["met"] == {f"left out: {top / 'locked'} (Permission denied)": 1}
+    with pytest.raises(UserError, match=r"no text in it; met: 1 left out: .*locked \(Permission denied\)"):
         make(tmp_path / "out", top / "locked", vocab=vocab)
     monkeypatch.setattr(rows, "open", refuse, raising=False)
     (tmp_path / "secret.txt").write_bytes(raw.read_bytes())
@@ -469,40 +417,14 @@ def test_what_cannot_be_opened_is_named_with_its_reason(vocab, raw, tmp_path, mo
     assert str(e.value).endswith("secret.txt cannot be read (Permission denied): mend that, or leave it out")
 
 
-WIKIEXTRACTOR = """<doc id="12" url="https://x.org?curid=12" title="A "b" c">
-Title
-
-one
-
-two
-</doc>
-<doc id="13" url="https://x.org?curid=13" title="More">
-More
-
-three
-</doc>
-"""
-WIKITEXT = (" \n = Title = \n \n one \n = no = \n \n = = Part = = \n \n two \n \n = = = Deep = = = \n \n three \n \n"
-            " = More = \n \n one \n")
-ARTICLES = ["= Title =\none\n= no =\n= = Part = =\ntwo\n= = = Deep = = =\nthree", "= More =\none"]
-
-
-@pytest.mark.parametrize("name, content, per_blank_line, per_file", [
-    ("a.txt", "one\n\ntwo\n", ["one", "two"], ["one\ntwo"]),
-    ("wiki_00", WIKIEXTRACTOR, ["Title\none\ntwo", "More\nthree"], ["Title\none\ntwo\nMore\nthree"]),
-    ("wiki.test.tokens", WIKITEXT, ARTICLES, ["\n".join(ARTICLES)]),
-    ("no_parts.txt", " = Title = \n\none\n\n = More = \n\ntwo", ["= Title =\none", "= More =\ntwo"], None),
-    ("middle.txt", "one\n\n = = Part = = \n\ntwo\n" + WIKITEXT, ["one\n= = Part = =\ntwo", *ARTICLES], None),
-    ("rows.jsonl", "".join(json.dumps({"text": line}) + "\n" for line in WIKITEXT.split("\n") if line != " = no = "),
-     [ARTICLES[0].replace("= no =\n", ""), ARTICLES[1]], None),
-    ("plain.txt", "one\n\n= b =\n\ntwo <doc id=1>\n\n</doc>\n", ["one", "= b =", "two <doc id=1>", "</doc>"], None),
-])
-def test_documents_are_what_the_text_or_the_flag_says(tmp_path, name, content, per_blank_line, per_file):
-    (tmp_path / name).write_text(content)
-    files = sources.find_files(str(tmp_path / name), Counter())
+@pytest.mark.parametrize("content, per_blank_line, per_file", [
+    ("one\n\ntwo\n", ["one", "two"], ["one\ntwo"]),
+    ("\n\none\nmore \n \n\n two", ["one\nmore", "two"], ["one\nmore\ntwo"])])
+def test_documents_are_what_the_flag_says(tmp_path, content, per_blank_line, per_file):
+    (tmp_path / "a.txt").write_text(content)
+    files = sources.find_files(str(tmp_path / "a.txt"), Counter())
     for per, expected in (("blank-line", per_blank_line), ("file", per_file)):
-        if expected:
-            assert [p.text for p in sources.read_documents(files, Counter(), document_per=per)] == expected
+        assert [p.text for p in sources.read_documents(files, Counter(), document_per=per)] == expected
 
 
 def test_no_long_document_is_on_both_sides(vocab, tmp_path, monkeypatch):
@@ -513,7 +435,7 @@ def test_no_long_document_is_on_both_sides(vocab, tmp_path, monkeypatch):
     copy = books[3].split("\n")
     (tmp_path / "copy.txt").write_text("\n".join(copy))
     (tmp_path / "same_end.txt").write_text("another beginning of the book. " * 10 + "\n" + books[5])
-    manifest = make(tmp_path / "out", tmp_path / "*.txt", vocab=vocab, document_per="file")
+    manifest = make(tmp_path / "out", *sorted(tmp_path.glob("*.txt")), vocab=vocab, document_per="file")
     assert manifest["documents"] == 121 and manifest["duplicates"] == 1
     assert manifest["met"]["long_documents"] == 122
     assert 0 < manifest["val_tokens"] < 0.3 * manifest["train_tokens"]
@@ -527,7 +449,7 @@ def test_no_long_document_is_on_both_sides(vocab, tmp_path, monkeypatch):
         return tuple(itertools.chain.from_iterable(
             tokenizer.encode(line, add_special_tokens=False).ids for line in piece.text.split("\n")))
     for book in books:
-        pieces = [encode(piece) for piece in sources.pieces(filter(None, book.split("\n")), Counter())]
+        pieces = [encode(piece) for piece in sources.pieces(filter(None, book.split("\n")), "", Counter())]
         first = prepare.document_key(np.array(pieces[0], "<u4").tobytes())
         side = "val" if prepare.is_validation(first, 0.1) else "train"
         assert len(pieces) > 2 and all(sides[ids] == {side} for ids in pieces)
@@ -558,7 +480,6 @@ def test_a_docstrings_side_follows_from_its_beginning_alone(vocab, tmp_path, mon
     assert len(head) == 160 and prepare.docstring_key(f"  \xc0 W\xf6rd {head[7:]} more".replace("\xf6", "o")) == key
     # from the source itself, and not beside another one
     monkeypatch.setattr(sources, "docstrings", lambda: (("torch", d) for d in later))
-    monkeypatch.setattr(sources, "required_packages", lambda: {"torch"})
     make(tmp_path / "2", "docstrings", vocab=vocab)
     assert files(tmp_path / "2")["val.bin"] == files(tmp_path / "1")["val.bin"]
 
@@ -615,9 +536,8 @@ def test_a_second_prepare_with_the_same_out_is_refused(raw, vocab, tmp_path, mon
     (dict(vocab=None, vocab_size=-5), "--vocab-size -5: must be a whole number, at least 6"),
     (dict(vocab=None, vocab_size=10 ** 12), "--vocab-size 1000000000000: must be a whole number, at least 6 and"),
     (dict(vocab=None, vocab_size=9), "--vocab-size 9: the text's characters alone take"),
-    (dict(vocab="/none/vocab.txt"), "--vocab /none/vocab.txt: neither on this disk nor a name on the Hub: give a "
-                                    "vocab.txt, a tokenizer.json, a directory that holds one, or a Hub id"),
-    (dict(vocab="{tmp}"), "neither tokenizer.json nor vocab.txt is in this directory"),
+    (dict(vocab="/none/vocab.txt"), "--vocab /none/vocab.txt: neither on this disk nor given by the Hub or its cache"),
+    (dict(vocab="{tmp}"), "neither tokenizer.json nor vocab.txt is in {tmp}"),
     (dict(vocab="{tmp}/damaged/tokenizer.json"), "damaged/tokenizer.json is damaged or not ours (JSONDecodeError: "),
     (dict(vocab="{tmp}/damaged/vocab.txt"), "damaged/vocab.txt is damaged or not ours (UnicodeDecodeError: "),
     (dict(val_fraction=0.0), "--val-fraction 0.0: must be a number, at least 1e-9 and below 1"),
@@ -625,14 +545,15 @@ def test_a_second_prepare_with_the_same_out_is_refused(raw, vocab, tmp_path, mon
     (dict(val_fraction=-0.1), "--val-fraction -0.1: must be a number, at least 1e-9 and below 1"),
     (dict(val_fraction=float("nan")), "--val-fraction nan: must be a number, at least 1e-9 and below 1"),
     (dict(rows_per_document=0), "--rows-per-document 0: must be a whole number, at least 1"),
-    (dict(document_per="page"), "--document-per page: must be one of blank-line, file"),
-    (dict(document_per="file", rows_per_document=2), "--document-per file joins all rows of a file: leave out"),
+    (dict(document_per="page"), "--document-per page: must be one of blank-line, line, file"),
+    (dict(document_per="file", rows_per_document=2), "--document-per file ends each document: leave out"),
     (dict(out="{tmp}/text.txt"), "text.txt: no directory to write in: {tmp}/text.txt: Not a directory"),
     (dict(out="{tmp}/text.txt/a"), "text.txt/a: no directory to write in: {tmp}/text.txt: Not a directory"),
     (dict(out=""), "--out is empty: say what belongs there, or leave it out"),
     (dict(sources=["{tmp}/none.txt"]), "none.txt: no such file: give files"),
-    (dict(sources=["{tmp}/" + "x" * 300]), "cannot be opened (File name too long)"),
-    (dict(sources=["{tmp}/damaged/*.xyz"]), "no file to read in it"),
+    (dict(sources=["{tmp}/" + "x" * 300]), "cannot be read (File name too long)"),
+    (dict(sources=["some/wiki"]), "some/wiki: no such file: give files, directories or the word docstrings; what is on "
+                                  "the Hub comes by  hf download OWNER/NAME --repo-type dataset --local-dir DIRECTORY"),
 ])
 def test_wrong_arguments_are_refused_in_one_line(raw, vocab, tmp_path, changes, expected):
     (tmp_path / "damaged").mkdir()
@@ -712,13 +633,9 @@ def test_killed_between_two_renames_the_directory_is_old_or_unusable_or_new(raw,
         assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
-def test_too_little_room_is_said_before_the_work_and_a_full_disk_leaves_nothing(raw, vocab, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_what_was_there(raw, vocab, tmp_path):
     make(tmp_path / "out", raw, vocab=vocab)
     before = files(tmp_path / "out")
-    with monkeypatch.context() as m:
-        m.setattr(sources.shutil, "disk_usage", lambda place: types.SimpleNamespace(free=1000))
-        with pytest.raises(UserError, match=r"will take about [\d,]+ bytes, 1,000 are free"):
-            make(tmp_path / "out", raw, vocab=vocab)
     code = """
 import resource, sys, prepare
 resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))                 # a write beyond fails as on a full disk
@@ -734,28 +651,21 @@ def test_lines_and_batches_are_bounded(vocab):
     rng, line = random.Random(0), 1_000_000
     words = " ".join("x" * rng.randint(1, 90) for _ in range(line // 45)) + "y" * 300_000
     met = Counter()
-    pieces = list(sources.paragraphs(io.BytesIO(words.encode()), met))
-    assert max(map(len, pieces)) <= 2 * sources.LINE and met["long_lines"] == 1
+    pieces = sources.cut(words, met)
+    assert max(map(len, pieces)) <= 65_535 and met["long_lines"] == 1
     assert "".join(pieces).replace(" ", "") == words.replace(" ", "")
-    document = sources.Piece("\n".join(pieces))
-    batches = list(prepare.batches([document], characters=100_000))
-    assert max(sum(len(line) for line, _ in batch) for batch in batches) < 100_000 + 2 * sources.LINE
-    assert [piece for batch in batches for _, piece in batch] == [None] * (len(pieces) - 1) + [document]
+    documents = [sources.Piece(piece, "") for piece in pieces]
+    batches = list(prepare.batches(documents, characters=100_000))
+    assert max(sum(len(piece.text) for piece in batch) for batch in batches) < 100_000 + 65_536
+    assert [piece for batch in batches for piece in batch] == documents
 
 
 def test_a_document_without_end_is_cut_at_a_line(monkeypatch):
     monkeypatch.setattr(sources, "DOCUMENT", 100)
     met = Counter()
-    pieces = list(sources.pieces(["a" * 40] * 7 + ["", "b"], met))
+    pieces = list(sources.pieces(["a" * 40] * 7 + ["", "b"], "", met))
     assert [len(p.text.split("\n")) for p in pieces] == [3, 3, 1, 1] and met["long_documents"] == 1
     assert [p.begins for p in pieces] == [True, False, False, True]
-
-
-def test_documents_are_remembered_when_they_are_many(monkeypatch):
-    monkeypatch.setattr(prepare, "RECENT", 50)
-    seen, keys = prepare.Seen(), [prepare.document_key(b"%d" % i) for i in range(1000)]
-    assert all(seen.add(key) for key in keys) and not any(seen.add(key) for key in keys)
-    assert len(seen.older) == 1000 and len(seen.recent) == 0
 
 
 @pytest.mark.slow
@@ -848,12 +758,7 @@ def test_casing_is_what_the_tokenizers_configuration_says(tmp_path, file, monkey
         assert first_id() == expected
 
     import huggingface_hub as hub
-
-    def download(name, filename):
-        if not (tmp_path / filename).exists():
-            raise hub.errors.EntryNotFoundError("404")
-        return str(tmp_path / filename)
-    monkeypatch.setattr(hub, "hf_hub_download", download)
+    monkeypatch.setattr(hub, "snapshot_download", lambda name, allow_patterns: str(tmp_path))
     assert load_tokenizer("some/bert").encode("Hello", add_special_tokens=False).ids == [6]
 
 
@@ -866,17 +771,14 @@ def test_the_hubs_own_client_reads_its_cache_in_a_fresh_process(raw, vocab, tmp_
         (place / "snapshots" / commit / file).parent.mkdir(parents=True)
         return place / "snapshots" / commit / file
 
-    def run(source, name):
-        command = [sys.executable, "prepare.py", source, "--vocab", name, "--out", tmp_path / "out"]
+    def run(name):
+        command = [sys.executable, "prepare.py", raw, "--vocab", name, "--out", tmp_path / "out"]
         return subprocess.run(command, env=os.environ | dict(HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1"), text=True,
                               capture_output=True, cwd=Path(prepare.__file__).parent)
     cached("models", "some/bert", "tokenizer.json").write_bytes(vocab.read_bytes())
-    parquet(cached("datasets", "some/wiki", "en/train.parquet"), text(300))
-    for source in (raw, "some/wiki/en"):
-        assert "300 documents" in run(source, "some/bert").stderr
-    for source, name, message in ((raw, "no/bert", "from the Hub or its cache"), ("no/wiki", "some/bert", "no/wiki: ")):
-        done = run(source, name)
-        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+    assert "300 documents" in run("some/bert").stderr
+    done = run("no/bert")
+    assert done.returncode == 2 and "nor given by the Hub or its cache" in done.stderr and "Trace" not in done.stderr
 
 
 def test_a_vocabulary_with_a_token_twice_is_refused(tmp_path):
@@ -932,3 +834,122 @@ new = {m.split(".")[0] for m in set(sys.modules) - before}
 assert not new & {"anyio", "click", "sympy", "torch", "networkx"}, new
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(prepare.__file__).parent)
+
+
+# ---------------------------------------------------------------------------------- text of the kind that it will meet
+
+def table_of(path, names, rows_):
+    path.write_text("".join("\t".join(map(str, row)) + "\n" for row in (names, *rows_)), encoding="utf-8")
+    return path
+
+
+def documents_made(out, *given, **other):
+    """(The documents, as text that a vocabulary with all their words gives back, the manifest.)"""
+    manifest = make(out, *given, val_fraction=1e-9, **other)            # validation is the last of the ids
+    directory = TokenDirectory(out)
+    ids = np.concatenate([directory.split(name) for name in ("train", "val")])
+    found = np.split(ids, np.flatnonzero(ids == directory.special["[SEP]"]) + 1)[:-1]
+    return [directory.read_tokenizer().decode(d) for d in found], manifest
+
+
+@pytest.fixture
+def words(tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join([*SPECIAL, *(f"w{i}" for i in range(300)), "."]) + "\n")
+    return tmp_path / "vocab.txt"
+
+
+@pytest.mark.parametrize("names, columns, expected, met", [
+    (("text", "label"), None, ["w0", "w1", "w2"], {}), (("id", "query"), None, ["w10", "w11", "w12"], "'query'"),
+    (("review", "verdict"), None, ["w0", "w1", "w2"], "'review'"), (("w", "stars"), "w", ["w0", "w1", "w2"], {}),
+    (("id", "text"), None, ["w10", "w11", "w12"], {}), (("label", "text_b"), None, ["w10", "w11", "w12"], "'text_b'"),
+    (("a", "b"), "a,b", ["w0 w10", "w1 w11", "w2 w12"], {})])
+def test_the_rows_of_a_table_are_documents(words, tmp_path, names, columns, expected, met):
+    """The columns in --columns, else `text`, else those that fine-tuning would take, which is told."""
+    verdicts = "verdict" in names
+    rows_ = [(f"w{i}", f"w{10 + (i > 0 if verdicts else i)}") for i in range(3)]
+    (tmp_path / "in").mkdir()
+    for kind, mark in ((".csv", ","), (".tsv", "\t")):
+        (tmp_path / f"in/a{kind}").write_text("\n".join([mark.join(names), *map(mark.join, rows_), "", mark]))
+    objects = [json.dumps(dict(zip(names, row, strict=True))) for row in rows_]
+    (tmp_path / "in/a.jsonl").write_text("\n".join(objects))
+    arrow, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pq.write_table(arrow.table({name: list(c) for name, c in zip(names, zip(*rows_, strict=True), strict=True)}),
+                   tmp_path / "in/a.parquet")
+    met = met and {f"tables with the text in {met}": 1}
+    for file in sorted((tmp_path / "in").iterdir()):
+        found, made = documents_made(tmp_path / "out", file, vocab=words, columns=columns, document_per="line")
+        assert found == expected and made["met"] == met and made["unknown"] == 0
+    made = make(tmp_path / "out", tmp_path / "in", vocab=words, columns=columns)
+    assert made["documents"] == 3 and made["duplicates"] == 9
+
+
+@pytest.mark.parametrize("names, rows_, columns, message", [
+    (("query", "passage"), [(f"w{i}", f"w{i + 9}") for i in range(9)], None, "'query', 'passage' are text. Say it wit"),
+    (("a", "b", "c", "label"), [("w", "w", "w", 1)] * 9, None, "which of 'a', 'b', 'c', 'label' are text"),
+    (("text", "label"), [("w1", 1)] * 9, "body", "a.tsv is without the column 'body' of --columns: it has 'text'"),
+    (("w1", 0.5), [("w2", 0)] * 9, None, "a.tsv is without a header .line 1 holds 0.5.")])
+def test_a_table_whose_text_is_not_told_is_refused_by_name_and_left_out_of_a_directory(
+        words, tmp_path, names, rows_, columns, message):
+    (tmp_path / "in").mkdir()
+    table_of(tmp_path / "in/a.tsv", names, rows_)
+    (tmp_path / "in/b.txt").write_text("w1 w2\n")
+    with pytest.raises(UserError, match=message):
+        make(tmp_path / "out", tmp_path / "in/a.tsv", vocab=words, columns=columns)
+    made = make(tmp_path / "out", tmp_path / "in", vocab=words, columns=columns)
+    assert made["documents"] == 1 and [key.startswith("left out: .tsv (") for key in made["met"]] == [True]
+
+
+def test_each_line_is_a_document(words, tmp_path):
+    long = "w7 " * 40_000                                               # cut, and one document all the same
+    (tmp_path / "a.txt").write_text(f"w1 w2\n\n \nw3\nw3\n w4 .\n{long}\nw5")
+    found, made = documents_made(tmp_path / "out", tmp_path / "a.txt", vocab=words, document_per="line")
+    assert found == ["w1 w2", "w3", "w4.", long.strip(), "w5"]
+    assert made["duplicates"] == 1 and made["met"] == dict(long_lines=1)
+
+
+def test_the_dev_rows_of_tasks_are_left_out_on_both_sides(words, tmp_path):
+    """Of a directory's dev file, and of what a single file sets apart; the text may be of that very file."""
+    pairs = [(f"w{i} .", f"W{i + 100}", i % 2) for i in range(90)]
+    single = table_of(tmp_path / "pairs.tsv", ("s", "t", "label"), pairs)
+    (tmp_path / "task").mkdir()
+    table_of(tmp_path / "task/train.tsv", ("text", "label"), [(f"w{i}", i % 2) for i in range(200, 220)])
+    table_of(tmp_path / "task/dev.tsv", ("text", "label"), [(f"w{i}", i % 2) for i in range(220, 230)])
+    (tmp_path / "a.txt").write_text("\n".join(f"w{i}" for i in range(200, 230)))
+    found, made = documents_made(tmp_path / "out", single, tmp_path / "a.txt", vocab=words, columns="s,t",
+                                 document_per="line", without=f"one={single},two={tmp_path / 'task'}")
+    dev = {sides[0] for sides in glue.read_task("one", glue.own_task(single, say=lambda _: None), None)["dev"][0]}
+    assert 2 < len(dev) < 20 and made["met"]["lines left out: a side of a row of --without"] == 2 * len(dev) + 10
+    assert found == [f"{a[:-2]}. {b.lower()}" for a, b, _ in pairs if a not in dev] + [f"w{i}" for i in range(200, 220)]
+    with pytest.raises(UserError, match="--tasks 'x': unknown or given twice"):
+        make(tmp_path / "out", single, vocab=words, without="x")
+
+
+def test_the_dev_rows_of_an_official_task_are_left_out(real_data, wiki, tmp_path):
+    for part in ("train", "dev"):
+        lines = (real_data / f"glue/RTE/{part}.tsv").read_text(encoding="utf-8").splitlines()[1:]
+        (tmp_path / f"{part}.txt").write_text("\n".join("\n".join(line.split("\t")[1:3]) for line in lines).upper())
+    given = tmp_path / "dev.txt", tmp_path / "train.txt"
+    for without, some in ((None, True), ("rte", False)):
+        made = make(tmp_path / "out", *given, vocab=wiki[1], document_per="line", without=without,
+                    glue_dir=str(real_data / "glue"))
+        assert bool(made["source_tokens"][str(given[0])]) == some and made["source_tokens"][str(given[1])] > 1e5
+    assert made["met"]["lines left out: a side of a row of --without"] >= 2 * 277
+
+
+def test_at_most_so_many_ids_of_each_source_and_the_shares_are_told(words, tmp_path, capsys):
+    for name, first, n in (("small", 0, 4), ("large", 4, 200)):
+        (tmp_path / f"{name}.txt").write_text("\n".join(f"w{i} w{i}" for i in range(first, first + n)))
+    given = [str(tmp_path / f"{name}.txt") for name in ("small", "large")]
+    prepare.main(prepare.Config(given, str(tmp_path / "out"), str(words), document_per="line", at_most=31))
+    manifest = TokenDirectory(tmp_path / "out").manifest
+    assert manifest["source_tokens"] == {given[0]: 12, given[1]: 30}    # the first ones, whole documents
+    assert manifest["documents"] == 14 and manifest["train_tokens"] + manifest["val_tokens"] == 42
+    assert f"shares: {given[0]} 28.6%, {given[1]} 71.4%" in capsys.readouterr().err
+    prepare.main(prepare.Config(given[:1], str(tmp_path / "out"), str(words), document_per="line"))
+    assert "shares" not in capsys.readouterr().err
+
+
+def test_a_source_that_is_full_is_not_read_to_its_end(words, tmp_path):
+    (tmp_path / "a.txt").write_text("".join(f"w{i % 300} w{i // 300 % 300}\n" for i in range(60_000)) + "\xff")
+    met, files_ = Counter({f"_full {tmp_path}/a.txt": 1}), sources.find_files(f"{tmp_path}/a.txt", Counter())
+    assert not list(sources.read_documents(files_, met, document_per="line")) and met["_lines"] < 300

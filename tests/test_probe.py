@@ -79,7 +79,7 @@ def test_on_real_tasks_too(name, n, real_data, teacher):
     def states(file):
         x, y = parts[file]
         u = [ft.predict(encoder, ft.encode(tokenizer, [(s[i],) for s in x[:n]], 64), 0) for i in range(len(x[0]))]
-        return probe.features(*u), y[:n]
+        return probe.pair_features(*u), y[:n]
     (train, y), (dev, labels) = states("train"), states("dev")
     ours, theirs = (f(train, y, dev, task.labels == ())[0] for f in (probe.linear, scikit_learns))
     metric = glue.pearson if task.labels == () else glue.accuracy

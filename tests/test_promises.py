@@ -131,8 +131,8 @@ def test_the_defaults_are_the_papers_recipe():
     assert [ours.of_recipe(name) for name in ("optimizer", "clip", "init_std")] == ["adamw", 0, 0.02]
     assert (ours.seed, ours.init, ours.tau, ours.static_masks, ours.as_released) == (0, None, None, False, False)
     tuning = finetune_glue.Config("model")
-    assert (tuning.batch_sizes, tuning.peak_lrs, tuning.epochs) == ("16,32", "1e-5,3e-5,5e-5,8e-5", 5)
-    assert (tuning.max_len, tuning.dropout, tuning.seeds) == (128, 0.1, 3)
+    assert finetune_glue.grid(tuning, 768) == [(b, lr) for b in (16, 32) for lr in (1e-5, 3e-5, 5e-5, 8e-5)]
+    assert tuning.epochs == 5 and (tuning.max_len, tuning.dropout, tuning.seeds) == (128, 0.1, 3)
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -575,7 +575,7 @@ def fine_tuned(teacher, task, **other):
         model=str(teacher), tasks=f"own={task}", batch_sizes="8", peak_lrs="3e-3", seeds=1, epochs=1, max_len=16,
         out=str(task.parent / "out"), device="cpu") | other)
     with watching() as seen:
-        return finetune_glue.score(config, say=lambda line: None)["tasks"]["own"], seen
+        return finetune_glue.score_model(config, say=lambda line: None)["tasks"]["own"], seen
 
 
 def test_fine_tuning_trains_with_the_dropout_of_its_flag_and_predicts_without(teacher, task):
@@ -653,10 +653,9 @@ def judged(corpus, deep_teacher, task, tmp_path, monkeypatch):
         def ngrams(*_):
             return dict(scores=dict.fromkeys(tasks, 1.0), tasks={name: dict(
                 metric="accuracy", n=100, scores=[1.0], collapsed=0, majority=50.0) for name in tasks})
-        monkeypatch.setattr(finetune_glue, "score", score)
+        monkeypatch.setattr(finetune_glue, "score_model", score)
         monkeypatch.setattr(finetune_glue, "kept_predictions", lambda *_: None)
         monkeypatch.setattr(compare, "score_ngrams", ngrams)
-        monkeypatch.setattr(compare, "constant_of", lambda *_: None)
         monkeypatch.setattr(judge, "keep_examples", lambda *_: None)
         monkeypatch.setattr(judge, "arrays_of", lambda *_: {})
         recipe = {k: v for k, v in FAIR.items() if k in compare.Config.__dataclass_fields__ and "budget" not in k}

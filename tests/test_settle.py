@@ -61,7 +61,11 @@ def test_the_batch_is_the_largest_power_of_two_that_buys_2000_steps(bare, tokens
 def test_flops_buy_what_their_price_says(bare):
     config, said = taken(bare(budget_tokens=None, budget_flops=1e11, size="1L48"))
     steps = int(said[-1].split(" buys ")[1].split()[0].replace(",", ""))
-    flops = settle.flops_of_block(config) * config.batch_size
+    from plumbing.checkpoint import read_config
+    from plumbing.student import student_shape
+    from plumbing.tokens import TokenDirectory
+    shapes = student_shape(config, TokenDirectory(config.data)), read_config(settle.Path(config.teacher))
+    flops = settle.flops_of_block(config, shapes) * config.batch_size
     assert steps == pytest.approx(1e11 / flops, rel=0.01) and (steps >= 2000 or config.batch_size == 16)
 
 

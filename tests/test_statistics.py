@@ -15,7 +15,6 @@ from comparison.statistics import (
     dev_variance,
     example_scores,
     family,
-    fine_tunings,
     fisher,
     pair,
     summary,
@@ -249,15 +248,6 @@ def test_a_summary_is_over_seeds():
     assert math.isnan(summary(Arm("a", [[]]))[0])
 
 
-def test_costs_suggest_a_number_of_fine_tunings():
-    assert [fine_tunings(c) for c in (0.05, 0.2, 1, 100)] == [6, 3, 2, 2]
-    assert fine_tunings(0.05, ratio=(1.2 / 0.75) ** 2) == 7
-    # the m that is best by trying: the variance of a mean is (between + within / m) / n, n = money / (1 + m cost)
-    for cost, ratio in itertools.product((0.01, 0.05, 0.2), (1, 1.63, 4)):
-        best = min(range(2, 60), key=lambda m: (1 + ratio / m) * (1 + m * cost))
-        assert abs(fine_tunings(cost, ratio) - best) <= 1
-
-
 # -------------------------------------------------------------------------------------------------------- words
 
 @pytest.mark.parametrize("d, half, wide, n, expected", [
@@ -355,7 +345,6 @@ def test_a_score_that_no_seed_changes_has_no_spread_of_its_own():
 
 
 # --------------------------------------------------------------------------------------------------- simulation
-
 def simulated(spread, n, k, tables, **other):
     rng = np.random.default_rng(0)
     return simulate.measured(lambda: simulate.made_up(rng, spread, k, n, **other), tables)
@@ -368,13 +357,6 @@ def test_the_simulation_has_few_false_claims_and_finds_what_is_there():
     assert simulated(simulate.equal, 10, 3, 60)["half"] < found["half"] / 1.7
     collapsing = simulated(simulate.equal, 3, 3, 150, collapsing=True)
     assert 90 <= collapsing["coverage"] <= 99.5 and collapsing["false"] <= 8
-
-
-def test_the_simulation_prints_its_table(capsys):
-    simulate.main(simulate.Config(tables=2))
-    head, line, *rows, _, last = capsys.readouterr().out.strip().splitlines()
-    assert len(rows) == 31 and all(row.count("|") == line.count("|") == head.count("|") for row in rows)
-    assert last.startswith("2 tables a row")
 
 
 @pytest.mark.slow

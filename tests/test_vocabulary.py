@@ -1,6 +1,5 @@
 """Vocabularies of others: the ids of transformers' own tokenizer, or one line that names what was found."""
 import json
-import shutil
 import time
 
 import pytest
@@ -8,7 +7,6 @@ import pytest
 from plumbing import checkpoint
 from plumbing.cli import UserError
 from plumbing.tokenizer import SPECIAL, load_tokenizer
-from plumbing.tokens import TokenDirectory
 
 WORDS = ("the The cat Cat é e ü ##s ##e [ ] < > hl ##l h ##h ent s 是 苹 果 是苹果 a ##a b [unused1] ÄÖ äö ao ! ##t c "
          "ca x ##x _ f o").split()
@@ -55,14 +53,7 @@ HONOURED = [
     dict(words=WORDS, tokenizer_config=dict(do_lower_case=True)),
     dict(tokenizer_config=dict(strip_accents=False, tokenizer_class="BertTokenizerFast")),
     dict(tokenizer_config=dict(tokenize_chinese_chars=False, tokenizer_class="DistilBertTokenizer")),
-    dict(added_tokens={"[HL]": SIZE}),
-    dict(added_tokens={"<ent>": SIZE + 1, "[HL]": SIZE}, special_tokens_map=dict(cls_token="[CLS]")),
-    dict(added_tokens={"[unused1]": len(SPECIAL) + LOWER.index("[unused1]"), "ÄÖÜ ß": SIZE}),
     dict(special_tokens_map=dict(mask_token=flags("[MASK]", lstrip=True), sep_token="[SEP]")),
-    dict(special_tokens_map=dict(additional_special_tokens=["<ent>", "[HL]"])),
-    dict(tokenizer_config=dict(extra_special_tokens=["<ent>"], bos_token="<s>", eos_token="</s>")),
-    dict(tokenizer_config=dict(added_tokens_decoder=DECODER | {
-        str(SIZE): flags("[HL]", normalized=True, special=False), str(SIZE + 1): flags("<ent>", lstrip=True)})),
     dict(tokenizer_config=dict(added_tokens_decoder=DECODER), added_tokens={"[HL]": SIZE})]     # which is not read then
 
 
@@ -96,18 +87,21 @@ REFUSED = [
     (dict(config=dict(model_type="bert", tokenizer_class="KoBertTokenizer")), "tokenizer_class is KoBertTokenizer"),
     (dict(tokenizer_config=dict(tokenizer_class="A\x1b[31m\nB")), r"tokenizer_class is A\\x1b\[31m: only"),
     (dict(tokenizer_config=dict(auto_map=dict(AutoTokenizer=["t.T", None]))), "auto_map is {'Auto.*: only none"),
-    (dict(tokenizer_config=dict(cls_token="<s>")), r"cls_token is <s>: only none, \[CLS\] works"),
-    (dict(special_tokens_map=dict(mask_token=flags("<mask>"))), "mask_token is <mask>"),
-    (dict(added_tokens={"[HL]": SIZE + 3}), rf"'\[HL\]' has the id {SIZE} in it, and {SIZE + 3} in the list"),
-    (dict(added_tokens={"[HL]": 7}), rf"'\[HL\]' has the id {SIZE} in it, and 7 in the list"),
+    (dict(added_tokens={"[HL]": SIZE}), r"a file beside it adds the token '\[HL\]': save_pretrained of"),
+    (dict(added_tokens={"[unused1]": len(SPECIAL) + LOWER.index("[unused1]")}), r"adds the token '\[unused1\]'"),
+    (dict(special_tokens_map=dict(additional_special_tokens=["<ent>", "[HL]"])), "adds the token '<ent>'"),
+    (dict(tokenizer_config=dict(extra_special_tokens=["[HL]"])), r"adds the token '\[HL\]'"),
+    (dict(tokenizer_config=dict(added_tokens_decoder=DECODER | {str(SIZE): flags("[H]")})), r"adds the token '\[H\]'"),
+    (dict(tokenizer_config=dict(cls_token="<s>")), "adds the token '<s>'"),
+    (dict(special_tokens_map=dict(mask_token=flags("<mask>"))), "adds the token '<mask>'"),
     (dict(added_tokens="[1, 2]"), "added_tokens.json is damaged or not ours .TypeError"),
-    (dict(added_tokens='{"\\ud800": 3}'), "is damaged or not ours"),
+    (dict(added_tokens='{"\\ud800": 3}'), "adds the token"),
     (dict(tokenizer_config="[" * 10 ** 5), "tokenizer_config.json is damaged or not ours .RecursionError"),
     (dict(tokenizer_config=dict(do_lower_case="no")), "is damaged or not ours .TypeError"),
     (dict(words=["a", "b", "", "", "c"]), "lines 8 and 9 are both blank lines"),
     (dict(words=["a", "b", "a"]), "lines 6 and 8 are both 'a'"),
     (dict(words=["a", "a "]), "lines 6 and 7 are both 'a'"),
-    (dict(words=[]), "a vocabulary without words"), (dict(words=[], line=" "), r"has \[PAD\] \[UNK\]")]
+    (dict(words=[], line=" "), r"has \[PAD\] \[UNK\]")]
 
 
 @pytest.mark.parametrize("given, message", REFUSED, ids=[str(i) for i in range(len(REFUSED))])
@@ -117,15 +111,7 @@ def test_what_cannot_be_honoured_is_refused_by_name(place, given, message):
     assert str(e.value).isprintable() and len(str(e.value)) < 500
 
 
-ENDLESS = dict(type="Split", pattern=dict(Regex="(a+)+$"), behavior="Isolated", invert=False)
-GROWING = dict(type="Replace", pattern=dict(String="a"), content="aa")
-
-
 @pytest.mark.parametrize("change, message", [
-    (lambda r: r.update(pre_tokenizer=ENDLESS), "pre_tokenizer is Split"),
-    (lambda r: r.update(pre_tokenizer=dict(type="Sequence", pretokenizers=[r["pre_tokenizer"], ENDLESS])), "is Split"),
-    (lambda r: r.update(pre_tokenizer={k: v for k, v in ENDLESS.items() if k != "type"}), "Split|damaged or not ours"),
-    (lambda r: r.update(normalizer=dict(type="Sequence", normalizers=[GROWING] * 40)), "normalizer is Replace"),
     (lambda r: r.update(model=dict(type="BPE", vocab=r["model"]["vocab"], merges=[])), "model is BPE: only WordPiece"),
     (lambda r: r["model"].update(unk_token="the"), r"unk_token is the: only \[UNK\]"),
     (lambda r: r["model"]["vocab"].update(the=6), "a token is there twice, or one is missing"),
@@ -153,14 +139,3 @@ def test_the_truncation_and_the_padding_of_a_tokenizer_are_not_applied_to_our_te
     for each in (found, checkpoint.framed(found), checkpoint.framed(tokenizer)):
         assert each.encode("the cat " * 50).ids == expected and len(expected) == 102
         assert [len(e) for e in each.encode_batch(["the", "the cat " * 9])] == [3, 20]
-
-
-def test_a_token_directory_refuses_such_a_tokenizer_too(corpus, tmp_path):
-    shutil.copytree(corpus, tmp_path / "d")
-    file, manifest = tmp_path / "d/tokenizer.json", tmp_path / "d/manifest.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | dict(pre_tokenizer=ENDLESS)))
-    raw = json.loads(manifest.read_text())
-    raw["bytes"]["tokenizer.json"] = file.stat().st_size
-    manifest.write_text(json.dumps(raw))
-    with pytest.raises(UserError, match="pre_tokenizer is Split"):
-        TokenDirectory(tmp_path / "d")

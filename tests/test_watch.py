@@ -1,4 +1,4 @@
-"""Runs made by train.py and by hand, as table, figure and page (in a real browser), and what a model says."""
+"""Runs made by train.py and by hand, as table and page (in a real browser), and what a model says."""
 import json
 import re
 import shutil
@@ -6,12 +6,11 @@ import subprocess
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 import train
 import watch
 from comparison import timing
-from plumbing import checkpoint, cli
+from plumbing import cli
 from plumbing.checkpoint import cut_log
 from plumbing.cli import UserError
 
@@ -27,13 +26,13 @@ def shown(*paths, **other):
 def cells(*paths, **other):
     """{run: {heading: text}} of the table."""
     return {row[0]: dict(zip(head, row, strict=True))
-            for head, *rows in [watch.table(watch.find(paths)[0], other.get("x", "hours"))] for row in rows}
+            for head, *rows in [watch.run_table(watch.find(paths), other.get("x", "hours"))] for row in rows}
 
 
 @pytest.fixture
 def made(tmp_path):
     """Writes a run directory: 100 blocks of 10 tokens a step, a step a second, validations at 20, 40, ..."""
-    def make(name="run", steps=60, tail="", summary=None, extra=lambda step: {}, **budget):
+    def make(name="run", steps=60, tail="", finished=False, extra=lambda step: {}, **budget):
         path = tmp_path / "runs" / name
         path.mkdir(parents=True)
         config = dict(strategy="no_kd", batch_size=100, seq_len=10) | (budget or dict(budget_hours=0.1))
@@ -41,23 +40,24 @@ def made(tmp_path):
         records = []
         for step in range(10, steps + 1, 10):
             record = dict(step=step, progress=(step - 1) / 360, seconds=float(step), lr=1e-4 * step, epoch=0.1,
-                          loss=9 - step / 20, mlm=8 - step / 20, soft=1.0, gradient_norm=2.5) | extra(step)
+                          loss=9 - step / 20, mlm=8 - step / 20, soft=1.0, gradient_norm=2.5,
+                          tokens_per_second=900.0) | extra(step)
             records += [record] + [dict(record, val=dict(mlm=9 - step / 20))] * (step % 20 == 0)
         (path / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records) + tail)
-        if summary is not None:
-            (path / "summary.json").write_text(json.dumps(summary))
+        if finished:
+            (path / "summary.json").write_text("{}")
         return path
     return make
 
 
 def test_a_run_of_train_py_is_shown_with_the_numbers_of_its_files(tiny, tmp_path):
     summary = train.train(tiny(strategy="vanilla_kd", val_times=2), say=lambda line: None)
-    out = shown(tmp_path / "run", x="flops")
+    out = shown(tmp_path / "run", x="tokens")
     last = json.loads((tmp_path / "run/log.jsonl").read_text().splitlines()[-2])
     assert re.search(r"^state +finished$", out, re.M) and "20 of 20 steps, 100.0%" in out
-    assert f"{summary['student_flops'] + summary['teacher_flops']:.3g} FLOPs" in out
+    assert f"{summary['tokens']:,} tokens" in out
     assert f"{last['loss']:.5g}" in out and f"soft_ce {last['soft_ce']:.5g}" in out
-    assert f"{summary['tokens_per_second']:,.0f}" in out and f"{last['gradient_norm']:.3g}" in out
+    assert f"{20 * 8 * 32 / summary['charged_seconds']:,.0f}" in out and f"{last['gradient_norm']:.3g}" in out
     assert out.count("  at ") == 2 and f"mlm {summary['val']['mlm']:.5g} (" in out
 
 
@@ -65,27 +65,25 @@ def test_progress_time_left_rates_and_changes_of_a_run_under_way(made):
     path = made(tail='{"step": 70, "progre')
     found = cells(path)["run"]
     assert found["spent"] == "60 of 360 s, 16.7%" and found["left"] == "300 s" and found["loss"] == "6"
-    assert found["terms"] == "mlm 5, soft 1" and found["tokens/s"] == "1,000"
+    assert found["terms"] == "mlm 5, soft 1" and found["tokens/s"] == "900"
     assert found["validation"] == "mlm 6 (-1) [3]" and "last line 0 s ago" == found["state"]
     assert len(found["loss so far"]) == 24 and found["loss so far"].strip()[::19] == "█▁"
     assert re.findall(r"at +(\S+ \S+)  mlm (.*)", shown(path, x="tokens")) == [
         ("20,000 tokens", "8"), ("40,000 tokens", "7 (-1)"), ("60,000 tokens", "6 (-1)")]
-    found = cells(made("slow", steps=100, extra=lambda step: dict(seconds=step + 200.0 * (step > 90)),
-                       budget_tokens=1_000_000))["slow"]
-    assert found["tokens/s"] == "48" and found["left"] == "5:15 h"      # 10,000 tokens in 210 s, 900,000 to go
+    found = cells(made("slow", steps=100, extra=lambda step: dict(seconds=2.0 * step), budget_tokens=1_000_000))["slow"]
+    assert found["left"] == "0:30 h"                                    # 100,000 tokens in 200 s, 900,000 to go
     assert found["spent"] == "100,000 of 1,000,000 tokens, 10.0%"
-    assert cells(made("logged", extra=lambda step: dict(tokens_per_second=5e4)))["logged"]["tokens/s"] == "50,000"
+    found = cells(made("done", finished=True))["done"]
+    assert found["tokens/s"] == "1,000" and "left" not in found         # of the whole run
 
 
 def test_several_runs_are_one_table_and_one_that_starts_is_in_it(made):
-    first, second, other = made("a"), made("b", steps=120, summary=dict(tokens_per_second=7.0)), made("c", steps=0)
+    first, second, other = made("a"), made("b", steps=120, finished=True), made("c", steps=0)
     head, a, b, c = shown(first, second, other).rstrip().splitlines()
-    assert head.split()[:3] == ["run", "state", "spent"] and "starting" in c and " 7 " in b
+    assert head.split()[:3] == ["run", "spent", "left"] and "starting" in c and " 1,000 " in b
     assert 10 < len(cells(first, second)["a"]["loss so far"]) < len(cells(first, second)["b"]["loss so far"]) == 24
-    whole = watch.in_terminal(watch.find([first, second])[0], [], "hours", 10_000)
-    narrow = watch.in_terminal(watch.find([first, second])[0], [], "hours", 80)
-    assert max(map(len, narrow.splitlines())) <= 80 < len(whole.splitlines()[0])
-    assert set(whole.split()) == set(narrow.split()) and narrow.count("\na ") == narrow.count("run ") > 1
+    narrow = watch.in_terminal(watch.find([first, second]), "hours", 80)
+    assert max(map(len, narrow.splitlines())) == 80 and "loss" in narrow and "mlm 6 (-1) [3]" in narrow
     (first.parent / "d").mkdir()                                        # claimed by compare.py, not begun
     shutil.copytree(first, first.parent.parent / "teacher")
     assert list(cells(first.parent.parent)) == ["teacher", "a", "b", "c"]       # a comparison under way
@@ -93,37 +91,30 @@ def test_several_runs_are_one_table_and_one_that_starts_is_in_it(made):
     assert list(cells(first.parent.parent)) == ["a", "b", "c"]
 
 
-def test_flops_come_from_the_log_the_summary_or_the_budget_and_are_refused_where_unknown(made):
-    summary = dict(steps=60, student_flops=500, teacher_flops=100)
-    assert cells(made("a", summary=summary), x="flops")["a"]["FLOPs"] == "600 FLOPs"
-    assert cells(made("b", extra=lambda step: dict(flops=7 * step)), x="flops")["b"]["FLOPs"] == "420 FLOPs"
-    assert cells(made("c", budget_flops=360))["c"]["spent"] == "59 of 360 FLOPs, 16.4%"
-    with pytest.raises(UserError, match="known when it has finished"):
+def test_flops_are_what_a_budget_of_flops_has_spent_and_are_refused_elsewhere(made):
+    assert cells(made("c", budget_flops=360), x="flops")["c"]["spent"] == "59 of 360 FLOPs, 16.4%"
+    with pytest.raises(UserError, match="--x flops: .*/d has no --budget-flops"):
         shown(made("d"), x="flops")
 
 
 def test_long_logs_are_thinned_but_keep_their_end_and_validations(made):
-    run = watch.Run(made(steps=20_000))
-    assert len(run.records) == 2000 and len(run.points("loss", "steps")) < 1600
-    assert run.points("loss", "steps")[-1] == (20_000, 9 - 1000.0)
-    assert len(run.points("validation mlm", "hours")) == 1000
-    assert [y for _, y in run.points("tokens/s", "steps")] == pytest.approx([1000] * len(run.axes["steps"]))
+    run = watch.LoggedRun(made(steps=20_000))
+    assert len(run.records) == 2000 and len(run.curves["loss"]) < 1600
+    assert run.axes["steps"][-1] == 20_000 and run.curves["loss"][-1] == 9 - 1000.0
+    assert len([y for y in run.curves["validation mlm"] if y is not None]) == 1000
 
 
-STRANGE = (b"", b"[1, 2]", b"7", b"null", b'{"step": 3', b'{"step": 3, "seconds": "1"}', b"\xff\xfe{", b"{}",
-           b'{"step": 3, "seconds": NaN}', b'{"step": [], "seconds": 1}', b'{"step": 3, "seconds": 1, "loss": "\xe9"}',
-           b'{"step": 3, "seconds": 1, "val": [1]}', b'{"step": 3, "seconds": 1, "loss": {}}', b"[" * 10 ** 5,
-           b'{"step": 3, "seconds": 1, "val": {"mlm": "low"}}', b'{"step": NaN, "seconds": 1}')
+STRANGE = (b"", b'{"step": 3', b"\xff\xfe{", b'{"step": 3, "seconds": 1, "loss": "\xe9"}', b'{"step": 3, {"step": 4}')
 
 
 def test_lines_of_a_log_that_are_none_are_passed_over_as_half_lines_are(made):
     """By watch.py, by a run that goes on, and by the line over a comparison's processes."""
     path = made(steps=100)
-    expected, log = watch.Run(path), path / "log.jsonl"
+    expected, log = watch.LoggedRun(path), path / "log.jsonl"
     good = [line for line in log.read_bytes().split(b"\n") if line.endswith(b"}")]
     mixed = [line for pair in zip(good, STRANGE * len(good), strict=False) for line in pair]
     log.write_bytes(b"\n".join([*mixed, *STRANGE]) + b"\n")
-    found = watch.Run(path)
+    found = watch.LoggedRun(path)
     assert found.records == expected.records and found.curves == expected.curves and len(expected.records) >= 10
     plan = SimpleNamespace(all=[SimpleNamespace(out=str(path))], yardsticks=[], tuning={}, runs=[])
     assert timing.over_all(plan, {str(path): 10.0}, 0.0).endswith(" run 28%")
@@ -137,7 +128,7 @@ def test_follow_redraws_until_ctrl_c(made, monkeypatch):
 
     def sleep(seconds):
         naps.append(seconds)
-        (path / "summary.json").write_text('{"tokens_per_second": 1}')
+        (path / "summary.json").write_text("{}")
         if len(naps) == 2:
             raise KeyboardInterrupt
     monkeypatch.setattr(watch.time, "sleep", sleep)
@@ -148,16 +139,14 @@ def test_follow_redraws_until_ctrl_c(made, monkeypatch):
 @pytest.mark.parametrize("change, message", [
     (lambda p: dict(paths=[p / "nowhere"]), "neither a run's directory"),
     (lambda p: dict(x="days"), "--x days: must be one of hours, flops"),
-    (lambda p: dict(out="x.pdf"), "ends in .html or .png"),
-    (lambda p: dict(out=str(p / "no/x.html")), "cannot be written: No such file"),
+    (lambda p: dict(out="x.pdf"), "ends in .html"),
+    (lambda p: dict(out=str(p / "config.json/x.html")), "no directory to write in"),
     (lambda p: (p / "config.json").write_text("{"), "config.json is damaged or not ours"),
     (lambda p: (p / "config.json").write_text("[]"), "not a mapping"),
     (lambda p: (p / "config.json").write_text('{"model_type": "bert"}'), "is a model directory"),
     (lambda p: (p / "config.json").write_text("{}"), "not that of a run"),
     (lambda p: (p / "config.json").write_text('{"budget_steps": "x", "batch_size": 8, "seq_len": 8}'), "damaged"),
-    (lambda p: (p / "summary.json").write_text('{"tokens_per_second": NaN}'), "run is damaged or not ours .V"),
-    (lambda p: (p / "summary.json").write_text('{"tokens_per_second": []}'), "run is damaged or not ours .T"),
-    (lambda p: (p / "summary.json").write_text("[" * 10 ** 5), "summary.json is damaged or not ours .RecursionError")])
+    (lambda p: (p / "config.json").write_text("[" * 10 ** 5), "config.json is damaged or not ours .RecursionError")])
 def test_bad_input_is_one_clear_line(made, change, message):
     path = made()
     other = change(path)
@@ -174,17 +163,6 @@ def test_the_two_command_lines():
     for wrong in ({}, dict(runs=["a"], model="m", sentence="s"), dict(model="m"), dict(runs=["a"], sentence="s")):
         with pytest.raises(UserError, match="^give run directories"):
             watch.main(watch.Config(**wrong))
-
-
-def test_the_figure_is_written_and_its_absence_explained(made, tmp_path, monkeypatch):
-    paths = made("a$b"), made("c", steps=0), made("no-seed0")
-    with monkeypatch.context() as m:
-        m.setitem(__import__("sys").modules, "matplotlib", None)
-        with pytest.raises(UserError, match="pip install matplotlib"):
-            shown(*paths, out=str(tmp_path / "x.png"))
-    pytest.importorskip("matplotlib")
-    shown(*paths, out=str(tmp_path / "x.png"))
-    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_no_two_arms_look_alike_and_seeds_of_an_arm_do():
@@ -205,25 +183,20 @@ HOSTILE = "<img src=x onerror=alert(1)>"
 
 @pytest.fixture
 def comparison(made):
-    """A comparison's directory of made-up numbers; one of its runs has a hostile name, one holds what is not finite."""
-    made("tinybert-seed0", summary=dict(tokens_per_second=1234.0, steps=60, student_flops=1, teacher_flops=2))
-    path = made(HOSTILE, extra=lambda step: dict(gradient_norm=float("inf"))).parent.parent
-    said = ["At 1 h, tinybert scores highest: 71.25 & <b>nothing</b> else."]
-    (path / "results.json").write_text(json.dumps(dict(results=[], verdict=said)))
-    (path / "table.md").write_text("| arm | score |\n| --- | --- |\n| tinybert | 71.25 |\n| no_kd |  |\n\n" + said[0]
-                                   + "\n\nOne <i>seed</i>.\n")
-    (path / "costs.md").write_text("| arm | charged s |\n| --- | --- |\n| tinybert | 3,599.75 |\n\nIn all 2 h.\n")
-    (path / "figure.png").write_bytes(b"\x89PNG")
-    return path
+    """A comparison's directory; one of its runs has a hostile name, one holds what is not finite."""
+    made("tinybert-seed0", finished=True)
+    return made(HOSTILE, extra=lambda step: dict(gradient_norm=float("inf"))).parent.parent
 
 
-def test_the_page_holds_everything_escaped_and_asks_nobody(comparison, tmp_path):
-    shown(comparison, out=str(tmp_path / "x.html"))
-    page = (tmp_path / "x.html").read_text()
-    assert "71.25 &amp; &lt;b&gt;nothing" in page and page.count("scores highest") == 1 and "&lt;i&gt;seed" in page
-    assert "<td>tinybert</td><td>3,599.75</td>" in page and "<td>no_kd</td><td></td>" in page
-    assert "data:image/png;base64,iVBORw" in page and "default-src 'none'" in page
+def test_the_page_is_escaped_and_asks_nobody_and_no_file_of_others_is_overwritten(comparison, tmp_path):
+    shown(comparison, out=str(tmp_path / "new/x.html"))
+    page = (tmp_path / "new/x.html").read_text()
+    assert "<td>tinybert-seed0</td><td>60 of 360 s, 16.7%</td>" in page and "default-src 'none'" in page
     assert "<img src=x" not in page and not re.search(r"(src|href)=.?(http|//)", page)
+    (tmp_path / "mine.html").write_text("mine")
+    with pytest.raises(UserError, match="mine.html is there and was not written by this program"):
+        shown(comparison, out=str(tmp_path / "mine.html"))
+    assert (tmp_path / "mine.html").read_text() == "mine"
 
 
 @pytest.fixture
@@ -243,7 +216,7 @@ def browse(tmp_path):
     return browse
 
 
-def test_a_browser_shows_tables_verdict_and_curves_without_an_error(comparison, tiny, browse, tmp_path):
+def test_a_browser_shows_table_and_curves_without_an_error(comparison, tiny, browse, tmp_path):
     train.train(tiny(strategy="minilm", val_times=2), say=lambda line: None)
     shown(comparison, tmp_path / "run", out=str(tmp_path / "x.html"), x="tokens")
     dom, console = browse(tmp_path / "x.html")
@@ -251,7 +224,7 @@ def test_a_browser_shows_tables_verdict_and_curves_without_an_error(comparison, 
     for file in (*comparison.glob("runs/*/log.jsonl"), tmp_path / "run/log.jsonl"):
         *_, before, last = map(json.loads, file.read_text().splitlines())
         assert f"<td>{before['loss']:.5g}</td>" in dom and f"{last['val'].popitem()[1]:.5g} (" in dom
-    assert "<td>1,234</td>" in dom and "<td>71.25</td>" in dom and "<b>nothing" not in dom and HOSTILE not in dom
+    assert "<td>1,000</td>" in dom and HOSTILE not in dom
 
     panels = {name: svg for name, svg in re.findall(r'<figure data-curve="(.*?)">.*?(<svg.*?</svg>)', dom, re.S)}
     assert {"loss", "soft", "attn", "learning rate", "tokens/s", "gradient norm", "validation mlm"} <= set(panels)
@@ -274,7 +247,7 @@ def test_another_axis_a_hidden_run_and_the_numbers_under_the_pointer(comparison,
     dom, console = browse(tmp_path / "x.html")
     svg = re.search(r'data-curve="loss".*?(<svg.*?</svg>)', dom, re.S)[1]
     assert not console and svg.count("<polyline") == 1 and ">60</text>" in svg and ">steps</text>" in svg
-    assert re.findall(r"<output>(.+?)</output>", dom) == ["tinybert-seed0: 1000 at 60"]
+    assert re.findall(r"<output>(.+?)</output>", dom) == ["tinybert-seed0: 900 at 60"]
 
 
 def test_a_browser_would_show_an_error_of_the_script(comparison, browse, tmp_path, monkeypatch):
@@ -305,29 +278,8 @@ def test_masks_are_filled_as_transformers_fills_them(teacher):
         assert line.split(": ", 1)[1].split(", ") == words
 
 
-def test_nearest_lines_are_those_of_each_line_on_its_own(teacher, tmp_path, monkeypatch):
-    lines = [f"{'abcdefghij'[i]}{'klmnopqrst'[i]} {'uvwxyzabcd'[i]} " * (i + 1) for i in range(10)]
-    (tmp_path / "lines.txt").write_text("\n\n".join([*lines, lines[0]]) + "\n\x1b[2J")
-    model, tokenizer = checkpoint.load_mlm(teacher).model.eval(), checkpoint.read_tokenizer(teacher)
-
-    @torch.no_grad()
-    def vector(text):                           # no batch, no padding
-        ids = tokenizer.encode(text, add_special_tokens=False).ids
-        ids = [tokenizer.token_to_id("[CLS]"), *ids, tokenizer.token_to_id("[SEP]")]
-        return model.bert(torch.tensor([ids]))["hidden"][0].mean(0)
-    wanted = sorted(((torch.cosine_similarity(vector(lines[3]), vector(line.strip()), dim=0).item(), line.strip())
-                     for line in [*lines, "\x1b[2J"]), reverse=True)
-    head, *found = asked(model=str(teacher), sentence=lines[3], nearest=str(tmp_path / "lines.txt"))
-    assert head == "the nearest of 11 lines" and found[0] == f"  1.000  {lines[3].strip()}"
-    assert found == [f"  {cosine:.3f}  {line.replace(chr(27), '?')}" for cosine, line in wanted[:5]]
-    monkeypatch.setattr(watch, "LINES", 3)
-    assert asked(model=str(teacher), sentence="a", nearest=str(tmp_path / "lines.txt"))[0].startswith(
-        "the nearest of 3 lines (those after")
-
-
 @pytest.mark.parametrize("other, message", [
     (dict(sentence="nothing hidden"), "has no \\[MASK\\]"), (dict(sentence="a [MASK]" * 600), "tokens, the model 512"),
-    (dict(nearest="nowhere.txt"), "nowhere.txt cannot be read"), (dict(nearest="/dev/null"), "no text in it"),
     (dict(model="no/such/model/there"), "neither a model directory")])
 def test_a_bad_question_is_one_clear_line(teacher, other, message):
     with pytest.raises(UserError, match=message) as e:
@@ -335,10 +287,7 @@ def test_a_bad_question_is_one_clear_line(teacher, other, message):
     assert "\n" not in str(e.value)
 
 
-def test_a_student_without_an_lm_head_has_neighbours_but_fills_nothing(tiny, tmp_path):
+def test_a_student_without_an_lm_head_fills_nothing(tiny, tmp_path):
     train.train(tiny(strategy="minilm", budget_steps=1), say=lambda line: None)
-    (tmp_path / "lines.txt").write_text("a b\n")
-    model = str(tmp_path / "run/model")
     with pytest.raises(UserError, match="has no LM head"):
-        asked(model=model, sentence="a [MASK]")
-    assert asked(model=model, sentence="a b", nearest=str(tmp_path / "lines.txt"))[1] == "  1.000  a b"
+        asked(model=str(tmp_path / "run/model"), sentence="a [MASK]")
