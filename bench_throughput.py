@@ -27,7 +27,7 @@ import torch
 
 import train
 from comparison.report import aligned
-from data import Blocks
+from data import phase_blocks
 from model import BertConfig, BertForMaskedLM
 from plumbing.checks import check_teacher
 from plumbing.cli import Checked, Count, Length, NotNegative, Share, UserError, run
@@ -99,8 +99,9 @@ class RandomTokens:
     """What data.Blocks reads of a token directory, with random ids."""
 
     def __init__(self, vocab_size, count=2 ** 22):
-        self.path, self.vocab = "random ids", range(vocab_size)
-        self.special = dict(zip(SPECIAL, range(len(SPECIAL)), strict=True))
+        tokens = [*SPECIAL, ".", *(f"a{i}" for i in range(vocab_size))][:vocab_size]
+        self.path, self.vocab = "random ids", {token: i for i, token in enumerate(tokens)}
+        self.special = {token: self.vocab[token] for token in SPECIAL}
         self.ids = np.random.default_rng(0).integers(len(SPECIAL), vocab_size, count, np.uint32)
 
     def split(self, name):
@@ -122,7 +123,7 @@ def entry_of(name, flops, arm, blocks):
     """An arm that steps as train.py's loop does."""
     arm.make_optimizer()
     steps = itertools.count()
-    batches = train.batches_of(blocks, 0, arm.config.batch_size, arm.device)
+    batches = train.batches_of(blocks, 0, arm.phase.blocks(arm.config.batch_size), arm.device)
 
     def step():
         names, values = train.gradients(arm, next(batches), next(steps), train.Stages(arm.device))
@@ -131,7 +132,7 @@ def entry_of(name, flops, arm, blocks):
     return Entry(name, flops, step)
 
 
-def entries_of(config, blocks):
+def entries_of(config, tokens):
     """Every arm that was asked for, each with weights of its own."""
     shapes = config.shape(config.size, config.heads), config.shape(config.teacher_size)
     names = config.strategies.split(",")
@@ -145,6 +146,7 @@ def entries_of(config, blocks):
             with torch.device(config.device):
                 arm = Arm(of_arm, *map(BertForMaskedLM, needed), phase=i)
             flops = config.batch_size * sum(flops_per_block(of_arm, *needed, phase=i))
+            blocks = phase_blocks(phase, tokens, "train", 0)
             yield entry_of(phase.name + RELEASED * as_released, flops, arm, blocks)
 
 
@@ -199,7 +201,6 @@ def method_and_graph(rows):
 
 @halve_micro_batch_until_it_fits
 def main(config):
-    blocks = Blocks(RandomTokens(config.vocab_size), "train", config.seq_len, seed=0)
     device = (torch.cuda.get_device_name() if config.device.startswith("cuda") else
               f"CPU, {torch.get_num_threads()} thread(s)")
     print(textwrap.fill(
@@ -207,7 +208,7 @@ def main(config):
         f"{config.seq_len} in micro-batches of {config.micro_batch}; {device}, {'bf16' if config.bf16 else 'fp32'}, "
         f"{'compiled' if config.compile else 'eager'}, dropout {config.dropout:g}, torch {torch.__version__}", 80))
     ready_process(torch.device(config.device))                          # as make_arm does
-    entries = list(entries_of(config, blocks))
+    entries = list(entries_of(config, RandomTokens(config.vocab_size)))
     take_turns(entries, config)
     rows = [row(e, entries[0], config, peak_flops(device) if config.bf16 else None) for e in entries]
     print(aligned([*rows[0]], [[*r.values()] for r in rows]))

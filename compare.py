@@ -222,7 +222,8 @@ class Plan:
                 + (f"-lr{lr:g}" if lr else "") + f"-seed{seed}")
         each = train.Config(**{k: getattr(self.config, k) for k in SHARED} | dict(
             strategy=strategy, init="teacher" if "init" in suffixes else None,
-            init_layers=self.config.init_layers if "init" in suffixes or strategy == "distilbert" else None,
+            init_layers=self.config.init_layers
+            if "init" in suffixes or strategy in ("distilbert", "sentence") else None,
             as_released="released" in suffixes,
             teacher=self.teacher_model, unique_tokens=unique, static_masks=static, seed=seed, recipe=recipe,
             peak_lr=lr, out=str(self.out / "runs" / name)) | {f"budget_{self.unit}": budget} | other)

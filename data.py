@@ -2,7 +2,8 @@
 
 A token directory (made by prepare.py) holds train.bin and val.bin (flat ids, each document ended by [SEP]),
 tokenizer.json and manifest.json.  A block is [CLS] + S-2 consecutive ids + [SEP]: always full, so pretraining
-needs no padding and no attention mask.  k = round(0.15 S) positions are masked in every block: 80% [MASK],
+needs no padding and no attention mask (the strategy `sentence` alone reads whole
+sentences, padded: Sentences).  k = round(0.15 S) positions are masked in every block: 80% [MASK],
 10% a random token, 10% left as they are (Devlin 2018, arXiv 1810.04805, section 3.1); special tokens never.
 
 A batch is a pure function of (seed, i): which blocks it holds follows from a permutation of (seed, epoch),
@@ -23,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 
 from plumbing.cli import Checked, Length, Natural, Seed, UserError, run
-from plumbing.tokens import TokenDirectory
+from plumbing.tokens import SCAN, TokenDirectory
 
 
 class Batch(NamedTuple):
@@ -70,7 +71,7 @@ class Blocks:
             self.tokens = self.tokens[:unique_tokens]
         self.special, self.vocab_size = directory.special, len(directory.vocab)
         self.body = seq_len - 2                                         # ids between [CLS] and [SEP]
-        self.count = len(self.tokens) // self.body
+        self.count = self.find(directory.vocab)
         self.k = masked_positions(seq_len)
         if self.count < 1:
             todo = "a larger --val-fraction" if split == "val" else "more text"
@@ -79,6 +80,10 @@ class Blocks:
                             f"--seq-len")
         self.order = functools.lru_cache(2)(                            # a batch can span two epochs
             lambda epoch: np.random.default_rng([seed, epoch]).permutation(self.count))
+
+    def find(self, vocab):
+        """How many blocks there are."""
+        return len(self.tokens) // self.body
 
     def batch(self, i, batch_size):
         epoch, at = np.divmod(np.arange(i * batch_size, (i + 1) * batch_size), self.count)
@@ -119,6 +124,55 @@ class Blocks:
         new = np.where(tenth < 8, self.special["[MASK]"], np.where(tenth == 8, token, labels))
         np.put_along_axis(ids, masked, new, 1)
         return Batch(ids, masked, labels)
+
+
+class Sentences(Blocks):
+    """Batches of whole sentences, unmasked, in place of blocks: [CLS] + at most S - 2 ids + [SEP], then [PAD] up to S.
+
+    A sentence ends at [SEP], and at . ! ? before a word start, but not after a single letter (an initial).  One under
+    SHORTEST ids joins the next of its document.  What comes after S - 2 ids is left out."""
+    SHORTEST = 5
+
+    def find(self, vocab):
+        """Sets `begin` and `size` of each sentence; how many there are."""
+        words = sorted(vocab, key=vocab.get)
+        stop, letter, word = (np.array([test(w) for w in words]) for test in (
+            lambda w: w in (".", "!", "?"), lambda w: len(w) == 1 and w.isalpha(), lambda w: w[0].isalpha()))
+        ids, sep, ends = self.tokens, self.special["[SEP]"], []
+        for at in range(0, len(ids), SCAN):
+            here = np.arange(at, min(at + SCAN, len(ids)))
+            before, after = ids[np.maximum(here - 1, 0)], ids[np.minimum(here + 1, len(ids) - 1)]
+            ends.append(here[(ids[here] == sep) | stop[ids[here]] & ~letter[before] & word[after]])
+        ends = np.concatenate(ends)
+        last = ids[ends] == sep                                         # of a document: itself no part of it
+        joins = (np.diff(ends, prepend=-1) < self.SHORTEST) & ~last
+        ends, last = ends[~joins], last[~joins]
+        begin = np.concatenate([[0], ends + 1])[:-1]
+        size = ends + ~last - begin
+        self.begin, self.size = begin[size > 0], np.minimum(size[size > 0], self.body)
+        self.joined, self.cut = int(joins.sum()), int((size > self.body).sum())
+        return len(self.begin)
+
+    def read(self, block):
+        at, size = np.arange(self.body), self.size[block][:, None]
+        ids = np.full((len(block), self.seq_len), self.special["[PAD]"], dtype=np.int64)
+        ids[:, 0] = self.special["[CLS]"]
+        inside = self.tokens[np.minimum(self.begin[block][:, None] + at, len(self.tokens) - 1)]
+        ids[:, 1:-1] = np.where(at < size, inside, self.special["[PAD]"])
+        np.put_along_axis(ids, 1 + size, self.special["[SEP]"], 1)
+        return ids
+
+    def mask(self, ids, key):
+        """None is masked."""
+        none = np.empty((len(ids), 0), dtype=np.int64)
+        return Batch(ids, none, none)
+
+
+def phase_blocks(phase, directory, split, seed, unique_tokens=None, static_masks=False):
+    """The Blocks, or Sentences, of a strategies.Phase."""
+    if phase.strategy.seq_len:
+        return Sentences(directory, split, phase.seq_len, seed, unique_tokens)
+    return Blocks(directory, split, phase.seq_len, seed, unique_tokens, static_masks, phase.strategy.causal)
 
 
 def prefetch(blocks, start, batch_size, convert=lambda batch: batch):

@@ -119,6 +119,25 @@ def cosine_loss(h_s, h_t, real=None):
     return loss.mean() if real is None else loss.masked_select(real.bool()).mean()
 
 
+@at_least_fp32
+def sentence_mse(h_s, h_t, real=None, pooling="mean"):
+    """Distance of sentence embeddings (sentence-transformers' model distillation; LEAF, arXiv 2509.12539).
+
+        mean over B of  || norm(pool(h_s)) - norm(pool(h_t)) ||^2  =  2 - 2 cos,   norm(e) = e / ||e||
+
+    h_s, h_t (B, S, D), equal widths; pool: the mean over real positions, or with "cls" the first one.  Summed over D,
+    averaged over sentences.  Departure: both take the embeddings as they are, ours their directions."""
+    e_s, e_t = (F.normalize(pooled(h, real, pooling), dim=-1) for h in (h_s, h_t))          # (B, D)
+    return (e_s - e_t).square().sum(-1).mean()
+
+
+def pooled(h, real=None, pooling="mean"):
+    """(B, D) of h (B, S, D): the mean over real positions, or with "cls" the first one."""
+    if pooling == "cls":
+        return h[:, 0]
+    return h.mean(1) if real is None else (h * real[..., None]).sum(1) / real.sum(1, keepdim=True).clamp(min=1)
+
+
 # --------------------------------------------------------------- losses on attention: TinyBERT's and MiniLM's
 
 def scores(q, k):

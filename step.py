@@ -5,6 +5,7 @@ vocabulary and the teacher's files; `Arm.forward` is what a step costs: the teac
 behind what the strategy asks for, and no more.
 """
 import contextlib
+import math
 import time
 
 import numpy as np
@@ -13,8 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data import Batch, hashed, masked_positions
 from plumbing import checkpoint
-from plumbing.checks import check_teacher
-from plumbing.cli import numbers
+from plumbing.checks import check_teacher, layers_of
 from plumbing.device import Ranks, choose_device, multiplies_in_bf16, ready_process
 from plumbing.student import initial_student, start_from
 from strategies import Context, loss_terms, projections, relation_head_count
@@ -36,14 +36,15 @@ class Arm:
     several phases, one at a time: `enter`, then `make_optimizer`."""
 
     def __init__(self, config, student, teacher=None, has_head=True, ignored=(), start="random weights",
-                 phase=0):
+                 phase=0, form=None):
         """`teacher`: a BertForMaskedLM; `has_head`: whether its LM head was trained; `ignored`: its unused
-        tensors; `start`: where the student's weights are from; `phase`: the one to enter."""
+        tensors; `start`: where the student's weights are from; `phase`: the one to enter; `form`: in
+        which a teacher embeds sentences (checkpoint.Form)."""
         self.config, self.phases, self.student, self.teacher, self.start = (
             config, config.phases, student, teacher, start)
         self.teacher_has_head, self.teacher_ignored = teacher is not None and has_head, ignored
+        self.form = form or checkpoint.Form()
         self.device, self.ranks = next(student.parameters()).device, Ranks()
-        self.accumulate = config.batch_size // (config.micro_batch * self.ranks.size)   # micro-batches
         self.bf16 = multiplies_in_bf16(self.device, config.bf16)
         if teacher:
             # bf16 weights, not autocast: never updated, they need no cast at each step
@@ -128,6 +129,17 @@ class Arm:
         return torch.optim.Muon(matrices, self.peak_lr, self.config.weight_decay,
                                 adjust_lr_fn="match_rms_adamw")
 
+    @property
+    def micro(self):
+        """Blocks of a forward pass.  Of eager sentences on a CPU a few at a time: the short ones by themselves."""
+        blocks, few = self.phase.blocks(self.config.micro_batch), self.strategy.seq_len and self.device.type == "cpu"
+        return math.gcd(blocks, 16) if few and not self.compiled else blocks
+
+    @property
+    def accumulate(self):
+        """Micro-batches of this rank in a step."""
+        return self.phase.blocks(self.config.batch_size) // (self.micro * self.ranks.size)
+
     def synchronised(self, last):
         """Gradients travel between ranks in the last micro-batch of a step only."""
         return contextlib.nullcontext() if last or self.ranks.size == 1 else self.wrapper.no_sync()
@@ -146,10 +158,16 @@ class Arm:
     def micro_batches(self, batch, step):
         """(micro-batch on the device, whether it is this rank's last) of one optimizer step; dropout is
         reseeded for each, so that no generator's state has to survive a stop."""
-        micro = self.config.micro_batch * self.phase.times
+        micro = self.micro
+        if sentences := bool(self.strategy.seq_len):    # the short ones first, so that less of a micro-batch is padding
+            lengths = (batch.ids != self.student.config.pad_token_id).sum(1)
+            batch, lengths = Batch(*(a[np.argsort(lengths, kind="stable")] for a in batch)), np.sort(lengths)
         for j in range(self.accumulate):
             at = (self.ranks.rank * self.accumulate + j) * micro
-            on_device = self.to_device(Batch(*(a[at:at + micro] for a in batch)))
+            part = Batch(*(a[at:at + micro] for a in batch))
+            if sentences and not self.compiled:
+                part = part._replace(ids=part.ids[:, :lengths[at + micro - 1]])
+            on_device = self.to_device(part)
             torch.manual_seed(int(hashed(self.config.seed, step, j, self.ranks.rank) >> np.uint64(1)))
             yield on_device, j == self.accumulate - 1
 
@@ -166,34 +184,40 @@ class Arm:
         ids, masked, labels = (to_device(torch.from_numpy(a), self.device) for a in batch)
         return Batch(ids, masked, labels.flatten())
 
+    def real(self, ids, strategy):
+        """(B, S) what is not padding; None where blocks are full."""
+        return ids != self.student.config.pad_token_id if strategy.seq_len else None
+
     def teacher_forward(self, batch, strategy):
         """What the strategy compares of the teacher; {} where it has no need of one."""
         if not (self.teacher and strategy.needs("teacher")):
             return {}
         with torch.no_grad():
-            return self.run_teacher(batch.ids, batch.masked, want=strategy.want("teacher"))
+            return self.run_teacher(batch.ids, batch.masked, self.real(batch.ids, strategy),
+                                    want=strategy.want("teacher"))
 
     def student_forward(self, batch, strategy):
         with autocast(self.device, self.bf16):
-            return self.run_student(batch.ids, batch.masked, want=strategy.want("student"),
-                                    causal=strategy.causal)
+            return self.run_student(batch.ids, batch.masked, self.real(batch.ids, strategy),
+                                    want=strategy.want("student"), causal=strategy.causal)
 
-    def loss(self, s, t, labels, strategy):
+    def loss(self, s, t, batch, strategy):
         """(total, {term: value}) of what the two sides left behind.  Outside autocast: a compiled function's
         backward pass keeps the autocast that it was called under."""
         return self.loss_terms(strategy, s, t, Context(
-            labels, strategy.tau, self.relation_heads, self.proj, self.student.config.vocab_size))
+            batch.labels, strategy.tau, self.relation_heads, self.proj, self.student.config.vocab_size,
+            self.real(batch.ids, strategy), self.form.pooling))
 
     def forward(self, ids, masked, labels, strategy=None):
         """(total, {term: value}) of one micro-batch: what the strategy asks of both sides, and no more."""
         batch, strategy = Batch(ids, masked, labels), strategy or self.strategy
         t = self.teacher_forward(batch, strategy)
-        return self.loss(self.student_forward(batch, strategy), t, labels, strategy)
+        return self.loss(self.student_forward(batch, strategy), t, batch, strategy)
 
     def dummy(self, blocks=None):
         """A Batch of a micro-batch's shape, or of so many blocks."""
-        B, S = blocks or self.config.micro_batch * self.phase.times, self.phase.seq_len
-        k = masked_positions(S)
+        B, S = blocks or self.phase.blocks(self.config.micro_batch), self.phase.seq_len
+        k = 0 if self.strategy.seq_len else masked_positions(S)
         return Batch(torch.zeros(B, S, dtype=torch.long, device=self.device),
                      torch.arange(k, device=self.device).expand(B, k).contiguous(),
                      torch.zeros(B * k, dtype=torch.long, device=self.device))
@@ -242,16 +266,17 @@ def make_arm(config, directory):
     Ranks().join(device)
     ready_process(device)
     student, start = initial_student(config, directory), "random weights"
-    teacher, missing, ignored = None, [], []
+    teacher, missing, ignored, form = None, [], [], None
     if config.reads_teacher:
         path = checkpoint.find_model(config.teacher)
         checkpoint.same_vocabulary(directory.read_tokenizer(), path)
         teacher, missing, ignored = checkpoint.load_mlm(path, len(directory.vocab))
         check_teacher(config, student.config, teacher.config, head=not missing)
+        form = checkpoint.read_form(path) if config.phases[0].strategy.seq_len else None
         if config.start != "random":
-            start = start_from(student, teacher, numbers(config.init_layers or "", int), head=not missing,
+            start = start_from(student, teacher, layers_of(config.init_layers), head=not missing,
                                whole=config.start == "teacher")
         teacher = teacher.to(device) if config.needs_teacher else None
-    arm = Arm(config, student.to(device), teacher, has_head=not missing, ignored=ignored, start=start)
+    arm = Arm(config, student.to(device), teacher, has_head=not missing, ignored=ignored, start=start, form=form)
     arm.make_optimizer()
     return arm

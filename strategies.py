@@ -30,6 +30,7 @@ from kd_losses import (
     hidden_mse,
     masked_lm_loss,
     relation_kl,
+    sentence_mse,
     soft_cross_entropy,
     soft_cross_entropy_over_v,
     soft_kl,
@@ -66,6 +67,8 @@ class Context(NamedTuple):
     relation_heads: int         # N_r of relation_kl
     proj: nn.Module             # a ModuleDict of projections: empty where the widths are equal
     vocab_size: int | None = None       # V where the logits may be wider, with columns of probability 0
+    real: torch.Tensor | None = None    # (B, S) what is not padding; None where blocks are full
+    pooling: str = "mean"       # of a sentence's embedding: over real positions, or "cls"
 
 
 class Strategy(NamedTuple):
@@ -78,6 +81,8 @@ class Strategy(NamedTuple):
     same_width: bool = False    # compares hidden states without a projection
     train_layers: tuple = ()    # of the student, from 0: they train and nothing else does; () for everything
     dropout: bool = True        # whether the student's is on
+    clip: float | None = None   # its own, whatever the recipe says
+    seq_len: int | None = None  # S of its own: its blocks are whole sentences (data.Sentences)
     causal: bool = False        # each position sees those before it alone, and predicts the next one
     ramp: tuple | None = None   # (part over which the learning rate rises, part of the peak left at the end)
     as_released: bool = False   # what the paper's released code computes, not what its text says
@@ -171,6 +176,8 @@ ATTN_KL = Term(attention_kl_of, ("qkv",), ("qkv",),
                "attention probabilities, last layer; sum over keys, mean over heads and queries")
 VALUE_KL = Term(lambda s, t, c: value_relation_kl(s["qkv"][2], t["qkv"][2]), ("qkv",), ("qkv",),
                 "value relation, last layer; sum over keys, mean over heads and queries")
+SENTENCE = Term(lambda s, t, c: sentence_mse(s["hidden"], t["hidden"], c.real, c.pooling), ("hidden",), ("hidden",),
+                "normalised embeddings of whole sentences; sum over D, mean over sentences")
 RELATIONS = {"qq": relation_term(0, "query"), "kk": relation_term(1, "key"), "vv": relation_term(2, "value")}
 
 STRATEGIES = {
@@ -188,6 +195,8 @@ STRATEGIES = {
         "hidn": HIDN._replace(about="hidden states, sum over layers; mean over positions and D",
                               layers=uniform)}, same_heads=True),
     "minilmv2_mlm": Strategy({"mlm": MLM, **RELATIONS}),
+    "sentence": Strategy({"sentence": SENTENCE}, peak_lr=2e-4, short_lr=2e-4, init="teacher", same_width=True,
+                         dropout=False, clip=1.0, seq_len=64),
 }
 
 
@@ -235,18 +244,26 @@ class Phase(NamedTuple):
     strategy: Strategy
     span: tuple = None          # (begin, end) of the optimizer and the learning rate, if not these
     seq_len: int = 128          # S
-    times: int = 1              # so many blocks stand in for one of the run's last length
+    times: float = 1            # so many blocks have as many tokens as one of the run's last length
 
     def progress(self, of_run):
         """Of the span, from the run's."""
         begin, end = self.span or (self.begin, self.end)
         return min(1.0, (of_run - begin) / (end - begin))
 
+    def blocks(self, count):
+        """So many have as many tokens as `count` of the run's last length."""
+        return round(count * self.times)
+
 
 def parts(phases, lengths):
     """[Phase]: the phases, cut where the block length changes; `lengths`: [(end, S)].
 
-    Every step has the same number of tokens: S blocks of the last length, or more of a shorter one."""
+    Every step has the same number of tokens: S blocks of the last length, or more of a shorter one.  A strategy with a
+    length of its own is alone, at that one."""
+    if S := phases[0].strategy.seq_len:
+        return [phases[0]._replace(seq_len=S, times=lengths[-1][1] / S)]
+
     def at(end, turns):
         return next(value for until, value in turns if until >= end)
     ends, found = sorted({*(p.end for p in phases), *(end for end, _ in lengths)}), []
@@ -261,6 +278,10 @@ def phases_of(text, depth, as_released=False):
     """[Phase] of NAME or NAME:END/.../NAME, END a share of the budget, for a student of `depth` layers."""
     known, parts, phases, begin = {**STRATEGIES, **PHASED}, text.split("/"), [], 0.0
     known |= AS_RELEASED if as_released else {}
+    if len(parts) > 1 and (alone := [name for name in (p.partition(":")[0] for p in parts)
+                                     if name in STRATEGIES and STRATEGIES[name].seq_len]):
+        raise UserError(f"--strategy {text}: {alone[0]} is no part of several phases: its blocks are whole sentences; "
+                        f"give --strategy {alone[0]}")
     for i, part in enumerate(parts):
         name, colon, share = part.partition(":")
         if name not in known:

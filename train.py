@@ -3,9 +3,13 @@
     python train.py --strategy no_kd --budget-steps 1000 --data data/wiki --size 4L256 --out runs/teacher
     python train.py --strategy tinybert --budget-hours 4 --teacher runs/teacher/model --size 2L256
     python train.py --strategy tinybert --budget-hours 4    # the paper's: data/wiki, bert-base-uncased, 6L768
+    python train.py --strategy sentence --teacher DIR --data sentences.txt --budget-hours 0.2   # half of an encoder
+    python train.py --strategy cut --teacher DIR --size 3L384 --out runs/cut    # its layers, untrained; or the best:
+    python train.py --strategy cut --teacher DIR --size 3L384 --init-layers best --data data/mine --out runs/cut
 
 Every arm has the same architecture, initial weights, data order, masks and recipe; what differs by method
-(the losses, distilbert's initialisation, the paper's peak LR) is printed at the start.  Progress = spent /
+(the losses, distilbert's initialisation, the paper's peak LR; `sentence` alone has other blocks, whole sentences,
+as many tokens a step, neither masks nor dropout) is printed at the start.  Progress = spent /
 budget, read once a step; the learning rate is a function of progress alone: of the phase's, where strategies
 come one after another (tinybert:0.3/no_kd), each with an optimizer of its own and what it trains.  The clock
 counts fetching and masking the batch, the teacher's forward pass, the student's forward and backward pass,
@@ -31,8 +35,9 @@ from typing import Annotated, Literal
 
 import torch
 
-from data import Blocks, prefetch
+from data import Sentences, phase_blocks, prefetch
 from model import BertConfig
+from plumbing import encoder
 from plumbing.budget import Budget, Stages, Stopped, one_budget, stop_signals
 from plumbing.checks import check_run, refuse_non_finite
 from plumbing.cli import Checked, Count, Lengths, NotNegative, Positive, Seed, Share, UserError, in_turn, run
@@ -41,11 +46,11 @@ from plumbing.price import price
 from plumbing.rehearsal import rehearse
 from plumbing.rundir import RunWriter, begun, contents, finished, run_directory
 from plumbing.screen import what_next
-from plumbing.settle import settled
+from plumbing.settle import settled, with_file
 from plumbing.tokens import TokenDirectory
 from plumbing.validation import validation_blocks
 from step import make_arm
-from strategies import RECIPES, parts, phases_of
+from strategies import RECIPES, STRATEGIES, parts, phases_of
 
 
 @dataclass
@@ -104,7 +109,7 @@ class Recipe(Checked):
 @dataclass
 class Config(Recipe):
     # budget
-    strategy: str = "no_kd"             # of strategies.STRATEGIES; or phases: tinybert:0.3/no_kd
+    strategy: str = "no_kd"             # of strategies.STRATEGIES; phases: tinybert:0.3/no_kd; cut: nothing is trained
     budget_hours: Positive | None = None    # the budget, in hours on the clock described above
     budget_flops: Annotated[float, "[1e-9, 1e24]"] | None = None    # or in matmul FLOPs of student and teacher
     budget_tokens: Count | None = None  # or in tokens
@@ -113,11 +118,11 @@ class Config(Recipe):
     # teacher
     teacher: str | None = None          # model directory or Hub id; default: teacher/ where the data fit it, else BERT
     init: Literal["random", "teacher"] | None = None    # teacher: its weights; default: the strategy's
-    init_layers: Annotated[str, int, "[0, 999]"] | None = None  # of the teacher, from 0; default: first, last, evenly
+    init_layers: str | None = None      # of the teacher, from 0; default: first, last, evenly; cut: or best, by --data
     tau: Positive | None = None         # temperature of the soft targets; default: 1, distilbert: 2
     as_released: bool = False           # FOR SCIENCE ONLY: what the paper's released code computes
     # data
-    data: str | None = None             # token directory, made by prepare.py; default: data/wiki, else docstrings
+    data: str | None = None             # token directory, or a file of text; default: data/wiki, else docstrings
     unique_tokens: Count | None = None  # train on the first so many ids of the data alone, again and again
     static_masks: bool = False          # the same masks in every epoch
     # recipe
@@ -131,6 +136,11 @@ class Config(Recipe):
     def check(self):
         """What the fields ask of each other, and of the number of processes."""
         check_run(self)
+
+    def of_recipe(self, name):
+        """As given, else the strategy's own clip, else the recipe's."""
+        own = name == "clip" and self.clip is None and self.strategy in STRATEGIES and STRATEGIES[self.strategy].clip
+        return own or super().of_recipe(name)
 
     @property
     def record(self):
@@ -209,7 +219,7 @@ def gradients(arm, batch, step, stages):
                 stages.mark("teacher")
             with arm.synchronised(last):
                 s = arm.student_forward(micro, arm.strategy)
-                loss, terms = arm.loss(s, t, micro.labels, arm.strategy)
+                loss, terms = arm.loss(s, t, micro, arm.strategy)
                 (loss / arm.accumulate).backward()
             sums = sums + torch.stack([loss.detach(), *(v.detach() for v in terms.values())])
             stages.mark("student")
@@ -259,7 +269,7 @@ def trained(run):
             stages.mark("optimizer")
             budget.steps += 1
             run.seconds = budget.clock()                        # what a checkpoint of this step has spent
-            epoch = blocks.epochs(budget.steps, config.batch_size * arm.phase.times)
+            epoch = blocks.epochs(budget.steps, arm.phase.blocks(config.batch_size))
             run.after_step(dict(step=budget.steps, progress=progress, seconds=run.seconds, lr=lr, epoch=epoch,
                                 **values), signals)
             stages.mark(None)
@@ -288,7 +298,8 @@ def begin(config, now, say, status, held):
     began = now()
     config.check()
     out, directory = config.path, TokenDirectory(config.data)
-    Blocks(directory, "train", config.length, config.seed, config.unique_tokens)        # refuses more than there are
+    last = config.phases[-1]
+    blocks = phase_blocks(last, directory, "train", config.seed, config.unique_tokens)     # refuses more than there are
     record = config.record | contents(directory, config.teacher if config.reads_teacher else None)
     if summary := finished(record, out, Config().record):
         say(f"{out} is finished: nothing to do")
@@ -302,7 +313,10 @@ def begin(config, now, say, status, held):
     main_rank = arm.ranks.rank == 0
     say = say if main_rank else lambda line: None
     run = RunWriter(config, out, arm, Budget(total, unit, now=now), Stages(arm.device), directory,
-              validation_blocks(directory, config.length, say), say, status, writes=main_rank)
+                    validation_blocks(directory, last.seq_len, say, type(blocks)), say, status, writes=main_rank)
+    if isinstance(blocks, Sentences):
+        say(f"{directory.path}: {blocks.count:,} sentences of {blocks.size.mean():.0f} ids in the mean; {blocks.cut:,} "
+            f"were cut to {blocks.body}, {blocks.joined:,} under {blocks.SHORTEST} joined to the next")
     if config.dry_run:
         return None, rehearse(run, gradients, *stream(run, arm.phase))
     run.resume_or_start(record)
@@ -315,6 +329,9 @@ def begin(config, now, say, status, held):
 
 
 def main(config, say=print, **options):
+    config = with_file(config)
+    if config.strategy == "cut":
+        return encoder.cut(config) if Ranks().rank == 0 else None
     config = settled(config, say if Ranks().rank == 0 else lambda line: None, gradients)
     summary = train(config, say=say, **options)
     if summary and Ranks().rank == 0:
@@ -329,9 +346,8 @@ def main(config, say=print, **options):
 def stream(run, phase):
     """(Blocks of a phase, their batches from the run's step on)."""
     c = run.config
-    blocks = Blocks(run.directory, "train", phase.seq_len, c.seed, c.unique_tokens, c.static_masks,
-                    phase.strategy.causal)
-    return blocks, batches_of(blocks, run.budget.steps, c.batch_size * phase.times, run.arm.device)
+    blocks = phase_blocks(phase, run.directory, "train", c.seed, c.unique_tokens, c.static_masks)
+    return blocks, batches_of(blocks, run.budget.steps, phase.blocks(c.batch_size), run.arm.device)
 
 
 def batches_of(blocks, start, batch_size, device):

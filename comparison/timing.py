@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 import finetune_glue
-from data import Blocks
+from data import phase_blocks
 from model import BertForMaskedLM, BertForSequenceClassification
 from plumbing import settle
 from plumbing.budget import Stages
@@ -39,7 +39,7 @@ def block_seconds(config, directory, teacher, seconds=1.0):
               BertForMaskedLM(teacher).to(device) if config.needs_teacher else None,
               phase=len(config.phases) - 1)
     arm.make_optimizer()
-    batch, took = Blocks(directory, "train", config.length, seed=0).batch(0, micro), []
+    batch, took = phase_blocks(arm.phase, directory, "train", 0).batch(0, arm.phase.blocks(micro)), []
     while len(took) < 3 or sum(took) < seconds:                         # the first warms up
         began = time.perf_counter()
         names, values = gradients(arm, batch, 0, Stages(arm.device))

@@ -160,6 +160,10 @@ check("distilbert", STRATEGIES["distilbert"], dict(
     soft_kl=tau ** 2 * kl(softmax(z_t / tau), softmax(w["logits"] / tau)),
     mlm=-p_w[range(M), labels].log().mean(), cosine=(1 - cosine).mean()), wide)
 
+# And one vector for the whole sentence, which is what a sentence encoder is for: its direction.
+e_w, e_t = (h.mean(1) / h.mean(1).norm(dim=-1, keepdim=True) for h in (h_w, h_t))                 # (B, D)
+check("sentence", STRATEGIES["sentence"], dict(sentence=((e_w - e_t) ** 2).sum(-1).mean()), wide)
+
 # %% 9. TinyBERT: be equal inside.  W makes 128 numbers of the student's 64; it is trained, then thrown away.
 embd = mse(s["embedding"] @ W["embedding"].weight.T, t["embedding"])
 attn, attn_middle = mse(raw_scores(q_s, k_s), raw_scores(q_t, k_t)), mse(raw_scores(q0_s, k0_s), raw_scores(q1_t, k1_t))

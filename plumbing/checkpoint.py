@@ -270,6 +270,37 @@ def read_tokenizer(path):
     return tokenizer
 
 
+class Form(NamedTuple):
+    """How a sentence encoder makes an embedding of the last hidden state, as sentence-transformers reads it."""
+    pooling: str = "mean"               # over real positions; or "cls"
+    normalize: bool = False             # to length 1
+    max_len: int | None = None          # ids, [CLS] and [SEP] included; None: as many as there are positions
+
+    def __str__(self):
+        return (f"{self.pooling} pooling" + ", normalised" * self.normalize
+                + (f", at most {self.max_len} ids" if self.max_len else ""))
+
+
+def read_form(path):
+    """The Form that a model directory is written for; of one that does not say the mean.  Refuses any other."""
+    def content(name):
+        return json.loads((path / name).read_text(encoding="utf-8")) if (path / name).is_file() else {}
+    with parsing(path):
+        kinds = [m["type"].rpartition(".")[2] for m in content("modules.json")]
+        pooling, prefix = content("1_Pooling/config.json"), "pooling_mode_"
+        modes = pooling.get("pooling_mode") or [key for key, on in pooling.items() if key.startswith(prefix) and on]
+        modes = [re.sub(f"{prefix}|_tokens?", "", mode) for mode in ([modes] if isinstance(modes, str) else modes)]
+        longest = read_config(path).max_position_embeddings
+        lengths = (content("sentence_bert_config.json").get("max_seq_length"),
+                   content("tokenizer_config.json").get("model_max_length"), longest)
+        length = int(min(longest, next(filter(None, lengths))))
+    if modes not in ([], ["mean"], ["cls"]) or kinds not in ([], *(
+            ["Transformer", "Pooling", "Normalize"][:n] for n in (2, 3))):
+        raise UserError(f"{path} makes embeddings by {shown(', '.join(kinds), 100)}, pooling "
+                        f"{shown(', '.join(modes), 60)}: only Transformer, Pooling (mean or cls), Normalize work here")
+    return Form(*modes or ["mean"], "Normalize" in kinds, length)
+
+
 def framed(tokenizer):
     """A copy that neither cuts nor pads: [CLS] a [SEP], or [CLS] a [SEP] b [SEP] with 1 as the type of b [SEP]."""
     tokenizer = Tokenizer.from_str(tokenizer.to_str())
@@ -325,18 +356,19 @@ def cut_log(file, step):
 
 # ---------------------------------------------------------------------------------------------------- writing
 
-def save_model(directory, model, tokenizer, head=True, card="", max_len=None, names=None, columns=()):
+def save_model(directory, model, tokenizer, head=True, card="", max_len=None, names=None, columns=(), form=None):
     """Writes a model directory: a BertForMaskedLM with its LM head if `head`, else as an encoder; or a classifier.
 
     `card` is the text of its README.md; `max_len`: how many ids it was fine-tuned on, where its tokenizer is
-    to cut.  `names`: of a classifier's labels; `columns`: those that its text stood in.
+    to cut.  `names`: of a classifier's labels; `columns`: those that its text stood in.  `form`: a Form.
     Written beside its place, then moved there: whatever happens, a whole one of that name, or the one before beside it
     (find_model reads that, the next save moves it back)."""
     directory = Path(directory)
     room(directory)
     part, old = beside(directory, "part"), beside(directory, "old")
     (part / "1_Pooling").mkdir(parents=True)
-    files = files_of(model, framed(tokenizer), head, max_len, names, columns) | {"README.md": card.encode()}
+    files = files_of(model, framed(tokenizer), head, max_len, names, columns, form or Form())
+    files["README.md"] = card.encode()
     # First, and with every other file in it: by it, what was begun or put there is told from what was not
     sums = "".join(f"{hashlib.sha256(data).hexdigest()}  {name}\n" for name, data in files.items())
     for name, data in {"SHA256SUMS": sums.encode(), **files}.items():
@@ -347,7 +379,7 @@ def save_model(directory, model, tokenizer, head=True, card="", max_len=None, na
     remove(old)
 
 
-def files_of(model, tokenizer, head, max_len, names, columns):
+def files_of(model, tokenizer, head, max_len, names, columns, form):
     """{name: bytes} of a model directory."""
     c, buffer = model.config, io.BytesIO()
     kind = type(model).__name__ if head else "BertModel"
@@ -379,9 +411,11 @@ def files_of(model, tokenizer, head, max_len, names, columns):
         strip_accents=normalizer.get("strip_accents"),
         tokenize_chinese_chars=normalizer.get("handle_chinese_chars", True),
         unk_token="[UNK]", sep_token="[SEP]", pad_token="[PAD]", cls_token="[CLS]", mask_token="[MASK]")
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling"), *[("2_Normalize", "Normalize")] * form.normalize]
     modules = [dict(idx=i, name=str(i), path=where, type=f"sentence_transformers.models.{what}")
-               for i, (where, what) in enumerate([("", "Transformer"), ("1_Pooling", "Pooling")])]
-    pooling = dict(word_embedding_dimension=c.hidden_size, pooling_mode_mean_tokens=True)
+               for i, (where, what) in enumerate(modules)]
+    pooling = dict(word_embedding_dimension=c.hidden_size, pooling_mode_mean_tokens=form.pooling == "mean",
+                   pooling_mode_cls_token=form.pooling == "cls")
     return files | {"config.json": as_json(config), "tokenizer.json": tokenizer.to_str(pretty=True).encode(),
                     "vocab.txt": "".join(f"{token}\n" for token, _ in vocab).encode(),
                     "tokenizer_config.json": as_json(tokenizer_config), "modules.json": as_json(modules),

@@ -1,8 +1,9 @@
 """What a run refuses before it begins: fields that do not go together, a teacher that a strategy cannot use."""
 import math
+from typing import Annotated
 
 from plumbing.checkpoint import checkpoints
-from plumbing.cli import UserError, numbers
+from plumbing.cli import UserError, checked, numbers
 from plumbing.device import Ranks
 from strategies import AS_RELEASED, STRATEGIES
 
@@ -13,9 +14,14 @@ def check_run(config):
     if config.as_released and not any(phase.strategy.as_released for phase in phases):
         raise UserError(f"--as-released: no other code was released for {config.strategy}; it was for "
                         f"{', '.join(AS_RELEASED)}")
+    layers_of(config.init_layers)
     if config.init_layers is not None and config.start != "teacher":
         raise UserError(f"--init-layers {config.init_layers} belongs to --init teacher")
-    if any(config.length % phase.seq_len for phase in phases):
+    if (own := phases[0].strategy.seq_len) and (config.micro_batch or config.batch_size or 0) * config.length % own:
+        raise UserError(f"--batch-size {config.batch_size}, --micro-batch {config.micro_batch}: their tokens must be a "
+                        f"multiple of {own}, the length of {config.strategy}'s sentences: at --seq-len {config.length} "
+                        f"give multiples of {own // math.gcd(own, config.length)}")
+    if not own and any(config.length % phase.seq_len for phase in phases):
         raise UserError(f"--seq-len {config.seq_len}: each must divide the last one, so that all steps have as "
                         f"many tokens")
     config.budget  # noqa: B018
@@ -23,6 +29,13 @@ def check_run(config):
     if config.micro_batch and config.batch_size and config.batch_size % (config.micro_batch * ranks):
         raise UserError(f"--batch-size {config.batch_size} is not a multiple of "
                         f"--micro-batch {config.micro_batch}" + f" x {ranks} processes" * (ranks > 1))
+
+
+def layers_of(text):
+    """--init-layers as numbers, [] where it is not given."""
+    if text is not None:
+        checked("--init-layers", text, Annotated[str, int, "[0, 999]"])
+    return numbers(text or "", int)
 
 
 def check_teacher(config, student, teacher, head):
@@ -55,12 +68,12 @@ def check_teacher(config, student, teacher, head):
         raise UserError(f"--init teacher: the student ({student.size}) must be the teacher ({teacher.size}) "
                         f"with fewer layers: give --heads {teacher.num_attention_heads} and a depth of at "
                         f"most {teacher.num_hidden_layers}")
-    layers, copied = teacher.num_hidden_layers, numbers(config.init_layers or "", int)
+    layers, copied = teacher.num_hidden_layers, layers_of(config.init_layers)
     if copied and (len(copied) != student.num_hidden_layers or max(copied) >= layers):
         raise UserError(f"--init-layers {config.init_layers}: the student has {student.num_hidden_layers} "
                         f"layers, the teacher {layers}: give one of 0 to {layers - 1} for each of the "
                         f"student's")
-    if teacher.max_position_embeddings < config.length:
+    if teacher.max_position_embeddings < max(config.length, config.phases[0].seq_len):
         raise UserError(f"--seq-len {config.seq_len}: the teacher has {teacher.max_position_embeddings} positions only")
 
 

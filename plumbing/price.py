@@ -1,5 +1,6 @@
 """What a step costs, in the budget's unit.  Read it with plumbing/budget.py."""
 import dataclasses
+import itertools
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -30,16 +31,17 @@ def flops_per_block(config, student, teacher=None, phase=0):
     torch's own counter over the real step on the meta device (1 multiply-add = 2 FLOP), losses included.  It
     is what --budget-flops spends, the same on every machine."""
     of_student, of_teacher = FlopCounterMode(display=False), FlopCounterMode(display=False)
+    some = next(n for n in itertools.count(1) if n * config.phases[phase].times % 1 == 0)
     with torch.device("meta"):
-        arm = Arm(dataclasses.replace(config, micro_batch=1, bf16=False, compile=False),
+        arm = Arm(dataclasses.replace(config, micro_batch=some, bf16=False, compile=False),
                   BertForMaskedLM(student),
                   BertForMaskedLM(teacher) if teacher and config.needs_teacher else None, phase=phase)
         batch = arm.dummy()
         with of_teacher:
             t = arm.teacher_forward(batch, arm.strategy)
         with of_student:
-            arm.loss(arm.student_forward(batch, arm.strategy), t, batch.labels, arm.strategy)[0].backward()
-        found = of_student.get_total_flops(), of_teacher.get_total_flops()
+            arm.loss(arm.student_forward(batch, arm.strategy), t, batch, arm.strategy)[0].backward()
+        found = of_student.get_total_flops() // some, of_teacher.get_total_flops() // some
         if muon := arm.make_muon():
             with FlopCounterMode(display=False) as of_update:
                 muon.step()

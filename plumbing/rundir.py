@@ -15,6 +15,7 @@ import torch
 from plumbing import checkpoint
 from plumbing.budget import Stopped, learns
 from plumbing.cli import UserError, flag_of, numbers
+from plumbing.encoder import lost_and_won
 from plumbing.files import MARK, claim, hold, read_json, sha256, write_json
 from plumbing.price import flops_of, price
 from plumbing.screen import Screen, changes
@@ -138,7 +139,8 @@ class RunWriter:
         if not self.writes:
             return
         with self.budget.pause("validation"):
-            if self.arm.teacher and self.arm.teacher_has_head and self.teacher_mlm is None:
+            if (self.arm.teacher and self.arm.teacher_has_head and self.teacher_mlm is None
+                    and not self.arm.strategy.seq_len):
                 self.teacher_mlm = validate(self.arm, self.val_blocks, model=self.arm.teacher)["mlm"]
             began = time.monotonic()
             self.val = validate(self.arm, self.val_blocks)
@@ -209,7 +211,7 @@ class RunWriter:
 
     def save_model(self, name, card):
         checkpoint.save_model(self.out / name, self.arm.student, self.directory.read_tokenizer(),
-                              self.arm.strategy.trains_lm_head, card)
+                              self.arm.strategy.trains_lm_head, card, self.arm.form.max_len, form=self.arm.form)
 
     @contextlib.contextmanager
     def stopped_by(self, signals):
@@ -229,14 +231,15 @@ class RunWriter:
         """Writes and returns the summary: what was trained, what it cost, what came out."""
         config, arm, budget = self.config, self.arm, self.budget
         steps, tokens = budget.steps, budget.steps * config.batch_size * config.length
+        seen = steps * arm.phase.blocks(config.batch_size)
         phases = [self.phase_summary(i) for i in range(len(arm.phases))]
         student, teacher = (sum(p[f"{side}_flops"] for p in phases) for side in ("student", "teacher"))
         spent = dict(hours=charged / 3600, flops=student + teacher, tokens=tokens, steps=steps)[budget.unit]
         summary = dict(
             strategy=config.strategy, label=config.label, as_released=config.as_released, init=config.start,
             size=config.size, peak_lr=arm.peak_lr, seed=config.seed, steps=steps, tokens=tokens,
-            student_flops=student, teacher_flops=teacher, epochs=blocks.epochs(steps, config.batch_size),
-            unique_tokens=min(blocks.count, steps * config.batch_size) * config.length,
+            student_flops=student, teacher_flops=teacher, epochs=blocks.epochs(1, seen),
+            unique_tokens=min(blocks.count, seen) * blocks.seq_len,
             budget={budget.unit: budget.total}, overshoot=spent / budget.total - 1, charged_seconds=charged,
             tokens_per_second=tokens / charged, charged=self.stages.seconds, uncharged=budget.uncharged,
             teacher_share=self.stages.seconds.get("teacher", 0.0) / charged, **self.measured(val),
@@ -246,6 +249,9 @@ class RunWriter:
             self.checkpoint()
             self.write(dict(step=steps, progress=1.0, seconds=charged, **self.measured(val)))
             self.log.close()
+            if arm.strategy.seq_len:
+                with budget.pause("validation"):
+                    summary["held_out"] = lost_and_won(self)
             self.save_model("model", model_card(config, summary))
             write_json(self.out / "summary.json", summary)
             self.tell(summary)
@@ -296,10 +302,12 @@ def announce(arm, val, step, teacher_mlm, say):
     say(f"{config.label}{several}: student {c.size}, {c.num_attention_heads} heads, V {c.vocab_size:,}, "
         f"{trained / 1e6:.1f}M parameters trained, from {arm.start}; "
         f"peak LR {arm.peak_lr:g}{' of AdamW and, times 0.2 sqrt(larger side), of Muon' * bool(arm.muon)}; "
-        f"{config.batch_size * arm.phase.times} x {arm.phase.seq_len} tokens a step; "
+        f"dropout {config.dropout * strategy.dropout:g}, clip {config.of_recipe('clip'):g}; "
+        f"{arm.phase.blocks(config.batch_size)} x {arm.phase.seq_len} tokens a step; "
         f"{arm.device}, {'bf16' if arm.bf16 else 'fp32'}")
     if arm.teacher:
-        quality = f"validation MLM loss {teacher_mlm:.4f}" if teacher_mlm is not None else "no LM head"
+        quality = (str(arm.form) if strategy.seq_len else
+                   f"validation MLM loss {teacher_mlm:.4f}" if teacher_mlm is not None else "no LM head")
         layers = [f"{need[1] % arm.teacher.config.num_hidden_layers + 1}" for need in strategy.want("teacher")
                   if need[0] == "qkv"]
         more = {f"q, k, v of its layer {' and '.join(layers)}": layers,

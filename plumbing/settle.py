@@ -10,13 +10,14 @@ from pathlib import Path
 
 import torch
 
-from data import Blocks
+from data import phase_blocks
 from model import BertConfig, BertForMaskedLM
 from plumbing import checkpoint
 from plumbing.budget import Stages, learns
 from plumbing.cli import UserError
 from plumbing.device import Ranks, choose_device, halve_micro_batch_until_it_fits
-from plumbing.files import claim_each
+from plumbing.encoder import HELD_OUT
+from plumbing.files import claim_each, sha256
 from plumbing.price import flops_per_block
 from plumbing.rundir import begun
 from plumbing.student import student_shape
@@ -79,16 +80,30 @@ def vocabulary_of(model):
 
 
 def docstrings(teacher):
-    """The token directory of the documentation on this disk in a model's vocabulary: made once, by one process, the
-    others wait."""
+    """The token directory of the documentation on this disk in a model's vocabulary."""
+    return made_once(f"docstrings-{vocabulary_of(teacher)}", "docstrings", teacher, val_fraction=VAL_FRACTION)
+
+
+def with_file(config):
+    """The same with a token directory in place of a file of text, a document a line, in the teacher's vocabulary; as
+    much is held out as HELD_OUT sentences are, of 300 bytes, which few have."""
+    if not config.data or not (text := Path(config.data)).is_file():
+        return config
+    held_out = min(0.2, max(0.005, 300 * HELD_OUT / max(1, text.stat().st_size)))
+    name = f"{text.name.partition('.')[0]}-{sha256(text)[:8]}-{vocabulary_of(config.teacher or BOX)[:8]}"
+    return dataclasses.replace(config, data=made_once(
+        name, config.data, config.teacher or BOX, val_fraction=held_out, document_per="line"))
+
+
+def made_once(name, source, teacher, **how):
+    """The token directory data/NAME: made by one process, the others wait."""
     import prepare
 
-    path = Path(f"data/docstrings-{vocabulary_of(teacher)}")
+    path = Path("data", name)
 
     def make(_):
         if not (path / "manifest.json").exists():
-            prepare.prepare(prepare.Config(["docstrings"], str(path), str(checkpoint.find_model(str(teacher))),
-                                           val_fraction=VAL_FRACTION))
+            prepare.prepare(prepare.Config([source], str(path), str(checkpoint.find_model(str(teacher))), **how))
     claim_each([path.parent], make)
     return str(path)
 
@@ -191,11 +206,11 @@ def blocks_per_second(config, gradients):
     ranks, directory = Ranks(), TokenDirectory(config.data)
     config = dataclasses.replace(config, batch_size=config.micro_batch * ranks.size)
     arm, took = make_arm(config, directory), []
-    stages = Stages(arm.device)
-    blocks = Blocks(directory, "train", arm.phase.seq_len, config.seed, config.unique_tokens)
+    stages, size = Stages(arm.device), arm.phase.blocks(config.batch_size)
+    blocks = phase_blocks(arm.phase, directory, "train", config.seed, config.unique_tokens)
     while sum(took) < SECONDS or len(took) < 3:
         began = time.monotonic()
-        names, values = gradients(arm, blocks.batch(len(took), config.batch_size), len(took), stages)
+        names, values = gradients(arm, blocks.batch(len(took), size), len(took), stages)
         arm.update(0.0, arm.ranks.sum(values / ranks.size)[names.index("gradient_norm")])
         stages.read()
         seconds = torch.tensor([time.monotonic() - began], dtype=torch.float64)

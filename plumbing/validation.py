@@ -12,13 +12,13 @@ from step import autocast
 FEW_BLOCKS = 32             # under so many validation blocks, a warning
 
 
-def validation_blocks(directory, seq_len, say=lambda line: None):
-    """The validation split in blocks, masked alike for every run."""
+def validation_blocks(directory, seq_len, say=lambda line: None, kind=Blocks):
+    """The validation split in blocks, masked alike for every run; or in Sentences."""
     remedy = "prepare the data with a larger --val-fraction"
     if directory.manifest["val_tokens"] < seq_len - 2:
         raise UserError(f"{directory.path}/val.bin: {directory.manifest['val_tokens']} ids do not make one "
                         f"block of length {seq_len}: {remedy}, or give a smaller --seq-len")
-    blocks = Blocks(directory, "val", seq_len, seed=0)
+    blocks = kind(directory, "val", seq_len, seed=0)
     if blocks.count < FEW_BLOCKS:
         say(f"warning: {directory.path}/val.bin makes only {blocks.count} validation block(s) of length "
             f"{seq_len}, so validation losses are mostly noise: {remedy}")
@@ -29,9 +29,11 @@ def validation_blocks(directory, seq_len, say=lambda line: None):
 def validate(arm, blocks, signals=(), model=None, strategy=None):
     """{term: mean} over all the validation blocks asked for, of the arm's strategy or of another one; or the MLM
     loss of another `model`."""
-    blocks, count = copy.copy(blocks), min(arm.config.val_blocks, blocks.count)
+    blocks, count, size = copy.copy(blocks), *(max(1, n * arm.config.length // blocks.seq_len) for n in (
+        arm.config.val_blocks, arm.config.micro_batch))
     blocks.causal = model is None and (strategy or arm.strategy).causal
-    size = min(arm.config.micro_batch, count)
+    count = min(count, blocks.count)
+    size = min(size, count)
     means, teacher_was = {}, arm.teacher and arm.teacher.training
     arm.student.eval()
     if arm.teacher:

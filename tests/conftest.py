@@ -88,7 +88,8 @@ def narrow_teacher(make_teacher):
 def tiny(corpus, teacher, narrow_teacher, tmp_path):
     """Makes train.Config's for a tiny run; keyword arguments override."""
     def make(**other):
-        needs_equal_width = other.get("strategy") in ("distilbert", "mobilebert") or other.get("init") == "teacher"
+        needs_equal_width = (other.get("strategy") in ("distilbert", "mobilebert", "sentence")
+                             or other.get("init") == "teacher")
         return train.Config(**(TINY | dict(
             data=str(corpus), teacher=str(narrow_teacher if needs_equal_width else teacher), budget_steps=20,
             out=str(tmp_path / "run")) | other))
@@ -98,7 +99,8 @@ def tiny(corpus, teacher, narrow_teacher, tmp_path):
 # ------------------------------------------------------------------------------- a real run, seen from outside
 
 LOSSES = ("masked_lm_loss", "soft_cross_entropy", "soft_kl", "soft_cross_entropy_over_v", "hidden_mse",
-          "embedding_mse", "cosine_loss", "attention_mse", "attention_kl", "value_relation_kl", "relation_kl")
+          "embedding_mse", "cosine_loss", "attention_mse", "attention_kl", "value_relation_kl", "relation_kl",
+          "sentence_mse")
 
 
 class Seen:
@@ -201,6 +203,7 @@ def watching(on=lambda kind: None):
                register_optimizer_step_post_hook(seen.after_update)]
     with pytest.MonkeyPatch.context() as m:
         m.setattr(rundir, "d_order", lambda *_: 0.0)                      # its passes are over blocks in another order
+        m.setattr(rundir, "lost_and_won", lambda _: {})                   # so are its
         m.setattr(model, "dropout", lambda x, p: seen.dropped(x, p, dropout(x, p)))
         for name in LOSSES:
             spy = seen.spy(name, getattr(kd_losses, name))

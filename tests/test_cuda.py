@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 import bench_throughput
 import finetune_glue
 import train
-from data import Blocks
+from data import phase_blocks
 from model import BertForMaskedLM
 from plumbing import checkpoint
 from plumbing.device import ready_process
@@ -37,7 +37,7 @@ def random_arm(strategy, device, compiled=False, bf16=False, **sizes):
     shapes = [bench.shape(bench.size), bench.shape(bench.teacher_size)][:1 + of_arm.needs_teacher]
     arm = Arm(of_arm, *(BertForMaskedLM(shape).to(device) for shape in shapes))
     arm.make_optimizer()
-    return arm, Blocks(bench_throughput.RandomTokens(bench.vocab_size), "train", bench.seq_len, 0)
+    return arm, phase_blocks(arm.phase, bench_throughput.RandomTokens(bench.vocab_size), "train", 0)
 
 
 @contextlib.contextmanager

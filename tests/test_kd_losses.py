@@ -74,6 +74,17 @@ def slow_cosine(h_s, h_t, lens):
     return total / rows
 
 
+def slow_sentence_mse(h_s, h_t, lens, pooling):
+    def embedding(rows, n):
+        pooled = rows[0] if pooling == "cls" else [sum(x) / n for x in zip(*rows[:n], strict=True)]
+        return [x / math.sqrt(sum(a * a for a in pooled)) for x in pooled]
+    total = 0.0
+    for b in range(B):
+        e_s, e_t = embedding(h_s[b], lens[b]), embedding(h_t[b], lens[b])
+        total += sum((x - y) ** 2 for x, y in zip(e_s, e_t, strict=True))
+    return total / B
+
+
 def slow_mse(h_s, h_t, W, lens):
     total, count = 0.0, 0
     for b in range(B):
@@ -162,6 +173,9 @@ def cases(padding):
         "hidden_proj": (kd.hidden_mse, [wide, e_t, proj, real], slow_mse(slow["wide"], slow["e_t"], W, lens)),
         "embedding": (kd.embedding_mse, [e_s, e_t, None, real], slow_mse(slow["e_s"], slow["e_t"], None, lens)),
         "embedding_proj": (kd.embedding_mse, [wide, e_t, proj, real], slow_mse(slow["wide"], slow["e_t"], W, lens)),
+        "sentence": (kd.sentence_mse, [e_s, e_t, real], slow_sentence_mse(slow["e_s"], slow["e_t"], lens, "mean")),
+        "sentence_cls": (partial(kd.sentence_mse, pooling="cls"), [e_s, e_t, real], slow_sentence_mse(
+            slow["e_s"], slow["e_t"], lens, "cls")),
         "fmt": (kd.feature_map_transfer, [e_s, e_t, None, real], slow_mse(
             slow_ln0(slow["e_s"]), slow_ln0(slow["e_t"]), None, lens)),
         "fmt_proj": (kd.feature_map_transfer, [wide, e_t, proj, real], slow_mse(
@@ -407,6 +421,7 @@ def test_gradient_reaches_what_a_strategy_asks_for_and_no_teacher(name, strategy
     ("no_kd", {"mlm": 1}), ("vanilla_kd", {"mlm": 1, "soft_ce": 1}),
     ("distilbert", {"soft_kl": 5, "mlm": 2, "cosine": 1}), ("tinybert", {"embd": 1, "attn": 1, "hidn": 1}),
     ("minilm", {"attn": 1, "value": 1}), ("minilmv2", {"qq": 1, "kk": 1, "vv": 1}),
+    ("sentence", {"sentence": 1}),
     ("tinybert_layers", {"embd": 1, "attn": 1, "hidn": 1}), ("minilmv2_mlm", {"mlm": 1, "qq": 1, "kk": 1, "vv": 1})])
 def test_the_terms_and_weights_of_each_strategy(name, expected):
     assert {n: term.weight for n, term in st.STRATEGIES[name].terms.items()} == expected
@@ -438,6 +453,7 @@ def test_a_strategy_computes_its_formula_from_the_outputs():
         "minilm": kd.attention_kl(q, k, qt, kt) + kd.value_relation_kl(v, vt),
         "minilmv2_mlm": mlm + sum(relations), "mobilebert stage": 100 * kd.feature_map_transfer(h, ht)
         + kd.attention_kl(q, k, qt, kt),
+        "sentence": kd.sentence_mse(h, ht),
         **dict.fromkeys(("minilmv2", "minilm as released", "minilmv2 as released"), sum(relations))}
     assert set(by_hand) == {name for name, _ in EVERY}
     for name, strategy in EVERY:

@@ -48,10 +48,10 @@ class Killed(BaseException):
 
 def interrupted(monkeypatch, config, at):
     """Runs `config` until it fetches the batch of step `at`, where it dies."""
-    whole = Blocks.batch
+    whole, rows = Blocks.batch, config.phases[-1].blocks(config.batch_size)
 
     def batch(self, i, size):
-        if i == at and size % config.batch_size == 0 and self.seed == config.seed and self.count > 200:
+        if i == at and size % rows == 0 and self.seed == config.seed and self.count > 200:
             raise Killed
         return whole(self, i, size)
     with monkeypatch.context() as m:
