@@ -2,9 +2,12 @@
 
 Commands: each one is parsed by its program's own flags and is in tests/commands.txt, with the test that runs it so
 or the reason why none does.  Links and anchors lead somewhere.  Nothing is left to be filled in.  Each figure of
-README.md stands in RECORDS.md or docs/, those of one row of a table in one line there.
+README.md stands in RECORDS.md or docs/, those of one row of a table in one line there.  Each name in backticks, of
+pages and docstrings, exists.  No sentence is long; README.md is short; no cell of RECORDS.md is a text of its own.
 """
+import ast
 import dataclasses
+import functools
 import importlib
 import re
 import shlex
@@ -18,7 +21,21 @@ from plumbing.cli import UserError, flag_of, parse
 ROOT = Path(__file__).parents[1]
 PLACEHOLDER = re.compile(r"\b(TODO|FIXME|XXX|TBD|[A-Z]+_(SECONDS|TABLE|WORDS))\b")
 NUMBER = r"\d+(?:,\d{3})+|[-+]?\d+\.\d+"
+README_IS_SHORT = False             # True: README.md is held to the four limits below
+LINES, WORDS, NUMBERS = 110, 900, 20    # of README.md: wc -l, wc -w, numbers before the first command
+SENTENCE = 30                       # words; a span of code is one
+CELL = 600                          # characters, of a table in RECORDS.md
+AS_IT_WAS = ("plan.md",)            # written before its runs, so its sentences stay
 
+# In backticks, but no names of this code: other people's, and what stands for something
+NOT_OURS = set("""
+    pass script hf tokenizers transformers torch sentence-transformers scikit-learn matplotlib pyarrow tensorboard
+    AutoModel AutoModelForMaskedLM AutoModelForSequenceClassification AutoTokenizer SentenceTransformer MSELoss
+    BertTokenizer BertTokenizerFast fill-mask text-classification HF_HUB_OFFLINE=1 torch.func.vmap aot_eager
+    nyu-mll/glue all-MiniLM-L6-v2 paraphrase-MiniLM-L3-v2 bert-base-uncased module. _orig_mod. model. .rst .md
+    id index label text score LABEL_text LABEL_name __index_level_0__ ##ed _s _t val_mlm val_soft_ce soft_ce
+    DIR PATH NAME ENCODER END ID REVISION FILE
+""".split())
 
 PROGRAMS = ("train", "prepare", "data", "finetune_glue", "compare", "bench_throughput", "watch", "plumbing.diagnose",
             "comparison.simulate", "miniplm")
@@ -27,6 +44,11 @@ FOREIGN = ("--nproc-per-node", "--logdir")          # torchrun's, tensorboard's
 
 def pages(root):
     return [root / "README.md", *sorted((root / "docs").glob("*.md")), root / "teacher/README.md"]
+
+
+def records(root):
+    """The archive: what was run, with flags and names of its day."""
+    return [root / "RECORDS.md", *sorted((root / "docs/records").glob("*.md"))]
 
 
 # ------------------------------------------------------------------------------------------------ commands
@@ -118,7 +140,7 @@ def anchors(page):
 
 
 def link_faults(root):
-    for page in [*pages(root), root / "RECORDS.md"]:
+    for page in [*pages(root), *records(root)]:
         for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
             path, _, anchor = link.partition("#")
             target = page.parent / path if path else page
@@ -143,7 +165,7 @@ def figure_faults(root):
     def numbers(text):
         return set(re.findall(NUMBER, text.replace("**", "")))
     text = (root / "README.md").read_text()
-    others = [root / "RECORDS.md", *pages(root)[1:]]
+    others = [*records(root), *pages(root)[1:]]
     lines = [line for page in others for line in page.read_text().splitlines()]
     known = [numbers(line) for line in lines]
     for line in re.sub(r"arxiv[ .:/\w]*\d{4}\.\d+|[\d,]+ lines", "", text, flags=re.I).splitlines():
@@ -159,8 +181,121 @@ def figure_faults(root):
                     yield f"README.md: these figures are in no line of RECORDS.md or docs/ together: {part}"
 
 
+# -------------------------------------------------------------------------------------------- names in backticks
+
+def sources(root):
+    return [p for p in sorted(root.rglob("*.py")) if not {".venv", "data", "runs"} & {*p.relative_to(root).parts}]
+
+
+@functools.cache
+def defined(root):
+    """(names, members): every identifier and every string without spaces of the code, and {class or module: what is
+    defined in it, its bases' too}.  Of the tests, what they define alone."""
+    found, members, bases = set(), {}, {}
+    for path in sources(root):
+        tree, rel = ast.parse(path.read_text()), path.relative_to(root)
+        found |= {path.stem, path.name, str(rel), ".".join(rel.with_suffix("").parts)} | {*rel.parts}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                found.add(node.name)
+            if isinstance(node, ast.ClassDef | ast.Module):
+                name = path.stem if isinstance(node, ast.Module) else node.name
+                inside = members.setdefault(name, set())
+                bases[name] = [b.id for b in getattr(node, "bases", ()) if isinstance(b, ast.Name)]
+                for part in ast.walk(node):
+                    inside |= {getattr(part, "name", None), getattr(part, "asname", None)}
+                    if isinstance(part, ast.Name | ast.Attribute) and isinstance(part.ctx, ast.Store):
+                        inside.add(getattr(part, "id", None) or part.attr)
+            if "tests" in rel.parts and not isinstance(getattr(node, "ctx", None), ast.Store):
+                continue
+            found |= {getattr(node, at, None) for at in ("id", "attr", "arg", "asname")}
+            if isinstance(node, ast.alias):
+                found |= {*node.name.split("."), node.name}
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and not re.search(r"\s", node.value):
+                found |= {node.value, *re.split(r"[/.:,=*{}]", node.value)}
+    for name in members:
+        for base in bases[name]:
+            members[name] |= members.get(base, set())
+    return {str(name) for name in found if name}, members
+
+
+def exists(name, root, page):
+    """Whether `name`, a span of code without spaces, is a name of this code, a file, a flag, or an arm's expression."""
+    found, members = defined(ROOT)
+    name = name.removesuffix("()").rstrip("/")
+    if name in found | NOT_OURS or f"test_{name}" in found or re.fullmatch(r"[-+]?[\d.,]+(e-?\d+)?|\W*", name):
+        return True
+    if any((at / name).exists() for at in (root, page.parent, root / "tests", root / "docs")):
+        return True
+    if name.endswith("..."):
+        return any(each.startswith((name[:-3], f"test_{name[:-3]}")) for each in found)
+    owner, dot, attribute = name.rpartition(".")
+    if dot and owner.rpartition(".")[2] in members:
+        return attribute in members[owner.rpartition(".")[2]]
+    if name.startswith("-"):
+        return all(flag in every_flag() for flag in re.findall(r"--[a-z][a-z0-9-]*", name))
+    parts = re.split(r"[+/:,=@.*]+", name)
+    return len(parts) > 1 and all(part in {"", *found, *NOT_OURS} or part.isdigit() for part in parts)
+
+
+@functools.cache
+def every_flag():
+    return set(FOREIGN).union(*(flags_of(config_of(name)[0]) for name in PROGRAMS))
+
+
+def name_faults(root):
+    texts = [(page, page.read_text()) for page in pages(root)]
+    for path in sources(root):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                texts.append((path, ast.get_docstring(node) or ""))
+    for page, text in texts:
+        for span in re.findall(r"`([^`\n]+)`", re.sub(r"^    .*$", "", text, flags=re.M)):
+            parts = [span] if re.fullmatch(r"[^\s(=\"]+(\(\))?", span) else re.findall(r"(?<!\S)--[a-z][a-z-]*", span)
+            for name in parts:
+                if not exists(name, root, page):
+                    yield f"{page.relative_to(root)}: `{name}` is no name here"
+
+
+# ------------------------------------------------------------------------------------- sentences, and what is short
+
+def sentences(text):
+    """Of a page's paragraphs, items, headings and cells, without code; a span of code or a link is its text."""
+    text = re.sub(r"\A---\n[\s\S]*?\n---\n|^    .*$|!\[[^]]*\]\([^)]*\)", "", text, flags=re.M)
+    text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", re.sub(r"`[^`]+`", "CODE", text)).replace("|", "\n\n")
+    for unit in re.split(r"\n\s*\n|\n(?=\s*(?:[-*>#]|\d+\.)\s)", text):
+        yield from re.split(r"(?<=[.!?])[\"')*_\]]*\s+", " ".join(unit.split()))
+
+
+def shown_numbers(text):
+    """Before the first command: numbers as a reader sees them, not those in names, links or arXiv's ids."""
+    before = re.split(r"^    (?:\$ )?(?:[A-Z_]+=\S+ )*(?:python3?|torchrun|pip|hf|git) ", text, maxsplit=1, flags=re.M)[0]
+    before = re.sub(r"\]\([^)]*\)|`[^`]*`|arxiv[ .:/\w]*\d{4}\.\d+", "", before, flags=re.I)
+    return re.findall(r"(?<![A-Za-z\d._-])[-+]?\d[\d,.]*(?:e-?\d+)?", before)
+
+
+def length_faults(root):
+    for page in pages(root):
+        if page.name in AS_IT_WAS or page == root / "README.md" and not README_IS_SHORT:
+            continue
+        for sentence in sentences(page.read_text()):
+            if (count := len(sentence.split())) > SENTENCE:
+                yield f"{page.relative_to(root)}: {count} words in a sentence, at most {SENTENCE}: {sentence}"
+    text = (root / "README.md").read_text()
+    counted = dict(lines=(text.count("\n"), LINES), words=(len(text.split()), WORDS),
+                   numbers=(len(shown_numbers(text)), NUMBERS))
+    for what, (count, most) in counted.items():
+        if README_IS_SHORT and count > most:
+            yield f"README.md: {count} {what}, at most {most}"
+    for line in (root / "RECORDS.md").read_text().splitlines():
+        for cell in line.split("|") if line.startswith("|") else ():
+            if len(cell.strip()) > CELL:
+                yield f"RECORDS.md: a cell of {len(cell.strip())} characters, at most {CELL}: {cell.strip()[:60]}..."
+
+
 def faults(root=ROOT):
-    return [*command_faults(root), *link_faults(root), *placeholder_faults(root), *figure_faults(root)]
+    return [*command_faults(root), *link_faults(root), *placeholder_faults(root), *figure_faults(root),
+            *name_faults(root), *length_faults(root)]
 
 
 if __name__ == "__main__":
