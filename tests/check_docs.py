@@ -63,15 +63,15 @@ def documented(text):
 
 def program(command):
     """(program, its arguments) of `[VARIABLE=...] python|torchrun [-m] PROGRAM ...`, or None."""
+    if not re.match(r"(?:[A-Z_]+=\S+ )*(?:python|torchrun) ", command):
+        return None                 # what a command prints, or another program's
     words = shlex.split(command)
     while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
         words = words[1:]
     if words[:1] == ["torchrun"]:
         at = next(i for i, word in enumerate(words) if word.endswith(".py"))
-    elif words[:1] == ["python"]:
-        at = 2 if words[1] == "-m" else 1
     else:
-        return None
+        at = 2 if words[1] == "-m" else 1
     return words[at], words[at + 1:]
 
 
@@ -269,7 +269,8 @@ def sentences(text):
 
 def shown_numbers(text):
     """Before the first command: numbers as a reader sees them, not those in names, links or arXiv's ids."""
-    before = re.split(r"^    (?:\$ )?(?:[A-Z_]+=\S+ )*(?:python3?|torchrun|pip|hf|git) ", text, maxsplit=1, flags=re.M)[0]
+    command = r"^    (?:\$ )?(?:[A-Z_]+=\S+ )*(?:python3?|torchrun|pip|hf|git) "
+    before = re.split(command, text, maxsplit=1, flags=re.M)[0]
     before = re.sub(r"\]\([^)]*\)|`[^`]*`|arxiv[ .:/\w]*\d{4}\.\d+", "", before, flags=re.I)
     return re.findall(r"(?<![A-Za-z\d._-])[-+]?\d[\d,.]*(?:e-?\d+)?", before)
 

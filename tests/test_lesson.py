@@ -132,7 +132,11 @@ def test_the_checker_finds_what_is_wrong(tmp_path):
         ("README.md", "72.0 ± 1.1", "72.1 ± 1.1", "72.1 ± 1.1 | **+5.3 [+3.9, +6.6]** |"),
         ("README.md", "1,634,304 | 5.37", "1,634,304 | 5.48", "1,634,304 | 5.48 |"),           # another arm's
         ("docs/data.md", "`--static-masks`", "`--static-mask`", "--static-mask is a flag of no program here"),
-        ("docs/data.md", "# Text in", "# Text in DEMO_SECONDS", "docs/data.md:1: a placeholder is left"),
+        ("docs/data.md", "# My text", "# My text DEMO_SECONDS", "docs/data.md:1: a placeholder is left"),
+        ("docs/gpu.md", "`aot_eager`", "`aot_eager` and `aot_lazy`", "docs/gpu.md: `aot_lazy` is no name here"),
+        ("docs/models.md", "`pytorch_model.bin`", "`step.no_such`", "docs/models.md: `step.no_such` is no name here"),
+        ("docs/tests.md", "# Tests", "# Tests" + 29 * " word", "31 words in a sentence, at most 30: # Tests word"),
+        ("RECORDS.md", "| open |", f"| {601 * 'x'} |", "a cell of 601 characters, at most 600"),
         ("tests/commands.txt", "data::the_script", "data::no_script", "test_data.py has no test_no_script"),
         ("tests/commands.txt", "watch::follow_redraws_until_ctrl_c", "data::the_script_shows_what_was_masked",
          "no test that is named there has --follow")]
@@ -142,3 +146,27 @@ def test_the_checker_finds_what_is_wrong(tmp_path):
         (tmp_path / page).write_text(said.replace(old, new, 1))
     found = check_docs.faults(tmp_path)
     assert [fault for *_, fault in wrong if not any(fault in line for line in found)] == []
+
+
+def test_the_limits_of_the_readme_hold_once_they_are_switched_on(tmp_path, monkeypatch):
+    """Lines, words, numbers before the first command (not in code, links and names) and sentences, each by one."""
+    (tmp_path / "teacher").mkdir()
+    for page in ("RECORDS.md", "teacher/README.md"):
+        (tmp_path / page).write_text("# Nothing\n")
+    numbers = "0.5, " * 19 + "+1 `3` [four](docs/4.md) all-MiniLM-L6-v2.\n"
+    sentence = " ".join(29 * ["word"]) + " `of code.`\n"
+    short = numbers + sentence + "\n    $ python train.py 1 2 3\n\n"
+    short += "x.\n" * (109 - short.count("\n"))
+    short += "x. " * (900 - len(short.split()))
+    assert short.count("\n") == 109 and len(short.split()) == 900
+    longer = short.replace(" `of code.`", " of `code.`").replace("x.", "", 1)
+    for switched_on, page, expected in (
+            (False, 3 * short, []), (True, short + "\n", []),
+            (True, short + "\n\n", ["README.md: 111 lines, at most 110"]),
+            (True, short + "x.\n", ["README.md: 901 words, at most 900"]),
+            (True, short.replace("`3`", "3") + "\n", ["README.md: 21 numbers, at most 20"]),
+            (True, longer + "\n", ["31 words in a sentence"])):
+        monkeypatch.setattr(check_docs, "README_IS_SHORT", switched_on)
+        (tmp_path / "README.md").write_text(page)
+        found = list(check_docs.length_faults(tmp_path))
+        assert len(found) == len(expected) and all(e in f for e, f in zip(expected, found, strict=True)), found
