@@ -139,10 +139,8 @@ def shuffled_batches(lengths, batch_size, epochs, seed):
         yield from (epoch[at] for at in rng.permutation(len(epoch)))
 
 
-def finetune(model, examples, labels, batch_size, epochs, peak_lr, seed, pad_id, name="", bf16=False,
-             compiled=False):
-    """Trains in place: cross-entropy for classes, mean squared error for scores.  Returns
-    the loss of each step."""
+def finetune(model, examples, labels, batch_size, epochs, peak_lr, seed, pad_id, name="", bf16=False, compiled=False):
+    """Trains in place: cross-entropy for classes, mean squared error for scores.  Returns the loss of each step."""
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(decay_groups(model.parameters(), 0.01), lr=peak_lr, fused=True)
     total, losses = epochs * -(-len(examples) // batch_size), []
@@ -298,8 +296,7 @@ def score_task(setup, out):
         chosen = run_trials(setup, out, [(*p, 0) for p in points])
         points = [max(points, key=lambda p: chosen[*p, 0]["scores"][metric])]
         trials = len(chosen)
-    results = run_trials(setup, out, [(*points[0], seed)
-                                      for seed in range(first, first + setup.config.seeds)])
+    results = run_trials(setup, out, [(*points[0], seed) for seed in range(first, first + setup.config.seeds)])
     results, (_, (_, y), *_) = list(results.values()), setup.parts.values()
     majority = np.full(len(y), 0 if setup.task.labels == () else np.bincount(y).argmax())
     mean = {}
@@ -415,8 +412,7 @@ def probes(config, say=print):
 
 
 def label_rows(config, out):
-    """Writes one JSON line per row of --predict to `out`: label and probabilities, or
-    score; or what is wrong."""
+    """Writes one JSON line per row of --predict to `out`: label and probabilities, or score; or what is wrong."""
     path = checkpoint.find_model(config.model)
     classifier, tokenizer = checkpoint.read_classifier(path), checkpoint.read_tokenizer(path)
     rows = rows_of_text(Path(config.predict), config.columns, classifier.columns)
@@ -426,8 +422,7 @@ def label_rows(config, out):
         good = [text for _, text, fault in some if not fault]
         found = iter(predict(model, encode(tokenizer, good, classifier.max_len), pad_id) if good else ())
         for place, _, fault in some:
-            out.write(json.dumps(dict(error=f"{place} {fault}") if fault else said(classifier, next(found)))
-                      + "\n")
+            out.write(json.dumps(dict(error=f"{place} {fault}") if fault else said(classifier, next(found))) + "\n")
         out.flush()
 
 

@@ -43,8 +43,7 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 # ---------------------------------------------------------------------------------------------------- reading
 
 def find_model(name):
-    """The model directory `name`: a directory on this disk, or HUB_ID[@REVISION] through
-    huggingface_hub's cache."""
+    """The model directory `name`: a directory on this disk, or HUB_ID[@REVISION] through huggingface_hub's cache."""
     path = Path(name)
     if not path.exists() and beside(path, "old").exists():              # save_model was killed between two renames
         path = beside(path, "old")

@@ -30,8 +30,7 @@ ORDER_LENGTH = 32                               # ... of so many ids: about a se
 
 
 class MeanPooled(torch.nn.Module):
-    """The encoder as sentence-transformers reads it: the mean over real positions,
-    [CLS] and [SEP] included."""
+    """The encoder as sentence-transformers reads it: the mean over real positions, [CLS] and [SEP] included."""
     def __init__(self, bert):
         super().__init__()
         self.bert, self.config = bert, bert.config
@@ -81,8 +80,7 @@ def logits(x, w):
 
 
 def ridge(x, y, alphas):
-    """{alpha: (1, F + 1) weights}, the intercept last: minimises sum of squared errors +
-    alpha |w|^2, exactly."""
+    """{alpha: (1, F + 1) weights}, the intercept last: minimises sum of squared errors + alpha |w|^2, exactly."""
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     mean, target = x.mean(0), y.mean()
     values, vectors = np.linalg.eigh((x - mean).T @ (x - mean))
@@ -111,8 +109,7 @@ def path(x, y, score):
 
 
 def linear(train, y, dev, score):
-    """(predictions on dev, the strength chosen): accuracy, or the squared error of
-    scores, on left-out folds."""
+    """(predictions on dev, the strength chosen): accuracy, or the squared error of scores, on left-out folds."""
     mean, std = train.mean(0), train.std(0)
     train, dev = ((x - mean) / np.where(std > 0, std, 1) for x in (train, dev))
     fold = np.argsort(np.argsort(hashed(1, np.arange(len(y))), kind="stable")) % FOLDS
@@ -146,8 +143,7 @@ def probe_task(task, parts, embed):
 
 
 def exchanged(directory, split, seq_len, limit):
-    """(ids (n, S), labels (n,)): a split's first blocks, in about half of which two neighbours have changed
-    places."""
+    """(ids (n, S), labels (n,)): a split's first blocks, in about half of which two neighbours have changed places."""
     blocks = Blocks(directory, split, seq_len, seed=0)
     ids = blocks.read(np.arange(min(limit, blocks.count)))
     row = np.arange(len(ids))

@@ -77,8 +77,7 @@ def refuse_another(before, record, out):
               for k, v in record.items() if k not in (*NOT_THE_RUN, *moved)
               and before.get(k, v if k.startswith("contents") else None) != v]
     if differ:
-        raise UserError(f"{out} holds a run of another configuration: "
-                        f"{', '.join(differ)}: give another --out")
+        raise UserError(f"{out} holds a run of another configuration: " f"{', '.join(differ)}: give another --out")
 
 
 class RunWriter:
@@ -169,8 +168,7 @@ class RunWriter:
         with self.budget.pause("checkpoints"):
             for fraction in numbers(self.config.fractions):
                 if self.passed < fraction <= self.budget.progress:
-                    self.save_model(f"model-{fraction:g}",
-                                    f"{fraction:g} of the budget of `{self.config.label}`.\n")
+                    self.save_model(f"model-{fraction:g}", f"{fraction:g} of the budget of `{self.config.label}`.\n")
             self.passed = self.budget.progress
             if time.monotonic() - self.saved >= 60 * CHECKPOINT_MINUTES:
                 self.checkpoint()

@@ -4,8 +4,9 @@ What is taken is printed, with the flag that changes it, and stands in config.js
 """
 import dataclasses
 import functools
+import itertools
 import math
-import time
+import statistics
 from pathlib import Path
 
 import torch
@@ -13,12 +14,13 @@ import torch
 from data import phase_blocks
 from model import BertConfig, BertForMaskedLM
 from plumbing import checkpoint
-from plumbing.budget import Stages, learns
+from plumbing.budget import learns
 from plumbing.cli import UserError
 from plumbing.device import Ranks, choose_device, halve_micro_batch_until_it_fits
 from plumbing.encoder import HELD_OUT
 from plumbing.files import claim_each, sha256
 from plumbing.price import flops_per_block
+from plumbing.rehearsal import step_seconds
 from plumbing.rundir import begun
 from plumbing.student import student_shape
 from plumbing.tokenizer import fingerprint
@@ -190,29 +192,17 @@ def flops_of_block(config, shapes, phase=0):
     return sum(flops_per_block(config, *shapes, phase))
 
 
-@functools.cache
-def parameters_of(shape):
-    with torch.device("meta"):
-        return sum(p.numel() for p in BertForMaskedLM(BertConfig(**dict(shape))).parameters())
-
-
 def parameters(shape):
-    return parameters_of(tuple(dataclasses.asdict(shape).items()))
+    with torch.device("meta"):
+        return sum(p.numel() for p in BertForMaskedLM(shape).parameters())
 
 
 @halve_micro_batch_until_it_fits
 def blocks_per_second(config, gradients):
-    """Of the first phase, over some steps here; under torchrun of all ranks together, which see the same."""
-    ranks, directory = Ranks(), TokenDirectory(config.data)
-    config = dataclasses.replace(config, batch_size=config.micro_batch * ranks.size)
-    arm, took = make_arm(config, directory), []
-    stages, size = Stages(arm.device), arm.phase.blocks(config.batch_size)
+    """Of the first phase, by some steps here; under torchrun of all ranks together, which see the same."""
+    directory = TokenDirectory(config.data)
+    config = dataclasses.replace(config, batch_size=config.micro_batch * Ranks().size)
+    arm = make_arm(config, directory)
     blocks = phase_blocks(arm.phase, directory, "train", config.seed, config.unique_tokens)
-    while sum(took) < SECONDS or len(took) < 3:
-        began = time.monotonic()
-        names, values = gradients(arm, blocks.batch(len(took), size), len(took), stages)
-        arm.update(0.0, arm.ranks.sum(values / ranks.size)[names.index("gradient_norm")])
-        stages.read()
-        seconds = torch.tensor([time.monotonic() - began], dtype=torch.float64)
-        took.append(ranks.sum(seconds)[0] / ranks.size)                 # alike on all
-    return config.batch_size / sorted(took[1:])[len(took[1:]) // 2]     # the first one allocates
+    batch = blocks.batch(0, arm.phase.blocks(config.batch_size))
+    return config.batch_size / statistics.median(step_seconds(arm, itertools.repeat(batch), gradients, SECONDS))
