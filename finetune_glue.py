@@ -30,7 +30,6 @@ import math
 import sys
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -172,12 +171,6 @@ def predict(model, examples, pad_id, batch_size=64):
     return np.nan_to_num(rows[np.argsort(order)])     # a run that diverged predicts one class, and is flagged
 
 
-def embedded(model, tokenizer, texts, max_len):
-    """(n, D): the mean-pooled last hidden states of texts."""
-    return predict(probe.MeanPooled(model.bert), encode(tokenizer, [(text,) for text in texts], max_len),
-                   tokenizer.token_to_id("[PAD]"))
-
-
 # ----------------------------------------------------------------------------------------------------- trials
 
 def finished_trial(file, settings, save=False):
@@ -289,10 +282,9 @@ def run_trials(setup, out, points):
 def score_task(setup, out):
     """The grid on seed 0, the best point on fresh seeds."""
     points = grid(setup.config, checkpoint.read_config(setup.path).hidden_size)
-    first, trials, metric = setup.config.first_seed, 0, setup.task.metrics[0]
-    if first is None:
-        first = int(len(points) > 1)
-    if len(points) > 1:     # else there is nothing to choose, and seed 0 is as fresh as any
+    trials, metric, several = 0, setup.task.metrics[0], len(points) > 1
+    first = int(several) if setup.config.first_seed is None else setup.config.first_seed
+    if several:             # else there is nothing to choose, and seed 0 is as fresh as any
         chosen = run_trials(setup, out, [(*p, 0) for p in points])
         points = [max(points, key=lambda p: chosen[*p, 0]["scores"][metric])]
         trials = len(chosen)
@@ -392,21 +384,21 @@ def probes(config, say=print):
     result = finished_trial(out / "probes.json", settings)
     if result:
         return result
-    embed = partial(embedded, loaded.model.to(setup.device), setup.tokenizer, max_len=config.max_len)
-    result = dict(tasks={}, masked_lm={}, settings=settings)
-    for name, task in tasks.items():
-        result["tasks"][name] = found = probe.probe_task(task, texts.pop(name), embed)
-        say(f"{name}: " + probe.in_words(found))
+    encoder = probe.MeanPooled(loaded.model.to(setup.device).bert)
+
+    def states(texts):
+        """(n, D): the mean-pooled last hidden states."""
+        return predict(encoder, encode(setup.tokenizer, [(text,) for text in texts], config.max_len),
+                       setup.tokenizer.token_to_id("[PAD]"))
+    found = {name: probe.probe_task(task, texts.pop(name), states) for name, task in tasks.items()}
+    result = dict(tasks=found, masked_lm={}, settings=settings)
     if directory:
-        encoder = probe.MeanPooled(loaded.model.bert)
-        result["tasks"]["word order"] = found = probe.probe_word_order(
+        found["word order"] = probe.probe_word_order(
             directory, config.seq_len, lambda ids: predict(encoder, np.stack([ids, np.zeros_like(ids)], 1), 0))
-        say("word order: " + probe.in_words(found))
-    if directory and loaded.missing:
-        say("no LM head, so no masked-LM probe")
-    elif directory:
-        result["masked_lm"] = probe.probe_masked_lm(loaded.model, directory, config.seq_len)
-        say("masked LM: " + probe.in_words(result["masked_lm"]))
+        if not loaded.missing:
+            result["masked_lm"] = probe.probe_masked_lm(loaded.model, directory, config.seq_len)
+    for name, values in (found | {"masked LM": result["masked_lm"]}).items():
+        say(f"{name}: {probe.in_words(values) or 'no LM head, or no --data'}")
     write_json(out / "probes.json", result)
     return result
 
