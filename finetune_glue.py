@@ -282,12 +282,12 @@ def run_trials(setup, out, points):
 def score_task(setup, out):
     """The grid on seed 0, the best point on fresh seeds."""
     points = grid(setup.config, checkpoint.read_config(setup.path).hidden_size)
-    trials, metric, several = 0, setup.task.metrics[0], len(points) > 1
+    metric, several = setup.task.metrics[0], len(points) > 1
+    trials = len(points) * several + setup.config.seeds
     first = int(several) if setup.config.first_seed is None else setup.config.first_seed
     if several:             # else there is nothing to choose, and seed 0 is as fresh as any
         chosen = run_trials(setup, out, [(*p, 0) for p in points])
         points = [max(points, key=lambda p: chosen[*p, 0]["scores"][metric])]
-        trials = len(chosen)
     results = run_trials(setup, out, [(*points[0], seed) for seed in range(first, first + setup.config.seeds)])
     results, (_, (_, y), *_) = list(results.values()), setup.parts.values()
     majority = np.full(len(y), 0 if setup.task.labels == () else np.bincount(y).argmax())
@@ -298,7 +298,7 @@ def score_task(setup, out):
                        std=float(np.std(scores, ddof=1)) if len(scores) > 1 else 0.0)
     collapsed = [r["collapsed"] for r in results]
     return dict(mean.pop(metric), metric=metric, others=mean, batch_size=points[0][0], peak_lr=points[0][1],
-                trials=trials + len(results), n=len(y), majority=evaluate(setup.task, majority, y)[0][metric],
+                trials=trials, n=len(y), majority=evaluate(setup.task, majority, y)[0][metric],
                 collapsed=sum(collapsed), collapsed_trials=collapsed, first_seed=first,
                 repeated=sum(len(r.get("attempts", ())) > 1 for r in results))
 

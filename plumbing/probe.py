@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from data import Blocks, hashed
+from kd_losses import pooled
 from plumbing import diagnose, glue
 
 EXAMPLES = 10_000                               # of a task's training examples, at most: seconds per task
@@ -36,8 +37,7 @@ class MeanPooled(torch.nn.Module):
         self.bert, self.config = bert, bert.config
 
     def forward(self, ids, real, token_types):
-        h, real = self.bert(ids, real, token_types)["hidden"], real[..., None]          # (B, S, D), (B, S, 1)
-        return (h * real).sum(1) / real.sum(1)                                              # (B, D)
+        return pooled(self.bert(ids, real, token_types)["hidden"], real, "mean")            # (B, D)
 
 
 def taken(n, limit=EXAMPLES):
@@ -165,17 +165,15 @@ def probe_word_order(directory, seq_len, states):
 def probe_masked_lm(model, directory, seq_len, val_blocks=512):
     """{mlm, repeated, others, d_order} in nats."""
     batch = diagnose.validation(Blocks(directory, "val", seq_len, seed=0), val_blocks)
+    device = next(model.parameters()).device
 
     def forward(ids, masked):
-        device = next(model.parameters()).device
         return model(ids.to(device), masked.to(device))["logits"][:, :len(directory.vocab)]
     model.eval()
     losses, again = diagnose.token_losses(forward, batch), diagnose.repeated(batch)
-    split = {name: float(part.mean()) for name, part in (("repeated", losses[again]),
-                                                         ("others", losses[~again]))
-             if part.size}
-    return dict(mlm=float(losses.mean()), **split, d_order=diagnose.order_gain(
-        forward, batch, directory.special, losses.mean()))
+    found = dict(mlm=losses, repeated=losses[again], others=losses[~again])
+    found = {name: float(part.mean()) for name, part in found.items() if part.size}
+    return dict(found, d_order=diagnose.order_gain(forward, batch, directory.special, losses.mean()))
 
 
 def in_words(found):

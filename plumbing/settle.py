@@ -67,12 +67,15 @@ def with_shape(config, given):
     reads = dataclasses.replace(config, size=config.size or SIZES[0]).reads_teacher
     teacher = checkpoint.read_config(checkpoint.find_model(config.teacher)) if (
         reads or given or config.teacher == str(BOX)) and not (config.size and config.heads) else None
-    if config.size is None:
-        size = f"{math.ceil(teacher.num_hidden_layers / 2)}L{teacher.hidden_size}" if teacher else SIZES[0]
-        config = dataclasses.replace(config, size=size)
-    if config.heads is None and teacher and teacher.hidden_size == config.shape.hidden_size:
-        config = dataclasses.replace(config, heads=teacher.num_attention_heads)
-    return config
+    return half_of(config, teacher) if teacher else dataclasses.replace(config, size=config.size or SIZES[0])
+
+
+def half_of(config, teacher):
+    """The same with size and heads, where they are not given: of the width of a BertConfig and half its depth."""
+    config = dataclasses.replace(
+        config, size=config.size or f"{math.ceil(teacher.num_hidden_layers / 2)}L{teacher.hidden_size}")
+    alike = teacher.hidden_size == config.shape.hidden_size
+    return dataclasses.replace(config, heads=config.heads or (teacher.num_attention_heads if alike else None))
 
 
 @functools.cache
