@@ -29,7 +29,6 @@ import train
 from comparison.report import aligned
 from data import phase_blocks
 from model import BertConfig, BertForMaskedLM
-from plumbing.budget import Stages
 from plumbing.checks import check_teacher
 from plumbing.cli import Checked, Count, Length, NotNegative, Share, UserError, run
 from plumbing.device import (
@@ -127,7 +126,7 @@ def entry_of(name, flops, arm, blocks):
     batches = train.batches_of(blocks, 0, arm.phase.blocks(arm.config.batch_size), arm.device)
 
     def step():
-        names, values = train.gradients(arm, next(batches), next(steps), Stages(arm.device))
+        names, values = train.gradients(arm, next(batches), next(steps), train.Stages(arm.device))
         arm.update(1e-4, values.tolist()[names.index("gradient_norm")])     # the step's one wait for the device
     step()                                                           # AdamW's state comes with the first step
     return Entry(name, flops, step)

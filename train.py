@@ -38,7 +38,7 @@ import torch
 from data import Sentences, phase_blocks, prefetch
 from model import BertConfig
 from plumbing import encoder
-from plumbing.budget import Budget, Stopped, one_budget, stop_signals
+from plumbing.budget import Budget, Stages, Stopped, one_budget, stop_signals
 from plumbing.checks import check_run, refuse_non_finite
 from plumbing.cli import Checked, Count, Lengths, NotNegative, Positive, Seed, Share, UserError, in_turn, run
 from plumbing.device import Ranks, alone_on_device, choose_device, fitting_micro_batch, halve_micro_batch_until_it_fits
@@ -311,7 +311,7 @@ def begin(config, now, say, status, held):
     arm = make_arm(config, directory)
     directory.verify()
     say = say if arm.ranks.rank == 0 else lambda line: None
-    run = RunWriter(arm, Budget(total, unit, now=now), directory,
+    run = RunWriter(arm, Budget(total, unit, now=now), Stages(arm.device), directory,
                     validation_blocks(directory, last.seq_len, say, type(blocks)), say, status)
     if isinstance(blocks, Sentences):
         say(f"{directory.path}: {blocks.count:,} sentences of {blocks.size.mean():.0f} ids in the mean; {blocks.cut:,} "

@@ -13,7 +13,7 @@ import time
 import torch
 
 from plumbing import checkpoint
-from plumbing.budget import Stages, Stopped, learns
+from plumbing.budget import Stopped, learns
 from plumbing.cli import UserError, flag_of, numbers
 from plumbing.encoder import lost_and_won
 from plumbing.files import MARK, claim, hold, read_json, sha256, write_json
@@ -83,9 +83,9 @@ def refuse_another(before, record, out):
 class RunWriter:
     """The run directory: what is written beside the steps, none of it on the clock, and only by rank 0."""
 
-    def __init__(self, arm, budget, directory, val_blocks, say, status=None):
+    def __init__(self, arm, budget, stages, directory, val_blocks, say, status=None):
         self.config, self.out, self.arm, self.budget = arm.config, arm.config.path, arm, budget
-        self.directory, self.val_blocks, self.stages = directory, val_blocks, Stages(arm.device)
+        self.stages, self.directory, self.val_blocks = stages, directory, val_blocks
         self.screen, self.writes = Screen(arm, budget, say, status), arm.ranks.rank == 0
         self.validations, self.seconds, self.teacher_mlm = 0, 0.0, None
         self.val_times = self.config.val_times
