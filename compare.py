@@ -294,10 +294,7 @@ def settled(config):
     config = dataclasses.replace(config, **{name: inputs.get(flag_of(name)) for name in (
         "size", "heads", "batch_size") if getattr(config, name) is None})
     teacher = config.teacher != "train" and checkpoint.read_config(checkpoint.find_model(config.teacher))
-    if teacher and config.size is None:
-        config = dataclasses.replace(config, size=f"{-(-teacher.num_hidden_layers // 2)}L{teacher.hidden_size}")
-    if teacher and config.heads is None and teacher.hidden_size == config.shape.hidden_size:
-        config = dataclasses.replace(config, heads=teacher.num_attention_heads)
+    config = settle.half_of(config, teacher) if teacher else config
     if config.size:
         found = fitted(config)
     else:               # of a teacher that is trained: the largest of which all arms get three times what they need

@@ -67,15 +67,20 @@ class Arm:
             self.relation_heads = student_c.num_attention_heads
         self.proj = self.projections(self.strategy).to(self.device)
 
-        student.train(self.strategy.dropout).requires_grad_(not self.strategy.train_layers)
+        student.requires_grad_(not self.strategy.train_layers)
         for layer in self.strategy.train_layers:
             student.bert.encoder["layer"][layer].requires_grad_()
-        if teacher:
-            teacher.train(self.strategy.as_released)    # the released code leaves the teacher's dropout on
+        self.drop_out()
         def prepare(f):
             return torch.compile(f, fullgraph=True, dynamic=False) if self.compiled and f else f
         self.run_student, self.run_teacher = prepare(student), prepare(teacher)
         self.loss_terms = prepare(loss_terms)
+
+    def drop_out(self, on=True):
+        """Dropout as the strategy has it; or off, to validate."""
+        self.student.train(on and self.strategy.dropout)
+        if self.teacher:
+            self.teacher.train(on and self.strategy.as_released)        # the released code leaves it on there
 
     def pass_on(self, phase):
         """Enters a later phase; whether with a new optimizer: not where S or the masks alone change."""

@@ -277,9 +277,9 @@ def trained(run):
             torch.cuda.synchronize()
         charged = budget.clock()
         stages.read()
-        val = run.validate(signals)
+        found = run.validate(signals)
     batches.close()
-    summary = run.finish(blocks, charged, val, ranks.size)
+    summary = run.finish(blocks, charged, found)
     ranks.leave()
     return summary
 
@@ -310,10 +310,9 @@ def begin(config, now, say, status, held):
             held.enter_context(run_directory(config))
     arm = make_arm(config, directory)
     directory.verify()
-    main_rank = arm.ranks.rank == 0
-    say = say if main_rank else lambda line: None
-    run = RunWriter(config, out, arm, Budget(total, unit, now=now), Stages(arm.device), directory,
-                    validation_blocks(directory, last.seq_len, say, type(blocks)), say, status, writes=main_rank)
+    say = say if arm.ranks.rank == 0 else lambda line: None
+    run = RunWriter(arm, Budget(total, unit, now=now), Stages(arm.device), directory,
+                    validation_blocks(directory, last.seq_len, say, type(blocks)), say, status)
     if isinstance(blocks, Sentences):
         say(f"{directory.path}: {blocks.count:,} sentences of {blocks.size.mean():.0f} ids in the mean; {blocks.cut:,} "
             f"were cut to {blocks.body}, {blocks.joined:,} under {blocks.SHORTEST} joined to the next")
