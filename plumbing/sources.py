@@ -36,7 +36,6 @@ CUT = re.compile(r"\S.{0,65534}(?=\s|$)|\S.{0,65534}")
 DOCUMENT = 2 ** 18         # characters after which a document is cut: whole books would be most of the memory
 BAD, BAD_ROWS = 0.05, 10    # share of bad rows above which a file is refused, if there are so many
 ENDS, CLOSING = (*".!?:…。！？：",), "\"')]}»”’*_`"                       # of a sentence
-JSON = rb'(\xef\xbb\xbf)?\s*(\{\s*"|\[\s*\{)'
 
 
 # ------------------------------------------------------------------------------------------- sources -> files
@@ -97,14 +96,10 @@ class Piece(NamedTuple):
 def read_documents(files, met, columns=None, rows_per_document=1, document_per="blank-line"):
     """The documents of files, as Pieces.  `met` counts what was met; what begins with _ is for us alone."""
     def lines_of(name, raw, stream):
-        start = stream.peek()
-        kind = "parquet" if re.match(rows.PARQUET, start) else "json" if re.match(JSON, start) else rows.kind_of(name)
-        if kind != "parquet":
-            rows.refuse(name, start)
-        if not kind:
+        if not (kind := rows.kind_of(name, stream.peek())):
             return prose(rows.lines_of(name, stream, met, longest=2), file.source, met, document_per == "line")
-        table = rows.Table(name, kind, raw if kind == "parquet" else stream, met)
-        return row_lines(table, glue.text_columns(table, columns, met), rows_per_document)
+        table = rows.Table(name, kind, raw, stream, met)
+        return row_lines(table, glue.text_columns(table, columns), rows_per_document)
 
     for file in files:
         if file.source == "docstrings":
@@ -117,6 +112,7 @@ def read_documents(files, met, columns=None, rows_per_document=1, document_per="
                 for piece in pieces(filter(None, lines) if document_per == "file" else lines, file.source, met):
                     if met[f"_full {file.source}"]:                     # --at-most
                         break
+                    met["_read"] = before + (raw.tell() if raw.seekable() else 0)
                     yield piece
         met["_read"] = before + file.size()
 
@@ -139,7 +135,7 @@ def texts_in(name, raw, met, lines_of, found, inside=False):
     try:
         if raw is None:
             raise NoText(name, "a link or a device", rows.TEXT_FIRST)
-        stream = rows.unpacked(name, raw, Counter() if inside else met)
+        stream = rows.unpacked(name, raw)
         start = stream.peek()
         if inside and re.match(rows.ARCHIVE, start):
             raise NoText(name, "an archive inside of another one", "unpack it first")
