@@ -175,20 +175,23 @@ def phase_blocks(phase, directory, split, seed, unique_tokens=None, static_masks
     return Blocks(directory, split, phase.seq_len, seed, unique_tokens, static_masks, phase.strategy.causal)
 
 
-def prefetch(blocks, start, batch_size, convert=lambda batch: batch):
-    """convert(batch i) for i = start, start + 1, ...: the next one is made in a thread while one is used.
-
-    `convert` runs in that thread too: the place to pin memory.  NumPy works without Python's lock, so on
-    CUDA, where the main thread waits for the device, batches cost no time.  Close the generator to end the
-    thread."""
-    def make(i):
-        return convert(blocks.batch(i, batch_size))
+def ahead(do, items):
+    """do(item) of each: the next one is done in a thread while one is used.  Close the generator to end the thread."""
     with ThreadPoolExecutor(1) as pool:
-        ahead = pool.submit(make, start)
-        for i in itertools.count(start + 1):
-            batch = ahead.result()
-            ahead = pool.submit(make, i)
-            yield batch
+        following = None
+        for item in items:
+            now, following = following, pool.submit(do, item)
+            if now:
+                yield now.result()
+        yield following.result()
+
+
+def prefetch(blocks, start, batch_size, convert=lambda batch: batch):
+    """convert(batch i) for i = start, start + 1, ..., one ahead.
+
+    `convert` runs in that thread too: the place to pin memory.  NumPy works without Python's lock, so on CUDA, where
+    the main thread waits for the device, batches cost no time."""
+    return ahead(lambda i: convert(blocks.batch(i, batch_size)), itertools.count(start))
 
 
 # ----------------------------------------------------------------------------------------------------- script

@@ -22,7 +22,6 @@ import json
 import os
 import sys
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -30,6 +29,7 @@ import numpy as np
 from tokenizers import normalizers
 from tqdm import tqdm
 
+from data import ahead
 from plumbing import glue
 from plumbing.cli import Checked, Count, Fraction, UserError, run, shown
 from plumbing.files import claim, hold, sha256
@@ -109,21 +109,17 @@ def held_out(tokenizer, tasks, glue_dir):
 
 def tokenized(tokenizer, documents, without, met):
     """(piece, its ids with [SEP] at the end).  The next batch is read while tokenizers works without Python's lock."""
+    sep = tokenizer.token_to_id("[SEP]")
+
     def ids_of(batch):
         lines = [piece.text.split("\n") for piece in batch]
         encodings = tokenizer.encode_batch_fast([*itertools.chain(*lines)], add_special_tokens=False)
         kept = [() if without and key_of(encoding) in without else encoding.ids for encoding in encodings]
         met["lines left out: a side of a row of --without"] += kept.count(())
         kept = iter(kept)
-        return [[*itertools.chain(*itertools.islice(kept, len(of)))] for of in lines]
-
-    sep, before = tokenizer.token_to_id("[SEP]"), None
-    with ThreadPoolExecutor(1) as pool:
-        for batch in itertools.chain(batches(documents), [[]]):
-            now = batch, pool.submit(ids_of, batch)
-            for piece, ids in zip(before[0], before[1].result(), strict=True) if before else ():
-                yield piece, np.array([*ids, sep], "<u4")
-            before = now
+        return [(piece, np.array([*itertools.chain(*itertools.islice(kept, len(of))), sep], "<u4"))
+                for piece, of in zip(batch, lines, strict=True)]
+    return itertools.chain.from_iterable(ahead(ids_of, batches(documents)))
 
 
 def prepare(config, documents=None):
@@ -146,8 +142,15 @@ def make(config, documents, out, files, met):
     tokenizer = load_tokenizer(config.vocab) if config.vocab else None
     documents = (Piece(text, config.sources[0]) for text in documents) if documents is not None else read_documents(
         files, met, config.columns, config.rows_per_document, config.document_per)
-    if tokenizer is None:
-        tokenizer, documents = trained_on(documents, config.vocab_size)
+    if tokenizer is None:       # from the first SAMPLE characters
+        sample, size = [], 0
+        for piece in tqdm(documents, desc="reading", unit=" documents", mininterval=1):
+            sample.append(piece)
+            size += len(piece.text)
+            if size >= SAMPLE:
+                break
+        tokenizer = train_vocabulary([piece.text for piece in sample], config.vocab_size)
+        documents = itertools.chain(sample, documents)
     names = ("train.bin", "val.bin", "tokenizer.json", "manifest.json")
     part = {name: out / f"{name}.part" for name in names}
     try:
@@ -177,17 +180,6 @@ def make(config, documents, out, files, met):
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
     return manifest
-
-
-def trained_on(documents, vocab_size):
-    """A tokenizer from the first SAMPLE characters; and all the documents again."""
-    sample, size = [], 0
-    for piece in tqdm(documents, desc="reading", unit=" documents", mininterval=1):
-        sample.append(piece)
-        size += len(piece.text)
-        if size >= SAMPLE:
-            break
-    return train_vocabulary([piece.text for piece in sample], vocab_size), itertools.chain(sample, documents)
 
 
 def write_ids(config, documents, tokenizer, dtype, part, met, total):

@@ -85,7 +85,16 @@ def own_task(path, columns=None, say=print):
         names = rows.names
         *text, label = wanted = named(columns) if columns else guessed(names)
         rows.positions(wanted)
-        seen, telling = looked_through(rows, [] if columns else text, label)
+        asked, seen = [] if columns else text, Counter()
+        pairs = {name: set() for name in asked}                         # (label, what stands in the column)
+        for _, cells in rows.cells(rows.positions([label, *asked])):
+            with contextlib.suppress(ValueError):
+                value = label_of(None if isinstance(cells, str) else cells[0], rows.met)
+                seen[value] += 1
+                for name, cell in zip(asked, cells[1:], strict=True):
+                    pairs[name].add((value, str(cell or "")))
+    few = seen.total() >= 2 * len(seen)                                 # else nothing speaks against it
+    telling = [name for name in asked if few and len(pairs[name]) <= len(seen)]
     if telling and (others := [name for name in text if name not in telling]):
         say(f"no sentence: {quoted(telling)}: it says no more than the label")
         text = others
@@ -130,19 +139,6 @@ def text_columns(rows, columns):
         text = text or [label]
         rows.met[f"tables with the text in {quoted(text)}"] += 1
     return rows.positions(text)
-
-
-def looked_through(rows, text, label):
-    """(how often each label is there, those columns of `text` in which every label has one value or none)."""
-    seen, pairs = Counter(), {name: set() for name in text}
-    for _, cells in rows.cells(rows.positions([label, *text])):
-        with contextlib.suppress(ValueError):
-            value = label_of(None if isinstance(cells, str) else cells[0], rows.met)
-            seen[value] += 1
-            for name, cell in zip(text, cells[1:], strict=True):
-                pairs[name].add((value, str(cell or "")))
-    few = seen.total() >= 2 * len(seen)                                 # else nothing speaks against it
-    return seen, [name for name in text if few and len(pairs[name]) <= len(seen)]
 
 
 def own_labels(path, seen, columns):
@@ -242,7 +238,7 @@ def hub_task(name, task, file):
     except Exception as e:      # no network, no such file: whatever the library raises
         raise UserError(f"nyu-mll/glue, {name}/{split} is not to be had ({shown(e)}): give --glue-dir with "
                         f"{task.folder}/ in it, or leave {name} out of --tasks") from None
-    labels = tuple(str(i) for i, _ in enumerate(task.labels))
+    labels = tuple(map(str, range(len(task.labels))))
     return path, task._replace(text=task.columns, label="label", columns=(), labels=labels)
 
 

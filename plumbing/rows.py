@@ -70,15 +70,12 @@ def reading(name):
         raise UserError(f"{shown(name)} cannot be read ({why}): mend that, or leave it out") from None
 
 
-@contextlib.contextmanager
 def opening(path):
     """The file, open for reading."""
     if os.path.exists(path) and not os.path.isfile(path):               # to open a FIFO may wait for ever
         raise UserError(f"{shown(path)} is a directory, a FIFO or a device: give a file")
     with reading(path):
-        raw = open(path, "rb")
-    with raw:
-        yield raw
+        return open(path, "rb")
 
 
 class Full(io.RawIOBase):

@@ -68,16 +68,14 @@ def files_below(top, met):
     def cannot(e):
         met[f"left out: {e.filename} ({e.strerror})"] += 1
 
-    found = []
     for folder, folders, names in os.walk(top, onerror=cannot):
         links = [name for name in folders if Path(folder, name).is_symlink()]
         folders[:] = [name for name in folders if not hidden(name)]
         for path in (Path(folder, name) for name in (*names, *links) if not hidden(name)):
             if path.is_file():
-                found.append(path)
+                yield path
             else:
                 met[f"left out: {path} (no file)"] += 1         # but a linked folder, a FIFO, a link to nowhere
-    return found
 
 
 def hidden(name):
