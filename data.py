@@ -205,28 +205,20 @@ class Config(Checked):
 
 
 def main(config):
-    for path in config.directory:
-        describe(path, config)
-
-
-def describe(path, config):
-    directory = TokenDirectory(path)
-    directory.verify()
-    m = directory.manifest
-    print(f"{path}: verified: {', '.join(m['sha256'])}")
-    for key, value in m.items():
-        if key not in ("sha256", "bytes", "sources"):
-            print(f"{key}: {value}")
-    print(f"unknown_rate: {m['unknown'] / (m['train_tokens'] + m['val_tokens']):.4%}")
-    if not config.show:
-        return
-    blocks = Blocks(directory, "train", config.seq_len, config.seed)
-    token = {i: t for t, i in directory.vocab.items()}
-    for ids, masked, labels in zip(*blocks.batch(0, config.show), strict=True):
-        words = [token[i] for i in ids]
-        for at, label in zip(masked, labels, strict=True):      # {what stands there <- what stood there}
-            words[at] = f"{{{words[at]} <- {token[label]}}}"
-        print("\n" + "".join(w[2:] if w.startswith("##") else " " + w for w in words).strip())
+    for directory in map(TokenDirectory, config.directory):
+        directory.verify()
+        m, token = directory.manifest, {i: t for t, i in directory.vocab.items()}
+        print(f"{directory.path}: verified: {', '.join(m['sha256'])}")
+        for key, value in m.items():
+            if key not in ("sha256", "bytes", "sources"):
+                print(f"{key}: {value}")
+        print(f"unknown_rate: {m['unknown'] / (m['train_tokens'] + m['val_tokens']):.4%}")
+        shown = Blocks(directory, "train", config.seq_len, config.seed).batch(0, config.show) if config.show else []
+        for ids, masked, labels in zip(*shown, strict=True):
+            words = [token[i] for i in ids]
+            for at, label in zip(masked, labels, strict=True):      # {what stands there <- what stood there}
+                words[at] = f"{{{words[at]} <- {token[label]}}}"
+            print("\n" + "".join(w[2:] if w.startswith("##") else " " + w for w in words).strip())
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     python prepare.py my_text.txt.xz more/ --vocab bert-base-uncased --out data/mine   # files and directories
     python prepare.py my_text/ reviews.csv queries.jsonl --document-per line --vocab DIR --out data/mine   # a teacher's
 
-What can be read, and what is done with damaged text: plumbing/sources.py.
+What can be read: docs/data.md; what is done with damaged text: plumbing/sources.py.
 
 A document is its paragraphs' WordPiece ids, then [SEP]; one with the ids of another is dropped.  A hash of its ids puts
 a document into training or validation, so it stays there when files are added or reordered; for docstrings it is a hash

@@ -247,10 +247,10 @@ def read_task(name, task, glue_dir, say=print):
     if glue_dir and not os.path.isdir(glue_dir):
         raise UserError(f"--glue-dir {glue_dir}: no such directory")
     folder, parts = Path(glue_dir or "", task.folder), {}
-    from_hub = task.columns and not (glue_dir and folder.exists())
-    own = {} if task.columns else own_files(Path(task.folder))
+    from_hub, own = task.columns and not (glue_dir and folder.exists()), not task.columns
+    files = own_files(Path(task.folder)) if own else {file: folder / f"{file}.tsv" for file in task.rows}
     for file, official in task.rows.items():
-        where = own.get(file) or (f"nyu-mll/glue, {name}/{file}" if from_hub else folder / f"{file}.tsv")
+        where = f"nyu-mll/glue, {name}/{file}" if from_hub else files[file]
         sentences, labels, bad = read_rows(*hub_task(name, task, file)) if from_hub else read_rows(where, task, say)
         n, slack = len(labels), 1e-5 * (official or 0)     # QQP's count differs by 3 rows between its readers
         if not n:
@@ -260,7 +260,7 @@ def read_task(name, task, glue_dir, say=print):
                             f"is cut, of another version, or without its header line")
         parts[file] = sentences, labels
     if own and "dev" not in parts:
-        parts = split(own["train"], *parts["train"])
+        parts = split(files["train"], *parts["train"])
     if task.labels is None:
         classes = set(parts["train"][1])
         if len(classes) < 2 or max(classes) >= len(classes) or not set(parts["dev"][1]) <= classes:
@@ -272,8 +272,7 @@ def read_task(name, task, glue_dir, say=print):
 
 def split(path, sentences, labels):
     """A tenth of the examples as dev, by the hash of their text: always the same, no text on both sides."""
-    digests = [hashlib.sha256("\t".join(s).encode("utf-8", "surrogatepass")).digest() for s in sentences]
-    dev = [int.from_bytes(digest[:8], "big") % 10 == 0 for digest in digests]
+    dev = [int(hashlib.sha256("\t".join(s).encode()).hexdigest()[:16], 16) % 10 == 0 for s in sentences]
     parts = {part: [i for i, held in enumerate(dev) if held == (part == "dev")] for part in ("train", "dev")}
     if not all(parts.values()):
         raise UserError(f"{path}: {len(labels)} examples are too few to set a tenth of them apart as dev: "

@@ -1,16 +1,9 @@
-"""From files, directories, archives and standard input to documents.
+"""From files, directories, archives and standard input to documents: docs/data.md says what can be read.
 
-A source is a file, a directory (its texts, sorted), - for standard input, or the word docstrings: the English
-documentation on this disk, of the standard library and of the packages in requirements.txt with what those require,
-read by `ast` and never imported.  How a file is read follows from its first bytes, its name comes second:
-text        a paragraph per line, a blank line between documents (or --document-per: each file, each line is one)
-CSV, TSV, JSON lines, parquet   a document per row, its text in --columns (plumbing/rows.py)
-gzip, xz, bzip2, zip, tar       around text and rows but parquet, no archive inside of another
-
-What is no text is refused where it was given by name, else left out and counted, but for dot files and __MACOSX.  What
-is mended is counted in manifest.json: bytes that are no UTF-8 and lone surrogates become U+FFFD, which BERT's
-normaliser drops; a BOM at the start and NUL are removed; a line over 65,536 characters is cut at whitespace (the ids
-stay the same), a document over 262,144 at a line, into pieces on one side (see prepare.py).
+How a file is read follows from its first bytes, its name comes second.  What is no text is refused where it was given
+by name, else left out and counted, but for dot files and __MACOSX.  What is mended is counted in manifest.json: bytes
+that are no UTF-8 and lone surrogates become U+FFFD, which BERT's normaliser drops; a BOM at the start and NUL are
+removed; a line over 65,536 characters is cut at whitespace (the ids stay the same), a document over 262,144 at a line.
 """
 import ast
 import contextlib
@@ -214,7 +207,8 @@ def pieces(lines, source, met):
 
 
 def docstrings():
-    """(package, docstring) of the standard library and the packages that requirements.txt brings, sorted."""
+    """(package, docstring) of the standard library and the packages that requirements.txt brings, sorted; read by
+    `ast`, never imported."""
     files = {"python": [path for path in Path(sysconfig.get_path("stdlib")).rglob("*.py")
                         if not {"site-packages", "dist-packages"} & set(path.parts)]}
     for name in required_packages():
