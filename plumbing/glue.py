@@ -172,14 +172,9 @@ def read_rows(path, task, say=print):
     label is left out and listed; more than 0.1% of them are refused."""
     sentences, labels, bad, met = [], [], [], Counter()
     with table(path, met, task.header) as rows:
-        names, wanted = rows.names, (*task.text, task.label)
-        if not set(wanted) <= set(names):
-            whose, todo = (f"GLUE's {task.folder}", "give its own file") if task.columns else (
-                "the training examples", "give both files the same")
-            raise UserError(f"{path}, line 1: the columns are {quoted(names)}, but those of {whose} are "
-                            f"{quoted(wanted)}: {todo}")
-        *text, label = rows.positions(wanted)
-        if (rest := [n for n in names if n not in wanted]) and not task.columns:
+        wanted = (*task.text, task.label)
+        *text, label = rows.positions(wanted, f"GLUE's {task.folder}" if task.columns else "the training examples")
+        if (rest := [n for n in rows.names if n not in wanted]) and not task.columns:
             say(f"{path}: left out: the column{'s' * (len(rest) > 1)} {quoted(rest)}")
         for place, values, fault in rows.pick(text, label):
             try:

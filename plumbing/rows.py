@@ -212,10 +212,10 @@ class Table:
             raise NoText(name, f"without a header (line 1 holds {numbers[-1]})", "names such as sentence<tab>label "
                          "belong above the examples")
 
-    def positions(self, wanted):
+    def positions(self, wanted, whose="--columns"):
         """Where the columns of these names are: each must be there, once."""
         if missing := [name for name in wanted if name not in self.names]:
-            raise NoText(self.name, f"without the column {missing[0]!r} of --columns", f"it has {quoted(self.names)}")
+            raise NoText(self.name, f"without the column {missing[0]!r} of {whose}", f"it has {quoted(self.names)}")
         if any(self.names.count(name) > 1 for name in wanted):
             raise UserError(f"{self.name}, line 1: two columns have one name: {quoted(self.names)}")
         return [self.names.index(name) for name in wanted]
