@@ -223,7 +223,11 @@ class Table:
     def cells(self, wanted):
         """(place, what stands in the columns at the positions `wanted`) of each row, or (place, what is wrong)."""
         keys, width = [self.keys[i] for i in wanted], len(self.keys)
-        for place, row in parquet_rows(self, keys) if self.kind == "parquet" else self.rows:
+        rows = self.rows
+        if self.kind == "parquet":
+            batches = guarded(self.name, (batch.to_pylist() for batch in self.file.iter_batches(256, columns=keys)))
+            rows = ((f"row {at}", row) for at, row in enumerate(itertools.chain.from_iterable(batches), 1))
+        for place, row in rows:
             if row is None:
                 yield place, "is no JSON object"
             elif isinstance(row, dict):
@@ -297,13 +301,6 @@ def json_rows(lines):
             except (ValueError, RecursionError):
                 row = None
             yield f"line {at}", row if isinstance(row, dict) else None
-
-
-def parquet_rows(table, names):
-    """Objects with these columns alone."""
-    batches = (batch.to_pylist() for batch in table.file.iter_batches(256, columns=names))
-    for at, row in enumerate(itertools.chain.from_iterable(guarded(table.name, batches)), 1):
-        yield f"row {at}", row
 
 
 # -------------------------------------------------------------------------------------------------- cells -> values
