@@ -85,7 +85,7 @@ def test_every_exercise_fails_until_it_is_solved(tmp_path, monkeypatch, capsys, 
     shutil.copytree(ROOT / "exercises", tmp_path / "exercises", ignore=shutil.ignore_patterns("__pycache__"))
     if solved:
         shutil.copytree(ROOT / "tests/solutions", tmp_path / "exercises", dirs_exist_ok=True)
-    for name in ("session1", "session2", "broken", "test_session1", "test_session2"):
+    for name in ("stubs", "test_session1", "test_session2"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setattr(sys, "path", [*sys.path])
     outcomes = Outcomes()
