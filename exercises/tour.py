@@ -66,15 +66,7 @@ student, wide = (BertForMaskedLM(BertConfig.of_size(size, heads=2, vocab_size=V)
 W = torch.nn.ModuleDict({name: torch.nn.Linear(64, 128, bias=False)     # the student's width to the teacher's
                          for name in ("embedding", "hidden", "hidden1")}).double()
 
-# %% 4. A forward pass leaves behind what it is asked for, by `want`, and stops there.
-print("\nB = 1 block, N = 2 heads, H = D / N; (B, S, D), three times (B, N, S, H) and (M, V):")
-for w in ("embedding", "qkv", "hidden", "logits"):
-    for name, model in (("student", student), ("teacher", teacher)):
-        out = model(ids, masked, want=(w,))[w]
-        print(f"{w:10} of the {name}: {[tuple(x.shape) for x in (out if w == 'qkv' else (out,))]}")
-
-
-# %% 5. By hand.  All that the losses are made of are these few lines.
+# %% 4. By hand.  All that the losses are made of are these few lines.
 def softmax(z):
     return z.exp() / z.exp().sum(-1, keepdim=True)
 
@@ -100,7 +92,7 @@ def normal(h):      # mean 0 and deviation 1 at each position
     return (h - h.mean(-1, keepdim=True)) / h.std(-1, correction=0, keepdim=True)
 
 
-def outputs(model):
+def outputs(model):     # a forward pass leaves behind what it is asked for, and stops there
     return model(ids, masked, want=("embedding", "logits", "qkv", "hidden"))
 
 
@@ -125,13 +117,13 @@ p_s, p_t = softmax(z_s), softmax(z_t)
 (q_s, k_s, v_s), (q_t, k_t, v_t) = s["qkv"], t["qkv"]                                       # (B, N, S, H)
 h_s, h_t = s["hidden"], t["hidden"]                                                         # (B, S, D)
 
-# %% 6. Questions with one right answer: the masked language model.  An untrained student gives every piece
+# %% 5. Questions with one right answer: the masked language model.  An untrained student gives every piece
 # about the same chance, 1 / V, so its loss is about ln V.
 mlm = -p_s[range(M), labels].log().mean()
 print(f"\nln V = {np.log(V):.3f}; the untrained student's loss is {mlm:.3f}")
 check("no_kd", STRATEGIES["no_kd"], dict(mlm=mlm))
 
-# %% 7. Soft targets: the teacher's whole opinion, not one right answer.  Here it is, at each question.
+# %% 6. Soft targets: the teacher's whole opinion, not one right answer.  Here it is, at each question.
 for at, label, p in zip(masked[0].tolist(), labels.tolist(), p_t, strict=True):
     print(f"  position {at:2}, {tokenizer.id_to_token(label)!r:9}: teacher says "
           + ", ".join(f"{tokenizer.id_to_token(i)} {p[i]:.0%}" for i in p.topk(4).indices.tolist()))
@@ -145,7 +137,7 @@ print(f"cross-entropy {soft_ce:.4f} - KL {kl(p_t, p_s):.4f} = {entropy:.4f}, the
 # over V, too.  Its soft targets weigh V times less, which is next to nothing.
 check("vanilla_kd released", AS_RELEASED["vanilla_kd"], dict(mlm=mlm, soft_ce=soft_ce / V))
 
-# %% 8. DistilBERT: softer targets (tau = 2), the true answer, and the direction of the last hidden state.
+# %% 7. DistilBERT: softer targets (tau = 2), the true answer, and the direction of the last hidden state.
 w, tau = outputs(wide), 2
 p_w, h_w = softmax(w["logits"]), w["hidden"]
 cosine = (h_w * h_t).sum(-1) / (h_w.norm(dim=-1) * h_t.norm(dim=-1))                        # (B, S)
@@ -157,30 +149,30 @@ check("distilbert", STRATEGIES["distilbert"], dict(
 e_w, e_t = (h.mean(1) / h.mean(1).norm(dim=-1, keepdim=True) for h in (h_w, h_t))                 # (B, D)
 check("sentence", STRATEGIES["sentence"], dict(sentence=((e_w - e_t) ** 2).sum(-1).mean()), wide)
 
-# %% 9. TinyBERT: be equal inside.  W makes 128 numbers of the student's 64; it is trained, then thrown away.
+# %% 8. TinyBERT: be equal inside.  W makes 128 numbers of the student's 64; it is trained, then thrown away.
 check("tinybert", STRATEGIES["tinybert"], dict(
     embd=mse(s["embedding"] @ W["embedding"].weight.T, t["embedding"]),
     attn=mse(raw_scores(q_s, k_s), raw_scores(q_t, k_t)), hidn=mse(h_s @ W["hidden"].weight.T, h_t)))
 
-# %% 10. MiniLM: look where the teacher looks.  Only distributions are compared, so no W is needed.
+# %% 9. MiniLM: look where the teacher looks.  Only distributions are compared, so no W is needed.
 attn_kl = kl(softmax(raw_scores(q_t, k_t)), softmax(raw_scores(q_s, k_s)))
 value = kl(softmax(raw_scores(v_t, v_t)), softmax(raw_scores(v_s, v_s)))
 check("minilm", STRATEGIES["minilm"], dict(attn=attn_kl, value=value))
 check("minilmv2", STRATEGIES["minilmv2"], {
     name: kl(relation(b), relation(a)) for name, a, b in (("qq", q_s, q_t), ("kk", k_s, k_t), ("vv", v_s, v_t))})
 
-# %% 11. MobileBERT: one layer after another, here the last.
+# %% 10. MobileBERT: one layer after another, here the last.
 check("mobilebert layer 2", mobilebert_stage(1), dict(
     fmt=mse(normal(h_s @ W["hidden1"].weight.T), normal(h_t)), attn=attn_kl))
 assert done > {term for strategy in STRATEGIES.values() for term in strategy.terms}, "the tour misses a loss"
 
-# %% 12. What a soft target asks of the student: the gradient is (p_s - p_t) / M.  A probability that is too
+# %% 11. What a soft target asks of the student: the gradient is (p_s - p_t) / M.  A probability that is too
 # high goes down, one that is too low goes up.
 z = z_s.detach().requires_grad_()
 gradient, = torch.autograd.grad(soft_cross_entropy(z, z_t), z)
 assert torch.allclose(gradient, (p_s - p_t) / M, rtol=0, atol=1e-15)
 
-# %% 13. All of it together: 60 steps on this one block.  The loss falls towards the teacher's entropy, and
+# %% 12. All of it together: 60 steps on this one block.  The loss falls towards the teacher's entropy, and
 # stays above it.
 optimizer, steps = torch.optim.AdamW(student.parameters(), betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01), 60
 print(f"\nsoft cross-entropy on this block; the teacher's entropy is {entropy:.4f}")
