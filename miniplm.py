@@ -94,7 +94,8 @@ def make(config, out, source, request, device, say):
     pool = units[~held][np.argsort(hashed(units[~held], 1), kind="stable")]     # its beginning: a sample
 
     models, flops, seconds = both_models(config, out, source, blocks, units[held], device, say)
-    price = train.Config(strategy="vanilla_kd", seq_len=config.seq_len)     # of whose teacher a forward pass is charged
+    # As a teacher's forward pass is charged
+    price = train.Config(strategy="vanilla_kd", size=config.reference_size, seq_len=config.seq_len)
     flops += config.draws * len(pool) * UNIT * sum(flops_per_block(price, shape, shape)[1] for _, shape in models)
     say(f"{len(pool):,} units to score: {flops:.3g} FLOPs, the reference's training included")
     reliability, gap = gate(scored(config, out, blocks, pool[:GATE_UNITS], models)[0])
@@ -103,11 +104,11 @@ def make(config, out, source, request, device, say):
     chosen = choices(pool, scores.mean((1, 2)), config.alpha) | dict(all=units)
     for rule in todo:
         mine = chosen[rule]
-        same = np.isin(mine, chosen["kept"]).mean()
+        same = float(np.isin(mine, chosen["kept"]).mean())
         say(f"{rule:9} {len(mine):,} units, {same:.0%} of them kept"
             + "; beware: so the other model hardly mattered" * (rule in ("teacher", "reference") and same > 0.95))
         write(out / rule, source, ids_of(blocks, mine), request | dict(
-            rule=rule, units=len(mine), pool=len(pool), also_kept=float(same), gap=gap, reliability=reliability,
+            rule=rule, units=len(mine), pool=len(pool), also_kept=same, gap=gap, reliability=reliability,
             flops=flops, seconds=seconds + took, hardware=before["hardware"]))
     say(f"{out}: {flops:.3g} FLOPs, {seconds + took:,.0f} s, which compare.py takes off a budget")
 

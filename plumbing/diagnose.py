@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from data import Blocks, hashed
+from plumbing import checkpoint
 from plumbing.cli import Checked, Count, Length, UserError, run
 from plumbing.tokens import SCAN, TokenDirectory
 
@@ -151,7 +152,6 @@ def main(config):
 def masked_lm(path, directory, seq_len, flag="--model", device=None, bf16=False):
     """(forward(ids, masked) -> logits (M, V) on the device, the model's BertConfig) of a model directory or
     Hub id.  Refuses, as `flag`, what has no LM head, another vocabulary or too few positions."""
-    from plumbing import checkpoint
     found = checkpoint.find_model(path)
     checkpoint.same_vocabulary(directory.read_tokenizer(), found)
     model, missing, _ = checkpoint.load_mlm(found, len(directory.vocab))

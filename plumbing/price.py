@@ -32,7 +32,7 @@ def flops_per_block(config, student, teacher=None, phase=0):
     is what --budget-flops spends, the same on every machine."""
     some, teachers = next(n for n in itertools.count(1) if n * config.phases[phase].times % 1 == 0), []
     with torch.device("meta"):
-        arm = Arm(dataclasses.replace(config, micro_batch=some, bf16=False, compile=False),
+        arm = Arm(dataclasses.replace(config, batch_size=some, micro_batch=some, bf16=False, compile=False),
                   BertForMaskedLM(student),
                   BertForMaskedLM(teacher) if teacher and config.needs_teacher else None, phase=phase)
         with FlopCounterMode(display=False) as counted:

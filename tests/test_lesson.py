@@ -120,6 +120,21 @@ def test_the_pages_hold():
     assert check_docs.faults() == []
 
 
+def test_a_circle_of_imports_is_found_and_one_inside_of_functions_is_none(tmp_path):
+    (tmp_path / "plumbing").mkdir()
+    files = {"a.py": "import plumbing.b\n", "plumbing/b.py": "from plumbing import c\n",
+             "plumbing/c.py": "import torch\ndef f():\n    from a import x\n"}
+    for name, source in files.items():
+        (tmp_path / name).write_text(source)
+    assert check_docs.imports(tmp_path) == (
+        {"a": {"plumbing.b"}, "plumbing.b": {"plumbing.c"}, "plumbing.c": set()},
+        {"a": set(), "plumbing.b": set(), "plumbing.c": {"a"}})
+    assert list(check_docs.import_faults(tmp_path)) == []
+    (tmp_path / "plumbing/c.py").write_text("try:\n    from a import x\nexcept ImportError:\n    pass\n")
+    assert list(check_docs.import_faults(tmp_path)) == [
+        "a circle of imports: a -> plumbing.b -> plumbing.c -> a"]
+
+
 def test_the_checker_finds_what_is_wrong(tmp_path):
     for part in ("README.md", "RECORDS.md", "docs", "tests", "teacher"):
         copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copyfile
