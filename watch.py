@@ -32,8 +32,7 @@ NOT_A_TERM = ("step progress seconds lr epoch loss gradient_norm val d_order flo
 COLUMNS = "run", "spent", "left", "loss", "validation", "tokens/s", "state", "terms", "loss so far"
 PAGE = Path(__file__).parent / "plumbing/page.html"
 POINTS = 500                # records of a curve
-WARNING = ("Losses of different strategies are different quantities: between runs, only the same term can be "
-           "compared.")
+WARNING = "Losses of different strategies are different quantities: between runs, only the same term can be compared."
 
 
 @dataclass
@@ -61,8 +60,7 @@ class LoggedRun:
     def __init__(self, path):
         self.path, self.name, config = path, path.name, json_object(path / "config.json")
         if "model_type" in config:
-            raise UserError(f"{path} is a model directory: give its run's directory, or  --model "
-                            f"{path} --sentence ...")
+            raise UserError(f"{path} is a model directory: give its run's directory, or  --model {path} --sentence ...")
         budgets = [unit for unit in UNITS if config.get(f"budget_{unit}")]
         if len(budgets) != 1 or not {"batch_size", "seq_len"} <= config.keys():
             raise UserError(f"{path}/config.json is not that of a run of train.py")
@@ -103,8 +101,7 @@ def find(paths):
         if (path / "config.json").is_file():
             found.append(path)
         elif (path / "runs").is_dir():
-            # its teacher while it is pretrained: afterwards the curve of a longer run
-            # would only squeeze the others
+            # its teacher while it is pretrained: afterwards the curve of a longer run would only squeeze the others
             teacher = [] if (path / "teacher/summary.json").exists() else path.glob("teacher/config.json")
             found += [file.parent for file in (*teacher, *sorted(path.glob("runs/*/config.json")))]
         else:
@@ -205,8 +202,7 @@ def page(runs):
 
 def main(config, say=print):
     if bool(config.runs) == bool(config.model) or bool(config.model) != bool(config.sentence):
-        raise UserError("give run directories, as  python watch.py runs/*,  or --model "
-                        "MODEL and --sentence TEXT")
+        raise UserError("give run directories, as  python watch.py runs/*,  or --model MODEL and --sentence TEXT")
     (ask if config.model else watch)(config, say)
 
 

@@ -24,11 +24,9 @@ from tokenizers import Tokenizer
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from data import Blocks
-from kd_losses import soft_cross_entropy
 from model import BertConfig, BertForMaskedLM
 from plumbing.tokenizer import SPECIAL
 from strategies import AS_RELEASED, STRATEGIES, Context, loss_terms, mobilebert_stage, relation_head_count
-from train import learning_rate
 
 TEACHER = ROOT / "teacher"
 
@@ -97,7 +95,7 @@ def outputs(model):     # a forward pass leaves behind what it is asked for, and
 
 
 def check(name, strategy, by_hand, model=student):
-    """kd_losses' terms beside those by hand; their weighted sum, which is what training makes smaller."""
+    """kd_losses' terms beside those by hand; training makes their weighted sum smaller."""
     strategy = strategy.for_depths(2, 4)
     s = model(ids, masked, want=strategy.want("student"))
     t = teacher(ids, masked, want=strategy.want("teacher"))
@@ -165,23 +163,3 @@ check("minilmv2", STRATEGIES["minilmv2"], {
 check("mobilebert layer 2", mobilebert_stage(1), dict(
     fmt=mse(normal(h_s @ W["hidden1"].weight.T), normal(h_t)), attn=attn_kl))
 assert done > {term for strategy in STRATEGIES.values() for term in strategy.terms}, "the tour misses a loss"
-
-# %% 11. What a soft target asks of the student: the gradient is (p_s - p_t) / M.  A probability that is too
-# high goes down, one that is too low goes up.
-z = z_s.detach().requires_grad_()
-gradient, = torch.autograd.grad(soft_cross_entropy(z, z_t), z)
-assert torch.allclose(gradient, (p_s - p_t) / M, rtol=0, atol=1e-15)
-
-# %% 12. All of it together: 60 steps on this one block.  The loss falls towards the teacher's entropy, and
-# stays above it.
-optimizer, steps = torch.optim.AdamW(student.parameters(), betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01), 60
-print(f"\nsoft cross-entropy on this block; the teacher's entropy is {entropy:.4f}")
-for step in range(steps):
-    optimizer.param_groups[0]["lr"] = learning_rate(step / steps, 5e-3)
-    loss = soft_cross_entropy(student(ids, masked)["logits"], z_t)
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    if step % 10 == 0 or step == steps - 1:
-        print(f"  step {step:2}: {loss:.4f}")
-assert loss > entropy
