@@ -33,19 +33,16 @@ class Batch(NamedTuple):
     labels: np.ndarray      # (B, k) int64, the ids that stood there
 
 
-def mix(x):
-    """64-bit finaliser of splitmix64 (Steele 2014, doi 10.1145/2714064.2660195): an avalanche hash."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
 def hashed(*parts):
-    """Uniform uint64 from integers and integer arrays (broadcast together)."""
+    """Uniform uint64 from integers and integer arrays (broadcast together), by the 64-bit generator splitmix64 (Steele
+    2014, doi 10.1145/2714064.2660195)."""
     x = np.uint64(0)
     with np.errstate(over="ignore"):                                    # modulo 2^64 is the point
         for part in parts:
-            x = mix((x ^ np.asarray(part).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15))
+            x = (x ^ np.asarray(part).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
+            x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            x = x ^ (x >> np.uint64(31))
     return x
 
 

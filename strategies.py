@@ -39,7 +39,7 @@ from kd_losses import (
 from plumbing.cli import UserError, read
 
 LAST, FIRST = ((-1, -1),), ((0, 0),)                # pairs of layers: (the student's, the teacher's)
-LOGITS = {"logits", "all_logits"}
+LOGITS, OF_A_LAYER = {"logits", "all_logits"}, {"hidden", "qkv"}
 
 
 def uniform(depth_s, depth_t):
@@ -112,7 +112,7 @@ class Strategy(NamedTuple):
         asked = [(need, pair[side == "teacher"]) for term in self.terms.values() for pair in term.layers
                  for need in getattr(term, side)]
         asked += [(need, -1) for need in self.needs(side)] if self.as_released else []
-        return tuple(dict.fromkeys(at_layer(*each) for each in asked))
+        return tuple(dict.fromkeys(each if each[0] in OF_A_LAYER else each[0] for each in asked))
 
     @property
     def needs_teachers_head(self):
@@ -121,14 +121,6 @@ class Strategy(NamedTuple):
     @property
     def trains_lm_head(self):
         return any(not LOGITS.isdisjoint(term.student) for term in self.terms.values())
-
-
-def at_layer(need, layer):
-    return (need, layer) if need in ("hidden", "qkv") else need
-
-
-def proj_of(c, name):
-    return c.proj[name] if name in c.proj else None
 
 
 def attention_scores_term(where, layers):
@@ -167,10 +159,10 @@ SOFT_KL = Term(lambda s, t, c: soft_kl(s["logits"], t["logits"], c.tau), ("logit
                "divergence from the teacher's distribution; sum over V, mean over masked positions", 5.0)
 COSINE = Term(lambda s, t, c: cosine_loss(s["hidden"], t["hidden"]), ("hidden",), ("hidden",),
               "last hidden state; mean over positions")
-EMBD = Term(lambda s, t, c: embedding_mse(s["embedding"], t["embedding"], proj_of(c, "embedding")),
+EMBD = Term(lambda s, t, c: embedding_mse(s["embedding"], t["embedding"], getattr(c.proj, "embedding", None)),
             ("embedding",), ("embedding",), "embedding block; mean over positions and D",
             projects="embedding")
-HIDN = Term(lambda s, t, c: hidden_mse(s["hidden"], t["hidden"], proj_of(c, "hidden")),
+HIDN = Term(lambda s, t, c: hidden_mse(s["hidden"], t["hidden"], getattr(c.proj, "hidden", None)),
             ("hidden",), ("hidden",), "last hidden state; mean over positions and D", projects="hidden")
 ATTN_KL = Term(attention_kl_of, ("qkv",), ("qkv",),
                "attention probabilities, last layer; sum over keys, mean over heads and queries")
@@ -205,7 +197,7 @@ def mobilebert_stage(layer):
     + 1 AT (arXiv 2004.02984, "Training Strategies"; its code has 100 / L and 1 / L).  AT is MiniLM's L_AT."""
     def pair(depth_s, depth_t):
         return (uniform(depth_s, depth_t)[layer],)
-    fmt = Term(lambda s, t, c: feature_map_transfer(s["hidden"], t["hidden"], proj_of(c, f"hidden{layer}")),
+    fmt = Term(lambda s, t, c: feature_map_transfer(s["hidden"], t["hidden"], getattr(c.proj, f"hidden{layer}", None)),
                ("hidden",), ("hidden",), "normalised hidden states; mean over positions and D", 100.0,
                f"hidden{layer}", pair)
     attn = ATTN_KL._replace(layers=pair,
@@ -338,7 +330,7 @@ def loss_terms(strategy, s, t, c):
 
     s, t: what the two forward passes left behind, under the names of `want`."""
     def at(out, needs, layer):
-        return {need: out[at_layer(need, layer)] for need in needs}
+        return {need: out[(need, layer) if need in OF_A_LAYER else need] for need in needs}
     terms = {name: sum(term.loss(at(s, term.student, l_s), at(t, term.teacher, l_t), c)
                        for l_s, l_t in term.layers)
              for name, term in strategy.terms.items()}

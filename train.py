@@ -26,6 +26,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import math
 import os
 import sys
 import time
@@ -215,11 +216,9 @@ def gradients(arm, batch, step, stages):
     with arm.tf32():
         for micro, last in arm.micro_batches(batch, step):
             stages.mark("data")
-            if t := arm.teacher_forward(micro, arm.strategy):   # what the strategy compares, and no more
-                stages.mark("teacher")
-            with arm.synchronised(last):
-                s = arm.student_forward(micro, arm.strategy)
-                loss, terms = arm.loss(s, t, micro, arm.strategy)
+            # Gradients travel between ranks in the last micro-batch of a step only
+            with contextlib.nullcontext() if last or arm.ranks.size == 1 else arm.wrapper.no_sync():
+                loss, terms = arm.forward(*micro, mark=stages.mark)
                 (loss / arm.accumulate).backward()
             sums = sums + torch.stack([loss.detach(), *(v.detach() for v in terms.values())])
             stages.mark("student")
@@ -260,7 +259,8 @@ def trained(run):
             stages.read()
             if stop:
                 raise Stopped
-            refuse_non_finite(run, values)
+            if not all(map(math.isfinite, values.values())):
+                refuse_non_finite(run, values)
             # budget, learning rate, update
             progress = budget.progress
             ramp = arm.strategy.ramp or [config.warmup]
