@@ -82,16 +82,6 @@ class Arm:
         if self.teacher:
             self.teacher.train(on and self.strategy.as_released)        # the released code leaves it on there
 
-    def pass_on(self, phase):
-        """Enters a later phase; whether with a new optimizer: not where S or the masks alone change."""
-        if new := self.phases[phase].span != self.phase.span:
-            self.enter(phase)
-            self.make_optimizer()
-        else:
-            self.set_phase(phase)
-            self.compile()
-        return new
-
     def set_phase(self, phase):
         """And `micro`, the blocks of a forward pass, and `accumulate`, this rank's forward passes in a step."""
         self.number, self.phase = phase, self.phases[phase]

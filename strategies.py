@@ -229,41 +229,21 @@ PHASED = {"mobilebert": mobilebert, "clm": lambda depth: [(1.0, "", CLM)]}
 
 
 class Phase(NamedTuple):
-    """A part of the budget and the Strategy that spends it, at one block length."""
+    """A part of the budget and the Strategy that spends it."""
     name: str
     begin: float                # as shares of the budget
     end: float
     strategy: Strategy
-    span: tuple = None          # (begin, end) of the optimizer and the learning rate, if not these
-    seq_len: int = 128          # S
-    times: float = 1            # so many blocks have as many tokens as one of the run's last length
+    seq_len: int = 128          # S, the run's or the strategy's own
+    times: float = 1            # so many blocks have as many tokens as one of the run's S
 
     def progress(self, of_run):
-        """Of the span, from the run's."""
-        begin, end = self.span or (self.begin, self.end)
-        return min(1.0, (of_run - begin) / (end - begin))
+        """Of the phase, from the run's."""
+        return min(1.0, (of_run - self.begin) / (self.end - self.begin))
 
     def blocks(self, count):
-        """So many have as many tokens as `count` of the run's last length."""
+        """So many have as many tokens as `count` of the run's S."""
         return round(count * self.times)
-
-
-def parts(phases, lengths):
-    """[Phase]: the phases, cut where the block length changes; `lengths`: [(end, S)].
-
-    Every step has the same number of tokens: S blocks of the last length, or more of a shorter one.  A strategy with a
-    length of its own is alone, at that one."""
-    if S := phases[0].strategy.seq_len:
-        return [phases[0]._replace(seq_len=S, times=lengths[-1][1] / S)]
-
-    def at(end, turns):
-        return next(value for until, value in turns if until >= end)
-    ends, found = sorted({*(p.end for p in phases), *(end for end, _ in lengths)}), []
-    for begin, end in zip([0.0, *ends], ends, strict=False):
-        phase, S = at(end, [(p.end, p) for p in phases]), at(end, lengths)
-        found.append(Phase(phase.name + f" S {S}" * (len(lengths) > 1), begin, end, phase.strategy,
-                           (phase.begin, phase.end), S, lengths[-1][1] // S))
-    return found
 
 
 def phases_of(text, depth, as_released=False):

@@ -41,7 +41,7 @@ from model import BertConfig
 from plumbing import encoder
 from plumbing.budget import Budget, Stages, Stopped, one_budget, stop_signals
 from plumbing.checks import check_run, refuse_non_finite
-from plumbing.cli import Checked, Count, Lengths, NotNegative, Positive, Seed, Share, UserError, in_turn, run
+from plumbing.cli import Checked, Count, Length, NotNegative, Positive, Seed, Share, UserError, run
 from plumbing.device import Ranks, alone_on_device, choose_device, fitting_micro_batch, halve_micro_batch_until_it_fits
 from plumbing.price import price
 from plumbing.rehearsal import rehearse
@@ -51,7 +51,7 @@ from plumbing.settle import settled, with_file
 from plumbing.tokens import TokenDirectory
 from plumbing.validation import validation_blocks
 from step import make_arm
-from strategies import RECIPES, STRATEGIES, parts, phases_of
+from strategies import RECIPES, STRATEGIES, phases_of
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Recipe(Checked):
     size: str | None = None             # student: layers L width; default: half of the teacher's layers, else 6L768
     heads: Count | None = None          # attention heads; default: the teacher's at its width, else width / 64
     # data
-    seq_len: Lengths = 128              # S, positions in a block; or in turn, each to a share: 32:0.5,128
+    seq_len: Length = 128               # S, positions in a block
     batch_size: Count | None = None     # blocks per optimizer step; default: 1024, or what buys 2,000 steps
     micro_batch: Count | None = None    # blocks per forward pass; default: 256 (80 GB: 1024), halved until it fits
     val_blocks: Count = 512             # validation blocks
@@ -90,16 +90,6 @@ class Recipe(Checked):
             return BertConfig.of_size(self.size, self.heads)
         except ValueError as e:
             raise UserError(f"--size: {e}") from None
-
-    @functools.cached_property
-    def lengths(self):
-        """[(end, S)]: block lengths in turn, each to a share of the budget."""
-        return in_turn(self.seq_len, int)
-
-    @property
-    def length(self):
-        """S of the run's end and of validation."""
-        return self.lengths[-1][1]
 
     @functools.cached_property
     def budget(self):
@@ -167,10 +157,12 @@ class Config(Recipe):
 
     @functools.cached_property
     def phases(self):
-        """[strategies.Phase], with the run's own temperature and block lengths."""
-        phases = phases_of(self.strategy, self.shape.num_hidden_layers, self.as_released)
-        return parts([phase._replace(strategy=phase.strategy._replace(tau=self.tau or phase.strategy.tau))
-                      for phase in phases], self.lengths)
+        """[strategies.Phase], with the run's own temperature and block length."""
+        def ours(phase):
+            strategy, S = phase.strategy, phase.strategy.seq_len or self.seq_len
+            return phase._replace(strategy=strategy._replace(tau=self.tau or strategy.tau), seq_len=S,
+                                  times=self.seq_len / S)
+        return [ours(phase) for phase in phases_of(self.strategy, self.shape.num_hidden_layers, self.as_released)]
 
     @property
     def start(self):

@@ -22,7 +22,7 @@ import torch
 
 from comparison.report import MARKERS, aligned, curve_look
 from plumbing.checkpoint import find_model, framed, load_mlm, read_tokenizer
-from plumbing.cli import Checked, UserError, in_turn, run, shown
+from plumbing.cli import Checked, UserError, run, shown
 from plumbing.files import claim_file, json_object, log_records, parsing, write_whole
 from plumbing.screen import changes, quantity, spent
 
@@ -65,7 +65,7 @@ class LoggedRun:
         if len(budgets) != 1 or not {"batch_size", "seq_len"} <= config.keys():
             raise UserError(f"{path}/config.json is not that of a run of train.py")
         self.unit, self.total = budgets[0], float(config[f"budget_{budgets[0]}"])
-        self.tokens = int(config["batch_size"]) * in_turn(config["seq_len"], int)[-1][1]    # of a step, at the end
+        self.tokens = int(config["batch_size"]) * int(str(config["seq_len"]).split(",")[-1])
         if not math.isfinite(self.total):
             raise ValueError("a budget that is not finite")
         self.finished, self.records = (path / "summary.json").exists(), read_log(path / "log.jsonl")

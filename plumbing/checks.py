@@ -17,13 +17,10 @@ def check_run(config):
     layers_of(config.init_layers)
     if config.init_layers is not None and config.start != "teacher":
         raise UserError(f"--init-layers {config.init_layers} belongs to --init teacher")
-    if (own := phases[0].strategy.seq_len) and (config.micro_batch or config.batch_size or 0) * config.length % own:
-        raise UserError(f"--batch-size {config.batch_size}, --micro-batch {config.micro_batch}: their tokens must be a "
-                        f"multiple of {own}, the length of {config.strategy}'s sentences: at --seq-len {config.length} "
-                        f"give multiples of {own // math.gcd(own, config.length)}")
-    if not own and any(config.length % phase.seq_len for phase in phases):
-        raise UserError(f"--seq-len {config.seq_len}: each must divide the last one, so that all steps have as "
-                        f"many tokens")
+    if (own := phases[0].strategy.seq_len) and (config.micro_batch or config.batch_size or 0) * config.seq_len % own:
+        raise UserError(f"--batch-size {config.batch_size}, --micro-batch {config.micro_batch}: their tokens must be "
+                        f"a multiple of {own}, the length of {config.strategy}'s sentences: at --seq-len "
+                        f"{config.seq_len} give multiples of {own // math.gcd(own, config.seq_len)}")
     config.budget  # noqa: B018
     ranks = Ranks().size
     if config.micro_batch and config.batch_size and config.batch_size % (config.micro_batch * ranks):
@@ -69,7 +66,7 @@ def check_teacher(config, student, teacher, head):
     refuse(copied and (len(copied) != student.num_hidden_layers or max(copied) >= deep),
            f"--init-layers {config.init_layers}: the student has {student.num_hidden_layers} layers, the teacher "
            f"{deep}: give one of 0 to {deep - 1} for each of the student's")
-    refuse(teacher.max_position_embeddings < max(config.length, config.phases[0].seq_len),
+    refuse(teacher.max_position_embeddings < max(config.seq_len, config.phases[0].seq_len),
            f"--seq-len {config.seq_len}: the teacher has {teacher.max_position_embeddings} positions only")
 
 

@@ -13,7 +13,7 @@ def price(arm, unit):
     """Of a step of the arm's phase, in a budget's unit."""
     c = arm.config
     return (c.batch_size * sum(flops_of(arm, arm.number)) if unit == "flops" else
-            c.batch_size * c.length if unit == "tokens" else 1)
+            c.batch_size * c.seq_len if unit == "tokens" else 1)
 
 
 def flops_of(arm, phase):

@@ -40,7 +40,7 @@ def rehearse(run, gradients, blocks, batches):
     seconds = sum(took) / len(took)
     many = budget.total * 3600 / seconds if budget.unit == "hours" else budget.total / budget.price
     steps = math.ceil(many)
-    tokens, charged, say = config.batch_size * config.length, steps * seconds, run.say
+    tokens, charged, say = config.batch_size * config.seq_len, steps * seconds, run.say
     say(f"memory: {memory(arm.device)}")
     say(f"speed: {tokens / seconds:,.0f} tokens/s, {seconds:.3g} s a step, measured over {len(took)}")
     ends = min(time.time() + charged + validations, 253_370_764_800)    # the year 9999

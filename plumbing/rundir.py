@@ -118,24 +118,17 @@ class RunWriter:
     def next_phase(self, signals):
         """Ends the phase and enters the next one that has a share left; nothing of it is on the clock."""
         arm, budget = self.arm, self.budget
-        span, ended = arm.phase.span, [phase for phase in arm.phases if phase.end <= budget.progress]
-        val = None
-        if arm.phases[len(ended)].span != span:
-            self.validate(signals)
-            val = self.val
+        self.validate(signals)
         while arm.phases[len(budget.ended)].end <= budget.progress:
-            self.vals.append(val if len(budget.ended) == arm.number else None)
+            self.vals.append(self.val if len(budget.ended) == arm.number else None)
             budget.ended.append((budget.phase_steps, budget.price))
-        if val:
-            self.say(f"{arm.phase.name} ended after {budget.ended[arm.number][0]} steps: "
-                     + ", ".join(f"val_{name} {value:.4f}" for name, value in val.items()))
+        self.say(f"{arm.phase.name} ended after {budget.ended[arm.number][0]} steps: "
+                 + ", ".join(f"val_{name} {value:.4f}" for name, value in self.val.items()))
         with budget.pause("compile"):
-            new = arm.pass_on(len(budget.ended))
+            arm.enter(len(budget.ended))
+            arm.make_optimizer()
             budget.price = price(arm, budget.unit)
-        if new:
-            self.describe()
-        else:
-            self.say(f"now {arm.phase.name}, to {arm.phase.end:.0%}")
+        self.describe()
 
     def describe(self):
         if not self.writes:
@@ -229,7 +222,7 @@ class RunWriter:
     def finish(self, blocks, charged, found):
         """Writes and returns the summary: what was trained, what it cost, what came out."""
         config, arm, budget = self.config, self.arm, self.budget
-        steps, tokens = budget.steps, budget.steps * config.batch_size * config.length
+        steps, tokens = budget.steps, budget.steps * config.batch_size * config.seq_len
         seen = steps * arm.phase.blocks(config.batch_size)
         phases = [self.phase_summary(i) for i in range(len(arm.phases))]
         student, teacher = (sum(p[f"{side}_flops"] for p in phases) for side in ("student", "teacher"))

@@ -49,7 +49,7 @@ class Screen:
     def speed(self):
         """What the log has of it: tokens per second, and on CUDA the most memory that was taken so far, and MFU."""
         config, arm, (steps, _) = self.arm.config, self.arm, self.per_second()
-        found = {"tokens_per_second": round(steps * config.batch_size * config.length, 1)}
+        found = {"tokens_per_second": round(steps * config.batch_size * config.seq_len, 1)}
         if self.cuda:
             found["memory"] = torch.cuda.max_memory_allocated(arm.device)
             if self.peak:

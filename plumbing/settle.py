@@ -151,14 +151,14 @@ def batch_that_fits(config, blocks):
 
 def gets(config, blocks, shape):
     """What so many blocks are, in words; `shape`: the student's BertConfig."""
-    tokens = blocks * config.length
-    return (f"{blocks / config.batch_size:,.0f} steps of {config.batch_size} x {config.length}, {tokens:,.0f} tokens, "
+    tokens = blocks * config.seq_len
+    return (f"{blocks / config.batch_size:,.0f} steps of {config.batch_size} x {config.seq_len}, {tokens:,.0f} tokens, "
             f"{tokens / parameters(shape):.2g} for each parameter of a {shape.size}")
 
 
 def enough(config, blocks, shape):
     """Whether a student learns something from random weights in so many blocks."""
-    return learns(blocks / config.batch_size, blocks * config.length, parameters(shape))
+    return learns(blocks / config.batch_size, blocks * config.seq_len, parameters(shape))
 
 
 def other_sizes(config, blocks, shape):
@@ -168,7 +168,7 @@ def other_sizes(config, blocks, shape):
     flops, found = flops_of_block(alone, (shape, None)), []
     for size in SIZES:
         of = dataclasses.replace(BertConfig.of_size(size), vocab_size=shape.vocab_size)
-        tokens = blocks * config.length * flops / flops_of_block(dataclasses.replace(
+        tokens = blocks * config.seq_len * flops / flops_of_block(dataclasses.replace(
             alone, size=size, heads=None), (of, None))
         found.append((size, tokens, tokens / parameters(of)))
     return found
@@ -177,7 +177,7 @@ def other_sizes(config, blocks, shape):
 def sizes_that_fit(config, blocks, shape):
     """Of SIZES, those for which it is enough."""
     return [size for size, tokens, each in other_sizes(config, blocks, shape) if learns(
-        tokens / config.length / config.batch_size, each, 1)]
+        tokens / config.seq_len / config.batch_size, each, 1)]
 
 
 def bought(config, shapes, per_second=None, phase=None):
@@ -186,7 +186,7 @@ def bought(config, shapes, per_second=None, phase=None):
     unit, total = config.budget
     if unit == "hours":
         return total * 3600 * per_second
-    each = dict(tokens=config.length, steps=1 / config.batch_size).get(unit)
+    each = dict(tokens=config.seq_len, steps=1 / config.batch_size).get(unit)
     phases = range(len(config.phases)) if phase is None else [phase]
     return total / (each or max(flops_of_block(config, shapes, i) for i in phases))
 

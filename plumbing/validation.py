@@ -30,7 +30,7 @@ def validate(arm, blocks, signals=(), model=None):
     """{term: mean} over all the validation blocks asked for; or the MLM loss of another `model`."""
     blocks, config, means = copy.copy(blocks), arm.config, {}
     blocks.causal = model is None and arm.strategy.causal
-    count, size = (max(1, n * config.length // blocks.seq_len) for n in (config.val_blocks, config.micro_batch))
+    count, size = (max(1, n * config.seq_len // blocks.seq_len) for n in (config.val_blocks, config.micro_batch))
     count = min(count, blocks.count)
     size = min(size, count)
     arm.drop_out(False)

@@ -48,7 +48,7 @@ def test_distillation_in_25_lines_is_the_real_step(tiny, narrow_teacher, monkeyp
     """Its loss and every gradient are those of train.py's step; no import but torch and model.py."""
     config = tiny(strategy="tinybert", teacher=str(narrow_teacher))
     directory = TokenDirectory(config.data)
-    arm, batch = make_arm(config, directory), Blocks(directory, "train", config.length, seed=0).batch(3, 8)
+    arm, batch = make_arm(config, directory), Blocks(directory, "train", config.seq_len, seed=0).batch(3, 8)
     student = copy.deepcopy(arm.student).requires_grad_()
     names, values = train.gradients(arm, batch, 0, Stages(arm.device))
     loss = tinybert_in_25_lines.tinybert(student, arm.teacher, torch.from_numpy(batch.ids))
