@@ -49,9 +49,8 @@ def uniform(depth_s, depth_t):
 
 
 class Term(NamedTuple):
-    """One term of a strategy's loss: the sum of `loss(s, t, c)` over the pairs of layers.  `s` and `t` hold
-    what the two forward passes left behind at one pair, under the names of `student` and `teacher`; `c` is a
-    Context."""
+    """One term of a strategy's loss: the sum of `loss(s, t, c)` over the pairs of layers.  `s` and `t` hold what the
+    two forward passes left behind at one pair, under the names of `student` and `teacher`; `c` is a Context."""
     loss: Callable
     student: tuple              # what the student's forward pass must leave behind, by the names in model.py
     teacher: tuple              # the same for the teacher; () for none

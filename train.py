@@ -7,18 +7,16 @@
     python train.py --strategy cut --teacher DIR --size 3L384 --out runs/cut    # its layers, untrained; or the best:
     python train.py --strategy cut --teacher DIR --size 3L384 --init-layers best --data data/mine --out runs/cut
 
-Every arm has the same architecture, initial weights, data order, masks and recipe; what differs by method
-(the losses, distilbert's initialisation, the paper's peak LR; `sentence` alone has other blocks, whole sentences,
-as many tokens a step, neither masks nor dropout) is printed at the start.  Progress = spent /
-budget, read once a step; the learning rate is a function of progress alone: of the phase's, where strategies
-come one after another (tinybert:0.3/no_kd), each with an optimizer of its own and what it trains.  The clock
-counts fetching and masking the batch, the teacher's forward pass, the student's forward and backward pass,
-communication and the optimizer; it does not count start-up, warm-up of compilation, validation, saving, or
-the pretraining of the teacher.
+Every arm has the same architecture, initial weights, data order, masks and recipe; what differs by method (the losses,
+distilbert's initialisation, the paper's peak LR; `sentence` alone has other blocks, whole sentences, as many tokens a
+step, neither masks nor dropout) is printed at the start.  Progress = spent / budget, read once a step; the learning
+rate is a function of progress alone: of the phase's, where strategies come one after another (tinybert:0.3/no_kd),
+each with an optimizer of its own and what it trains.  The clock counts fetching and masking the batch, the teacher's
+forward pass, the student's forward and backward pass, communication and the optimizer; it does not count start-up,
+warm-up of compilation, validation, saving, or the pretraining of the teacher.
 
-A run directory (--out) gets config.json, log.jsonl, checkpoint.pt, summary.json and
-model/, a Hugging Face BERT directory.  The same command goes on where a stopped run was; under torchrun it
-runs on many GPUs.
+A run directory (--out) gets config.json, log.jsonl, checkpoint.pt, summary.json and model/, a Hugging Face BERT
+directory.  The same command goes on where a stopped run was; under torchrun it runs on many GPUs.
 
 Source of the recipe: Bui 2024 (arXiv 2404.19319), section 3 and appendix.
 """
