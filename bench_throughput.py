@@ -1,14 +1,13 @@
 """What a distilled token costs beside no_kd's: measured, by FLOPs, and as the paper's released code computes it.
-Read it after prepare.py.
 
     python bench_throughput.py                                  # this machine, CPU or GPU, under four minutes
     python bench_throughput.py --strategies all                 # every arm
     python bench_throughput.py --size 12L1024 --teacher-size 24L1024                   # the paper's 12 layers
 
-An arm's step is train.py's: a batch and its masks, Arm.gradients (teacher, student, backward, gradient norm),
-one wait for the device, Arm.update.  Weights and ids are random: neither data nor a teacher is needed.  A
-shared machine's speed moves, so all arms live in one process and take turns, a step each in every round; a
-cost is the median over rounds of the round's own ratio, with its quartiles.
+An arm's step is train.py's: a batch and its masks, gradients (teacher, student, backward, gradient norm), one
+wait for the device, Arm.update.  Weights and ids are random: neither data nor a teacher is needed.  A shared
+machine's speed moves, so all arms live in one process and take turns, a step each in every round; a cost is
+the median over rounds of the round's own ratio, with its quartiles.
 
 The paper (arXiv 2404.19319) measured a cost of 1.8 for every distilled arm.  Its code computes everything for
 every method; the rows "as released" do that too, with our attention and, on CUDA, torch.compile: not its
@@ -19,7 +18,7 @@ import itertools
 import sys
 import textwrap
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated
 
 import numpy as np
@@ -39,7 +38,6 @@ from plumbing.device import (
     ready_process,
 )
 from plumbing.price import flops_per_block
-from plumbing.screen import peak_flops
 from plumbing.tokenizer import SPECIAL
 from step import Arm
 from strategies import AS_RELEASED, PHASED, STRATEGIES
@@ -67,14 +65,14 @@ class Config(Checked):
     def for_machine(self):
         """The same with every default filled in, or a UserError."""
         device = choose_device(self.device)
-        batch = self.batch_size or (1024 if device.type == "cuda" else 16)
+        cuda = device.type == "cuda"
         names = [*STRATEGIES, *PHASED] if self.strategies == "all" else self.strategies.split(",")
-        names = [name for name in names if name != "no_kd"]
+        batch = self.batch_size or (1024 if cuda else 16)
         config = dataclasses.replace(
             self, device=str(device), batch_size=batch,
             micro_batch=self.micro_batch or fitting_micro_batch(device, batch),
-            compile=device.type == "cuda" if self.compile is None else self.compile,
-            bf16=multiplies_in_bf16(device, self.bf16), strategies=",".join(["no_kd", *names]))
+            compile=cuda if self.compile is None else self.compile, bf16=multiplies_in_bf16(device, self.bf16),
+            strategies=",".join(dict.fromkeys(["no_kd", *names])))
         for name in config.strategies.split(","):
             config.of_arm(name).check()
         return config
@@ -87,10 +85,9 @@ class Config(Checked):
 
     def shape(self, size, heads=None):
         try:
-            return BertConfig.of_size(size, heads, vocab_size=self.vocab_size,
-                                      hidden_dropout_prob=self.dropout,
-                                      attention_probs_dropout_prob=self.dropout,
-                                      max_position_embeddings=max(512, self.seq_len))
+            return BertConfig.of_size(
+                size, heads, vocab_size=self.vocab_size, hidden_dropout_prob=self.dropout,
+                attention_probs_dropout_prob=self.dropout, max_position_embeddings=max(512, self.seq_len))
         except ValueError as e:
             raise UserError(f"--size, --teacher-size: {e}") from None
 
@@ -110,34 +107,27 @@ class RandomTokens:
 
 # ---------------------------------------------------------------------------------------- what takes its turn
 
-@dataclass
 class Entry:
-    """One arm that is measured.  `flops` are those of a step."""
-    name: str
-    flops: float
-    step: callable
-    seconds: list = field(default_factory=list)     # of one step, round by round
+    """One arm that is measured, by steps as train.py's loop does them.  `flops` are those of a step."""
 
+    def __init__(self, name, flops, arm, blocks):
+        self.name, self.flops, self.arm, self.steps = name, flops, arm, itertools.count()
+        self.seconds = []                                               # of one step, round by round
+        arm.make_optimizer()
+        self.batches = train.batches_of(blocks, 0, arm.phase.blocks(arm.config.batch_size), arm.device)
+        self.step()                                                     # AdamW's state comes with the first step
 
-def entry_of(name, flops, arm, blocks):
-    """An arm that steps as train.py's loop does."""
-    arm.make_optimizer()
-    steps = itertools.count()
-    batches = train.batches_of(blocks, 0, arm.phase.blocks(arm.config.batch_size), arm.device)
-
-    def step():
-        names, values = train.gradients(arm, next(batches), next(steps), train.Stages(arm.device))
-        arm.update(1e-4, values.tolist()[names.index("gradient_norm")])     # the step's one wait for the device
-    step()                                                           # AdamW's state comes with the first step
-    return Entry(name, flops, step)
+    def step(self):
+        names, values = train.gradients(self.arm, next(self.batches), next(self.steps), train.Stages(self.arm.device))
+        self.arm.update(1e-4, values.tolist()[names.index("gradient_norm")])    # the step's one wait for the device
 
 
 def entries_of(config, tokens):
     """Every arm that was asked for, each with weights of its own."""
     shapes = config.shape(config.size, config.heads), config.shape(config.teacher_size)
-    names = config.strategies.split(",")
-    for name, as_released in [(n, r) for n in names for r in (False, True)
-                              if not r or config.as_released and n in AS_RELEASED]:
+    for name, as_released in itertools.product(config.strategies.split(","), (False, True)):
+        if as_released and not (config.as_released and name in AS_RELEASED):
+            continue
         of_arm = config.of_arm(name, as_released)
         needed = shapes if of_arm.needs_teacher else shapes[:1]
         if of_arm.needs_teacher:
@@ -146,8 +136,7 @@ def entries_of(config, tokens):
             with torch.device(config.device):
                 arm = Arm(of_arm, *map(BertForMaskedLM, needed), phase=i)
             flops = config.batch_size * sum(flops_per_block(of_arm, *needed, phase=i))
-            blocks = phase_blocks(phase, tokens, "train", 0)
-            yield entry_of(phase.name + RELEASED * as_released, flops, arm, blocks)
+            yield Entry(phase.name + RELEASED * as_released, flops, arm, phase_blocks(phase, tokens, "train", 0))
 
 
 # ------------------------------------------------------------------------------------------ rounds and tables
@@ -171,15 +160,13 @@ def take_turns(entries, config):
     print(file=sys.stderr)
 
 
-def row(entry, base, config, peak):
-    """What was measured of one entry; `base` is the one that costs 1, `peak` the device's FLOP/s or None."""
-    seconds, ratios = np.median(entry.seconds), np.divide(entry.seconds, base.seconds)
-    ratio, low, high = np.quantile(ratios, (.5, .25, .75))
-    found = {"arm": entry.name, "tokens/s": f"{config.batch_size * config.seq_len / seconds:,.0f}",
-             "cost": f"{ratio:.2f}", "quartiles": f"{low:.2f}-{high:.2f}",
-             "FLOPs": f"{entry.flops / base.flops:.2f}",
-             "paper": f"{PAPERS_RATIO}" if entry.name.removesuffix(RELEASED) in PAPERS_ARMS else ""}
-    return found | {"MFU": f"{entry.flops / seconds / peak:.0%}"} if peak else found
+def row(entry, base, config):
+    """What was measured of one entry; `base` is the one that costs 1."""
+    ratio, low, high = np.quantile(np.divide(entry.seconds, base.seconds), (.5, .25, .75))
+    return {"arm": entry.name,
+            "tokens/s": f"{config.batch_size * config.seq_len / np.median(entry.seconds):,.0f}",
+            "cost": f"{ratio:.2f}", "quartiles": f"{low:.2f}-{high:.2f}", "FLOPs": f"{entry.flops / base.flops:.2f}",
+            "paper": f"{PAPERS_RATIO}" if entry.name.removesuffix(RELEASED) in PAPERS_ARMS else ""}
 
 
 def method_and_graph(rows):
@@ -210,7 +197,7 @@ def main(config):
     ready_process(torch.device(config.device))                          # as make_arm does
     entries = list(entries_of(config, RandomTokens(config.vocab_size)))
     take_turns(entries, config)
-    rows = [row(e, entries[0], config, peak_flops(device) if config.bf16 else None) for e in entries]
+    rows = [row(e, entries[0], config) for e in entries]
     print(aligned([*rows[0]], [[*r.values()] for r in rows]))
     for line in (f"cost: median and quartiles of {len(entries[0].seconds)} rounds in turn, {entries[0].name} = 1; "
                  "FLOPs: the same ratio of matrix products; paper: on one A100.", *method_and_graph(rows)):

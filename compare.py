@@ -248,7 +248,7 @@ class Plan:
         self.selections[path] = miniplm.Config(
             [c.data], self.teacher_model, path, ",".join(rules), draws=c.score_draws, batch_size=c.batch_size,
             reference_size=f"2L{max(64, c.shape.hidden_size // 3 // 64 * 64)}", reference_epochs=c.reference_epochs,
-            seq_len=c.length, unique_tokens=unique, device=c.device, bf16=c.bf16)
+            seq_len=c.seq_len, unique_tokens=unique, device=c.device, bf16=c.bf16)
         return path
 
     def paid(self, each):
@@ -271,14 +271,14 @@ class Plan:
         self.tasks = glue.parse_tasks(config.tasks, config.columns, say)
         self.texts = {name: glue.read_task(name, task, config.glue_dir, say) for name, task in self.tasks.items()}
         self.labels = {name: [*parts.values()][1][1] for name, parts in self.texts.items()}     # of dev
-        longest = min(self.teacher_shape.max_position_embeddings, max(512, first.length))
+        longest = min(self.teacher_shape.max_position_embeddings, max(512, first.seq_len))
         if config.max_len > longest:
             raise UserError(f"--max-len {config.max_len}: 8 to {longest} here")
-        if config.probe and first.length > longest:
+        if config.probe and first.seq_len > longest:
             raise UserError(f"--probe at --seq-len {config.seq_len}: the teacher ends at position {longest}")
         for unique, static in self.settings:
-            Blocks(self.directory, "train", first.length, 0, unique, static)        # refuses more than there are
-        validation_blocks(self.directory, first.length)
+            Blocks(self.directory, "train", first.seq_len, 0, unique, static)        # refuses more than there are
+        validation_blocks(self.directory, first.seq_len)
         for each in self.all:
             claim(each.out, "run", dry_run=True)
 
@@ -294,10 +294,7 @@ def settled(config):
     config = dataclasses.replace(config, **{name: inputs.get(flag_of(name)) for name in (
         "size", "heads", "batch_size") if getattr(config, name) is None})
     teacher = config.teacher != "train" and checkpoint.read_config(checkpoint.find_model(config.teacher))
-    if teacher and config.size is None:
-        config = dataclasses.replace(config, size=f"{-(-teacher.num_hidden_layers // 2)}L{teacher.hidden_size}")
-    if teacher and config.heads is None and teacher.hidden_size == config.shape.hidden_size:
-        config = dataclasses.replace(config, heads=teacher.num_attention_heads)
+    config = settle.half_of(config, teacher) if teacher else config
     if config.size:
         found = fitted(config)
     else:               # of a teacher that is trained: the largest of which all arms get three times what they need
@@ -369,11 +366,11 @@ def describe(plan, speeds, seconds, finetune_seconds):
                         f"a step; {'; '.join(judge.setting(*s) for s in plan.settings)}; {config.seeds} seeds", 80))
     for arm, why in plan.left_out.items():
         print(textwrap.fill(f"left out: {why if why.startswith(arm) else f'{arm}: {why}'}", 80))
-    rows, count = [], Blocks(plan.directory, "train", plan.runs[0].length, 0).count
+    rows, count = [], Blocks(plan.directory, "train", plan.runs[0].seq_len, 0).count
     for each in plan.runs[:len(plan.names) * len(plan.budgets) * len(plan.settings)]:
         if each.unique_tokens is None:
             blocks = timing.blocks_of(plan, each, speeds)
-            tokens = blocks * each.length
+            tokens = blocks * each.seq_len
             rows.append([plan.arms[each.out], judge.amount(plan.nominal[each.out], plan.unit),
                          f"{blocks / each.batch_size:,.0f}", f"{tokens / 1e6:,.3g}M", f"{blocks / count:.3g}",
                          f"{tokens / settle.parameters(shape):.2g}", duration(
@@ -536,7 +533,7 @@ def scored(plan, model, out, say, seed):
     means = {name: r["mean"] for name, r in tasks.items()}
     predicted = {name: finetune_glue.kept_predictions(name, plan.tasks.get(name), r, Path(out, "trials"))
                  for name, r in tasks.items()}
-    probe = dataclasses.replace(tuning, data=config.data, probe=True, seq_len=plan.runs[0].length)
+    probe = dataclasses.replace(tuning, data=config.data, probe=True, seq_len=plan.runs[0].seq_len)
     return dict(tasks=tasks, scores=means, predicted=predicted, model=str(model),
                 probes=finetune_glue.probes(probe, say) if config.probe else {},
                 average=float(np.mean([means[name] for name in judge.averaged(means)])))

@@ -33,19 +33,16 @@ class Batch(NamedTuple):
     labels: np.ndarray      # (B, k) int64, the ids that stood there
 
 
-def mix(x):
-    """64-bit finaliser of splitmix64 (Steele 2014, doi 10.1145/2714064.2660195): an avalanche hash."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
 def hashed(*parts):
-    """Uniform uint64 from integers and integer arrays (broadcast together)."""
+    """Uniform uint64 from integers and integer arrays (broadcast together), by the 64-bit generator splitmix64 (Steele
+    2014, doi 10.1145/2714064.2660195)."""
     x = np.uint64(0)
     with np.errstate(over="ignore"):                                    # modulo 2^64 is the point
         for part in parts:
-            x = mix((x ^ np.asarray(part).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15))
+            x = (x ^ np.asarray(part).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
+            x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            x = x ^ (x >> np.uint64(31))
     return x
 
 
@@ -175,20 +172,23 @@ def phase_blocks(phase, directory, split, seed, unique_tokens=None, static_masks
     return Blocks(directory, split, phase.seq_len, seed, unique_tokens, static_masks, phase.strategy.causal)
 
 
-def prefetch(blocks, start, batch_size, convert=lambda batch: batch):
-    """convert(batch i) for i = start, start + 1, ...: the next one is made in a thread while one is used.
-
-    `convert` runs in that thread too: the place to pin memory.  NumPy works without Python's lock, so on
-    CUDA, where the main thread waits for the device, batches cost no time.  Close the generator to end the
-    thread."""
-    def make(i):
-        return convert(blocks.batch(i, batch_size))
+def ahead(do, items):
+    """do(item) of each: the next one is done in a thread while one is used.  Close the generator to end the thread."""
     with ThreadPoolExecutor(1) as pool:
-        ahead = pool.submit(make, start)
-        for i in itertools.count(start + 1):
-            batch = ahead.result()
-            ahead = pool.submit(make, i)
-            yield batch
+        following = None
+        for item in items:
+            now, following = following, pool.submit(do, item)
+            if now:
+                yield now.result()
+        yield following.result()
+
+
+def prefetch(blocks, start, batch_size, convert=lambda batch: batch):
+    """convert(batch i) for i = start, start + 1, ..., one ahead.
+
+    `convert` runs in that thread too: the place to pin memory.  NumPy works without Python's lock, so on CUDA, where
+    the main thread waits for the device, batches cost no time."""
+    return ahead(lambda i: convert(blocks.batch(i, batch_size)), itertools.count(start))
 
 
 # ----------------------------------------------------------------------------------------------------- script
@@ -202,28 +202,20 @@ class Config(Checked):
 
 
 def main(config):
-    for path in config.directory:
-        describe(path, config)
-
-
-def describe(path, config):
-    directory = TokenDirectory(path)
-    directory.verify()
-    m = directory.manifest
-    print(f"{path}: verified: {', '.join(m['sha256'])}")
-    for key, value in m.items():
-        if key not in ("sha256", "bytes", "sources"):
-            print(f"{key}: {value}")
-    print(f"unknown_rate: {m['unknown'] / (m['train_tokens'] + m['val_tokens']):.4%}")
-    if not config.show:
-        return
-    blocks = Blocks(directory, "train", config.seq_len, config.seed)
-    token = {i: t for t, i in directory.vocab.items()}
-    for ids, masked, labels in zip(*blocks.batch(0, config.show), strict=True):
-        words = [token[i] for i in ids]
-        for at, label in zip(masked, labels, strict=True):      # {what stands there <- what stood there}
-            words[at] = f"{{{words[at]} <- {token[label]}}}"
-        print("\n" + "".join(w[2:] if w.startswith("##") else " " + w for w in words).strip())
+    for directory in map(TokenDirectory, config.directory):
+        directory.verify()
+        m, token = directory.manifest, {i: t for t, i in directory.vocab.items()}
+        print(f"{directory.path}: verified: {', '.join(m['sha256'])}")
+        for key, value in m.items():
+            if key not in ("sha256", "bytes", "sources"):
+                print(f"{key}: {value}")
+        print(f"unknown_rate: {m['unknown'] / (m['train_tokens'] + m['val_tokens']):.4%}")
+        shown = Blocks(directory, "train", config.seq_len, config.seed).batch(0, config.show) if config.show else []
+        for ids, masked, labels in zip(*shown, strict=True):
+            words = [token[i] for i in ids]
+            for at, label in zip(masked, labels, strict=True):      # {what stands there <- what stood there}
+                words[at] = f"{{{words[at]} <- {token[label]}}}"
+            print("\n" + "".join(w[2:] if w.startswith("##") else " " + w for w in words).strip())
 
 
 if __name__ == "__main__":

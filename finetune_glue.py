@@ -30,7 +30,6 @@ import math
 import sys
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -139,10 +138,8 @@ def shuffled_batches(lengths, batch_size, epochs, seed):
         yield from (epoch[at] for at in rng.permutation(len(epoch)))
 
 
-def finetune(model, examples, labels, batch_size, epochs, peak_lr, seed, pad_id, name="", bf16=False,
-             compiled=False):
-    """Trains in place: cross-entropy for classes, mean squared error for scores.  Returns
-    the loss of each step."""
+def finetune(model, examples, labels, batch_size, epochs, peak_lr, seed, pad_id, name="", bf16=False, compiled=False):
+    """Trains in place: cross-entropy for classes, mean squared error for scores.  Returns the loss of each step."""
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(decay_groups(model.parameters(), 0.01), lr=peak_lr, fused=True)
     total, losses = epochs * -(-len(examples) // batch_size), []
@@ -172,12 +169,6 @@ def predict(model, examples, pad_id, batch_size=64):
     rows = torch.cat([forward(model, [examples[i] for i in order[at:at + batch_size]], pad_id)
                       for at in range(0, len(order), batch_size)]).float().cpu().numpy()
     return np.nan_to_num(rows[np.argsort(order)])     # a run that diverged predicts one class, and is flagged
-
-
-def embedded(model, tokenizer, texts, max_len):
-    """(n, D): the mean-pooled last hidden states of texts."""
-    return predict(probe.MeanPooled(model.bert), encode(tokenizer, [(text,) for text in texts], max_len),
-                   tokenizer.token_to_id("[PAD]"))
 
 
 # ----------------------------------------------------------------------------------------------------- trials
@@ -291,15 +282,13 @@ def run_trials(setup, out, points):
 def score_task(setup, out):
     """The grid on seed 0, the best point on fresh seeds."""
     points = grid(setup.config, checkpoint.read_config(setup.path).hidden_size)
-    first, trials, metric = setup.config.first_seed, 0, setup.task.metrics[0]
-    if first is None:
-        first = int(len(points) > 1)
-    if len(points) > 1:     # else there is nothing to choose, and seed 0 is as fresh as any
+    metric, several = setup.task.metrics[0], len(points) > 1
+    trials = len(points) * several + setup.config.seeds
+    first = int(several) if setup.config.first_seed is None else setup.config.first_seed
+    if several:             # else there is nothing to choose, and seed 0 is as fresh as any
         chosen = run_trials(setup, out, [(*p, 0) for p in points])
         points = [max(points, key=lambda p: chosen[*p, 0]["scores"][metric])]
-        trials = len(chosen)
-    results = run_trials(setup, out, [(*points[0], seed)
-                                      for seed in range(first, first + setup.config.seeds)])
+    results = run_trials(setup, out, [(*points[0], seed) for seed in range(first, first + setup.config.seeds)])
     results, (_, (_, y), *_) = list(results.values()), setup.parts.values()
     majority = np.full(len(y), 0 if setup.task.labels == () else np.bincount(y).argmax())
     mean = {}
@@ -309,7 +298,7 @@ def score_task(setup, out):
                        std=float(np.std(scores, ddof=1)) if len(scores) > 1 else 0.0)
     collapsed = [r["collapsed"] for r in results]
     return dict(mean.pop(metric), metric=metric, others=mean, batch_size=points[0][0], peak_lr=points[0][1],
-                trials=trials + len(results), n=len(y), majority=evaluate(setup.task, majority, y)[0][metric],
+                trials=trials, n=len(y), majority=evaluate(setup.task, majority, y)[0][metric],
                 collapsed=sum(collapsed), collapsed_trials=collapsed, first_seed=first,
                 repeated=sum(len(r.get("attempts", ())) > 1 for r in results))
 
@@ -395,28 +384,27 @@ def probes(config, say=print):
     result = finished_trial(out / "probes.json", settings)
     if result:
         return result
-    embed = partial(embedded, loaded.model.to(setup.device), setup.tokenizer, max_len=config.max_len)
-    result = dict(tasks={}, masked_lm={}, settings=settings)
-    for name, task in tasks.items():
-        result["tasks"][name] = found = probe.probe_task(task, texts.pop(name), embed)
-        say(f"{name}: " + probe.in_words(found))
+    encoder = probe.MeanPooled(loaded.model.to(setup.device).bert)
+
+    def states(texts):
+        """(n, D): the mean-pooled last hidden states."""
+        return predict(encoder, encode(setup.tokenizer, [(text,) for text in texts], config.max_len),
+                       setup.tokenizer.token_to_id("[PAD]"))
+    found = {name: probe.probe_task(task, texts.pop(name), states) for name, task in tasks.items()}
+    result = dict(tasks=found, masked_lm={}, settings=settings)
     if directory:
-        encoder = probe.MeanPooled(loaded.model.bert)
-        result["tasks"]["word order"] = found = probe.probe_word_order(
+        found["word order"] = probe.probe_word_order(
             directory, config.seq_len, lambda ids: predict(encoder, np.stack([ids, np.zeros_like(ids)], 1), 0))
-        say("word order: " + probe.in_words(found))
-    if directory and loaded.missing:
-        say("no LM head, so no masked-LM probe")
-    elif directory:
-        result["masked_lm"] = probe.probe_masked_lm(loaded.model, directory, config.seq_len)
-        say("masked LM: " + probe.in_words(result["masked_lm"]))
+        if not loaded.missing:
+            result["masked_lm"] = probe.probe_masked_lm(loaded.model, directory, config.seq_len)
+    for name, values in (found | {"masked LM": result["masked_lm"]}).items():
+        say(f"{name}: {probe.in_words(values) or 'no LM head, or no --data'}")
     write_json(out / "probes.json", result)
     return result
 
 
 def label_rows(config, out):
-    """Writes one JSON line per row of --predict to `out`: label and probabilities, or
-    score; or what is wrong."""
+    """Writes one JSON line per row of --predict to `out`: label and probabilities, or score; or what is wrong."""
     path = checkpoint.find_model(config.model)
     classifier, tokenizer = checkpoint.read_classifier(path), checkpoint.read_tokenizer(path)
     rows = rows_of_text(Path(config.predict), config.columns, classifier.columns)
@@ -426,8 +414,7 @@ def label_rows(config, out):
         good = [text for _, text, fault in some if not fault]
         found = iter(predict(model, encode(tokenizer, good, classifier.max_len), pad_id) if good else ())
         for place, _, fault in some:
-            out.write(json.dumps(dict(error=f"{place} {fault}") if fault else said(classifier, next(found)))
-                      + "\n")
+            out.write(json.dumps(dict(error=f"{place} {fault}") if fault else said(classifier, next(found))) + "\n")
         out.flush()
 
 

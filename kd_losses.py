@@ -1,16 +1,14 @@
 """Every loss: one function = one equation.  Read it after model.py.
 
-Pure functions of tensors: student first, teacher second, a scalar out.  tests/test_kd_losses.py holds each of
-them against the slowest possible transcription of its formula.
+Pure functions of tensors: student, teacher, a scalar out; held against slow transcriptions by tests/test_kd_losses.py.
 
     B batch, S sequence, M masked positions, V vocabulary, N heads, H head size, D hidden size; _s student,
     _t teacher; tau temperature; `real` (B, S): what is not padding, or None where blocks are full.
 
-Two rules hold everywhere.  A *distribution* is summed (over V, or over the keys) and then averaged over
-positions and heads; a *mean squared error* is averaged over every real element.  (`reduction="mean"` on a
-distribution divides by V as well: a factor of 30,522 that several public distillation codes carry.)  And a
-loss is computed in at least fp32 with autocast off: under autocast even the matmul of two fp32 tensors runs
-in bf16.
+Two rules hold everywhere.  A *distribution* is summed (over V, or over the keys) and then averaged over positions and
+heads; a *mean squared error* is averaged over every real element.  (`reduction="mean"` on a distribution divides by V
+as well: a factor of 30,522 that several public distillation codes carry.)  And a loss is computed in at least fp32
+with autocast off: under autocast even the matmul of two fp32 tensors runs in bf16.
 """
 import contextlib
 import functools
@@ -86,8 +84,7 @@ def soft_cross_entropy_over_v(z_s, z_t, tau=1.0, vocab_size=None):
 def hidden_mse(h_s, h_t, proj=None, real=None):
     """TinyBERT's L_hidn = MSE(H_s W_h, H_t) (Jiao 2020, arXiv 1909.10351, section 3).
 
-    h_s (B, S, D_s), h_t (B, S, D_t); W_h = `proj`, None for equal widths.  Mean over real positions and
-    D_t."""
+    h_s (B, S, D_s), h_t (B, S, D_t); W_h = `proj`, None for equal widths.  Mean over real positions and D_t."""
     error = ((h_s if proj is None else proj(h_s)) - h_t).square().mean(-1)                  # (B, S)
     return error.mean() if real is None else error.masked_select(real.bool()).mean()
 

@@ -12,9 +12,8 @@ has to be exported.  A forward pass computes what it is asked for (`want`) and s
 
 l counts from 0, or from -1 for the last layer; "qkv" and "hidden" alone are the last layer's.
 
-Legend, for all files: B batch, S sequence, M masked positions, V vocabulary, N heads, H head size, D hidden
-size, L layers; `_s` student, `_t` teacher; `tau` temperature.  `real` is a (B, S) mask of what is not
-padding, or None.
+Legend, for all files: B batch, S sequence, M masked positions, V vocabulary, N heads, H head size, D hidden size, L
+layers; `_s` student, `_t` teacher; `tau` temperature.  `real` is a (B, S) mask of what is not padding, or None.
 
 Sources: Devlin 2018 (arXiv 1810.04805); Vaswani 2017 (arXiv 1706.03762) for the post-LN layer.
 """

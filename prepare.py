@@ -4,7 +4,7 @@
     python prepare.py my_text.txt.xz more/ --vocab bert-base-uncased --out data/mine   # files and directories
     python prepare.py my_text/ reviews.csv queries.jsonl --document-per line --vocab DIR --out data/mine   # a teacher's
 
-What can be read, and what is done with damaged text: plumbing/sources.py.
+What can be read: docs/data.md; what is done with damaged text: plumbing/sources.py.
 
 A document is its paragraphs' WordPiece ids, then [SEP]; one with the ids of another is dropped.  A hash of its ids puts
 a document into training or validation, so it stays there when files are added or reordered; for docstrings it is a hash
@@ -22,7 +22,6 @@ import json
 import os
 import sys
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -30,6 +29,7 @@ import numpy as np
 from tokenizers import normalizers
 from tqdm import tqdm
 
+from data import ahead
 from plumbing import glue
 from plumbing.cli import Checked, Count, Fraction, UserError, run, shown
 from plumbing.files import claim, hold, sha256
@@ -66,10 +66,6 @@ def document_key(content):
     return hashlib.blake2b(content, digest_size=8).digest()
 
 
-def key_of(encoding):
-    return document_key(np.array(encoding.ids, "<u4").tobytes())
-
-
 def docstring_head(text):
     """The beginning of a docstring as an uncased vocabulary sees it."""
     return " ".join(normalizers.BertNormalizer().normalize_str(text).split())[:HEAD]
@@ -97,33 +93,29 @@ def batches(documents, characters=BATCH):
 
 
 def held_out(tokenizer, tasks, glue_dir):
-    """The keys of the lines in all dev rows of the tasks, each side by itself."""
+    """The ids of the lines in all dev rows of the tasks, each side by itself."""
     lines = []
     for name, task in glue.parse_tasks(tasks).items() if tasks else ():
         parts = glue.read_task(name, task, glue_dir)
         lines += [line for part in parts if part != "train" for sides in parts[part][0] for side in sides
                   for line in side.split("\n")]
     encodings = tokenizer.encode_batch_fast(lines, add_special_tokens=False)
-    return {key_of(encoding) for encoding in encodings if encoding.ids}
+    return {tuple(encoding.ids) for encoding in encodings if encoding.ids}
 
 
 def tokenized(tokenizer, documents, without, met):
     """(piece, its ids with [SEP] at the end).  The next batch is read while tokenizers works without Python's lock."""
+    sep = tokenizer.token_to_id("[SEP]")
+
     def ids_of(batch):
         lines = [piece.text.split("\n") for piece in batch]
         encodings = tokenizer.encode_batch_fast([*itertools.chain(*lines)], add_special_tokens=False)
-        kept = [() if without and key_of(encoding) in without else encoding.ids for encoding in encodings]
+        kept = [() if without and tuple(encoding.ids) in without else encoding.ids for encoding in encodings]
         met["lines left out: a side of a row of --without"] += kept.count(())
         kept = iter(kept)
-        return [[*itertools.chain(*itertools.islice(kept, len(of)))] for of in lines]
-
-    sep, before = tokenizer.token_to_id("[SEP]"), None
-    with ThreadPoolExecutor(1) as pool:
-        for batch in itertools.chain(batches(documents), [[]]):
-            now = batch, pool.submit(ids_of, batch)
-            for piece, ids in zip(before[0], before[1].result(), strict=True) if before else ():
-                yield piece, np.array([*ids, sep], "<u4")
-            before = now
+        return [(piece, np.array([*itertools.chain(*itertools.islice(kept, len(of))), sep], "<u4"))
+                for piece, of in zip(batch, lines, strict=True)]
+    return itertools.chain.from_iterable(ahead(ids_of, batches(documents)))
 
 
 def prepare(config, documents=None):
@@ -146,8 +138,15 @@ def make(config, documents, out, files, met):
     tokenizer = load_tokenizer(config.vocab) if config.vocab else None
     documents = (Piece(text, config.sources[0]) for text in documents) if documents is not None else read_documents(
         files, met, config.columns, config.rows_per_document, config.document_per)
-    if tokenizer is None:
-        tokenizer, documents = trained_on(documents, config.vocab_size)
+    if tokenizer is None:       # from the first SAMPLE characters
+        sample, size = [], 0
+        for piece in tqdm(documents, desc="reading", unit=" documents", mininterval=1):
+            sample.append(piece)
+            size += len(piece.text)
+            if size >= SAMPLE:
+                break
+        tokenizer = train_vocabulary([piece.text for piece in sample], config.vocab_size)
+        documents = itertools.chain(sample, documents)
     names = ("train.bin", "val.bin", "tokenizer.json", "manifest.json")
     part = {name: out / f"{name}.part" for name in names}
     try:
@@ -177,17 +176,6 @@ def make(config, documents, out, files, met):
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
     return manifest
-
-
-def trained_on(documents, vocab_size):
-    """A tokenizer from the first SAMPLE characters; and all the documents again."""
-    sample, size = [], 0
-    for piece in tqdm(documents, desc="reading", unit=" documents", mininterval=1):
-        sample.append(piece)
-        size += len(piece.text)
-        if size >= SAMPLE:
-            break
-    return train_vocabulary([piece.text for piece in sample], vocab_size), itertools.chain(sample, documents)
 
 
 def write_ids(config, documents, tokenizer, dtype, part, met, total):

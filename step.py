@@ -2,7 +2,7 @@
 
 Read it with train.py, whose loop calls it.  `make_arm` builds an Arm from a configuration, the data's
 vocabulary and the teacher's files; `Arm.forward` is what a step costs: the teacher and the student leave
-behind what the strategy asks for, and no more.
+behind what the strategy asks for, and no more; the loss compares that.
 """
 import contextlib
 import math
@@ -50,7 +50,7 @@ class Arm:
             # bf16 weights, not autocast: never updated, they need no cast at each step
             teacher.to(torch.bfloat16 if self.bf16 else None).requires_grad_(False)
         self.compiled = config.compile if config.compile is not None else self.device.type == "cuda"
-        self.counted, self.warm_up_seconds = {}, 0.0
+        self.counted, self.warm_up_seconds, self.clip = {}, 0.0, config.of_recipe("clip")
         self.enter(phase)
 
     def enter(self, phase):
@@ -58,7 +58,7 @@ class Arm:
         config, student, teacher = self.config, self.student, self.teacher
         if phase:                                       # its projections, whatever was drawn before them
             torch.manual_seed(int(hashed(config.seed, phase) >> np.uint64(1)))
-        self.number, self.phase = phase, self.phases[phase]
+        self.set_phase(phase)
         student_c, teacher_c = student.config, teacher.config if teacher else student.config
         self.strategy = self.for_depths(self.phase.strategy)
         self.peak_lr = config.peak_lr or self.strategy.peak_lr_of(config.recipe)
@@ -67,25 +67,29 @@ class Arm:
             self.relation_heads = student_c.num_attention_heads
         self.proj = self.projections(self.strategy).to(self.device)
 
-        student.train(self.strategy.dropout).requires_grad_(not self.strategy.train_layers)
+        student.requires_grad_(not self.strategy.train_layers)
         for layer in self.strategy.train_layers:
             student.bert.encoder["layer"][layer].requires_grad_()
-        if teacher:
-            teacher.train(self.strategy.as_released)    # the released code leaves the teacher's dropout on
+        self.drop_out()
         def prepare(f):
             return torch.compile(f, fullgraph=True, dynamic=False) if self.compiled and f else f
         self.run_student, self.run_teacher = prepare(student), prepare(teacher)
         self.loss_terms = prepare(loss_terms)
 
-    def pass_on(self, phase):
-        """Enters a later phase; whether with a new optimizer: not where S or the masks alone change."""
-        if new := self.phases[phase].span != self.phase.span:
-            self.enter(phase)
-            self.make_optimizer()
-        else:
-            self.number, self.phase = phase, self.phases[phase]
-            self.compile()
-        return new
+    def drop_out(self, on=True):
+        """Dropout as the strategy has it; or off, to validate."""
+        self.student.train(on and self.strategy.dropout)
+        if self.teacher:
+            self.teacher.train(on and self.strategy.as_released)        # the released code leaves it on there
+
+    def set_phase(self, phase):
+        """And `micro`, the blocks of a forward pass, and `accumulate`, this rank's forward passes in a step."""
+        self.number, self.phase = phase, self.phases[phase]
+        self.micro = self.phase.blocks(self.config.micro_batch)
+        # Of eager sentences on a CPU a few at a time: the short ones by themselves
+        if self.phase.strategy.seq_len and self.device.type == "cpu" and not self.compiled:
+            self.micro = math.gcd(self.micro, 16)
+        self.accumulate = self.phase.blocks(self.config.batch_size) // (self.micro * self.ranks.size)
 
     def for_depths(self, strategy):
         teacher = self.teacher or self.student
@@ -129,21 +133,6 @@ class Arm:
         return torch.optim.Muon(matrices, self.peak_lr, self.config.weight_decay,
                                 adjust_lr_fn="match_rms_adamw")
 
-    @property
-    def micro(self):
-        """Blocks of a forward pass.  Of eager sentences on a CPU a few at a time: the short ones by themselves."""
-        blocks, few = self.phase.blocks(self.config.micro_batch), self.strategy.seq_len and self.device.type == "cpu"
-        return math.gcd(blocks, 16) if few and not self.compiled else blocks
-
-    @property
-    def accumulate(self):
-        """Micro-batches of this rank in a step."""
-        return self.phase.blocks(self.config.batch_size) // (self.micro * self.ranks.size)
-
-    def synchronised(self, last):
-        """Gradients travel between ranks in the last micro-batch of a step only."""
-        return contextlib.nullcontext() if last or self.ranks.size == 1 else self.wrapper.no_sync()
-
     @contextlib.contextmanager
     def tf32(self):
         """Beside bf16 autocast on CUDA the losses' own products, in fp32, run in TF32.  For bf16 queries,
@@ -172,8 +161,8 @@ class Arm:
             yield on_device, j == self.accumulate - 1
 
     def update(self, lr, norm):
-        if clip := self.config.of_recipe("clip"):
-            torch.nn.utils.clip_grads_with_norm_(self.trained, clip, torch.tensor(norm))
+        if self.clip:
+            torch.nn.utils.clip_grads_with_norm_(self.trained, self.clip, torch.tensor(norm))
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -184,35 +173,22 @@ class Arm:
         ids, masked, labels = (to_device(torch.from_numpy(a), self.device) for a in batch)
         return Batch(ids, masked, labels.flatten())
 
-    def real(self, ids, strategy):
-        """(B, S) what is not padding; None where blocks are full."""
-        return ids != self.student.config.pad_token_id if strategy.seq_len else None
+    def forward(self, ids, masked, labels, strategy=None, mark=lambda stage: None):
+        """(total, {term: value}) of one micro-batch: what the strategy asks of both sides, and no more.
 
-    def teacher_forward(self, batch, strategy):
-        """What the strategy compares of the teacher; {} where it has no need of one."""
-        if not (self.teacher and strategy.needs("teacher")):
-            return {}
-        with torch.no_grad():
-            return self.run_teacher(batch.ids, batch.masked, self.real(batch.ids, strategy),
-                                    want=strategy.want("teacher"))
-
-    def student_forward(self, batch, strategy):
+        mark("teacher") is called after the teacher's pass, where there is one."""
+        strategy, c = strategy or self.strategy, self.student.config
+        real = ids != c.pad_token_id if strategy.seq_len else None      # (B, S), None where blocks are full
+        t = {}
+        if self.teacher and (want := strategy.want("teacher")):
+            with torch.no_grad():
+                t = self.run_teacher(ids, masked, real, want=want)
+            mark("teacher")
         with autocast(self.device, self.bf16):
-            return self.run_student(batch.ids, batch.masked, self.real(batch.ids, strategy),
-                                    want=strategy.want("student"), causal=strategy.causal)
-
-    def loss(self, s, t, batch, strategy):
-        """(total, {term: value}) of what the two sides left behind.  Outside autocast: a compiled function's
-        backward pass keeps the autocast that it was called under."""
+            s = self.run_student(ids, masked, real, want=strategy.want("student"), causal=strategy.causal)
+        # Outside autocast: a compiled function's backward pass keeps the one that it was called under
         return self.loss_terms(strategy, s, t, Context(
-            batch.labels, strategy.tau, self.relation_heads, self.proj, self.student.config.vocab_size,
-            self.real(batch.ids, strategy), self.form.pooling))
-
-    def forward(self, ids, masked, labels, strategy=None):
-        """(total, {term: value}) of one micro-batch: what the strategy asks of both sides, and no more."""
-        batch, strategy = Batch(ids, masked, labels), strategy or self.strategy
-        t = self.teacher_forward(batch, strategy)
-        return self.loss(self.student_forward(batch, strategy), t, batch, strategy)
+            labels, strategy.tau, self.relation_heads, self.proj, c.vocab_size, real, self.form.pooling))
 
     def dummy(self, blocks=None):
         """A Batch of a micro-batch's shape, or of so many blocks."""

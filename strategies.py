@@ -39,7 +39,7 @@ from kd_losses import (
 from plumbing.cli import UserError, read
 
 LAST, FIRST = ((-1, -1),), ((0, 0),)                # pairs of layers: (the student's, the teacher's)
-LOGITS = {"logits", "all_logits"}
+LOGITS, OF_A_LAYER = {"logits", "all_logits"}, {"hidden", "qkv"}
 
 
 def uniform(depth_s, depth_t):
@@ -49,9 +49,8 @@ def uniform(depth_s, depth_t):
 
 
 class Term(NamedTuple):
-    """One term of a strategy's loss: the sum of `loss(s, t, c)` over the pairs of layers.  `s` and `t` hold
-    what the two forward passes left behind at one pair, under the names of `student` and `teacher`; `c` is a
-    Context."""
+    """One term of a strategy's loss: the sum of `loss(s, t, c)` over the pairs of layers.  `s` and `t` hold what the
+    two forward passes left behind at one pair, under the names of `student` and `teacher`; `c` is a Context."""
     loss: Callable
     student: tuple              # what the student's forward pass must leave behind, by the names in model.py
     teacher: tuple              # the same for the teacher; () for none
@@ -112,7 +111,7 @@ class Strategy(NamedTuple):
         asked = [(need, pair[side == "teacher"]) for term in self.terms.values() for pair in term.layers
                  for need in getattr(term, side)]
         asked += [(need, -1) for need in self.needs(side)] if self.as_released else []
-        return tuple(dict.fromkeys(at_layer(*each) for each in asked))
+        return tuple(dict.fromkeys(each if each[0] in OF_A_LAYER else each[0] for each in asked))
 
     @property
     def needs_teachers_head(self):
@@ -121,14 +120,6 @@ class Strategy(NamedTuple):
     @property
     def trains_lm_head(self):
         return any(not LOGITS.isdisjoint(term.student) for term in self.terms.values())
-
-
-def at_layer(need, layer):
-    return (need, layer) if need in ("hidden", "qkv") else need
-
-
-def proj_of(c, name):
-    return c.proj[name] if name in c.proj else None
 
 
 def attention_scores_term(where, layers):
@@ -167,10 +158,10 @@ SOFT_KL = Term(lambda s, t, c: soft_kl(s["logits"], t["logits"], c.tau), ("logit
                "divergence from the teacher's distribution; sum over V, mean over masked positions", 5.0)
 COSINE = Term(lambda s, t, c: cosine_loss(s["hidden"], t["hidden"]), ("hidden",), ("hidden",),
               "last hidden state; mean over positions")
-EMBD = Term(lambda s, t, c: embedding_mse(s["embedding"], t["embedding"], proj_of(c, "embedding")),
+EMBD = Term(lambda s, t, c: embedding_mse(s["embedding"], t["embedding"], getattr(c.proj, "embedding", None)),
             ("embedding",), ("embedding",), "embedding block; mean over positions and D",
             projects="embedding")
-HIDN = Term(lambda s, t, c: hidden_mse(s["hidden"], t["hidden"], proj_of(c, "hidden")),
+HIDN = Term(lambda s, t, c: hidden_mse(s["hidden"], t["hidden"], getattr(c.proj, "hidden", None)),
             ("hidden",), ("hidden",), "last hidden state; mean over positions and D", projects="hidden")
 ATTN_KL = Term(attention_kl_of, ("qkv",), ("qkv",),
                "attention probabilities, last layer; sum over keys, mean over heads and queries")
@@ -205,7 +196,7 @@ def mobilebert_stage(layer):
     + 1 AT (arXiv 2004.02984, "Training Strategies"; its code has 100 / L and 1 / L).  AT is MiniLM's L_AT."""
     def pair(depth_s, depth_t):
         return (uniform(depth_s, depth_t)[layer],)
-    fmt = Term(lambda s, t, c: feature_map_transfer(s["hidden"], t["hidden"], proj_of(c, f"hidden{layer}")),
+    fmt = Term(lambda s, t, c: feature_map_transfer(s["hidden"], t["hidden"], getattr(c.proj, f"hidden{layer}", None)),
                ("hidden",), ("hidden",), "normalised hidden states; mean over positions and D", 100.0,
                f"hidden{layer}", pair)
     attn = ATTN_KL._replace(layers=pair,
@@ -237,41 +228,21 @@ PHASED = {"mobilebert": mobilebert, "clm": lambda depth: [(1.0, "", CLM)]}
 
 
 class Phase(NamedTuple):
-    """A part of the budget and the Strategy that spends it, at one block length."""
+    """A part of the budget and the Strategy that spends it."""
     name: str
     begin: float                # as shares of the budget
     end: float
     strategy: Strategy
-    span: tuple = None          # (begin, end) of the optimizer and the learning rate, if not these
-    seq_len: int = 128          # S
-    times: float = 1            # so many blocks have as many tokens as one of the run's last length
+    seq_len: int = 128          # S, the run's or the strategy's own
+    times: float = 1            # so many blocks have as many tokens as one of the run's S
 
     def progress(self, of_run):
-        """Of the span, from the run's."""
-        begin, end = self.span or (self.begin, self.end)
-        return min(1.0, (of_run - begin) / (end - begin))
+        """Of the phase, from the run's."""
+        return min(1.0, (of_run - self.begin) / (self.end - self.begin))
 
     def blocks(self, count):
-        """So many have as many tokens as `count` of the run's last length."""
+        """So many have as many tokens as `count` of the run's S."""
         return round(count * self.times)
-
-
-def parts(phases, lengths):
-    """[Phase]: the phases, cut where the block length changes; `lengths`: [(end, S)].
-
-    Every step has the same number of tokens: S blocks of the last length, or more of a shorter one.  A strategy with a
-    length of its own is alone, at that one."""
-    if S := phases[0].strategy.seq_len:
-        return [phases[0]._replace(seq_len=S, times=lengths[-1][1] / S)]
-
-    def at(end, turns):
-        return next(value for until, value in turns if until >= end)
-    ends, found = sorted({*(p.end for p in phases), *(end for end, _ in lengths)}), []
-    for begin, end in zip([0.0, *ends], ends, strict=False):
-        phase, S = at(end, [(p.end, p) for p in phases]), at(end, lengths)
-        found.append(Phase(phase.name + f" S {S}" * (len(lengths) > 1), begin, end, phase.strategy,
-                           (phase.begin, phase.end), S, lengths[-1][1] // S))
-    return found
 
 
 def phases_of(text, depth, as_released=False):
@@ -338,7 +309,7 @@ def loss_terms(strategy, s, t, c):
 
     s, t: what the two forward passes left behind, under the names of `want`."""
     def at(out, needs, layer):
-        return {need: out[at_layer(need, layer)] for need in needs}
+        return {need: out[(need, layer) if need in OF_A_LAYER else need] for need in needs}
     terms = {name: sum(term.loss(at(s, term.student, l_s), at(t, term.teacher, l_t), c)
                        for l_s, l_t in term.layers)
              for name, term in strategy.terms.items()}

@@ -7,18 +7,16 @@
     python train.py --strategy cut --teacher DIR --size 3L384 --out runs/cut    # its layers, untrained; or the best:
     python train.py --strategy cut --teacher DIR --size 3L384 --init-layers best --data data/mine --out runs/cut
 
-Every arm has the same architecture, initial weights, data order, masks and recipe; what differs by method
-(the losses, distilbert's initialisation, the paper's peak LR; `sentence` alone has other blocks, whole sentences,
-as many tokens a step, neither masks nor dropout) is printed at the start.  Progress = spent /
-budget, read once a step; the learning rate is a function of progress alone: of the phase's, where strategies
-come one after another (tinybert:0.3/no_kd), each with an optimizer of its own and what it trains.  The clock
-counts fetching and masking the batch, the teacher's forward pass, the student's forward and backward pass,
-communication and the optimizer; it does not count start-up, warm-up of compilation, validation, saving, or
-the pretraining of the teacher.
+Every arm has the same architecture, initial weights, data order, masks and recipe; what differs by method (the losses,
+distilbert's initialisation, the paper's peak LR; `sentence` alone has other blocks, whole sentences, as many tokens a
+step, neither masks nor dropout) is printed at the start.  Progress = spent / budget, read once a step; the learning
+rate is a function of progress alone: of the phase's, where strategies come one after another (tinybert:0.3/no_kd),
+each with an optimizer of its own and what it trains.  The clock counts fetching and masking the batch, the teacher's
+forward pass, the student's forward and backward pass, communication and the optimizer; it does not count start-up,
+warm-up of compilation, validation, saving, or the pretraining of the teacher.
 
-A run directory (--out) gets config.json, log.jsonl, checkpoint.pt, summary.json and
-model/, a Hugging Face BERT directory.  The same command goes on where a stopped run was; under torchrun it
-runs on many GPUs.
+A run directory (--out) gets config.json, log.jsonl, checkpoint.pt, summary.json and model/, a Hugging Face BERT
+directory.  The same command goes on where a stopped run was; under torchrun it runs on many GPUs.
 
 Source of the recipe: Bui 2024 (arXiv 2404.19319), section 3 and appendix.
 """
@@ -26,6 +24,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import math
 import os
 import sys
 import time
@@ -40,7 +39,7 @@ from model import BertConfig
 from plumbing import encoder
 from plumbing.budget import Budget, Stages, Stopped, one_budget, stop_signals
 from plumbing.checks import check_run, refuse_non_finite
-from plumbing.cli import Checked, Count, Lengths, NotNegative, Positive, Seed, Share, UserError, in_turn, run
+from plumbing.cli import Checked, Count, Length, NotNegative, Positive, Seed, Share, UserError, run
 from plumbing.device import Ranks, alone_on_device, choose_device, fitting_micro_batch, halve_micro_batch_until_it_fits
 from plumbing.price import price
 from plumbing.rehearsal import rehearse
@@ -50,7 +49,7 @@ from plumbing.settle import settled, with_file
 from plumbing.tokens import TokenDirectory
 from plumbing.validation import validation_blocks
 from step import make_arm
-from strategies import RECIPES, STRATEGIES, parts, phases_of
+from strategies import RECIPES, STRATEGIES, phases_of
 
 
 @dataclass
@@ -60,7 +59,7 @@ class Recipe(Checked):
     size: str | None = None             # student: layers L width; default: half of the teacher's layers, else 6L768
     heads: Count | None = None          # attention heads; default: the teacher's at its width, else width / 64
     # data
-    seq_len: Lengths = 128              # S, positions in a block; or in turn, each to a share: 32:0.5,128
+    seq_len: Length = 128               # S, positions in a block
     batch_size: Count | None = None     # blocks per optimizer step; default: 1024, or what buys 2,000 steps
     micro_batch: Count | None = None    # blocks per forward pass; default: 256 (80 GB: 1024), halved until it fits
     val_blocks: Count = 512             # validation blocks
@@ -89,16 +88,6 @@ class Recipe(Checked):
             return BertConfig.of_size(self.size, self.heads)
         except ValueError as e:
             raise UserError(f"--size: {e}") from None
-
-    @functools.cached_property
-    def lengths(self):
-        """[(end, S)]: block lengths in turn, each to a share of the budget."""
-        return in_turn(self.seq_len, int)
-
-    @property
-    def length(self):
-        """S of the run's end and of validation."""
-        return self.lengths[-1][1]
 
     @functools.cached_property
     def budget(self):
@@ -166,10 +155,12 @@ class Config(Recipe):
 
     @functools.cached_property
     def phases(self):
-        """[strategies.Phase], with the run's own temperature and block lengths."""
-        phases = phases_of(self.strategy, self.shape.num_hidden_layers, self.as_released)
-        return parts([phase._replace(strategy=phase.strategy._replace(tau=self.tau or phase.strategy.tau))
-                      for phase in phases], self.lengths)
+        """[strategies.Phase], with the run's own temperature and block length."""
+        def ours(phase):
+            strategy, S = phase.strategy, phase.strategy.seq_len or self.seq_len
+            return phase._replace(strategy=strategy._replace(tau=self.tau or strategy.tau), seq_len=S,
+                                  times=self.seq_len / S)
+        return [ours(phase) for phase in phases_of(self.strategy, self.shape.num_hidden_layers, self.as_released)]
 
     @property
     def start(self):
@@ -215,11 +206,9 @@ def gradients(arm, batch, step, stages):
     with arm.tf32():
         for micro, last in arm.micro_batches(batch, step):
             stages.mark("data")
-            if t := arm.teacher_forward(micro, arm.strategy):   # what the strategy compares, and no more
-                stages.mark("teacher")
-            with arm.synchronised(last):
-                s = arm.student_forward(micro, arm.strategy)
-                loss, terms = arm.loss(s, t, micro, arm.strategy)
+            # Gradients travel between ranks in the last micro-batch of a step only
+            with contextlib.nullcontext() if last or arm.ranks.size == 1 else arm.wrapper.no_sync():
+                loss, terms = arm.forward(*micro, mark=stages.mark)
                 (loss / arm.accumulate).backward()
             sums = sums + torch.stack([loss.detach(), *(v.detach() for v in terms.values())])
             stages.mark("student")
@@ -260,7 +249,8 @@ def trained(run):
             stages.read()
             if stop:
                 raise Stopped
-            refuse_non_finite(run, values)
+            if not all(map(math.isfinite, values.values())):
+                refuse_non_finite(run, values)
             # budget, learning rate, update
             progress = budget.progress
             ramp = arm.strategy.ramp or [config.warmup]
@@ -277,9 +267,9 @@ def trained(run):
             torch.cuda.synchronize()
         charged = budget.clock()
         stages.read()
-        val = run.validate(signals)
+        found = run.validate(signals)
     batches.close()
-    summary = run.finish(blocks, charged, val, ranks.size)
+    summary = run.finish(blocks, charged, found)
     ranks.leave()
     return summary
 
@@ -310,10 +300,9 @@ def begin(config, now, say, status, held):
             held.enter_context(run_directory(config))
     arm = make_arm(config, directory)
     directory.verify()
-    main_rank = arm.ranks.rank == 0
-    say = say if main_rank else lambda line: None
-    run = RunWriter(config, out, arm, Budget(total, unit, now=now), Stages(arm.device), directory,
-                    validation_blocks(directory, last.seq_len, say, type(blocks)), say, status, writes=main_rank)
+    say = say if arm.ranks.rank == 0 else lambda line: None
+    run = RunWriter(arm, Budget(total, unit, now=now), Stages(arm.device), directory,
+                    validation_blocks(directory, last.seq_len, say, type(blocks)), say, status)
     if isinstance(blocks, Sentences):
         say(f"{directory.path}: {blocks.count:,} sentences of {blocks.size.mean():.0f} ids in the mean; {blocks.cut:,} "
             f"were cut to {blocks.body}, {blocks.joined:,} under {blocks.SHORTEST} joined to the next")

@@ -1,13 +1,14 @@
 """How runs go and how they went: in the terminal, as a page to pass on; and what a model says.
 
     python watch.py runs/tinybert --follow              # one run, redrawn every few seconds until Ctrl-C
-    python watch.py runs/* --x tokens                   # several, finished or under way, as one table
+    python watch.py runs/*                              # several, finished or under way, as one table
     python watch.py runs/table2 --out table2.html       # all runs of a comparison: their table and curves in one file
     python watch.py --model runs/teacher/model --sentence "the [MASK] sat"          # its five likeliest words
 
 It reads config.json and log.jsonl and writes nothing but --out, so no run notices.  The page holds its data and its
 script and asks no server for anything.
 """
+import contextlib
 import json
 import math
 import shutil
@@ -16,30 +17,27 @@ import time
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
-from typing import Annotated
 
 import torch
 
 from comparison.report import MARKERS, aligned, curve_look
 from plumbing.checkpoint import find_model, framed, load_mlm, read_tokenizer
-from plumbing.cli import Checked, UserError, in_turn, run
+from plumbing.cli import Checked, UserError, run, shown
 from plumbing.files import claim_file, json_object, log_records, parsing, write_whole
 from plumbing.screen import changes, quantity, spent
 
 UNITS = {"hours": "charged hours", "flops": "FLOPs", "tokens": "tokens", "steps": "steps"}
 NOT_A_TERM = ("step progress seconds lr epoch loss gradient_norm val d_order flops tokens tokens_per_second "
               "memory mfu").split()
-COLUMNS = "run", "spent", "left", "loss", "validation", "tokens/s", "state", "terms", "gradient norm", "loss so far"
+COLUMNS = "run", "spent", "left", "loss", "validation", "tokens/s", "state", "terms", "loss so far"
 PAGE = Path(__file__).parent / "plumbing/page.html"
 POINTS = 500                # records of a curve
-WARNING = ("Losses of different strategies are different quantities: between runs, only the same term can be "
-           "compared.")
+WARNING = "Losses of different strategies are different quantities: between runs, only the same term can be compared."
 
 
 @dataclass
 class Config(Checked):
     runs: list[str] = field(default_factory=list)   # run directories, or comparisons' directories
-    x: Annotated[str, tuple(UNITS)] = "hours"   # the horizontal axis; hours: the charged ones
     follow: bool = False        # redraw every few seconds, the file of --out too; Ctrl-C ends it
     out: str | None = None      # FILE.html: a page with every curve, to pass on
     model: str | None = None    # instead of runs: a model directory or Hub id, to be asked
@@ -47,11 +45,6 @@ class Config(Checked):
 
 
 # ----------------------------------------------------------------------------------------------- reading runs
-
-def plain(text):
-    """Names come from users: what would move the cursor, or cannot be encoded, is a question mark."""
-    return "".join(c if c.isprintable() else "?" for c in str(text))
-
 
 def read_log(file):
     """One record per step."""
@@ -62,49 +55,43 @@ def read_log(file):
 
 
 class LoggedRun:
-    """One run directory as it is now."""
+    """One run directory as it is now; `validations`: [(record, each term's loss and its change in words)]."""
 
     def __init__(self, path):
         self.path, self.name, config = path, path.name, json_object(path / "config.json")
         if "model_type" in config:
-            raise UserError(f"{path} is a model directory: give its run's directory, or  --model "
-                            f"{path} --sentence ...")
+            raise UserError(f"{path} is a model directory: give its run's directory, or  --model {path} --sentence ...")
         budgets = [unit for unit in UNITS if config.get(f"budget_{unit}")]
         if len(budgets) != 1 or not {"batch_size", "seq_len"} <= config.keys():
             raise UserError(f"{path}/config.json is not that of a run of train.py")
         self.unit, self.total = budgets[0], float(config[f"budget_{budgets[0]}"])
-        self.tokens = int(config["batch_size"]) * in_turn(config["seq_len"], int)[-1][1]    # of a step, at the end
+        self.tokens = int(config["batch_size"]) * int(str(config["seq_len"]).split(",")[-1])
         if not math.isfinite(self.total):
             raise ValueError("a budget that is not finite")
         self.finished, self.records = (path / "summary.json").exists(), read_log(path / "log.jsonl")
         self.latest = {k: v for record in self.records for k, v in record.items()}
         self.terms = {k: v for k, v in self.latest.items() if k not in NOT_A_TERM and isinstance(v, int | float)}
 
+        seen = [r for r in self.records if r.get("val")]
+        self.validations = [(r, changes(r["val"], before.get("val", {})))
+                            for r, before in zip(seen, [{}, *seen], strict=False)]
         every = math.ceil(len(self.records) / POINTS)
         kept = [r for i, r in enumerate(self.records[::-1]) if i % every == 0 or r.get("val")][::-1]
         self.axes = {unit: [self.at(r, unit) for r in kept] for unit in UNITS}
-        self.curves = {name: [r.get(key) for r in kept] for name, key in (
-            ("loss", "loss"), *zip(self.terms, self.terms, strict=True), ("learning rate", "lr"),
-            ("tokens/s", "tokens_per_second"), ("gradient norm", "gradient_norm"), ("D_order", "d_order"))}
-        for term in dict.fromkeys(term for r in kept for term in r.get("val") or ()):
-            self.curves[f"validation {term}"] = [(r.get("val") or {}).get(term) for r in kept]
+        keys = {"loss": "loss"} | {term: term for term in self.terms} | {
+            "learning rate": "lr", "tokens/s": "tokens_per_second", "gradient norm": "gradient_norm",
+            "D_order": "d_order"}
+        curves = {name: [r.get(key) for r in kept] for name, key in keys.items()} | {
+            f"validation {term}": [(r.get("val") or {}).get(term) for r in kept]
+            for term in dict.fromkeys(term for r in seen for term in r["val"])}
         self.curves = {name: [y if isinstance(y, int | float) and math.isfinite(y) else None for y in values]
-                       for name, values in self.curves.items()}         # JSON has no infinity
+                       for name, values in curves.items()}              # JSON has no infinity
 
     def at(self, record, unit):
         """Where on the axis a record stands; None for the FLOPs of a run under another budget."""
         flops = record.get("progress", 0) * self.total if self.unit == "flops" else None
         step = record["step"]
         return dict(hours=record["seconds"] / 3600, flops=flops, tokens=step * self.tokens, steps=step)[unit]
-
-    def validations(self):
-        """[(record, in words: each term's loss and its change since the last validation)]."""
-        found, before = [], {}
-        for r in self.records:
-            if val := r.get("val"):
-                found.append((r, changes(val, before)))
-                before = val
-        return found
 
 
 def find(paths):
@@ -114,19 +101,18 @@ def find(paths):
         if (path / "config.json").is_file():
             found.append(path)
         elif (path / "runs").is_dir():
-            # its teacher while it is pretrained: afterwards the curve of a longer run
-            # would only squeeze the others
+            # its teacher while it is pretrained: afterwards the curve of a longer run would only squeeze the others
             teacher = [] if (path / "teacher/summary.json").exists() else path.glob("teacher/config.json")
             found += [file.parent for file in (*teacher, *sorted(path.glob("runs/*/config.json")))]
         else:
-            raise UserError(f"{plain(path)} is neither a run's directory (no config.json) nor a comparison's "
+            raise UserError(f"{shown(path)} is neither a run's directory (no config.json) nor a comparison's "
                             f"(no runs): give directories that train.py or compare.py wrote")
     for path in found:
         with parsing(path):
             runs.append(LoggedRun(path))
     names = [each.path.name for each in runs]
     for each in runs:
-        each.name = plain(each.name if names.count(each.path.name) == 1 and each.name else each.path)
+        each.name = shown(each.name if names.count(each.name) == 1 and each.name else each.path)
     return runs
 
 
@@ -145,75 +131,65 @@ def sparkline(points, end, width=24):
     return line
 
 
-def facts(run, unit, end):
-    """{heading: text}: what a person wants to know of one run.  `end`: where the axis of its curve ends."""
+def facts(run, end):
+    """{heading: text}: what a person wants to know of one run.  `end`: of its curve's axis, in charged hours."""
     if not run.records:
         return {"run": run.name, "state": "starting: no line in its log yet"}
-    now, last, val = run.latest, run.records[-1], run.validations()
+    now, last = run.latest, run.records[-1]
     rate = run.at(last, "tokens") / max(last["seconds"], 1e-9) if run.finished else now.get("tokens_per_second")
     used, age = run.at(last, run.unit), time.time() - (run.path / "log.jsonl").stat().st_mtime
     left = last["seconds"] * max(0, run.total / used - 1) if used and not run.finished else None
-    points = [(x, y) for x, y in zip(run.axes[unit], run.curves["loss"], strict=True) if y is not None]
+    points = [(x, y) for x, y in zip(run.axes["hours"], run.curves["loss"], strict=True) if y is not None]
     return {"run": run.name, "state": "finished" if run.finished else f"last line {quantity(age / 3600, 'hours')} ago",
             "spent": spent(used, run.total, run.unit),
-            **({UNITS[unit]: quantity(run.at(last, unit), unit)} if unit != run.unit else {}),
             "left": quantity(left / 3600, "hours") if left is not None else "",
             "loss": f"{now['loss']:.5g}" if "loss" in now else "",
             "terms": ", ".join(f"{term} {value:.5g}" for term, value in run.terms.items()),
             "tokens/s": f"{rate:,.0f}" if rate else "",
-            "gradient norm": f"{now['gradient_norm']:.3g}" if "gradient_norm" in now else "",
-            "validation": f"{val[-1][1]} [{len(val)}]" if val else "",
+            "validation": f"{run.validations[-1][1]} [{len(run.validations)}]" if run.validations else "",
             "loss so far": sparkline(points, end)}
 
 
-def run_table(runs, unit):
+def run_table(runs):
     """The facts of all runs as rows, the heading first; their curves are on one axis."""
-    end = max((run.at(run.records[-1], unit) for run in runs if run.records), default=0)
-    rows = [facts(run, unit, end) for run in runs]
-    head = [name for name in (*COLUMNS[:2], UNITS[unit], *COLUMNS[2:]) if any(row.get(name) for row in rows)]
+    end = max((run.at(run.records[-1], "hours") for run in runs if run.records), default=0)
+    rows = [facts(run, end) for run in runs]
+    head = [name for name in COLUMNS if any(row.get(name) for row in rows)]
     return [head, *([row.get(name, "") for name in head] for row in rows)]
 
 
-def in_terminal(runs, unit, width):
+def in_terminal(runs, width):
     """One run: a line per fact and per validation.  Several: a table, cut to `width`."""
-    head, *rows = run_table(runs, unit)
+    head, *rows = run_table(runs)
     if len(runs) != 1:
         return aligned(head, rows, width) if runs else "no run has begun"
+    run, = runs
     return "\n".join([*(f"{name:14} {value}" for name, value in zip(head, *rows, strict=True)),
-                      *(f"  at {quantity(runs[0].at(r, unit), unit):>14}  {val}" for r, val in runs[0].validations())])
+                      *(f"  at {quantity(run.at(r, run.unit), run.unit):>14}  {val}" for r, val in run.validations)])
 
 
 # --------------------------------------------------------------------------------------------------- the page
 
 def styles(runs):
     """How each run is drawn: those that differ only by seed alike, of the first 140 others no two."""
-    arms = list(dict.fromkeys(each.name.split("-seed")[0] for each in runs))
-    at = [arms.index(each.name.split("-seed")[0]) for each in runs]
-    return list(map(curve_look, at))
+    arms = [each.name.split("-seed")[0] for each in runs]
+    return [curve_look([*dict.fromkeys(arms)].index(arm)) for arm in arms]
 
 
-def as_html(head, *rows):
-    lines = (("th", head), *(("td", row) for row in rows))
-    rows = ("".join(f"<{kind}>{escape(cell)}</{kind}>" for cell in row) for kind, row in lines)
-    return "<div><table>" + "\n".join(f"<tr>{row}</tr>" for row in rows) + "</table></div>"
-
-
-def page(runs, unit):
-    """The whole page as text: its table made here, curves drawn by its own script from
-    the JSON that it holds."""
+def page(runs):
+    """The whole page as text: its table made here, curves drawn by its own script from the JSON that it holds."""
     names = sorted(dict.fromkeys(name for each in runs for name, values in each.curves.items()
                                  if any(y is not None for y in values)),
                    key=lambda name: name.startswith("validation"))
-    known = [u for u in UNITS if all(None not in each.axes[u] for each in runs)]
     data = [dict(name=each.name, axes=each.axes, curves=each.curves, **look)
             for each, look in zip(runs, styles(runs), strict=True)]
     # Escaped: no name ends the script element
     data = json.dumps(dict(runs=data, markers=MARKERS)).replace("<", "\\u003c")
     body = "\n".join((
-        "<h2>Runs</h2>", as_html(*run_table(runs, unit)),
+        f"<h2>Runs</h2><pre>{escape(in_terminal(runs, math.inf))}</pre>",
         f"<p>Written {time.strftime('%Y-%m-%d %H:%M')}. {WARNING}</p><p><label>against <select>",
-        *(f'<option value="{u}"{" selected" * (u == unit)}>{UNITS[u]}</option>' for u in known),
-        "</select></label>",
+        *(f'<option value="{unit}">{UNITS[unit]}</option>' for unit in UNITS
+          if all(None not in each.axes[unit] for each in runs)), "</select></label>",
         *(f'<label><input type="checkbox" checked><svg class="key" width="40" height="12"></svg> {escape(each.name)}'
           f"</label>" for each in runs), '</p><div class="grid">',
         *(f'<figure data-curve="{escape(name)}"><figcaption>{escape(name)}</figcaption><svg viewBox="0 0 440 250">'
@@ -226,38 +202,26 @@ def page(runs, unit):
 
 def main(config, say=print):
     if bool(config.runs) == bool(config.model) or bool(config.model) != bool(config.sentence):
-        raise UserError("give run directories, as  python watch.py runs/*,  or --model "
-                        "MODEL and --sentence TEXT")
+        raise UserError("give run directories, as  python watch.py runs/*,  or --model MODEL and --sentence TEXT")
     (ask if config.model else watch)(config, say)
 
 
 def watch(config, say=print):
-    file = Path(config.out) if config.out else None
-    if file and file.suffix != ".html":
-        raise UserError(f"--out {config.out}: a name that ends in .html")
-    if file:
+    """Reads everything, shows it, writes the file; with --follow again and again."""
+    if file := config.out and Path(config.out):
+        if file.suffix != ".html":
+            raise UserError(f"--out {config.out}: a name that ends in .html")
         claim_file(file).parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with contextlib.suppress(KeyboardInterrupt) if config.follow else contextlib.nullcontext():     # how it ends
         while True:
-            show(config, file, say)
+            runs = find(config.runs)
+            width = shutil.get_terminal_size().columns if sys.stdout.isatty() else math.inf
+            say("\033[H\033[2J" * config.follow + in_terminal(runs, width))
+            if file:
+                write_whole(file, page(runs).encode())
             if not config.follow:
                 return
             time.sleep(5)
-    except KeyboardInterrupt:       # how --follow ends
-        if not config.follow:
-            raise
-
-
-def show(config, file, say):
-    """Reads everything, shows it, writes the file."""
-    runs = find(config.runs)
-    for each in runs:
-        if None in each.axes[config.x]:
-            raise UserError(f"--x flops: {each.path} has no --budget-flops: give hours, tokens or steps")
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else math.inf
-    say("\033[H\033[2J" * config.follow + in_terminal(runs, config.x, width))
-    if file:
-        write_whole(file, page(runs, config.x).encode())
 
 
 # ---------------------------------------------------------------------------------------------------- a model

@@ -1,5 +1,4 @@
-"""The cheap rival of every pretrained model: n-grams and a linear classifier.  Read it when the row "n-grams"
-of a table surprises.
+"""The cheap rival of every pretrained model: n-grams and a linear classifier, the row "n-grams" of a table.
 
 A text is counted twice, in lower case: its runs of 2 to 5 characters within a word and the spaces around it, and
 its words and pairs of neighbouring words, as TF-IDF (scikit-learn's TfidfVectorizer with sublinear_tf, "char_wb" and

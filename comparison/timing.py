@@ -2,6 +2,7 @@
 noted of a machine whose speed changes.  Read it when compare.py's times surprise you."""
 import contextlib
 import dataclasses
+import itertools
 import math
 import re
 import time
@@ -13,10 +14,10 @@ import finetune_glue
 from data import phase_blocks
 from model import BertForMaskedLM, BertForSequenceClassification
 from plumbing import settle
-from plumbing.budget import Stages
 from plumbing.cli import UserError
 from plumbing.device import choose_device, halve_micro_batch_until_it_fits, multiplies_in_bf16, ready_process
 from plumbing.files import log_records, read_json, write_json
+from plumbing.rehearsal import step_seconds
 from plumbing.student import student_shape
 from step import Arm
 from train import gradients
@@ -29,7 +30,7 @@ def duration(seconds):
 
 @halve_micro_batch_until_it_fits
 def block_seconds(config, directory, teacher, seconds=1.0):
-    """[seconds of a block] of this run's last phase, of each step within so many seconds on this machine, two at least:
+    """[seconds of a block] of this run's last phase, of each step within so many seconds on this machine:
     with random weights, on a CPU with a smaller micro-batch.  `teacher`: its BertConfig."""
     device = choose_device(config.device)
     ready_process(device)
@@ -39,13 +40,8 @@ def block_seconds(config, directory, teacher, seconds=1.0):
               BertForMaskedLM(teacher).to(device) if config.needs_teacher else None,
               phase=len(config.phases) - 1)
     arm.make_optimizer()
-    batch, took = phase_blocks(arm.phase, directory, "train", 0).batch(0, arm.phase.blocks(micro)), []
-    while len(took) < 3 or sum(took) < seconds:                         # the first warms up
-        began = time.perf_counter()
-        names, values = gradients(arm, batch, 0, Stages(arm.device))
-        arm.update(0.0, values.tolist()[names.index("gradient_norm")])  # waits for the device
-        took.append(time.perf_counter() - began)
-    return [each / micro for each in took[1:]]
+    batch = phase_blocks(arm.phase, directory, "train", 0).batch(0, arm.phase.blocks(micro))
+    return [each / micro for each in step_seconds(arm, itertools.repeat(batch), gradients, seconds)]
 
 
 def speeds(plan):

@@ -24,11 +24,9 @@ from tokenizers import Tokenizer
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from data import Blocks
-from kd_losses import soft_cross_entropy
 from model import BertConfig, BertForMaskedLM
 from plumbing.tokenizer import SPECIAL
-from strategies import AS_RELEASED, PHASED, STRATEGIES, Context, loss_terms, relation_head_count
-from train import learning_rate
+from strategies import AS_RELEASED, STRATEGIES, Context, loss_terms, mobilebert_stage, relation_head_count
 
 TEACHER = ROOT / "teacher"
 
@@ -64,20 +62,9 @@ torch.manual_seed(0)
 student, wide = (BertForMaskedLM(BertConfig.of_size(size, heads=2, vocab_size=V)).double().eval()
                  for size in ("2L64", "2L128"))                     # `wide` is for what needs equal widths
 W = torch.nn.ModuleDict({name: torch.nn.Linear(64, 128, bias=False)     # the student's width to the teacher's
-                         for name in ("embedding", "hidden", "hidden0", "hidden1")}).double()
+                         for name in ("embedding", "hidden", "hidden1")}).double()
 
-# %% 4. A forward pass leaves behind what it is asked for, by `want`, and stops there.
-want = ("embedding", ("qkv", -1), ("hidden", -1), "logits", "all_logits")
-print(f"\n{'want':16}{'student':22}{'teacher':22}   B = 1 block, N = 2 heads, H = D / N")
-for w in want:
-    shapes = [model(ids, masked, want=(w,))[w] for model in (student, teacher)]
-    shapes = [f"{3} x {tuple(x[0].shape)}" if isinstance(x, tuple) else str(tuple(x.shape)) for x in shapes]
-    print(f"{str(w):16}{shapes[0]:22}{shapes[1]:22}   "
-          + {"embedding": "(B, S, D)", "logits": "(M, V)", "all_logits": "(B, S, V)"}.get(
-              w, "(B, N, S, H): queries, keys, values" if w[0] == "qkv" else "(B, S, D)"))
-
-
-# %% 5. By hand.  All that the losses are made of are these few lines.
+# %% 4. By hand.  All that the losses are made of are these few lines.
 def softmax(z):
     return z.exp() / z.exp().sum(-1, keepdim=True)
 
@@ -103,42 +90,38 @@ def normal(h):      # mean 0 and deviation 1 at each position
     return (h - h.mean(-1, keepdim=True)) / h.std(-1, correction=0, keepdim=True)
 
 
-def outputs(model):
-    layers = range(model.config.num_hidden_layers)
-    inside = [(kind, i) for kind in ("qkv", "hidden") for i in layers]
-    return model(ids, masked, want=["embedding", "logits", *inside])
+def outputs(model):     # a forward pass leaves behind what it is asked for, and stops there
+    return model(ids, masked, want=("embedding", "logits", "qkv", "hidden"))
 
 
 def check(name, strategy, by_hand, model=student):
-    """kd_losses' terms beside those by hand; their weighted sum, which is what training makes smaller."""
+    """kd_losses' terms beside those by hand; training makes their weighted sum smaller."""
     strategy = strategy.for_depths(2, 4)
     s = model(ids, masked, want=strategy.want("student"))
     t = teacher(ids, masked, want=strategy.want("teacher"))
-    total, terms = loss_terms(strategy, s, t, Context(labels, strategy.tau, N_r, W))
+    _, terms = loss_terms(strategy, s, t, Context(labels, strategy.tau, N_r, W))
     assert terms.keys() == by_hand.keys(), (name, *terms)
     for term, value in terms.items():
         assert abs(value - by_hand[term]) <= 1e-10 * abs(value), (name, term, value, by_hand[term])
         weight = strategy.terms[term].weight
         print(f"{name:20}{weight:5g} x {term:8}{value:10.6f}   by hand {by_hand[term]:10.6f}")
-    done.add(name.split()[0])
-    return total
+    done.update(terms)
 
 
 done, N_r = set(), relation_head_count(64, 128)
 s, t = outputs(student), outputs(teacher)
 z_s, z_t = s["logits"], t["logits"]                                                         # (M, V)
 p_s, p_t = softmax(z_s), softmax(z_t)
-(q0_s, k0_s, _), (q_s, k_s, v_s) = (s["qkv", i] for i in (0, 1))                         # (B, N, S, H)
-(q1_t, k1_t, _), (q_t, k_t, v_t) = (t["qkv", i] for i in (1, 3))
-h0_s, h_s, h1_t, h_t = s["hidden", 0], s["hidden", 1], t["hidden", 1], t["hidden", 3]       # (B, S, D)
+(q_s, k_s, v_s), (q_t, k_t, v_t) = s["qkv"], t["qkv"]                                       # (B, N, S, H)
+h_s, h_t = s["hidden"], t["hidden"]                                                         # (B, S, D)
 
-# %% 6. Questions with one right answer: the masked language model.  An untrained student gives every piece
+# %% 5. Questions with one right answer: the masked language model.  An untrained student gives every piece
 # about the same chance, 1 / V, so its loss is about ln V.
 mlm = -p_s[range(M), labels].log().mean()
 print(f"\nln V = {np.log(V):.3f}; the untrained student's loss is {mlm:.3f}")
 check("no_kd", STRATEGIES["no_kd"], dict(mlm=mlm))
 
-# %% 7. Soft targets: the teacher's whole opinion, not one right answer.  Here it is, at each question.
+# %% 6. Soft targets: the teacher's whole opinion, not one right answer.  Here it is, at each question.
 for at, label, p in zip(masked[0].tolist(), labels.tolist(), p_t, strict=True):
     print(f"  position {at:2}, {tokenizer.id_to_token(label)!r:9}: teacher says "
           + ", ".join(f"{tokenizer.id_to_token(i)} {p[i]:.0%}" for i in p.topk(4).indices.tolist()))
@@ -152,9 +135,9 @@ print(f"cross-entropy {soft_ce:.4f} - KL {kl(p_t, p_s):.4f} = {entropy:.4f}, the
 # over V, too.  Its soft targets weigh V times less, which is next to nothing.
 check("vanilla_kd released", AS_RELEASED["vanilla_kd"], dict(mlm=mlm, soft_ce=soft_ce / V))
 
-# %% 8. DistilBERT: softer targets (tau = 2), the true answer, and the direction of the last hidden state.
+# %% 7. DistilBERT: softer targets (tau = 2), the true answer, and the direction of the last hidden state.
 w, tau = outputs(wide), 2
-p_w, h_w = softmax(w["logits"]), w["hidden", 1]
+p_w, h_w = softmax(w["logits"]), w["hidden"]
 cosine = (h_w * h_t).sum(-1) / (h_w.norm(dim=-1) * h_t.norm(dim=-1))                        # (B, S)
 check("distilbert", STRATEGIES["distilbert"], dict(
     soft_kl=tau ** 2 * kl(softmax(z_t / tau), softmax(w["logits"] / tau)),
@@ -164,68 +147,19 @@ check("distilbert", STRATEGIES["distilbert"], dict(
 e_w, e_t = (h.mean(1) / h.mean(1).norm(dim=-1, keepdim=True) for h in (h_w, h_t))                 # (B, D)
 check("sentence", STRATEGIES["sentence"], dict(sentence=((e_w - e_t) ** 2).sum(-1).mean()), wide)
 
-# %% 9. TinyBERT: be equal inside.  W makes 128 numbers of the student's 64; it is trained, then thrown away.
-embd = mse(s["embedding"] @ W["embedding"].weight.T, t["embedding"])
-attn, attn_middle = mse(raw_scores(q_s, k_s), raw_scores(q_t, k_t)), mse(raw_scores(q0_s, k0_s), raw_scores(q1_t, k1_t))
-hidn, hidn_middle = (mse(a @ W["hidden"].weight.T, b) for a, b in ((h_s, h_t), (h0_s, h1_t)))
-check("tinybert", STRATEGIES["tinybert"], dict(embd=embd, attn=attn, hidn=hidn))
-check("tinybert_layers", STRATEGIES["tinybert_layers"], dict(           # layers 1, 2 with the teacher's 2, 4
-    embd=embd, attn=attn_middle + attn, hidn=hidn_middle + hidn))
+# %% 8. TinyBERT: be equal inside.  W makes 128 numbers of the student's 64; it is trained, then thrown away.
+check("tinybert", STRATEGIES["tinybert"], dict(
+    embd=mse(s["embedding"] @ W["embedding"].weight.T, t["embedding"]),
+    attn=mse(raw_scores(q_s, k_s), raw_scores(q_t, k_t)), hidn=mse(h_s @ W["hidden"].weight.T, h_t)))
 
-# %% 10. MiniLM: look where the teacher looks.  Only distributions are compared, so no W is needed.
+# %% 9. MiniLM: look where the teacher looks.  Only distributions are compared, so no W is needed.
 attn_kl = kl(softmax(raw_scores(q_t, k_t)), softmax(raw_scores(q_s, k_s)))
 value = kl(softmax(raw_scores(v_t, v_t)), softmax(raw_scores(v_s, v_s)))
 check("minilm", STRATEGIES["minilm"], dict(attn=attn_kl, value=value))
-relations = {name: kl(relation(b), relation(a))
-             for name, a, b in (("qq", q_s, q_t), ("kk", k_s, k_t), ("vv", v_s, v_t))}
-check("minilmv2", STRATEGIES["minilmv2"], relations)
-check("minilmv2_mlm", STRATEGIES["minilmv2_mlm"], dict(mlm=mlm, **relations))
+check("minilmv2", STRATEGIES["minilmv2"], {
+    name: kl(relation(b), relation(a)) for name, a, b in (("qq", q_s, q_t), ("kk", k_s, k_t), ("vv", v_s, v_t))})
 
-# %% 11. MobileBERT: one layer after another, then everything.
-stages = [strategy for _, _, strategy in PHASED["mobilebert"](2)]
-for i, (a, b, q_a, k_a, q_b, k_b) in enumerate((
-        (h0_s, h1_t, q0_s, k0_s, q1_t, k1_t), (h_s, h_t, q_s, k_s, q_t, k_t))):
-    check(f"mobilebert layer {i + 1}", stages[i], dict(
-        fmt=mse(normal(a @ W[f"hidden{i}"].weight.T), normal(b)),
-        attn=kl(softmax(raw_scores(q_b, k_b)), softmax(raw_scores(q_a, k_a)))))
-check("mobilebert tail", stages[2], dict(mlm=mlm, soft_ce=soft_ce))
-
-# %% 12. Without a teacher: clm.  Nothing is hidden, but each position sees only what stands before it, and predicts
-# what comes next.  A start for no_kd: `--strategy clm:0.3/no_kd`.
-(_, _, clm), = PHASED["clm"](2)
-plain, before, _ = map(torch.from_numpy, Blocks(directory, "train", S, seed=11, causal=True).batch(0, 1))
-left = student(plain, before, want=clm.want("student"), causal=True)
-_, terms = loss_terms(clm, left, None, Context(labels, clm.tau, N_r, W))
-by_hand = -softmax(left["logits"])[range(M), labels].log().mean()
-assert abs(terms["clm"] - by_hand) <= 1e-10 * by_hand and torch.equal(before, masked - 1)
-print(f"{'clm':20}{1:5} x {'clm':8}{terms['clm']:10.6f}   by hand {by_hand:10.6f}")
-done.add("clm")
-assert done == {*STRATEGIES, *PHASED}, "a strategy is missing from the tour"
-
-# %% 13. What a soft target asks of the student: the gradient is (p_s - p_t) / M.  A probability that is too
-# high goes down, one that is too low goes up.
-z = z_s.detach().requires_grad_()
-gradient, = torch.autograd.grad(soft_cross_entropy(z, z_t), z)
-assert torch.allclose(gradient, (p_s - p_t) / M, rtol=0, atol=1e-15)
-print(f"\nAt position {masked[0, 0]}, the gradient of the soft cross-entropy:")
-for i in [*gradient[0].topk(4, largest=False).indices.tolist(), gradient[0].argmax().item()]:
-    print(f"  {tokenizer.id_to_token(i):8}  student {p_s[0, i]:.4f}  teacher {p_t[0, i]:.4f}  "
-          f"gradient {gradient[0, i]:+.4f}")
-# A temperature makes it smaller by about tau^2 (from tau = 4 on, here).  The factor tau^2 gives that back.
-for tau in (1, 2, 4, 8):
-    size = torch.autograd.grad(soft_cross_entropy(z, z_t, tau), z)[0].norm()
-    print(f"  tau = {tau}: length of the gradient {size:.4f}, without the factor tau^2 {size / tau ** 2:.4f}")
-
-# %% 14. All of it together: 60 steps on this one block.  The loss falls towards the teacher's entropy, and
-# stays above it.
-optimizer, steps = torch.optim.AdamW(student.parameters(), betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01), 60
-print(f"\nsoft cross-entropy on this block; the teacher's entropy is {entropy:.4f}")
-for step in range(steps):
-    optimizer.param_groups[0]["lr"] = learning_rate(step / steps, 5e-3)
-    loss = soft_cross_entropy(student(ids, masked)["logits"], z_t)
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    if step % 10 == 0 or step == steps - 1:
-        print(f"  step {step:2}: {loss:.4f}")
-assert loss > entropy
+# %% 10. MobileBERT: one layer after another, here the last.
+check("mobilebert layer 2", mobilebert_stage(1), dict(
+    fmt=mse(normal(h_s @ W["hidden1"].weight.T), normal(h_t)), attn=attn_kl))
+assert done > {term for strategy in STRATEGIES.values() for term in strategy.terms}, "the tour misses a loss"

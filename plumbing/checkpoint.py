@@ -43,8 +43,7 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 # ---------------------------------------------------------------------------------------------------- reading
 
 def find_model(name):
-    """The model directory `name`: a directory on this disk, or HUB_ID[@REVISION] through
-    huggingface_hub's cache."""
+    """The model directory `name`: a directory on this disk, or HUB_ID[@REVISION] through huggingface_hub's cache."""
     path = Path(name)
     if not path.exists() and beside(path, "old").exists():              # save_model was killed between two renames
         path = beside(path, "old")
@@ -110,14 +109,13 @@ def read_config(path):
 def weight_files(path):
     """The files that hold the weights: safetensors before pytorch_model.bin, whole or as an index lists them."""
     for name in WEIGHTS:
-        files, index = [path / name], path / f"{name}.index.json"
-        if not files[0].is_file() and index.is_file():
+        if (path / name).is_file():
+            return [path / name]
+        if (index := path / f"{name}.index.json").is_file():
             with parsing(index):
                 files = [path / Path(shard).name for shard in sorted(set(json_object(index)["weight_map"].values()))]
-            for file in files:
-                if not file.is_file():
-                    raise UserError(f"{shown(file)}: no such file, though {path} lists it")
-        if files and files[0].is_file():
+            if gone := [file for file in files if not file.is_file()]:
+                raise UserError(f"{shown(gone[0])}: no such file, though {path} lists it")
             return files
     raise UserError(f"{path}: neither model.safetensors nor pytorch_model.bin is there, nor an index of them")
 
@@ -173,15 +171,14 @@ class Loaded(NamedTuple):
 def fill(model, path, optional=()):
     """Loads the directory's weights into `model`; what is missing must lie under one of the prefixes `optional`."""
     weights, own, layers = read_weights(path), model.state_dict(), model.config.num_hidden_layers
-    for name in weights:
-        if of := [part for part, pattern in PARTS.items() if re.search(pattern, name)]:
-            raise UserError(f"{path}: {shown(name)} belongs to {of[0]}: only the weights of a plain BERT work here")
     there = [int(i) for i in re.findall(r"^bert\.encoder\.layer\.([0-9]{1,9})\.", "\n".join(weights), re.M)]
     if there and max(there) != layers - 1:
         raise UserError(f"{path}: config.json asks for {layers} layers, the weights hold {max(there) + 1}")
     for name in weights:
-        if name.startswith("bert.") and name not in own and name not in POOLER and not name.endswith("_ids"):
-            raise UserError(f"{path}: {shown(name)} belongs to no plain BERT: only the weights of one work here")
+        unknown = name.startswith("bert.") and name not in own and name not in POOLER and not name.endswith("_ids")
+        of = [part for part, pattern in PARTS.items() if re.search(pattern, name)] + ["no plain BERT"] * unknown
+        if of:
+            raise UserError(f"{path}: {shown(name)} belongs to {of[0]}: only the weights of a plain BERT work here")
     missing = [name for name in own if name not in weights]
     if needed := [name for name in missing if not name.startswith(optional or "-")]:
         raise UserError(f"{path}: {len(needed)} tensors are missing, {needed[0]} first; there are "
@@ -243,12 +240,12 @@ class Classifier(NamedTuple):
 def read_classifier(path):
     """What --save, or transformers, has written as a BertForSequenceClassification."""
     config, raw = read_config(path), json_object(path / "config.json")
-    if raw.get("architectures") != ["BertForSequenceClassification"]:
-        raise UserError(f"{path} is no classifier (its config.json says {shown(raw.get('architectures'), 60)}): "
-                        f"fine-tune one with --save, and give the directory beside its trial's scores")
-    if raw.get("problem_type") == "multi_label_classification":
-        raise UserError(f"{path} gives an example any number of labels: only one label of several, "
-                        f"or a score, works here")
+    kind, problem = raw.get("architectures"), raw.get("problem_type")
+    if kind != ["BertForSequenceClassification"]:
+        raise UserError(f"{path} is no classifier (its config.json says {shown(kind, 60)}): fine-tune one with --save, "
+                        f"and give the directory beside its trial's scores")
+    if problem == "multi_label_classification":
+        raise UserError(f"{path} gives an example any number of labels: only one of several, or a score, works here")
     with parsing(path / "config.json"):     # transformers leaves two classes without names of their own out
         names = {int(i): str(name) for i, name in raw.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"}).items()}
         names, columns = [names[i] for i in range(len(names))], list(map(str, raw.get("text_columns", [])))
@@ -258,7 +255,7 @@ def read_classifier(path):
         if cut < 8:
             raise ValueError(f"model_max_length {cut}")
     model = fill(BertForSequenceClassification(config, len(names)), path).model.eval()
-    return Classifier(model, names, raw.get("problem_type") == "regression" or len(names) == 1, columns,
+    return Classifier(model, names, problem == "regression" or len(names) == 1, columns,
                       min(cut, config.max_position_embeddings))
 
 
@@ -359,10 +356,9 @@ def cut_log(file, step):
 def save_model(directory, model, tokenizer, head=True, card="", max_len=None, names=None, columns=(), form=None):
     """Writes a model directory: a BertForMaskedLM with its LM head if `head`, else as an encoder; or a classifier.
 
-    `card` is the text of its README.md; `max_len`: how many ids it was fine-tuned on, where its tokenizer is
-    to cut.  `names`: of a classifier's labels; `columns`: those that its text stood in.  `form`: a Form.
-    Written beside its place, then moved there: whatever happens, a whole one of that name, or the one before beside it
-    (find_model reads that, the next save moves it back)."""
+    `card`: the text of its README.md; `max_len`: ids at which its tokenizer is to cut; `names`: of a classifier's
+    labels; `columns`: those that its text stood in; `form`: a Form.  Written beside its place, then moved there: at any
+    moment there is a whole one, or the one before beside it (find_model reads that, the next save moves it back)."""
     directory = Path(directory)
     room(directory)
     part, old = beside(directory, "part"), beside(directory, "old")
@@ -401,9 +397,8 @@ def files_of(model, tokenizer, head, max_len, names, columns, form):
         files = {WEIGHTS[1]: buffer.getvalue()}
     vocab = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     normalizer = json.loads(tokenizer.to_str())["normalizer"] or {}
-    # PreTrainedTokenizerFast takes tokenizer.json as it is, but gives token types only where
-    # model_input_names has them.  BertTokenizer would build its own from the vocabulary and the
-    # settings of the normaliser.
+    # PreTrainedTokenizerFast takes tokenizer.json as it is, token types only where model_input_names has them;
+    # BertTokenizer would build its own from the vocabulary and the settings of the normaliser
     tokenizer_config = dict(
         tokenizer_class="PreTrainedTokenizerFast",
         model_input_names=["input_ids", "token_type_ids", "attention_mask"],
@@ -433,12 +428,11 @@ def room(directory, dry_run=False):
     part, old = beside(directory, "part"), beside(directory, "old")
     for place in (directory, part, old):
         entries(place)
-    if dry_run:
-        return
-    if old.exists() and not directory.exists():
-        os.replace(old, directory)
-    remove(part)
-    remove(old)
+    if not dry_run:
+        if old.exists() and not directory.exists():
+            os.replace(old, directory)
+        remove(part)
+        remove(old)
 
 
 def entries(directory):

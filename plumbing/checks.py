@@ -17,13 +17,10 @@ def check_run(config):
     layers_of(config.init_layers)
     if config.init_layers is not None and config.start != "teacher":
         raise UserError(f"--init-layers {config.init_layers} belongs to --init teacher")
-    if (own := phases[0].strategy.seq_len) and (config.micro_batch or config.batch_size or 0) * config.length % own:
-        raise UserError(f"--batch-size {config.batch_size}, --micro-batch {config.micro_batch}: their tokens must be a "
-                        f"multiple of {own}, the length of {config.strategy}'s sentences: at --seq-len {config.length} "
-                        f"give multiples of {own // math.gcd(own, config.length)}")
-    if not own and any(config.length % phase.seq_len for phase in phases):
-        raise UserError(f"--seq-len {config.seq_len}: each must divide the last one, so that all steps have as "
-                        f"many tokens")
+    if (own := phases[0].strategy.seq_len) and (config.micro_batch or config.batch_size or 0) * config.seq_len % own:
+        raise UserError(f"--batch-size {config.batch_size}, --micro-batch {config.micro_batch}: their tokens must be "
+                        f"a multiple of {own}, the length of {config.strategy}'s sentences: at --seq-len "
+                        f"{config.seq_len} give multiples of {own // math.gcd(own, config.seq_len)}")
     config.budget  # noqa: B018
     ranks = Ranks().size
     if config.micro_batch and config.batch_size and config.batch_size % (config.micro_batch * ranks):
@@ -40,41 +37,37 @@ def layers_of(text):
 
 def check_teacher(config, student, teacher, head):
     """Refuses a teacher that one of the phases cannot use, saying which strategy can."""
-    as_wide = f"give --size {student.num_hidden_layers}L{teacher.hidden_size}"
+    wide = teacher.hidden_size
+    widths = f"{student.hidden_size} and {wide}; give --size {student.num_hidden_layers}L{wide}"
+    heads, theirs, deep = student.num_attention_heads, teacher.num_attention_heads, teacher.num_hidden_layers
+
+    def refuse(wrong, text):
+        if wrong:
+            raise UserError(text)
     for phase in config.phases:
         strategy = phase.strategy
         label = config.label if len(config.phases) == 1 else f"{phase.name}, a phase of {config.label},"
-        if not head and strategy.needs_teachers_head:
-            able = [n for n, s in STRATEGIES.items() if s.needs("teacher") and not s.needs_teachers_head]
-            raise UserError(f"--teacher {config.teacher} has no LM head, which {label} needs; these do "
-                            f"without: {', '.join(able)}")
-        if strategy.same_heads and student.num_attention_heads != teacher.num_attention_heads:
-            raise UserError(f"{label} compares attention head by head, but the student has "
-                            f"{student.num_attention_heads} heads and the teacher "
-                            f"{teacher.num_attention_heads}: give --heads {teacher.num_attention_heads}, or "
-                            f"take --strategy minilmv2")
-        if strategy.same_width and student.hidden_size != teacher.hidden_size:
-            raise UserError(f"{label} needs a student as wide as its teacher: {student.hidden_size} and "
-                            f"{teacher.hidden_size}; {as_wide}")
-    if config.start != "random" and student.hidden_size != teacher.hidden_size:
-        label = config.label + " --init teacher" * (config.start == "teacher")
-        raise UserError(f"{label} needs a student as wide as its teacher, whose "
-                        f"{'weights' if config.start == 'teacher' else config.start} it copies: "
-                        f"{student.hidden_size} and {teacher.hidden_size}; {as_wide}"
-                        + " or --init random" * (config.start == "embeddings"))
+        able = [n for n, s in STRATEGIES.items() if s.needs("teacher") and not s.needs_teachers_head]
+        refuse(not head and strategy.needs_teachers_head, f"--teacher {config.teacher} has no LM head, which {label} "
+               f"needs; these do without: {', '.join(able)}")
+        refuse(strategy.same_heads and heads != theirs, f"{label} compares attention head by head, but the student has "
+               f"{heads} heads and the teacher {theirs}: give --heads {theirs}, or take --strategy minilmv2")
+        refuse(strategy.same_width and student.hidden_size != wide,
+               f"{label} needs a student as wide as its teacher: {widths}")
+    copies = config.start == "teacher"
+    refuse(config.start != "random" and student.hidden_size != wide,
+           f"{config.label}{' --init teacher' * copies} needs a student as wide as its teacher, whose "
+           f"{'weights' if copies else config.start} it copies: {widths}{' or --init random' * (not copies)}")
     same = ("intermediate_size", "num_attention_heads", "hidden_act")
-    if config.start == "teacher" and (student.num_hidden_layers > teacher.num_hidden_layers
-                                       or any(getattr(student, k) != getattr(teacher, k) for k in same)):
-        raise UserError(f"--init teacher: the student ({student.size}) must be the teacher ({teacher.size}) "
-                        f"with fewer layers: give --heads {teacher.num_attention_heads} and a depth of at "
-                        f"most {teacher.num_hidden_layers}")
-    layers, copied = teacher.num_hidden_layers, layers_of(config.init_layers)
-    if copied and (len(copied) != student.num_hidden_layers or max(copied) >= layers):
-        raise UserError(f"--init-layers {config.init_layers}: the student has {student.num_hidden_layers} "
-                        f"layers, the teacher {layers}: give one of 0 to {layers - 1} for each of the "
-                        f"student's")
-    if teacher.max_position_embeddings < max(config.length, config.phases[0].seq_len):
-        raise UserError(f"--seq-len {config.seq_len}: the teacher has {teacher.max_position_embeddings} positions only")
+    unlike = student.num_hidden_layers > deep or any(getattr(student, k) != getattr(teacher, k) for k in same)
+    refuse(copies and unlike, f"--init teacher: the student ({student.size}) must be the teacher ({teacher.size}) with "
+           f"fewer layers: give --heads {theirs} and a depth of at most {deep}")
+    copied = layers_of(config.init_layers)
+    refuse(copied and (len(copied) != student.num_hidden_layers or max(copied) >= deep),
+           f"--init-layers {config.init_layers}: the student has {student.num_hidden_layers} layers, the teacher "
+           f"{deep}: give one of 0 to {deep - 1} for each of the student's")
+    refuse(teacher.max_position_embeddings < max(config.seq_len, config.phases[0].seq_len),
+           f"--seq-len {config.seq_len}: the teacher has {teacher.max_position_embeddings} positions only")
 
 
 class NotFinite(UserError):

@@ -12,7 +12,6 @@ anything else, whether by a command line or in code:
     Annotated[str, STRATEGIES]   one of these words, from elsewhere
     Annotated[float, "[0, 1)"]          a number in this interval: 0 is, 1 is not; infinity and NaN never are
     Annotated[str, float, "(0, 1)"]     several of them, separated by commas (`numbers` reads them)
-    Annotated[str, "in turn", int, "[4, 65536]"]    one, or several in turn: 32:0.5,128 (`in_turn` reads them)
 
 Whatever a user can get wrong is raised as `UserError`: what was wrong, where, and what to do about it.  `run`
 prints it as one line on stderr and exits with status 2; any other exception is a bug and keeps its traceback.
@@ -45,7 +44,6 @@ Share = Annotated[float, "[0, 1)"]
 Fraction = Annotated[float, "[1e-9, 1)"]
 Seed = Annotated[int, "[0, 1e18]"]
 Length = Annotated[int, "[4, 8192]"]            # of a block: [CLS], [SEP] and two ids, of which one is masked
-Lengths = Annotated[str, "in turn", int, "[4, 8192]"]
 MANY = 64                                       # values in a list
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", re.I)   # no 1_0, no digits but these
 # The signals that ask a process to end: a hang-up not under nohup, nor on Windows
@@ -97,12 +95,12 @@ def flag_of(name):
 
 
 def allowed(kind):
-    """(type, whether several are or "in turn", interval or words or None) of an annotation."""
+    """(type, whether several are, interval or words or None) of an annotation."""
     if typing.get_origin(kind) is Literal:
         return str, False, typing.get_args(kind)
     if typing.get_origin(kind) is Annotated:
         *how, of, limit = typing.get_args(kind)
-        return of, "in turn" if "in turn" in how else bool(how), limit
+        return of, bool(how), limit
     return kind, False, None
 
 
@@ -117,30 +115,19 @@ def checked(flag, value, kind):
                 raise UserError(f"{flag} {one_line(text, 100)}: is not UTF-8, or the locale is not (PYTHONUTF8=1)")
         return value
     try:
-        found = ([v for _, v in in_turn(value, of)] if several == "in turn" else
-                 numbers(value, of) if several else [read(value, of)])
-        good = (several == "in turn" or len(set(found)) == len(found) > 0) and all(inside(v, limit) for v in found)
+        found = numbers(value, of) if several else [read(value, of)]
+        good = len(set(found)) == len(found) > 0 and all(inside(v, limit) for v in found)
     except ValueError:
         good = False
     if not good or len(found) > MANY:
         raise UserError(f"{flag} {one_line(value, 100)}: must be {wanted(of, several, limit)}"
                         + f", at most {MANY} of them" * good)
-    return value if several is True or len(found) > 1 else found[0]
+    return value if several else found[0]
 
 
 def numbers(text, of=float):
     """The values of a list such as "1,2,4"; none of an empty text."""
     return [read(part, of) for part in str(text).split(",") if text]
-
-
-def in_turn(text, of=float):
-    """[(END, VALUE)] of VALUE:END,...,VALUE: each to a share of the budget that rises, the last to 1."""
-    *before, last = str(text).split(",")
-    pairs = [part.split(":") for part in before] + [(last, 1)]
-    found = [(read(end, float), read(value, of)) for value, end in pairs]
-    if not all(a < b for (a, _), (b, _) in zip([(0, None), *found], found, strict=False)):
-        raise ValueError(text)
-    return found
 
 
 def read(value, of):
@@ -169,14 +156,12 @@ def wanted(of, several, limit):
     if limit and not isinstance(limit, str):
         text = ("names out of " if several else "one of " if len(limit) > 1 else "") + ", ".join(limit)
     else:
-        noun, many = "whole number" if of is int else "number", several is True
+        noun, many = "whole number" if of is int else "number", several
         text = f"{noun}s" if many else f"a {noun}"
         if limit:
             (low, high), said = limit[1:-1].split(", "), {"[": "at least", "(": "above", "]": "at most", ")": "below"}
             text += f", {said[limit[0]]} {low} and {said[limit[-1]]} {high}"
-    return text + {True: ", separated by commas, none twice", False: "", "in turn":
-                   ", or several in turn, all but the last with the share of the budget at which they end, such as "
-                   "32:0.5,128"}[several]
+    return text + ", separated by commas, none twice" * several
 
 
 def writable(path, flag="--out"):

@@ -127,8 +127,7 @@ def multiplies_in_bf16(device, asked=None):
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     able = torch.cpu.get_capabilities()
-    return able.get("amx_bf16", False) or (
-        able.get("avx512_bf16", False) and "Intel" not in able.get("cpu_name", ""))
+    return able.get("amx_bf16", False) or (able.get("avx512_bf16", False) and "Intel" not in able.get("cpu_name", ""))
 
 
 def ready_process(device):

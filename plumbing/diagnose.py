@@ -1,5 +1,8 @@
 """Where a masked LM stands, against counting and without the order of its context.  Read it to judge a loss.
 
+    python -m plumbing.diagnose data/wiki                                    # what counting reaches
+    python -m plumbing.diagnose data/wiki --model runs/no_kd/model           # and where a model stands
+
 A masked LM stays for long at what counting does better, and leaves abruptly when attention structure forms.
 Three measurements on validation's own blocks and masks tell on which side of that turn a model is:
 
@@ -7,15 +10,10 @@ Three measurements on validation's own blocks and masks tell on which side of th
   D_order     loss with each block's unmasked tokens permuted, minus the loss: about 0 for a bag of words
   induction   the loss at masked tokens that also occur unmasked in their block, and at the others
 
-A baseline sees what a model sees, the corrupted block: a neighbour that is [MASK] tells nothing, and a token
-that stands at a masked position tells much (half of them were left as they are; at 10% of the positions that
-is worth more than half a nat, and a model learns it first of all).
+A baseline sees the corrupted block, as a model does: a [MASK] tells nothing of its neighbours, and a token that
+stands at a masked position tells much (half of them were left as they are).
 
-Legend: B blocks, S sequence, k masked positions per block, n positions in one go, V vocabulary.
-
-    python -m plumbing.diagnose data/wiki                                    # what counting reaches
-    python -m plumbing.diagnose data/wiki --model runs/no_kd/model           # and where a model stands
-    python -m plumbing.diagnose data/wiki --model teacher --seq-len 64       # at another block length
+Legend: B blocks, S sequence, k masked positions per block, V vocabulary.
 """
 from dataclasses import dataclass
 
@@ -24,6 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from data import Blocks, hashed
+from plumbing import checkpoint
 from plumbing.cli import Checked, Count, Length, UserError, run
 from plumbing.tokens import SCAN, TokenDirectory
 
@@ -120,18 +119,16 @@ def repeated(batch):
 
 @dataclass
 class Config(Checked):
-    directory: list[str]        # token directories
+    directory: list[str]        # a token directory
     model: str | None = None    # a model directory or Hub id with an LM head
     seq_len: Length = 128       # block length
     val_blocks: Count = 512     # validation blocks
 
 
 def main(config):
-    for path in config.directory:
-        diagnose(TokenDirectory(path), config)
-
-
-def diagnose(directory, config):
+    if len(config.directory) > 1:
+        raise UserError(f"{' '.join(config.directory)}: give one token directory")
+    directory = TokenDirectory(config.directory[0])
     # refused before anything is counted
     forward, _ = masked_lm(config.model, directory, config.seq_len) if config.model else (None, None)
     batch = validation(Blocks(directory, "val", config.seq_len, seed=0), config.val_blocks)
@@ -155,7 +152,6 @@ def diagnose(directory, config):
 def masked_lm(path, directory, seq_len, flag="--model", device=None, bf16=False):
     """(forward(ids, masked) -> logits (M, V) on the device, the model's BertConfig) of a model directory or
     Hub id.  Refuses, as `flag`, what has no LM head, another vocabulary or too few positions."""
-    from plumbing import checkpoint
     found = checkpoint.find_model(path)
     checkpoint.same_vocabulary(directory.read_tokenizer(), found)
     model, missing, _ = checkpoint.load_mlm(found, len(directory.vocab))

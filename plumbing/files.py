@@ -45,16 +45,13 @@ def parsing(file, remedy="get it again, or leave it out"):
                         f"{remedy}") from e
 
 
-def json_object(file):
+def json_object(file, remedy="get it again, or leave it out"):
     """The dict in a JSON file of another program's."""
-    with parsing(file):
-        return {**json.loads(file.read_text(encoding="utf-8"))}
-
-
-def read_json(file):
-    """The dict in one of our own files."""
-    with parsing(file, "give another --out"):
+    with parsing(file, remedy):
         return {**json.loads(file.read_text(encoding="utf-8") if file.is_file() else "")}
+
+
+read_json = functools.partial(json_object, remedy="give another --out")             # one of our own files
 
 
 def log_records(lines):

@@ -17,8 +17,8 @@ from plumbing.rows import KIND, NoText, label_of, quoted, table
 
 class Task(NamedTuple):
     folder: str             # of the official TSVs; one's own: a file or a folder
-    text: tuple            # columns of the sentences, counted from 0; of one's own: their names in the header
-    label: int | str        # column of the label; -1: the last
+    text: tuple             # names of the columns of sentences, in lower case
+    label: str              # name of the column of the label
     columns: tuple          # the sentences' names on the Hub; (): one's own
     labels: tuple | None   # the labels in the order of their numbers; (): a score; None: whole numbers from 0
     metrics: tuple          # of METRICS; the first picks the grid point and stands for the task
@@ -27,24 +27,22 @@ class Task(NamedTuple):
 
 
 BINARY, ENTAILMENT = ("0", "1"), ("entailment", "not_entailment")
+ONE, TWO = ("sentence",), ("sentence1", "sentence2")
+QUESTIONS, ANSWERED = ("question1", "question2"), ("question", "sentence")
 TASKS = {
-    "cola": Task("CoLA", (3,), 1, ("sentence",), BINARY, ("matthews",), dict(train=8551, dev=1043),
+    "cola": Task("CoLA", ("column 4",), "column 2", ONE, BINARY, ("matthews",), dict(train=8551, dev=1043),
                  header=False),
-    "sst2": Task("SST-2", (0,), 1, ("sentence",), BINARY, ("accuracy",), dict(train=67349, dev=872)),
-    "mrpc": Task("MRPC", (3, 4), 0, ("sentence1", "sentence2"), BINARY, ("f1", "accuracy"),
+    "sst2": Task("SST-2", ONE, "label", ONE, BINARY, ("accuracy",), dict(train=67349, dev=872)),
+    "mrpc": Task("MRPC", ("#1 string", "#2 string"), "quality", TWO, BINARY, ("f1", "accuracy"),
                  dict(train=3668, dev=408)),
-    "stsb": Task("STS-B", (7, 8), -1, ("sentence1", "sentence2"), (), ("pearson", "spearman"),
-                 dict(train=5749, dev=1500)),
-    "qqp": Task("QQP", (3, 4), 5, ("question1", "question2"), BINARY, ("accuracy", "f1"),
+    "stsb": Task("STS-B", TWO, "score", TWO, (), ("pearson", "spearman"), dict(train=5749, dev=1500)),
+    "qqp": Task("QQP", QUESTIONS, "is_duplicate", QUESTIONS, BINARY, ("accuracy", "f1"),
                 dict(train=363846, dev=40430)),
-    "mnli": Task("MNLI", (8, 9), -1, ("premise", "hypothesis"), ("entailment", "neutral", "contradiction"),
+    "mnli": Task("MNLI", TWO, "gold_label", ("premise", "hypothesis"), ("entailment", "neutral", "contradiction"),
                  ("accuracy",), dict(train=392702, dev_matched=9815, dev_mismatched=9832)),
-    "qnli": Task("QNLI", (1, 2), -1, ("question", "sentence"), ENTAILMENT, ("accuracy",),
-                 dict(train=104743, dev=5463)),
-    "rte": Task("RTE", (1, 2), -1, ("sentence1", "sentence2"), ENTAILMENT, ("accuracy",),
-                dict(train=2490, dev=277)),
-    "wnli": Task("WNLI", (1, 2), -1, ("sentence1", "sentence2"), BINARY, ("accuracy",),
-                 dict(train=635, dev=71)),
+    "qnli": Task("QNLI", ANSWERED, "label", ANSWERED, ENTAILMENT, ("accuracy",), dict(train=104743, dev=5463)),
+    "rte": Task("RTE", TWO, "label", TWO, ENTAILMENT, ("accuracy",), dict(train=2490, dev=277)),
+    "wnli": Task("WNLI", TWO, "label", TWO, BINARY, ("accuracy",), dict(train=635, dev=71)),
 }
 PAPER = ("qnli", "sst2", "mnli", "mrpc", "qqp", "rte", "cola")  # Table 2's columns, which it averages
 # Names of a column of labels, and of one that numbers the rows, as pandas does too
@@ -84,10 +82,19 @@ def own_task(path, columns=None, say=print):
     """The Task of one's own file or directory: its columns by name, its labels as they stand there."""
     file = own_files(path)["train"]
     with table(file, Counter()) as rows:
-        names = header(rows)
-        *text, label = named(file, names, columns) if columns else guessed(names)
-        once(file, names, [*text, label])
-        seen, telling = looked_through(rows, names, [] if columns else text, label)
+        names = rows.names
+        *text, label = wanted = named(columns) if columns else guessed(names)
+        rows.positions(wanted)
+        asked, seen = [] if columns else text, Counter()
+        pairs = {name: set() for name in asked}                         # (label, what stands in the column)
+        for _, cells in rows.cells(rows.positions([label, *asked])):
+            with contextlib.suppress(ValueError):
+                value = label_of(None if isinstance(cells, str) else cells[0], rows.met)
+                seen[value] += 1
+                for name, cell in zip(asked, cells[1:], strict=True):
+                    pairs[name].add((value, str(cell or "")))
+    few = seen.total() >= 2 * len(seen)                                 # else nothing speaks against it
+    telling = [name for name in asked if few and len(pairs[name]) <= len(seen)]
     if telling and (others := [name for name in text if name not in telling]):
         say(f"no sentence: {quoted(telling)}: it says no more than the label")
         text = others
@@ -101,23 +108,6 @@ def own_task(path, columns=None, say=print):
                 ("accuracy",) if labels != () else ("pearson", "spearman"), dict.fromkeys(own_files(path)))
 
 
-def header(rows):
-    """The names of the columns, in lower case."""
-    names = [name.strip().lower() for name in rows.names]
-    if not names:
-        raise NoText(rows.name, "empty", "a header, such as sentence<tab>label, and examples belong there")
-    if rows.kind in ("csv", "tsv") and (numbers := [name for name in names if NUMBER.fullmatch(name)]):
-        raise NoText(rows.name, f"without a header (line 1 holds {numbers[-1]})", "names such as sentence<tab>label "
-                     "belong above the examples")
-    return names
-
-
-def once(path, names, wanted):
-    """Refuses a column whose name another one has too."""
-    if any(names.count(name) > 1 for name in wanted):
-        raise UserError(f"{path}, line 1: two columns have one name: {quoted(names)}")
-
-
 def guessed(names):
     """[text, ..., label] by the names alone: what is named after the label is no text."""
     left = [n for n in names if not ROW_NUMBER.fullmatch(n)] or [""]
@@ -126,22 +116,20 @@ def guessed(names):
     return [*([n for n in text if n not in (f"{label}_text", f"{label}_name")] or text), label]
 
 
-def named(path, names, columns):
-    """The names in --columns, of which each must be there; one with a comma stands in quotes."""
+def named(columns):
+    """The names in --columns; one with a comma stands in quotes."""
     wanted = [c.strip().lower() for c in next(csv.reader([columns], skipinitialspace=True))]
-    if missing := [c for c in wanted if c not in names]:
-        raise NoText(path, f"without the column {missing[0]!r} of --columns", f"it has {quoted(names)}")
     if len(set(wanted)) < len(wanted):
         raise UserError(f"--columns {columns}: one is given twice")
     return wanted
 
 
-def text_columns(rows, columns, met):
+def text_columns(rows, columns):
     """The positions of the columns of text: those in --columns, else `text`, else those that fine-tuning would take."""
-    names = header(rows)
+    names = rows.names
     *text, label = guessed(names)
     if columns or "text" in names:
-        text = named(rows.name, names, columns or "text")
+        text = named(columns or "text")
     else:
         found = rows.look(names.index(label))
         labels = label in LABELS or len(set(found)) <= len(found) / 2 + 1
@@ -149,22 +137,8 @@ def text_columns(rows, columns, met):
             raise NoText(rows.name, "a table without a column 'text'", f"which of {quoted(names)} are text? Say it "
                          "with --columns")
         text = text or [label]
-        met[f"tables with the text in {quoted(text)}"] += 1
-    once(rows.name, names, text)
-    return [names.index(name) for name in text]
-
-
-def looked_through(rows, names, text, label):
-    """(how often each label is there, those columns of `text` in which every label has one value or none)."""
-    seen, pairs = Counter(), {name: set() for name in text}
-    for _, cells in rows.cells([names.index(name) for name in (label, *text)]):
-        with contextlib.suppress(ValueError):
-            value = label_of(None if isinstance(cells, str) else cells[0], rows.met)
-            seen[value] += 1
-            for name, cell in zip(text, cells[1:], strict=True):
-                pairs[name].add((value, str(cell or "")))
-    few = seen.total() >= 2 * len(seen)                                 # else nothing speaks against it
-    return seen, [name for name in text if few and len(pairs[name]) <= len(seen)]
+        rows.met[f"tables with the text in {quoted(text)}"] += 1
+    return rows.positions(text)
 
 
 def own_labels(path, seen, columns):
@@ -198,20 +172,11 @@ def read_rows(path, task, say=print):
     label is left out and listed; more than 0.1% of them are refused."""
     sentences, labels, bad, met = [], [], [], Counter()
     with table(path, met, task.header) as rows:
-        text, label = task.text, task.label
-        if not task.columns:                           # one's own: by name, whatever their order in this file
-            names, wanted = header(rows), (*text, label)
-            if not set(wanted) <= set(names):
-                raise UserError(f"{path}, line 1: the columns are {quoted(names)}, but those of the training examples "
-                                f"are {quoted(wanted)}: give both files the same")
-            once(path, names, wanted)
-            if rest := [n for n in names if n not in wanted]:
-                say(f"{path}: left out: the column{'s' * (len(rest) > 1)} {quoted(rest)}")
-            text, label = [names.index(n) for n in text], names.index(label)
-        elif (width := len(rows.names)) <= max(*text, label) + (label < 0):
-            raise UserError(f"{path}, line 1: {width} column{'s' * (width != 1)}, separated by tabs: GLUE's "
-                            f"{task.folder} has more")
-        for place, values, fault in rows.pick(text, label % len(rows.names)):
+        wanted = (*task.text, task.label)
+        *text, label = rows.positions(wanted, f"GLUE's {task.folder}" if task.columns else "the training examples")
+        if (rest := [n for n in rows.names if n not in wanted]) and not task.columns:
+            say(f"{path}: left out: the column{'s' * (len(rest) > 1)} {quoted(rest)}")
+        for place, values, fault in rows.pick(text, label):
             try:
                 if not fault:
                     labels.append(number(task, values[-1]))
@@ -232,7 +197,7 @@ def read_rows(path, task, say=print):
     if met["nul_lines"] or met["lone_surrogates"]:
         say(f"{path}: NUL was removed from {met['nul_lines']:,} lines, {met['lone_surrogates']:,} lone surrogates "
             f"became U+FFFD")
-    for name, column in () if task.columns else zip(task.text, zip(*sentences, strict=True), strict=False):
+    for name, column in zip(task.text, zip(*sentences, strict=True), strict=False):
         if not any(c.isalpha() for sentence in column for c in sentence):
             raise UserError(f"{path}: the column {name!r} holds no letter: is it text? Say so with --columns")
     return sentences, labels, len(bad)
@@ -243,9 +208,9 @@ def rows_of_text(path, columns, known):
 
     The columns: those in --columns without the label, else the `known` ones, else all not like a label."""
     with table(path, Counter()) as rows:
-        names = header(rows)
+        names = rows.names
         if columns:
-            text = [c for c in named(path, names, columns) if c not in LABELS][:len(known) or None]
+            text = [c for c in named(columns) if c not in LABELS][:len(known) or None]
         elif known and set(known) <= set(names):
             text = list(known)
         else:
@@ -253,9 +218,9 @@ def rows_of_text(path, columns, known):
         if len(text) != (len(known) or len(text[:2])) or not text:
             raise UserError(f"--predict {path}: the columns are {quoted(names)}: which are the "
                             f"{len(known) or 'one or two'} of text? Say it with --columns")
-        once(path, names, text)
+        at = rows.positions(text)
         yield quoted(text)
-        yield from rows.pick([names.index(n) for n in text])
+        yield from rows.pick(at)
 
 
 def hub_task(name, task, file):
@@ -268,7 +233,7 @@ def hub_task(name, task, file):
     except Exception as e:      # no network, no such file: whatever the library raises
         raise UserError(f"nyu-mll/glue, {name}/{split} is not to be had ({shown(e)}): give --glue-dir with "
                         f"{task.folder}/ in it, or leave {name} out of --tasks") from None
-    labels = tuple(str(i) for i, _ in enumerate(task.labels))
+    labels = tuple(map(str, range(len(task.labels))))
     return path, task._replace(text=task.columns, label="label", columns=(), labels=labels)
 
 
@@ -277,10 +242,10 @@ def read_task(name, task, glue_dir, say=print):
     if glue_dir and not os.path.isdir(glue_dir):
         raise UserError(f"--glue-dir {glue_dir}: no such directory")
     folder, parts = Path(glue_dir or "", task.folder), {}
-    from_hub = task.columns and not (glue_dir and folder.exists())
-    own = {} if task.columns else own_files(Path(task.folder))
+    from_hub, own = task.columns and not (glue_dir and folder.exists()), not task.columns
+    files = own_files(Path(task.folder)) if own else {file: folder / f"{file}.tsv" for file in task.rows}
     for file, official in task.rows.items():
-        where = own.get(file) or (f"nyu-mll/glue, {name}/{file}" if from_hub else folder / f"{file}.tsv")
+        where = f"nyu-mll/glue, {name}/{file}" if from_hub else files[file]
         sentences, labels, bad = read_rows(*hub_task(name, task, file)) if from_hub else read_rows(where, task, say)
         n, slack = len(labels), 1e-5 * (official or 0)     # QQP's count differs by 3 rows between its readers
         if not n:
@@ -290,7 +255,7 @@ def read_task(name, task, glue_dir, say=print):
                             f"is cut, of another version, or without its header line")
         parts[file] = sentences, labels
     if own and "dev" not in parts:
-        parts = split(own["train"], *parts["train"])
+        parts = split(files["train"], *parts["train"])
     if task.labels is None:
         classes = set(parts["train"][1])
         if len(classes) < 2 or max(classes) >= len(classes) or not set(parts["dev"][1]) <= classes:
@@ -302,8 +267,7 @@ def read_task(name, task, glue_dir, say=print):
 
 def split(path, sentences, labels):
     """A tenth of the examples as dev, by the hash of their text: always the same, no text on both sides."""
-    digests = [hashlib.sha256("\t".join(s).encode("utf-8", "surrogatepass")).digest() for s in sentences]
-    dev = [int.from_bytes(digest[:8], "big") % 10 == 0 for digest in digests]
+    dev = [int(hashlib.sha256("\t".join(s).encode()).hexdigest()[:16], 16) % 10 == 0 for s in sentences]
     parts = {part: [i for i, held in enumerate(dev) if held == (part == "dev")] for part in ("train", "dev")}
     if not all(parts.values()):
         raise UserError(f"{path}: {len(labels)} examples are too few to set a tenth of them apart as dev: "
@@ -323,13 +287,6 @@ def f1(p, y):
     return 2 * np.sum((p == 1) & (y == 1)) / positives if positives else 0.0
 
 
-def matthews(p, y):
-    """(TP TN - FP FN) / sqrt((TP + FP) (TP + FN) (TN + FP) (TN + FN)); 0 where the denominator is."""
-    tp, tn, fp, fn = (float(np.sum((p == a) & (y == b))) for a, b in ((1, 1), (0, 0), (1, 0), (0, 1)))
-    denominator = np.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
-    return (tp * tn - fp * fn) / denominator if denominator else 0.0
-
-
 def pearson(p, y):
     """Covariance over the product of standard deviations; 0 where one of them is 0 (undefined)."""
     p, y = np.asarray(p, np.float64), np.asarray(y, np.float64)
@@ -347,6 +304,7 @@ def spearman(p, y):
     return pearson(ranks(p), ranks(y))
 
 
+matthews = pearson          # of the classes 0 and 1 they are the same
 METRICS = dict(accuracy=accuracy, f1=f1, matthews=matthews, pearson=pearson, spearman=spearman)
 
 

@@ -13,7 +13,7 @@ def price(arm, unit):
     """Of a step of the arm's phase, in a budget's unit."""
     c = arm.config
     return (c.batch_size * sum(flops_of(arm, arm.number)) if unit == "flops" else
-            c.batch_size * c.length if unit == "tokens" else 1)
+            c.batch_size * c.seq_len if unit == "tokens" else 1)
 
 
 def flops_of(arm, phase):
@@ -30,18 +30,14 @@ def flops_per_block(config, student, teacher=None, phase=0):
 
     torch's own counter over the real step on the meta device (1 multiply-add = 2 FLOP), losses included.  It
     is what --budget-flops spends, the same on every machine."""
-    of_student, of_teacher = FlopCounterMode(display=False), FlopCounterMode(display=False)
-    some = next(n for n in itertools.count(1) if n * config.phases[phase].times % 1 == 0)
+    some, teachers = next(n for n in itertools.count(1) if n * config.phases[phase].times % 1 == 0), []
     with torch.device("meta"):
-        arm = Arm(dataclasses.replace(config, micro_batch=some, bf16=False, compile=False),
+        arm = Arm(dataclasses.replace(config, batch_size=some, micro_batch=some, bf16=False, compile=False),
                   BertForMaskedLM(student),
                   BertForMaskedLM(teacher) if teacher and config.needs_teacher else None, phase=phase)
-        batch = arm.dummy()
-        with of_teacher:
-            t = arm.teacher_forward(batch, arm.strategy)
-        with of_student:
-            arm.loss(arm.student_forward(batch, arm.strategy), t, batch, arm.strategy)[0].backward()
-        found = of_student.get_total_flops() // some, of_teacher.get_total_flops() // some
+        with FlopCounterMode(display=False) as counted:
+            arm.forward(*arm.dummy(), mark=lambda stage: teachers.append(counted.get_total_flops()))[0].backward()
+        found = (counted.get_total_flops() - sum(teachers)) // some, sum(teachers) // some
         if muon := arm.make_muon():
             with FlopCounterMode(display=False) as of_update:
                 muon.step()

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from data import Blocks, hashed
+from kd_losses import pooled
 from plumbing import diagnose, glue
 
 EXAMPLES = 10_000                               # of a task's training examples, at most: seconds per task
@@ -30,15 +31,13 @@ ORDER_LENGTH = 32                               # ... of so many ids: about a se
 
 
 class MeanPooled(torch.nn.Module):
-    """The encoder as sentence-transformers reads it: the mean over real positions,
-    [CLS] and [SEP] included."""
+    """The encoder as sentence-transformers reads it: the mean over real positions, [CLS] and [SEP] included."""
     def __init__(self, bert):
         super().__init__()
         self.bert, self.config = bert, bert.config
 
     def forward(self, ids, real, token_types):
-        h, real = self.bert(ids, real, token_types)["hidden"], real[..., None]          # (B, S, D), (B, S, 1)
-        return (h * real).sum(1) / real.sum(1)                                              # (B, D)
+        return pooled(self.bert(ids, real, token_types)["hidden"], real, "mean")            # (B, D)
 
 
 def taken(n, limit=EXAMPLES):
@@ -81,8 +80,7 @@ def logits(x, w):
 
 
 def ridge(x, y, alphas):
-    """{alpha: (1, F + 1) weights}, the intercept last: minimises sum of squared errors +
-    alpha |w|^2, exactly."""
+    """{alpha: (1, F + 1) weights}, the intercept last: minimises sum of squared errors + alpha |w|^2, exactly."""
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     mean, target = x.mean(0), y.mean()
     values, vectors = np.linalg.eigh((x - mean).T @ (x - mean))
@@ -111,8 +109,7 @@ def path(x, y, score):
 
 
 def linear(train, y, dev, score):
-    """(predictions on dev, the strength chosen): accuracy, or the squared error of
-    scores, on left-out folds."""
+    """(predictions on dev, the strength chosen): accuracy, or the squared error of scores, on left-out folds."""
     mean, std = train.mean(0), train.std(0)
     train, dev = ((x - mean) / np.where(std > 0, std, 1) for x in (train, dev))
     fold = np.argsort(np.argsort(hashed(1, np.arange(len(y))), kind="stable")) % FOLDS
@@ -146,8 +143,7 @@ def probe_task(task, parts, embed):
 
 
 def exchanged(directory, split, seq_len, limit):
-    """(ids (n, S), labels (n,)): a split's first blocks, in about half of which two neighbours have changed
-    places."""
+    """(ids (n, S), labels (n,)): a split's first blocks, in about half of which two neighbours have changed places."""
     blocks = Blocks(directory, split, seq_len, seed=0)
     ids = blocks.read(np.arange(min(limit, blocks.count)))
     row = np.arange(len(ids))
@@ -169,17 +165,15 @@ def probe_word_order(directory, seq_len, states):
 def probe_masked_lm(model, directory, seq_len, val_blocks=512):
     """{mlm, repeated, others, d_order} in nats."""
     batch = diagnose.validation(Blocks(directory, "val", seq_len, seed=0), val_blocks)
+    device = next(model.parameters()).device
 
     def forward(ids, masked):
-        device = next(model.parameters()).device
         return model(ids.to(device), masked.to(device))["logits"][:, :len(directory.vocab)]
     model.eval()
     losses, again = diagnose.token_losses(forward, batch), diagnose.repeated(batch)
-    split = {name: float(part.mean()) for name, part in (("repeated", losses[again]),
-                                                         ("others", losses[~again]))
-             if part.size}
-    return dict(mlm=float(losses.mean()), **split, d_order=diagnose.order_gain(
-        forward, batch, directory.special, losses.mean()))
+    found = dict(mlm=losses, repeated=losses[again], others=losses[~again])
+    found = {name: float(part.mean()) for name, part in found.items() if part.size}
+    return dict(found, d_order=diagnose.order_gain(forward, batch, directory.special, losses.mean()))
 
 
 def in_words(found):

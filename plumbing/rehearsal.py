@@ -1,6 +1,5 @@
 """train.py --dry-run: a few steps of the real thing, and what the budget will buy at their
 speed.  Writes nothing."""
-import itertools
 import math
 import os
 import sys
@@ -8,15 +7,28 @@ import time
 
 import torch
 
+from plumbing.budget import Stages
 from plumbing.price import price
 from plumbing.screen import quantity
 
-SECONDS = 20                # of steps are measured; where one takes longer, it is the only one
+SECONDS = 20                # of steps are measured
+
+
+def step_seconds(arm, batches, gradients, most):
+    """[seconds of a step], alike on all ranks, of two or more steps within `most` seconds, after one that allocates;
+    where that one takes over SECONDS, of it alone.  `gradients`: train.py's."""
+    took = []
+    while not took or took[0] < SECONDS and (len(took) < 3 or sum(took) < most):
+        began, size = time.perf_counter(), arm.ranks.size
+        names, values = gradients(arm, next(batches), len(took), Stages(arm.device))
+        arm.update(0.0, arm.ranks.sum(values / size)[names.index("gradient_norm")])         # waits for the device
+        took.append(arm.ranks.sum(torch.tensor([time.perf_counter() - began], dtype=torch.float64))[0] / size)
+    return took[1:] or took
 
 
 def rehearse(run, gradients, blocks, batches):
     """`run`: a Run that was never started; `gradients`: train.py's, on the batches in their order."""
-    arm, budget, config, took = run.arm, run.budget, run.config, []
+    arm, budget, config = run.arm, run.budget, run.config
     budget.price = price(arm, budget.unit)
     run.describe()
     if len(arm.phases) > 1:
@@ -24,19 +36,11 @@ def rehearse(run, gradients, blocks, batches):
     began = time.monotonic()
     run.validate()
     validations = config.val_times * (time.monotonic() - began)
-    for i in itertools.count():
-        began = time.monotonic()
-        names, values = gradients(arm, next(batches), i, run.stages)
-        arm.update(0.0, arm.ranks.sum(values / arm.ranks.size)[names.index("gradient_norm")])
-        run.stages.read()
-        seconds = time.monotonic() - began
-        took.append(arm.ranks.sum(torch.tensor([seconds]))[0] / arm.ranks.size)             # alike on all
-        if sum(took) >= SECONDS and len(took) > 2 or took[0] >= SECONDS:
-            break
-    seconds = sum(took[1:]) / len(took[1:]) if took[1:] else took[0]    # the first one allocates
+    took = step_seconds(arm, batches, gradients, SECONDS)
+    seconds = sum(took) / len(took)
     many = budget.total * 3600 / seconds if budget.unit == "hours" else budget.total / budget.price
     steps = math.ceil(many)
-    tokens, charged, say = config.batch_size * config.length, steps * seconds, run.say
+    tokens, charged, say = config.batch_size * config.seq_len, steps * seconds, run.say
     say(f"memory: {memory(arm.device)}")
     say(f"speed: {tokens / seconds:,.0f} tokens/s, {seconds:.3g} s a step, measured over {len(took)}")
     ends = min(time.time() + charged + validations, 253_370_764_800)    # the year 9999

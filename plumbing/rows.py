@@ -24,6 +24,7 @@ from plumbing.cli import NUMBER, UserError, shown
 from plumbing.files import parsing
 
 LONGEST = 2 ** 26           # bytes of a line, characters of a field
+JSON = rb'(\xef\xbb\xbf)?\s*\{\s*"'
 LOOK = 100                  # rows of JSON in whose objects the names of the columns are looked for
 CONTROL = bytes({*range(32), 127} - {*b"\t\n\v\f\r\x1b\x1c\x1d\x1e\x1f"})
 BAD, BAD_BYTES = 0.05, 20   # share of bad lines above which a text is none, if there are so many bad bytes
@@ -69,22 +70,19 @@ def reading(name):
         raise UserError(f"{shown(name)} cannot be read ({why}): mend that, or leave it out") from None
 
 
-@contextlib.contextmanager
 def opening(path):
     """The file, open for reading."""
     if os.path.exists(path) and not os.path.isfile(path):               # to open a FIFO may wait for ever
         raise UserError(f"{shown(path)} is a directory, a FIFO or a device: give a file")
     with reading(path):
-        raw = open(path, "rb")
-    with raw:
-        yield raw
+        return open(path, "rb")
 
 
 class Full(io.RawIOBase):
     """A stream whose reads are full ones, so that the first look shows as much of a pipe as of a file."""
 
-    def __init__(self, name, stream, met):
-        self.name, self.stream, self.met = name, stream, met
+    def __init__(self, name, stream):
+        self.name, self.stream = name, stream
 
     def readable(self):
         return True
@@ -95,37 +93,32 @@ class Full(io.RawIOBase):
             while n < len(buffer) and (part := self.stream.read(len(buffer) - n)):
                 buffer[n:n + len(part)] = part
                 n += len(part)
-        self.met["_read"] += n
         return n
 
 
-def unpacked(name, raw, met):
+def unpacked(name, raw):
     """What is in the file, without its gzip, xz or bzip2, as a stream whose `peek` shows the first bytes."""
-    stream = io.BufferedReader(Full(name, raw, met), 2 ** 20)
+    stream = io.BufferedReader(Full(name, raw), 2 ** 20)
     unpack = next((unpack for begins, unpack in PACKED if re.match(begins, stream.peek())), None)
     if not (unpack or re.match(ARCHIVE, stream.peek())) and re.search(ENDS, str(name), re.I):
         raise UserError(f"{shown(name)} does not begin as its name says (damaged, or a Git LFS pointer): get it again, "
                         f"or leave it out")
-    return io.BufferedReader(Full(name, unpack(stream), Counter()), 2 ** 20) if unpack else stream
+    return io.BufferedReader(Full(name, unpack(stream)), 2 ** 20) if unpack else stream
 
 
 def guarded(name, items):
     """The same items: what goes wrong in making one is the file's fault."""
-    while True:
+    def following():
         with reading(name):
-            if (item := next(items, None)) is None:
-                return
-        yield item
+            return next(items, None)
+    return iter(following, None)
 
 
-def kind_of(name):
-    """csv, tsv, json or parquet by the end of the name; else None."""
-    kind = (found := KIND.search(str(name))) and found[1].lower()
-    return "json" if kind in ("jsonl", "ndjson") else kind
-
-
-def refuse(name, start):
-    """Raises NoText where what begins with these bytes cannot be read as text."""
+def kind_of(name, start):
+    """parquet or json by the first bytes, else csv, tsv or json by the end of the name, else None; NoText where what
+    begins so is no text."""
+    if re.match(PARQUET, start):
+        return "parquet"
     for begins, what, todo in NO_TEXT:
         if re.match(begins, start):
             raise NoText(name, what, todo)
@@ -134,6 +127,8 @@ def refuse(name, start):
         decode(line, met)
     if spoilt(met):
         raise NoText(name, *NO_UTF8)
+    kind = (found := KIND.search(str(name))) and found[1].lower()
+    return "json" if kind in ("jsonl", "ndjson") or re.match(JSON, start) else kind
 
 
 def spoilt(met):
@@ -179,54 +174,73 @@ def lines_of(name, stream, met, strict=False, longest=1):
 # --------------------------------------------------------------------------------------------------- lines -> rows
 
 class Table:
-    """The rows of a stream, read once: `names` of its columns, then `cells` or `pick`.
+    """The rows of a stream, read once: `names` of its columns, in lower case, then `cells` or `pick`.
 
-    kind: csv, tsv, json, or parquet, whose stream is the open file.  met: counts what was met, bad rows too.  strict:
-    what is no UTF-8 is refused; else it becomes U+FFFD."""
+    kind: csv, tsv, json, or parquet, which is read from the open file `raw`.  met: counts what was met, bad rows too.
+    strict: what is no UTF-8 is refused; else it becomes U+FFFD."""
 
-    def __init__(self, name, kind, stream, met, strict=False, header=True):
+    def __init__(self, name, kind, raw, stream, met, strict=False, header=True):
         self.name, self.kind, self.met, first = name, kind, met, []
+        lines = lines_of(name, stream, met, strict)
         if kind == "parquet":
             try:
                 import pyarrow.parquet
             except ImportError:
                 raise UserError(f"{shown(name)}: parquet takes one more package: pip install pyarrow") from None
             with reading(name):
-                self.file = pyarrow.parquet.ParquetFile(stream)
-                self.names, self.rows = self.file.schema_arrow.names, iter(())
-            return
-        self.rows = dict(csv=csv_rows, tsv=tsv_rows, json=json_rows)[kind](name, lines_of(name, stream, met, strict))
-        if kind == "json":          # the names of most of the first objects: one may lack some, or be damaged
+                self.file = pyarrow.parquet.ParquetFile(raw)
+                self.keys, self.rows = self.file.schema_arrow.names, iter(())
+        elif kind == "json":        # the names of most of the first objects: one may lack some, or be damaged
+            self.rows = json_rows(lines)
             first = list(itertools.islice(self.rows, LOOK))
             objects = [row for _, row in first if row is not None]
             if first and not objects:
                 raise NoText(name, "no JSON lines", "make it one object per line first, as in  jq -c .")
             count = Counter(key for row in objects for key in row)
-            self.names = [key for key, n in count.items() if 2 * n >= len(objects)]
+            self.keys = [key for key, n in count.items() if 2 * n >= len(objects)]
         else:
-            place, self.names = next((row for row in self.rows if any(map(str.strip, row[1]))), ("", []))
+            self.rows = tsv_rows(lines) if kind == "tsv" else csv_rows(name, lines)
+            place, self.keys = next((row for row in self.rows if any(map(str.strip, row[1]))), ("", []))
             if not header:
-                first, self.names = [(place, self.names)], [f"column {i + 1}" for i in range(len(self.names))]
+                first, self.keys = [(place, self.keys)], [f"column {i + 1}" for i in range(len(self.keys))]
         self.rows = itertools.chain(first, self.rows)
+        self.names = [key.strip().lower() for key in self.keys]
+        if not self.names:
+            raise NoText(name, "empty", "a header, such as sentence<tab>label, and examples belong there")
+        numbers = [key for key in self.names if NUMBER.fullmatch(key) and kind in ("csv", "tsv")]
+        if numbers:
+            raise NoText(name, f"without a header (line 1 holds {numbers[-1]})", "names such as sentence<tab>label "
+                         "belong above the examples")
+
+    def positions(self, wanted, whose="--columns"):
+        """Where the columns of these names are: each must be there, once."""
+        if missing := [name for name in wanted if name not in self.names]:
+            raise NoText(self.name, f"without the column {missing[0]!r} of {whose}", f"it has {quoted(self.names)}")
+        if any(self.names.count(name) > 1 for name in wanted):
+            raise UserError(f"{self.name}, line 1: two columns have one name: {quoted(self.names)}")
+        return [self.names.index(name) for name in wanted]
 
     def cells(self, wanted):
         """(place, what stands in the columns at the positions `wanted`) of each row, or (place, what is wrong)."""
-        names, width = [self.names[i] for i in wanted], len(self.names)
-        for place, row in parquet_rows(self, names) if self.kind == "parquet" else self.rows:
+        keys, width = [self.keys[i] for i in wanted], len(self.keys)
+        rows = self.rows
+        if self.kind == "parquet":
+            batches = guarded(self.name, (batch.to_pylist() for batch in self.file.iter_batches(256, columns=keys)))
+            rows = ((f"row {at}", row) for at, row in enumerate(itertools.chain.from_iterable(batches), 1))
+        for place, row in rows:
             if row is None:
                 yield place, "is no JSON object"
             elif isinstance(row, dict):
-                yield place, [row.get(name) for name in names]
+                yield place, [row.get(key) for key in keys]
             elif any(map(str.strip, row)) or row and width == 1:        # else a blank one
                 fits = len(row) >= width and not any(row[width:])       # with delimiters at the end, or without
                 yield place, [row[i] for i in wanted] if fits else f"has {len(row)} fields, not {width}"
 
     def look(self, column):
         """What stands in the column at this position in the first LOOK rows, which are read again."""
-        first, rest = list(itertools.islice(self.rows, LOOK)), self.rows
-        self.rows = iter(first)
+        again, self.rows = itertools.tee(self.rows)
         found = [str(cells) for _, cells in itertools.islice(self.cells([column]), LOOK)]
-        self.rows = itertools.chain(first, rest)
+        self.rows = again
         return found
 
     def pick(self, text, label=None):
@@ -248,18 +262,16 @@ class Table:
 
 @contextlib.contextmanager
 def table(path, met, header=True):
-    """The Table of labelled text, whose kind is what the end of its name says."""
+    """The Table of labelled text in a file."""
     with opening(path) as raw:
-        if not (kind := kind_of(path)):
+        stream = unpacked(path, raw)
+        if not (kind := kind_of(path, stream.peek())):
             raise UserError(f"{shown(path)}: one of .tsv, .csv, .jsonl, .ndjson, .json (each also .gz, .xz, .bz2) or "
                             f".parquet can be read, by the end of its name")
-        stream = unpacked(path, raw, met)
-        if kind != "parquet":
-            refuse(path, stream.peek())
-        yield Table(path, kind, raw if kind == "parquet" else stream, met, strict=True, header=header)
+        yield Table(path, kind, raw, stream, met, strict=True, header=header)
 
 
-def tsv_rows(name, lines):
+def tsv_rows(lines):
     """No quotes: GLUE's files have some that are text."""
     for at, line in lines:
         line = line.rstrip("\r\n")
@@ -272,18 +284,15 @@ def csv_rows(name, lines):
     start, header = next(lines, (1, ""))
     reader = csv.reader((line for _, line in itertools.chain([(start, header)], lines)), strict=True,
                         delimiter=max(",;\t", key=header.count))
-    while True:
-        try:
-            row = next(reader, None)
-        except csv.Error as e:
-            raise UserError(f"{shown(name)}, line {start + reader.line_num - 1}: no CSV ({e}): quotes in a field stand "
-                            f"twice, and the field in quotes; a CR inside a line is one too") from None
-        if row is None:
-            return
-        yield f"line {start + reader.line_num - 1}", row
+    try:
+        for row in reader:
+            yield f"line {start + reader.line_num - 1}", row
+    except csv.Error as e:
+        raise UserError(f"{shown(name)}, line {start + reader.line_num - 1}: no CSV ({e}): quotes in a field stand "
+                        f"twice, and the field in quotes; a CR inside a line is one too") from None
 
 
-def json_rows(name, lines):
+def json_rows(lines):
     """Objects, or None for what is none."""
     for at, line in lines:
         if line := line.strip("\ufeff \t\r\n"):
@@ -292,13 +301,6 @@ def json_rows(name, lines):
             except (ValueError, RecursionError):
                 row = None
             yield f"line {at}", row if isinstance(row, dict) else None
-
-
-def parquet_rows(table, names):
-    """Objects with these columns alone."""
-    batches = (batch.to_pylist() for batch in table.file.iter_batches(256, columns=names))
-    for at, row in enumerate(itertools.chain.from_iterable(guarded(table.name, batches)), 1):
-        yield f"row {at}", row
 
 
 # -------------------------------------------------------------------------------------------------- cells -> values

@@ -77,21 +77,20 @@ def refuse_another(before, record, out):
               for k, v in record.items() if k not in (*NOT_THE_RUN, *moved)
               and before.get(k, v if k.startswith("contents") else None) != v]
     if differ:
-        raise UserError(f"{out} holds a run of another configuration: "
-                        f"{', '.join(differ)}: give another --out")
+        raise UserError(f"{out} holds a run of another configuration: " f"{', '.join(differ)}: give another --out")
 
 
 class RunWriter:
     """The run directory: what is written beside the steps, none of it on the clock, and only by rank 0."""
 
-    def __init__(self, config, out, arm, budget, stages, directory, val_blocks, say, status=None, writes=True):
-        self.config, self.out, self.arm, self.budget, self.stages = config, out, arm, budget, stages
-        self.directory, self.val_blocks = directory, val_blocks
-        self.screen = Screen(arm, budget, say, status)
-        self.validations, self.seconds, self.teacher_mlm, self.d_order = 0, 0.0, None, None
-        self.val_times = config.val_times
+    def __init__(self, arm, budget, stages, directory, val_blocks, say, status=None):
+        self.config, self.out, self.arm, self.budget = arm.config, arm.config.path, arm, budget
+        self.stages, self.directory, self.val_blocks = stages, directory, val_blocks
+        self.screen, self.writes = Screen(arm, budget, say, status), arm.ranks.rank == 0
+        self.validations, self.seconds, self.teacher_mlm = 0, 0.0, None
+        self.val_times = self.config.val_times
         self.val, self.vals, self.say = {}, [], self.screen.say         # vals: at phases' end
-        self.saved, self.writes = time.monotonic(), writes
+        self.saved = time.monotonic()
 
     def resume_or_start(self, record):
         state = checkpoint.load_run(self.out)
@@ -119,21 +118,17 @@ class RunWriter:
     def next_phase(self, signals):
         """Ends the phase and enters the next one that has a share left; nothing of it is on the clock."""
         arm, budget = self.arm, self.budget
-        span, ended = arm.phase.span, [phase for phase in arm.phases if phase.end <= budget.progress]
-        val = self.validate(signals) if arm.phases[len(ended)].span != span else None
+        self.validate(signals)
         while arm.phases[len(budget.ended)].end <= budget.progress:
-            self.vals.append(val if len(budget.ended) == arm.number else None)
+            self.vals.append(self.val if len(budget.ended) == arm.number else None)
             budget.ended.append((budget.phase_steps, budget.price))
-        if val:
-            self.say(f"{arm.phase.name} ended after {budget.ended[arm.number][0]} steps: "
-                     + ", ".join(f"val_{name} {value:.4f}" for name, value in val.items()))
+        self.say(f"{arm.phase.name} ended after {budget.ended[arm.number][0]} steps: "
+                 + ", ".join(f"val_{name} {value:.4f}" for name, value in self.val.items()))
         with budget.pause("compile"):
-            new = arm.pass_on(len(budget.ended))
+            arm.enter(len(budget.ended))
+            arm.make_optimizer()
             budget.price = price(arm, budget.unit)
-        if new:
-            self.describe()
-        else:
-            self.say(f"now {arm.phase.name}, to {arm.phase.end:.0%}")
+        self.describe()
 
     def describe(self):
         if not self.writes:
@@ -162,35 +157,32 @@ class RunWriter:
         # One fewer: the last is the summary's
         due = min(int(self.val_times * self.budget.progress), self.val_times - 1)
         if self.validations < due:
-            val = self.validate(signals)
+            found = self.validate(signals)
             self.validations = due                                      # one, also where a stall skipped some
             with self.budget.pause("checkpoints"):
-                self.write(record | self.measured(val))
+                self.write(record | found)
         with self.budget.pause("checkpoints"):
             for fraction in numbers(self.config.fractions):
                 if self.passed < fraction <= self.budget.progress:
-                    self.save_model(f"model-{fraction:g}",
-                                    f"{fraction:g} of the budget of `{self.config.label}`.\n")
+                    self.save_model(f"model-{fraction:g}", f"{fraction:g} of the budget of `{self.config.label}`.\n")
             self.passed = self.budget.progress
             if time.monotonic() - self.saved >= 60 * CHECKPOINT_MINUTES:
                 self.checkpoint()
 
     def validate(self, signals=()):
-        """{term: mean over the validation blocks}; and the line that says it, with D_order if it is known."""
+        """What log and summary hold of it: val, {term: mean over the validation blocks}, and d_order, where there is an
+        LM head to measure it with; said in a line."""
         if not self.writes:
-            return None
+            return {}
         with self.budget.pause("validation"):
             before, self.val = self.val, validate(self.arm, self.val_blocks, signals)
+            found, order = dict(val=self.val), ""
             if self.arm.strategy.trains_lm_head and not self.arm.strategy.causal:
-                self.d_order = d_order(self.arm, self.val_blocks, self.directory.special, self.val.get("mlm"),
-                                                signals)
-            self.say(f"at {self.budget.progress:.1%}, step {self.budget.steps:,}: {changes(self.val, before)}"
-                     + (f", D_order {self.d_order:z.2f}" if self.d_order is not None else ""))
-        return self.val
-
-    def measured(self, val):
-        """What the log and the summary hold of a validation."""
-        return dict(val=val, d_order=self.d_order) if self.d_order is not None else dict(val=val)
+                found["d_order"] = d_order(
+                    self.arm, self.val_blocks, self.directory.special, self.val.get("mlm"), signals)
+                order = f", D_order {found['d_order']:z.2f}"
+            self.say(f"at {self.budget.progress:.1%}, step {self.budget.steps:,}: {changes(self.val, before)}{order}")
+        return found
 
     def write(self, record):
         if len(self.arm.phases) > 1:
@@ -227,10 +219,10 @@ class RunWriter:
         finally:
             self.screen.close()
 
-    def finish(self, blocks, charged, val, processes):
+    def finish(self, blocks, charged, found):
         """Writes and returns the summary: what was trained, what it cost, what came out."""
         config, arm, budget = self.config, self.arm, self.budget
-        steps, tokens = budget.steps, budget.steps * config.batch_size * config.length
+        steps, tokens = budget.steps, budget.steps * config.batch_size * config.seq_len
         seen = steps * arm.phase.blocks(config.batch_size)
         phases = [self.phase_summary(i) for i in range(len(arm.phases))]
         student, teacher = (sum(p[f"{side}_flops"] for p in phases) for side in ("student", "teacher"))
@@ -242,12 +234,12 @@ class RunWriter:
             unique_tokens=min(blocks.count, seen) * blocks.seq_len,
             budget={budget.unit: budget.total}, overshoot=spent / budget.total - 1, charged_seconds=charged,
             tokens_per_second=tokens / charged, charged=self.stages.seconds, uncharged=budget.uncharged,
-            teacher_share=self.stages.seconds.get("teacher", 0.0) / charged, **self.measured(val),
-            teacher_mlm=self.teacher_mlm, device=str(arm.device), ranks=processes,
+            teacher_share=self.stages.seconds.get("teacher", 0.0) / charged, **found,
+            teacher_mlm=self.teacher_mlm, device=str(arm.device), ranks=arm.ranks.size,
             bf16=arm.bf16, torch=torch.__version__, phases=phases)
         if self.writes:
             self.checkpoint()
-            self.write(dict(step=steps, progress=1.0, seconds=charged, **self.measured(val)))
+            self.write(dict(step=steps, progress=1.0, seconds=charged, **found))
             self.log.close()
             if arm.strategy.seq_len:
                 with budget.pause("validation"):

@@ -47,10 +47,9 @@ class Screen:
         return [(b - a) / max(now - began, 1e-9) for a, b in zip(before, after, strict=True)]
 
     def speed(self):
-        """What the log has of it: tokens per second, and on CUDA the most memory that was
-        taken so far, and MFU."""
+        """What the log has of it: tokens per second, and on CUDA the most memory that was taken so far, and MFU."""
         config, arm, (steps, _) = self.arm.config, self.arm, self.per_second()
-        found = {"tokens_per_second": round(steps * config.batch_size * config.length, 1)}
+        found = {"tokens_per_second": round(steps * config.batch_size * config.seq_len, 1)}
         if self.cuda:
             found["memory"] = torch.cuda.max_memory_allocated(arm.device)
             if self.peak:

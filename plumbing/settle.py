@@ -4,8 +4,9 @@ What is taken is printed, with the flag that changes it, and stands in config.js
 """
 import dataclasses
 import functools
+import itertools
 import math
-import time
+import statistics
 from pathlib import Path
 
 import torch
@@ -13,12 +14,13 @@ import torch
 from data import phase_blocks
 from model import BertConfig, BertForMaskedLM
 from plumbing import checkpoint
-from plumbing.budget import Stages, learns
+from plumbing.budget import learns
 from plumbing.cli import UserError
 from plumbing.device import Ranks, choose_device, halve_micro_batch_until_it_fits
 from plumbing.encoder import HELD_OUT
 from plumbing.files import claim_each, sha256
 from plumbing.price import flops_per_block
+from plumbing.rehearsal import step_seconds
 from plumbing.rundir import begun
 from plumbing.student import student_shape
 from plumbing.tokenizer import fingerprint
@@ -65,12 +67,15 @@ def with_shape(config, given):
     reads = dataclasses.replace(config, size=config.size or SIZES[0]).reads_teacher
     teacher = checkpoint.read_config(checkpoint.find_model(config.teacher)) if (
         reads or given or config.teacher == str(BOX)) and not (config.size and config.heads) else None
-    if config.size is None:
-        size = f"{math.ceil(teacher.num_hidden_layers / 2)}L{teacher.hidden_size}" if teacher else SIZES[0]
-        config = dataclasses.replace(config, size=size)
-    if config.heads is None and teacher and teacher.hidden_size == config.shape.hidden_size:
-        config = dataclasses.replace(config, heads=teacher.num_attention_heads)
-    return config
+    return half_of(config, teacher) if teacher else dataclasses.replace(config, size=config.size or SIZES[0])
+
+
+def half_of(config, teacher):
+    """The same with size and heads, where they are not given: of the width of a BertConfig and half its depth."""
+    config = dataclasses.replace(
+        config, size=config.size or f"{math.ceil(teacher.num_hidden_layers / 2)}L{teacher.hidden_size}")
+    alike = teacher.hidden_size == config.shape.hidden_size
+    return dataclasses.replace(config, heads=config.heads or (teacher.num_attention_heads if alike else None))
 
 
 @functools.cache
@@ -146,14 +151,14 @@ def batch_that_fits(config, blocks):
 
 def gets(config, blocks, shape):
     """What so many blocks are, in words; `shape`: the student's BertConfig."""
-    tokens = blocks * config.length
-    return (f"{blocks / config.batch_size:,.0f} steps of {config.batch_size} x {config.length}, {tokens:,.0f} tokens, "
+    tokens = blocks * config.seq_len
+    return (f"{blocks / config.batch_size:,.0f} steps of {config.batch_size} x {config.seq_len}, {tokens:,.0f} tokens, "
             f"{tokens / parameters(shape):.2g} for each parameter of a {shape.size}")
 
 
 def enough(config, blocks, shape):
     """Whether a student learns something from random weights in so many blocks."""
-    return learns(blocks / config.batch_size, blocks * config.length, parameters(shape))
+    return learns(blocks / config.batch_size, blocks * config.seq_len, parameters(shape))
 
 
 def other_sizes(config, blocks, shape):
@@ -163,7 +168,7 @@ def other_sizes(config, blocks, shape):
     flops, found = flops_of_block(alone, (shape, None)), []
     for size in SIZES:
         of = dataclasses.replace(BertConfig.of_size(size), vocab_size=shape.vocab_size)
-        tokens = blocks * config.length * flops / flops_of_block(dataclasses.replace(
+        tokens = blocks * config.seq_len * flops / flops_of_block(dataclasses.replace(
             alone, size=size, heads=None), (of, None))
         found.append((size, tokens, tokens / parameters(of)))
     return found
@@ -172,7 +177,7 @@ def other_sizes(config, blocks, shape):
 def sizes_that_fit(config, blocks, shape):
     """Of SIZES, those for which it is enough."""
     return [size for size, tokens, each in other_sizes(config, blocks, shape) if learns(
-        tokens / config.length / config.batch_size, each, 1)]
+        tokens / config.seq_len / config.batch_size, each, 1)]
 
 
 def bought(config, shapes, per_second=None, phase=None):
@@ -181,7 +186,7 @@ def bought(config, shapes, per_second=None, phase=None):
     unit, total = config.budget
     if unit == "hours":
         return total * 3600 * per_second
-    each = dict(tokens=config.length, steps=1 / config.batch_size).get(unit)
+    each = dict(tokens=config.seq_len, steps=1 / config.batch_size).get(unit)
     phases = range(len(config.phases)) if phase is None else [phase]
     return total / (each or max(flops_of_block(config, shapes, i) for i in phases))
 
@@ -190,29 +195,17 @@ def flops_of_block(config, shapes, phase=0):
     return sum(flops_per_block(config, *shapes, phase))
 
 
-@functools.cache
-def parameters_of(shape):
-    with torch.device("meta"):
-        return sum(p.numel() for p in BertForMaskedLM(BertConfig(**dict(shape))).parameters())
-
-
 def parameters(shape):
-    return parameters_of(tuple(dataclasses.asdict(shape).items()))
+    with torch.device("meta"):
+        return sum(p.numel() for p in BertForMaskedLM(shape).parameters())
 
 
 @halve_micro_batch_until_it_fits
 def blocks_per_second(config, gradients):
-    """Of the first phase, over some steps here; under torchrun of all ranks together, which see the same."""
-    ranks, directory = Ranks(), TokenDirectory(config.data)
-    config = dataclasses.replace(config, batch_size=config.micro_batch * ranks.size)
-    arm, took = make_arm(config, directory), []
-    stages, size = Stages(arm.device), arm.phase.blocks(config.batch_size)
+    """Of the first phase, by some steps here; under torchrun of all ranks together, which see the same."""
+    directory = TokenDirectory(config.data)
+    config = dataclasses.replace(config, batch_size=config.micro_batch * Ranks().size)
+    arm = make_arm(config, directory)
     blocks = phase_blocks(arm.phase, directory, "train", config.seed, config.unique_tokens)
-    while sum(took) < SECONDS or len(took) < 3:
-        began = time.monotonic()
-        names, values = gradients(arm, blocks.batch(len(took), size), len(took), stages)
-        arm.update(0.0, arm.ranks.sum(values / ranks.size)[names.index("gradient_norm")])
-        stages.read()
-        seconds = torch.tensor([time.monotonic() - began], dtype=torch.float64)
-        took.append(ranks.sum(seconds)[0] / ranks.size)                 # alike on all
-    return config.batch_size / sorted(took[1:])[len(took[1:]) // 2]     # the first one allocates
+    batch = blocks.batch(0, arm.phase.blocks(config.batch_size))
+    return config.batch_size / statistics.median(step_seconds(arm, itertools.repeat(batch), gradients, SECONDS))

@@ -1,16 +1,9 @@
-"""From files, directories, archives and standard input to documents.
+"""From files, directories, archives and standard input to documents: docs/data.md says what can be read.
 
-A source is a file, a directory (its texts, sorted), - for standard input, or the word docstrings: the English
-documentation on this disk, of the standard library and of the packages in requirements.txt with what those require,
-read by `ast` and never imported.  How a file is read follows from its first bytes, its name comes second:
-text        a paragraph per line, a blank line between documents (or --document-per: each file, each line is one)
-CSV, TSV, JSON lines, parquet   a document per row, its text in --columns (plumbing/rows.py)
-gzip, xz, bzip2, zip, tar       around text and rows but parquet, no archive inside of another
-
-What is no text is refused where it was given by name, else left out and counted, but for dot files and __MACOSX.  What
-is mended is counted in manifest.json: bytes that are no UTF-8 and lone surrogates become U+FFFD, which BERT's
-normaliser drops; a BOM at the start and NUL are removed; a line over 65,536 characters is cut at whitespace (the ids
-stay the same), a document over 262,144 at a line, into pieces on one side (see prepare.py).
+How a file is read follows from its first bytes, its name comes second.  What is no text is refused where it was given
+by name, else left out and counted, but for dot files and __MACOSX.  What is mended is counted in manifest.json: bytes
+that are no UTF-8 and lone surrogates become U+FFFD, which BERT's normaliser drops; a BOM at the start and NUL are
+removed; a line over 65,536 characters is cut at whitespace (the ids stay the same), a document over 262,144 at a line.
 """
 import ast
 import contextlib
@@ -36,7 +29,6 @@ CUT = re.compile(r"\S.{0,65534}(?=\s|$)|\S.{0,65534}")
 DOCUMENT = 2 ** 18         # characters after which a document is cut: whole books would be most of the memory
 BAD, BAD_ROWS = 0.05, 10    # share of bad rows above which a file is refused, if there are so many
 ENDS, CLOSING = (*".!?:…。！？：",), "\"')]}»”’*_`"                       # of a sentence
-JSON = rb'(\xef\xbb\xbf)?\s*(\{\s*"|\[\s*\{)'
 
 
 # ------------------------------------------------------------------------------------------- sources -> files
@@ -69,16 +61,14 @@ def files_below(top, met):
     def cannot(e):
         met[f"left out: {e.filename} ({e.strerror})"] += 1
 
-    found = []
     for folder, folders, names in os.walk(top, onerror=cannot):
         links = [name for name in folders if Path(folder, name).is_symlink()]
         folders[:] = [name for name in folders if not hidden(name)]
         for path in (Path(folder, name) for name in (*names, *links) if not hidden(name)):
             if path.is_file():
-                found.append(path)
+                yield path
             else:
                 met[f"left out: {path} (no file)"] += 1         # but a linked folder, a FIFO, a link to nowhere
-    return found
 
 
 def hidden(name):
@@ -97,14 +87,10 @@ class Piece(NamedTuple):
 def read_documents(files, met, columns=None, rows_per_document=1, document_per="blank-line"):
     """The documents of files, as Pieces.  `met` counts what was met; what begins with _ is for us alone."""
     def lines_of(name, raw, stream):
-        start = stream.peek()
-        kind = "parquet" if re.match(rows.PARQUET, start) else "json" if re.match(JSON, start) else rows.kind_of(name)
-        if kind != "parquet":
-            rows.refuse(name, start)
-        if not kind:
+        if not (kind := rows.kind_of(name, stream.peek())):
             return prose(rows.lines_of(name, stream, met, longest=2), file.source, met, document_per == "line")
-        table = rows.Table(name, kind, raw if kind == "parquet" else stream, met)
-        return row_lines(table, glue.text_columns(table, columns, met), rows_per_document)
+        table = rows.Table(name, kind, raw, stream, met)
+        return row_lines(table, glue.text_columns(table, columns), rows_per_document)
 
     for file in files:
         if file.source == "docstrings":
@@ -117,6 +103,7 @@ def read_documents(files, met, columns=None, rows_per_document=1, document_per="
                 for piece in pieces(filter(None, lines) if document_per == "file" else lines, file.source, met):
                     if met[f"_full {file.source}"]:                     # --at-most
                         break
+                    met["_read"] = before + (raw.tell() if raw.seekable() else 0)
                     yield piece
         met["_read"] = before + file.size()
 
@@ -139,7 +126,7 @@ def texts_in(name, raw, met, lines_of, found, inside=False):
     try:
         if raw is None:
             raise NoText(name, "a link or a device", rows.TEXT_FIRST)
-        stream = rows.unpacked(name, raw, Counter() if inside else met)
+        stream = rows.unpacked(name, raw)
         start = stream.peek()
         if inside and re.match(rows.ARCHIVE, start):
             raise NoText(name, "an archive inside of another one", "unpack it first")
@@ -220,7 +207,8 @@ def pieces(lines, source, met):
 
 
 def docstrings():
-    """(package, docstring) of the standard library and the packages that requirements.txt brings, sorted."""
+    """(package, docstring) of the standard library and the packages that requirements.txt brings, sorted; read by
+    `ast`, never imported."""
     files = {"python": [path for path in Path(sysconfig.get_path("stdlib")).rglob("*.py")
                         if not {"site-packages", "dist-packages"} & set(path.parts)]}
     for name in required_packages():

@@ -13,7 +13,7 @@ def student_shape(config, directory):
     return dataclasses.replace(
         config.shape, vocab_size=len(directory.vocab), pad_token_id=directory.special["[PAD]"],
         hidden_dropout_prob=config.dropout, attention_probs_dropout_prob=config.dropout,
-        max_position_embeddings=max(512, config.length), initializer_range=std)
+        max_position_embeddings=max(512, config.seq_len), initializer_range=std)
 
 
 def initial_student(config, directory):

@@ -1,5 +1,4 @@
 """A token directory, which prepare.py makes: its files, held against what its manifest says of them."""
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -7,12 +6,11 @@ from pathlib import Path
 import numpy as np
 
 from plumbing.cli import UserError, shown
-from plumbing.files import parsing
+from plumbing.files import parsing, sha256
 from plumbing.tokenizer import SPECIAL, load_tokenizer
 
 FILES = ("train.bin", "val.bin", "tokenizer.json")
 COUNTS = ("vocab_size", "train_tokens", "val_tokens", "unknown")
-VERIFIED = set()            # (file, sha256, bytes, time of its last change) in this process
 SCAN = 2 ** 22              # ids looked at in one go, so that describing a large file takes no memory
 
 
@@ -30,24 +28,19 @@ class TokenDirectory:
                 if not all(type(n) is int and n >= 0 for n in (*sizes.values(), *counts.values())) or any(
                         not 0 < sizes[f"{s}.bin"] == counts[f"{s}_tokens"] * width for s in ("train", "val")):
                     raise ValueError("its sizes and counts")
+            for name, size in sizes.items():
+                file = self.path / name
+                with open(file, "rb") as f:
+                    found = f.seek(0, os.SEEK_END)
+                if found != size:
+                    raise UserError(f"{file}: {found} bytes where manifest.json says {size}: run prepare.py again")
         except (FileNotFoundError, NotADirectoryError):
-            raise UserError(f"{path} is not a token directory (no manifest.json): make one with  "
+            raise UserError(f"{file} is missing: run prepare.py again" if file.name in FILES else
+                            f"{path} is not a token directory (no manifest.json): make one with  "
                             f"python prepare.py TEXT.txt --vocab bert-base-uncased --out {path}") from None
         except OSError as e:
-            raise UserError(f"{file} cannot be read ({e.strerror}): mend that, or run "
-                            f"prepare.py with another --out") from None
-        for name, size in sizes.items():
-            try:
-                with open(self.path / name, "rb") as f:
-                    found = f.seek(0, os.SEEK_END)
-            except FileNotFoundError:
-                raise UserError(f"{self.path / name} is missing: run prepare.py again") from None
-            except OSError as e:
-                raise UserError(f"{self.path / name} cannot be read ({e.strerror}): mend that, or run "
-                                f"prepare.py with another --out") from None
-            if found != size:
-                raise UserError(f"{self.path / name}: {found} bytes where manifest.json says {size}: "
-                                f"run prepare.py again")
+            raise UserError(f"{file} cannot be read ({e.strerror}): mend that, or run prepare.py with another "
+                            f"--out") from None
         self.vocab = self.read_tokenizer().get_vocab()
         self.special = {token: self.vocab[token] for token in SPECIAL}
         if len(self.vocab) != self.manifest["vocab_size"]:
@@ -67,16 +60,9 @@ class TokenDirectory:
         return (ids[at:at + SCAN] for at in range(0, len(ids), SCAN))
 
     def verify(self):
-        """Compares every file with its sha256 in the manifest, every id with the size of the vocabulary: once in a
-        process, as long as no file's size or time of change is another."""
-        files = [(self.path.absolute() / name, expected) for name, expected in self.manifest["sha256"].items()]
-        state = {(file, expected, file.stat().st_size, file.stat().st_mtime_ns) for file, expected in files}
-        if state <= VERIFIED:
-            return
+        """Compares every file with its sha256 in the manifest, every id with the size of the vocabulary."""
         for name in FILES:
-            expected = shown(self.manifest["sha256"][name])
-            with open(self.path / name, "rb") as f:
-                found = hashlib.file_digest(f, "sha256").hexdigest()
+            expected, found = shown(self.manifest["sha256"][name]), sha256(self.path / name)
             if found != expected:
                 raise UserError(f"{self.path / name}: sha256 is {found[:12]}..., manifest.json says "
                                 f"{expected[:12]}...: the file was changed; run prepare.py again")
@@ -85,4 +71,3 @@ class TokenDirectory:
             if largest >= len(self.vocab):
                 raise UserError(f"{self.path / name}.bin: id {largest} in it, the vocabulary ends at "
                                 f"{len(self.vocab) - 1}: run prepare.py again")
-        VERIFIED.update(state)

@@ -26,18 +26,14 @@ def validation_blocks(directory, seq_len, say=lambda line: None, kind=Blocks):
 
 
 @torch.no_grad()
-def validate(arm, blocks, signals=(), model=None, strategy=None):
-    """{term: mean} over all the validation blocks asked for, of the arm's strategy or of another one; or the MLM
-    loss of another `model`."""
-    blocks, count, size = copy.copy(blocks), *(max(1, n * arm.config.length // blocks.seq_len) for n in (
-        arm.config.val_blocks, arm.config.micro_batch))
-    blocks.causal = model is None and (strategy or arm.strategy).causal
+def validate(arm, blocks, signals=(), model=None):
+    """{term: mean} over all the validation blocks asked for; or the MLM loss of another `model`."""
+    blocks, config, means = copy.copy(blocks), arm.config, {}
+    blocks.causal = model is None and arm.strategy.causal
+    count, size = (max(1, n * config.seq_len // blocks.seq_len) for n in (config.val_blocks, config.micro_batch))
     count = min(count, blocks.count)
     size = min(size, count)
-    means, teacher_was = {}, arm.teacher and arm.teacher.training
-    arm.student.eval()
-    if arm.teacher:
-        arm.teacher.eval()
+    arm.drop_out(False)
     for at in range(0, count, size):
         if signals:
             raise Stopped
@@ -46,15 +42,13 @@ def validate(arm, blocks, signals=(), model=None, strategy=None):
         # eager: compiled, evaluation would be a variant of its own, and the last rows one more
         with torch.compiler.set_stance("force_eager"), arm.tf32():
             if model is None:
-                _, terms = arm.forward(*batch, strategy=strategy)
+                _, terms = arm.forward(*batch)
             else:
                 logits = model(batch.ids, batch.masked, want=("logits",))["logits"]
                 terms = {"mlm": torch.nn.functional.cross_entropy(logits.float(), batch.labels)}
         for name, value in terms.items():
             means[name] = means.get(name, 0.0) + value.item() * rows / count
-    arm.student.train(arm.strategy.dropout)
-    if arm.teacher:
-        arm.teacher.train(teacher_was)
+    arm.drop_out()
     return means
 
 
@@ -65,7 +59,7 @@ def d_order(arm, blocks, special, plain=None, signals=()):
             raise Stopped
         with autocast(arm.device, arm.bf16):
             return arm.student(ids.to(arm.device), masked.to(arm.device), want=("logits",))["logits"]
-    arm.student.eval()
+    arm.drop_out(False)
     found = diagnose.order_gain(forward, diagnose.validation(blocks, arm.config.val_blocks), special, plain)
-    arm.student.train(arm.strategy.dropout)
+    arm.drop_out()
     return found

@@ -4,6 +4,8 @@ Commands: each one is parsed by its program's own flags and is in tests/commands
 or the reason why none does.  Links and anchors lead somewhere.  Nothing is left to be filled in.  Each figure of
 README.md stands in RECORDS.md or docs/, those of one row of a table in one line there.  Each name in backticks, of
 pages and docstrings, exists.  No sentence is long; README.md is short; no cell of RECORDS.md is a text of its own.
+
+And the modules: no circle of imports that stand at the top of a file.  With --imports it prints who imports whom.
 """
 import ast
 import dataclasses
@@ -294,12 +296,69 @@ def length_faults(root):
                 yield f"RECORDS.md: a cell of {len(cell.strip())} characters, at most {CELL}: {cell.strip()[:60]}..."
 
 
+# ------------------------------------------------------------------------------------------------- imports
+
+def imports(root):
+    """({module: our modules that it imports at the top of its file}, the same inside of functions)."""
+    files = {".".join(p.relative_to(root).with_suffix("").parts): p
+             for folder in (".", "plumbing", "comparison", "exercises") for p in sorted((root / folder).glob("*.py"))}
+    top, inside = {name: set() for name in files}, {name: set() for name in files}
+    for name, file in files.items():
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        for statement in tree.body:
+            nested = isinstance(statement, ast.FunctionDef | ast.ClassDef)
+            for node in ast.walk(statement):
+                if isinstance(node, ast.Import):
+                    meant = [alias.name for alias in node.names]
+                elif isinstance(node, ast.ImportFrom):
+                    meant = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+                else:
+                    continue
+                (inside if nested else top)[name].update(m for m in meant if m in files)
+    return top, inside
+
+
+def circle(graph):
+    """One circle of a graph, as a list that ends where it begins; [] if there is none."""
+    done = set()
+
+    def visit(path):
+        if path[-1] in path[:-1]:
+            return path[path.index(path[-1]):]
+        for other in sorted(graph[path[-1]] - done):
+            if found := visit([*path, other]):
+                return found
+        done.add(path[-1])
+        return []
+    return next((found for name in sorted(graph) if name not in done and (found := visit([name]))), [])
+
+
+def import_faults(root):
+    if found := circle(imports(root)[0]):
+        yield f"a circle of imports: {' -> '.join(found)}"
+
+
+def picture(root):
+    """Who imports whom, by folder: lines of text."""
+    for where, graph in zip(("top", "inside a function"), imports(root), strict=True):
+        counts = {}
+        for name, others in graph.items():
+            for other in others:
+                pair = tuple(n.partition(".")[0] + "/" if "." in n else "root" for n in (name, other))
+                counts.setdefault(pair, []).append(f"{name} -> {other}")
+        for (a, b), pairs in sorted(counts.items()):
+            few = ": " + ", ".join(sorted(pairs)) if len(pairs) < 9 else ""
+            yield f"{where}: {a} imports {b} {len(pairs)} times{few}"
+
+
 def faults(root=ROOT):
     return [*command_faults(root), *link_faults(root), *placeholder_faults(root), *figure_faults(root),
-            *name_faults(root), *length_faults(root)]
+            *name_faults(root), *length_faults(root), *import_faults(root)]
 
 
 if __name__ == "__main__":
+    if "--imports" in sys.argv:
+        print("\n".join(picture(ROOT)))
     found = faults()
     print("\n".join(found), end="\n" if found else "")
     sys.exit(bool(found))

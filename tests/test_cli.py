@@ -188,7 +188,6 @@ WRONG = [                                       # (command, its line on stderr, 
         ("--reference-size 2L6400000000", "--size: size '2L6400000000' is not LAYERSLWIDTH"),
         ("--draws 1e9", f"--draws 1e9: must be {TIMES}"),
         ("--unique-tokens 1e12", "--unique-tokens 1000000000000: ")]),
-    ("watch.py {tmp} --x days", "--x days: must be one of hours, flops, tokens, steps"),
     ("data.py", "the following arguments are required: DIRECTORY"),
     *((f"{FINE} --model {{teacher}} --{flag}", f"--{flag}: must be {wanted}") for flag, wanted in [
         ("peak-lrs nan", POSITIVES), ("peak-lrs 0,1e-5", POSITIVES), ("peak-lrs fast", POSITIVES),

@@ -226,14 +226,14 @@ def test_columns_are_matched_by_their_names(tmp_path):
     assert parts["train"][0] == [("x", "y"), ("y", "z")] and parts["dev"][0] == [("a", "b")]
     assert parts["train"][1].tolist() == [0, 1] and parts["dev"][1].tolist() == [1]
     assert said == [f"{path}/train.tsv: left out: the column 'id'", f"{path}/dev.tsv: left out: the column 'guid'"]
-    for header in ("first\tlabel", "first\tthird\tlabel", "first\tsecond\tgold"):
+    for header, missing in (("first\tlabel", "second"), ("first\tthird\tlabel", "second"),
+                            ("first\tsecond\tgold", "label")):
         row = "\t".join(["a"] * header.count("\t") + ["0"])
         (path / "dev.tsv").write_text(f"{header}\n{row}\n", encoding="utf-8")
         with pytest.raises(UserError) as e:
             read_own(path)
-        assert str(e.value) == (f"{path}/dev.tsv, line 1: the columns are {glue.quoted(header.split(chr(9)))}, but "
-                                f"those of the training examples are 'first', 'second', 'label': give both files the "
-                                f"same")
+        assert str(e.value) == (f"{path}/dev.tsv is without the column {missing!r} of the training examples: it has "
+                                f"{glue.quoted(header.split(chr(9)))}")
 
 
 @pytest.mark.parametrize("name", ["id", "IDX", "index", "guid", "uuid", "#1 ID", "sentence_id", "Unnamed: 0", ""])
@@ -262,11 +262,13 @@ def test_a_file_of_another_kind_is_refused_by_its_first_line(name, tmp_path):
     lines = tsv(tmp_path / "t.tsv", name, 3)
     task = glue.TASKS[name]
     (tmp_path / "t.tsv").write_text("\n".join(line.replace("\t", ",") for line in lines), encoding="utf-8")
-    with pytest.raises(UserError, match=f"line 1: 1 column, separated by tabs: GLUE's {task.folder} has more"):
+    message = f"t.tsv is without the column '.*' of GLUE's {task.folder}: it has '"
+    with pytest.raises(UserError, match=message):
         glue.read_rows(tmp_path / "t.tsv", task)
-    few = max(*task.text, task.label) + (task.label < 0)        # one column less than are needed
+    names = lines[0].lower().split("\t") if task.header else [f"column {i}" for i in range(1, 5)]
+    few = max(map(names.index, (*task.text, task.label)))       # one column less than are needed
     (tmp_path / "t.tsv").write_text("\n".join("\t".join(line.split("\t")[:few]) for line in lines), encoding="utf-8")
-    with pytest.raises(UserError, match=f"{few} columns?, separated by tabs: GLUE's {task.folder} has more"):
+    with pytest.raises(UserError, match=message):
         glue.read_rows(tmp_path / "t.tsv", task)
 
 

@@ -137,14 +137,14 @@ def test_a_cpu_computes_in_bf16_where_that_is_faster(monkeypatch, able, expected
 def test_of_what_bf16_leaves_in_fp32_on_a_gpu_forwards_and_backwards_run_in_tf32(tiny, corpus, monkeypatch):
     """And nothing after the step does: fine-tuning in the same process keeps its fp32."""
     arm, seen = make_arm(tiny(), TokenDirectory(corpus)), []
-    loss, batch = arm.loss, Blocks(TokenDirectory(corpus), "train", 32, 0).batch(0, 8)
+    loss, batch = arm.loss_terms, Blocks(TokenDirectory(corpus), "train", 32, 0).batch(0, 8)
 
     def spy(*args):
         total, terms = loss(*args)
         total.register_hook(lambda _: seen.append(torch.get_float32_matmul_precision()))
         seen.append(torch.get_float32_matmul_precision())
         return total, terms
-    arm.loss, tensors = spy, arm.to_device(batch)
+    arm.loss_terms, tensors = spy, arm.to_device(batch)
     arm.to_device = lambda batch: tensors
     for device, bf16, expected in (("cpu", True, "highest"), ("cuda", False, "highest"), ("cuda", True, "high")):
         arm.device, arm.bf16 = torch.device(device), bf16
@@ -168,7 +168,7 @@ def test_the_eager_pass_at_the_start_is_over_a_few_blocks(tiny, corpus, monkeypa
     assert sizes == passes
 
 
-@pytest.mark.parametrize("method", ["make_optimizer", "student_forward", "update"])
+@pytest.mark.parametrize("method", ["make_optimizer", "forward", "update"])
 def test_a_device_without_memory_is_one_line_that_names_the_micro_batch(tiny, monkeypatch, method):
     def spoilt(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation")
