@@ -67,7 +67,7 @@ def tools(tiny, corpus, teacher, labelled, tmp_path):
                                                       val_fraction=0.1)),
         compare=lambda: compare.main(compare.Config(**recipe | dict(
             data=str(corpus), teacher=str(teacher), tasks=f"own={labelled}", budget_steps="3", seeds=1, out=out,
-            strategies="no_kd", quick=True, finetune_epochs=1, finetune_seeds=1))),
+            arms="no_kd", quick=True, finetune_epochs=1, finetune_seeds=1))),
         glue=lambda: finetune_glue.score_model(tune, **QUIET), probes=lambda: finetune_glue.probes(tune, **QUIET))
 
 
@@ -427,7 +427,7 @@ def test_a_comparison_goes_on_where_the_data_and_the_teacher_have_moved(tools, c
     shutil.copytree(teacher, tmp_path / "teacher")
     config = compare.Config(**recipe | dict(
         data=str(tmp_path / "data"), teacher=str(tmp_path / "teacher"), tasks=f"own={labelled}", budget_steps="3",
-        seeds=1, out=str(tmp_path / "out"), strategies="no_kd,minilm", quick=True, finetune_epochs=1,
+        seeds=1, out=str(tmp_path / "out"), arms="no_kd,minilm", quick=True, finetune_epochs=1,
         finetune_seeds=1))
     read, whole = [], hashlib.file_digest
     with monkeypatch.context() as m:
