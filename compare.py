@@ -460,11 +460,11 @@ def execute(plan, progress):
 
     def run_one(key, each):
         with progress.on(key, Path(each.out).name):
-            summary, speed = timing.timed(plan, each, trained)
+            summary = trained(each)
             found = scored(plan, f"{each.out}/model", f"{each.out}/glue", progress.say, each.seed)
             for file in checkpoint.checkpoints(Path(each.out)):         # the model and the log stay
                 file.unlink()
-        return dict(result_of(plan, each, summary), **found, speed=speed)
+        return result_of(plan, each, summary) | found
 
     remarks, keys = [], [each.out for each in plan.runs]                # of their estimates
     if plan.teacher:

@@ -63,7 +63,7 @@ def merged(config):
             yardsticks[y["name"]] = max(both, key=lambda of: len(of["runs"]))
         for r in record["results"]:
             key = tuple(r[k] for k in ("strategy", "budget", "unit", "unique_tokens", "static_masks", "seed"))
-            before = results.setdefault(key, dict(r, speed=None) if len(records) > 1 else r)
+            before = results.setdefault(key, r)
             if (before["scores"], before["peak_lr"]) != (r["scores"], r["peak_lr"]):
                 raise UserError(f"--merge: {r['strategy']} at {judge.amount(r['budget'], r['unit'])}, seed "
                                 f"{r['seed']}, has other scores or another peak LR in {path}")

@@ -171,8 +171,6 @@ def cost_table(results, teacher_flops=None):
     head, rows = ["budget", "data", "arm", "tokens", "x base", "charged s", "tokens/s", "in teacher", "FLOPs",
                   "with the teacher's"], []
     formats = dict(charged_seconds="{:,.1f}", tokens_per_second="{:,.0f}", teacher_share="{:.0%}")
-    if all(r.get("speed") for r in results):
-        head, formats["speed"] = [*head, "machine's speed"], "{:.2f}"
     for (*kind, budget), arms in groups(results).items():
         tokens = {name: np.mean([r["tokens"] for r in runs.values()]) for name, runs in arms.items()}
         for name, runs in arms.items():
@@ -180,8 +178,8 @@ def cost_table(results, teacher_flops=None):
             whole = row.flops + (teacher_flops or math.nan) if row.needs_teacher else row.flops
             cells = [form.format(np.mean([r[k] for r in row.runs])) for k, form in formats.items()]
             rows.append([amount(budget, results[0]["unit"]), setting(*kind), name, f"{tokens[name]:,.0f}",
-                         f"{tokens[name] / tokens[base_of(arms)]:.2f}", *cells[:3], f"{row.flops:.3g}",
-                         "" if math.isnan(whole) else f"{whole:.3g}", *cells[3:]])
+                         f"{tokens[name] / tokens[base_of(arms)]:.2f}", *cells, f"{row.flops:.3g}",
+                         "" if math.isnan(whole) else f"{whole:.3g}"])
     return markdown(head, rows)
 
 
@@ -265,15 +263,14 @@ def spent_before(results):
 
 
 def drift(results):
-    """A warning where the arms ran at different speeds under a budget in hours."""
-    timed = [r for r in results if r.get("speed")]
-    means = {name: float(np.mean([r["speed"] for r in timed if r["strategy"] == name]))
-             for name in dict.fromkeys(r["strategy"] for r in timed)}
-    if not means or max(means.values()) <= 1.05 * min(means.values()):
+    """A warning where an arm's seeds ran at different speeds under a budget in hours."""
+    rates = [[r["tokens_per_second"] for r in runs.values()]
+             for arms in groups(results).values() for runs in arms.values()]
+    apart = max(max(of) / min(of) for of in rates)
+    if results[0]["unit"] != "hours" or apart < 1.1:
         return []
-    return ["Beware: these arms did not have the same budget. A fixed step, timed before and after each run, "
-            "went at " + ", ".join(f"{value:.2f} ({name})" for name, value in means.items())
-            + " times the first run's speed, so an hour was not the same for all: give --budget-flops."]
+    return [f"Beware: runs of one arm went at up to {apart:.2f} times each other's tokens/s, so an hour was not the "
+            f"same for all: give --budget-flops."]
 
 
 # ----------------------------------------------------------------------------------------------------- figure

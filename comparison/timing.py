@@ -14,9 +14,9 @@ from data import phase_blocks
 from model import BertForMaskedLM, BertForSequenceClassification
 from plumbing import settle
 from plumbing.budget import Stages
-from plumbing.cli import UserError
+from plumbing.cli import UserError, one_line
 from plumbing.device import choose_device, halve_micro_batch_until_it_fits, multiplies_in_bf16, ready_process
-from plumbing.files import log_records, read_json, write_json
+from plumbing.files import log_records
 from plumbing.student import student_shape
 from step import Arm
 from train import gradients
@@ -86,16 +86,15 @@ def finetuning_seconds(plan):
 
 def estimate(plan, speeds):
     """{run directory: seconds until it is finished}; `speeds`: what speeds(plan) found."""
-    seconds = {}
-    for each in plan.all:
-        if (Path(each.out) / "summary.json").exists():
-            seconds[each.out] = 0.0
-        elif plan.unit == "hours":
-            seconds[each.out] = each.budget[1] * 3600
-        else:
-            arm = "teacher" if each is plan.teacher else plan.arms[each.out]
-            seconds[each.out] = blocks_of(plan, each) * float(np.median(speeds[arm]))
-    return seconds
+    return {each.out: 0.0 if Path(each.out, "summary.json").exists() else seconds_of(plan, each, speeds)
+            for each in plan.all}
+
+
+def seconds_of(plan, each, speeds):
+    if plan.unit == "hours":
+        return each.budget[1] * 3600
+    arm = "teacher" if each is plan.teacher else plan.arms[each.out]
+    return blocks_of(plan, each) * float(np.median(speeds[arm]))
 
 
 def blocks_of(plan, each, speeds=None):
@@ -122,24 +121,6 @@ def hours_each(plan, hours):
     left /= sum(each.budget_hours for each in plan.all) - taught
     scale = 10 ** (math.floor(math.log10(left)) - 1)
     return f"{math.floor(left / scale) * scale:.3g}"                    # two digits, rounded down
-
-
-def timed(plan, each, train):
-    """(what train(each) returns, speed) of a run.  Under a budget in hours a fixed step is timed before and
-    after it, uncharged: the machine's speed beside the first run's, since an hour of a busy machine buys
-    less.  Else the speed is None."""
-    note, first = Path(each.out, "speed.json"), plan.out / "speed.json"
-    if plan.unit == "hours" and not Path(each.out, "summary.json").exists():
-        reference = plan.run("no_kd", plan.budgets[0])
-        before = np.median(block_seconds(reference, plan.directory, None))
-        summary = train(each)
-        seconds = float(before + np.median(block_seconds(reference, plan.directory, None))) / 2
-        write_json(note, dict(seconds=seconds))
-        if not first.exists():
-            write_json(first, dict(seconds=seconds))
-    else:
-        summary = train(each)
-    return summary, read_json(first)["seconds"] / read_json(note)["seconds"] if note.exists() else None
 
 
 class Progress:
@@ -171,8 +152,7 @@ class Progress:
         seconds = sum(self.left.values()) * (self.took / self.estimated if self.estimated else 1)
         seconds = max(0, seconds - (time.monotonic() - self.began))
         where = f"[{self.count - len(self.left) + 1}/{self.count}, {duration(seconds)} left] " * bool(self.count)
-        text = f"{where}{self.what}: {line}"
-        self.say_line(text if len(text) <= 80 else text[:79] + "…")
+        self.say_line(one_line(f"{where}{self.what}: {line}", 80))
 
 
 def over_all(plan, estimates, began):
@@ -193,7 +173,7 @@ def over_all(plan, estimates, began):
         done += share * seconds
     part = done / max(sum(estimates.values()), 1e-9)
     left = f", {duration((time.monotonic() - began) * (1 - part) / part)} left" if part > 0.02 else ""
-    return f"[{finished}/{len(estimates)}{left}] {', '.join(under_way)}"
+    return one_line(f"[{finished}/{len(estimates)}{left}] {', '.join(under_way)}", 80)
 
 
 def progressed(out):
