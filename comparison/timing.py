@@ -3,23 +3,26 @@ noted of a machine whose speed changes.  Read it when compare.py's times surpris
 import contextlib
 import dataclasses
 import math
-import re
+import textwrap
 import time
 from pathlib import Path
 
 import numpy as np
 
 import finetune_glue
-from data import phase_blocks
+from comparison import jobs, judge
+from comparison.report import aligned
+from data import Blocks, phase_blocks
 from model import BertForMaskedLM, BertForSequenceClassification
 from plumbing import settle
 from plumbing.budget import Stages
 from plumbing.cli import UserError, one_line
 from plumbing.device import choose_device, halve_micro_batch_until_it_fits, multiplies_in_bf16, ready_process
-from plumbing.files import log_records
 from plumbing.student import student_shape
 from step import Arm
 from train import gradients
+
+SHARES = (1.2 ** 2 + 1.0 ** 2) / 0.75 ** 2      # variance of a fine-tuning with its labels over that of a pretraining
 
 
 def duration(seconds):
@@ -123,6 +126,48 @@ def hours_each(plan, hours):
     return f"{math.floor(left / scale) * scale:.3g}"                    # two digits, rounded down
 
 
+def describe(plan, speeds, seconds, finetune_seconds):
+    """The plan, before anything starts: what each arm gets, what other sizes would, how long it takes."""
+    def say(text):
+        print(textwrap.fill(text, 80))
+    config, first, models = plan.config, plan.runs[0], len(plan.runs) + len(plan.yardsticks)
+    shape, (unique, static) = student_shape(first, plan.directory), plan.settings[0]
+    parameters = settle.parameters(shape)
+    say(f"plan: student {config.size}, {shape.num_attention_heads} heads, {parameters / 1e6:.1f}M parameters; "
+        f"{config.batch_size} x {config.seq_len} ids a step; {'; '.join(judge.setting(*s) for s in plan.settings)}; "
+        f"{config.seeds} seeds")
+    for arm, why in plan.left_out.items():
+        say(f"left out: {why if why.startswith(arm) else f'{arm}: {why}'}")
+    rows, count = [], Blocks(plan.directory, "train", first.length, 0, unique, static).count
+    for budget in plan.budgets:
+        rows.append([f"{judge.amount(budget, plan.unit)} on {judge.setting(unique, static)}", *[""] * 5])
+        for name in plan.names:
+            each = plan.run(name, budget, unique, static)
+            blocks = blocks_of(plan, each, speeds)
+            tokens = blocks * each.length
+            rows.append([f"  {name}", f"{blocks / each.batch_size:,.0f}", f"{tokens / 1e6:,.3g}M",
+                         f"{blocks / count:.3g}", f"{tokens / parameters:.2g}",
+                         duration(seconds_of(plan, each, speeds))])
+    print(aligned(["", "steps", "tokens", "epochs", "tokens/parameter", "time"], rows))
+    say(f"The same budget for {plan.names[0]} at other sizes, scaled by FLOPs from {config.size}: " + "; ".join(
+        f"{size} {tokens / 1e6:,.3g}M tokens, {each:.2g} a parameter"
+        for size, tokens, each in settle.other_sizes(first, blocks_of(plan, first, speeds), shape)))
+    runs, tuning, unrest = sum(seconds.values()), models * finetune_seconds, busy(speeds)
+    whole = (runs + tuning) / (config.jobs or 1)
+    say(f"{len(seconds)} pretraining runs, {[*seconds.values()].count(0)} of them finished"
+        + f", {len(plan.tuning)} to choose among {len(plan.choices)} peak LRs" * bool(plan.tuning)
+        + f": {duration(runs)}" + (f", {duration(seconds[plan.teacher.out])} of it the teacher "
+                                   f"({plan.teacher.size})" if plan.teacher else "")
+        + f"; fine-tuning {models} models on {', '.join(plan.texts)}: {duration(tuning)}; in all {duration(whole)}"
+        + (f" to {duration(unrest * whole)}: the machine is busy, the slowest quarter of equal steps took "
+           f"{unrest:.1f} times the fastest" if unrest > 1.5 else "") + ".")
+    if each := np.mean([seconds[run.out] for run in plan.runs]) / max(finetune_seconds, 1e-9) * config.finetune_seeds:
+        say(f"At these costs {max(2, round(math.sqrt(SHARES * each)))} fine-tunings a model tell the most "
+            f"(--finetune-seeds, now {config.finetune_seeds}).")
+    if plan.selections:
+        say(f"before them, once for all that use it: {', '.join(plan.selections)}")
+
+
 class Progress:
     """The plan's time, and one line of progress over all runs: estimates, corrected by what
     the finished ones took."""
@@ -155,26 +200,11 @@ class Progress:
         self.say_line(one_line(f"{where}{self.what}: {line}", 80))
 
 
-def over_all(plan, estimates, began):
-    """One line over all processes: what is finished, what is under way, and the time left; `estimates`: {run
-    directory, or "score DIRECTORY" of a yardstick: seconds}."""
-    done, finished, under_way, tuning = 0.0, 0, [], {each.out for each in plan.tuning.values()}
-    for key, seconds in estimates.items():
-        at = Path(key.removeprefix("score "))
-        if key not in tuning:           # which peak LR a run takes is for its process to know
-            at = max(at.parent.glob(re.sub("-lr.*-seed", "-lr*-seed", at.name)), key=progressed, default=at)
-        log, share = at / "log.jsonl", 0.0
-        if (at / "glue/glue.json").exists() or key in tuning and (at / "summary.json").exists():
-            finished, share = finished + 1, 1.0
-        elif log.exists():
-            _, last = next(log_records(reversed(log.read_bytes().split(b"\n"))), (b"", {}))
-            share = 0.8 * last.get("progress", 0.0)
-            under_way.append(f"{at.name} {share / 0.8:.0%}" if share < 0.8 else f"{at.name} is scored")
-        done += share * seconds
-    part = done / max(sum(estimates.values()), 1e-9)
-    left = f", {duration((time.monotonic() - began) * (1 - part) / part)} left" if part > 0.02 else ""
-    return one_line(f"[{finished}/{len(estimates)}{left}] {', '.join(under_way)}", 80)
-
-
-def progressed(out):
-    return (out / "glue/glue.json").exists(), (out / "log.jsonl").exists()
+def over_all(plan, until):
+    """One line over all processes: how many models have their scores, the time left of the plan's, and what the
+    processes say, in turn.  `until`: when it should be over, in seconds of time.monotonic()."""
+    scored = len([*plan.out.glob("*/*/glue/glue.json"), *plan.out.glob("teacher/glue/glue.json")])
+    log = max((plan.out / "jobs").glob("*.log"), key=lambda log: log.stat().st_mtime,
+              default=plan.out / "jobs/0.log")
+    return one_line(f"[{scored} models scored, {duration(max(0, until - time.monotonic()))} left] "
+                    f"{jobs.reason(0, log)}", 80)
