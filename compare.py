@@ -470,6 +470,8 @@ def scored(plan, model, out, say, seed):
     """What finetune_glue finds of a model, now or in an earlier run: of each task and in short, and
     with --probe the probes."""
     config, tuning = plan.config, plan.config.finetuning(model, out, seed)
+    if not Path(out, "glue.json").exists():
+        say(f"fine-tuning on {', '.join(plan.tasks)}")
     tasks = finetune_glue.score_model(tuning, lambda line: None)["tasks"]
     say(", ".join(f"{name} {r['mean']:.1f}" + f" ({r['collapsed']} of {len(r['scores'])} collapsed)" * (
         r["collapsed"] > 0) for name, r in tasks.items()))

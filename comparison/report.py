@@ -111,10 +111,6 @@ def score_table(results, yardsticks=(), paper=False):
     return markdown(head, rows)
 
 
-SHORT = {"ahead, outside the noise": "ahead", "behind, outside the noise": "behind", "a hint": "a hint",
-         "level within 1 point": "level", "no interval": ""}
-
-
 def screen_table(results, yardsticks=()):
     """The table as a terminal shows it: at most 80 columns."""
     base, rows, last = base_of(next(iter(groups(results).values())), yardsticks), [], None
@@ -123,7 +119,7 @@ def screen_table(results, yardsticks=()):
         if where != last:
             rows.append([where, "", "", ""])
         last = where
-        word = SHORT.get(d.word, f"within {d.less:.1f}") if d else ""
+        word = d.word.split(",")[0].replace("not told apart; differs by less than", "within") if d else ""
         rows.append([f"  {name}", spread(values), signed(d) if d else "", word])
     return aligned(["", "score", f"Δ to {base} [95%]", ""], rows)
 
@@ -216,8 +212,7 @@ def who_is_ahead(key, arms, yardsticks, tasks):
     for d in against.values():
         if math.isnan(d.d) or d.name == judge.TEACHER or d.name in floors and d.word.startswith("behind"):
             continue                                                    # as it should be
-        word = d.word.split(";")[0].replace("ahead, outside the noise", "ahead of it, outside the noise").replace(
-            "behind, outside the noise", "behind it, outside the noise")
+        word = d.word.split(";")[0].replace("ahead,", "ahead of it,").replace("behind,", "behind it,")
         less = f" (by less than {d.less:.1f})" * ("not told apart" in word)
         by_word.setdefault(word, []).append(f"{d.name} {d.d:+.1f}{less}")
     unit = next(iter(next(iter(arms.values())).values()))["unit"]
@@ -271,8 +266,8 @@ def spent_before(results):
     """What of the budget was spent before the first step, on the data that a run reads."""
     lines, unit = [], results[0]["unit"]
     for (*kind, budget), arms in groups(results).items():
-        for name, of in arms.items():           # older records have it under "offline"
-            spent = np.mean([r.get("spent_before") or r.get("offline", {}).get("charge", 0) for r in of.values()])
+        for name, of in arms.items():
+            spent = np.mean([r["spent_before"] for r in of.values()])
             if spent or name.startswith("miniplm"):
                 lines.append(f"{name}: of {amount(budget, unit)} on {setting(*kind)}, {spent / budget:.0%} was spent "
                              f"before the first step.")
