@@ -390,8 +390,10 @@ def execute(plan, progress):
     """Trains and scores every run and the yardsticks, what is finished not again: (results, yardsticks, remarks)."""
     def trained(each):
         def say(line):
-            if line.startswith(("warning", each.out)):                  # that it goes on, or is finished
-                progress.say(line)
+            if line.startswith("warning"):
+                progress.say_line(textwrap.fill(line, 80))
+            elif line.startswith(each.out):                             # that it goes on, or is finished
+                progress.say(line.removeprefix(each.out).lstrip(": "))
         return train.train(plan.paid(each), say=say, status=progress.step)
 
     def teach(_):

@@ -25,7 +25,7 @@ import prepare
 import train
 from comparison import demonstration, jobs, timing
 from conftest import TINY, text
-from plumbing import checkpoint, settle
+from plumbing import checkpoint, rundir, settle
 from plumbing.checks import NotFinite
 from plumbing.cli import UserError
 
@@ -247,7 +247,7 @@ def test_a_peak_lr_that_diverges_is_not_taken(small, tmp_path, monkeypatch, caps
 def test_stopped_three_times_the_table_is_the_same(small, tmp_path, monkeypatch, capsys):
     config = small(seeds=2, arms="no_kd,minilm", budget_steps="4,8")
     compare.main(config)
-    steps, rng, real = [0], random.Random(0), train.Run.after_step
+    steps, rng, real = [0], random.Random(0), rundir.RunWriter.after_step
 
     def after_step(self, *args):
         real(self, *args)
@@ -255,7 +255,7 @@ def test_stopped_three_times_the_table_is_the_same(small, tmp_path, monkeypatch,
         if steps[0] == 0:
             os.kill(os.getpid(), signal.SIGINT)         # Ctrl-C: the run saves a checkpoint first
 
-    monkeypatch.setattr(train.Run, "after_step", after_step)
+    monkeypatch.setattr(rundir.RunWriter, "after_step", after_step)
     again = dataclasses.replace(config, out=str(tmp_path / "again"))
     for _ in range(3):
         steps[0] = rng.randint(1, 12)
@@ -480,7 +480,7 @@ def test_two_jobs_make_the_table_of_one_and_a_job_that_fails_is_told(small, tmp_
     table = (tmp_path / "out/table.md").read_text()
     compare.main(dataclasses.replace(config, jobs=2, out=str(tmp_path / "two")))
     logs = [(tmp_path / f"two/jobs/{i}.log").read_text() for i in range(2)]
-    assert (tmp_path / "two/table.md").read_text() == table and all("finished after" in log for log in logs)
+    assert (tmp_path / "two/table.md").read_text() == table and all("fine-tuning on mine" in log for log in logs)
     victim = tmp_path / "two/runs/no_kd-2e+09flops-seed0"
     (victim / "summary.json").unlink()
     (victim / "checkpoint.pt").write_bytes(b"damaged")
