@@ -24,7 +24,7 @@ NUMBER = r"\d+(?:,\d{3})+|[-+]?\d+\.\d+"
 
 
 PROGRAMS = ("train", "prepare", "data", "finetune_glue", "compare", "bench_throughput", "watch", "plumbing.diagnose",
-            "comparison.simulate", "miniplm")
+            "tests.simulate", "miniplm")
 FOREIGN = ("--nproc-per-node", "--logdir")          # torchrun's, tensorboard's
 
 
