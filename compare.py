@@ -24,7 +24,7 @@ import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -59,7 +59,7 @@ class Config(train.Recipe):
     budget_tokens: Counts | None = None  # or in tokens
     budget_steps: Counts | None = None  # or in optimizer steps
     # arms
-    arms: str | None = None             # STRATEGY, PHASE:END/../PHASE, miniplm; then +init, +released, +teacher_budget
+    arms: str | None = None             # STRATEGY or PHASE:END/../PHASE or miniplm, +init, +released, @RECIPE:LR, ...
     seeds: Times = 3                    # pretraining seeds of each arm; an interval needs two
     first_seed: Seed = 0                # the first of them; choices are made on one that is not among them
     recipes: Annotated[str, str, tuple(RECIPES)] | None = None  # several: each arm takes its best; default: --recipe
@@ -134,6 +134,9 @@ class Plan:
         self.names = (config.arms or ARMS[config.teacher == "train" or self.head]).split(",")
         if not all(self.names) or len(set(self.names)) < len(self.names):
             raise UserError(f"--arms {config.arms}: must be arms, separated by commas, none twice")
+        self.own = {name: own_choice(name) for name in self.names if "@" in name}       # {arm: (recipe, peak LR)}
+        if len(plain := {name.partition("@")[0]: name for name in self.names}) == len(self.names):
+            self.names, self.own = [*plain], {arm: self.own[name] for arm, name in plain.items() if name in self.own}
         uniques = [None if part == "all" else checked("--unique-tokens", part, Count)
                    for part in config.unique_tokens.split(",")]
         limited = [n for n in uniques if n]
@@ -171,7 +174,7 @@ class Plan:
         self.names = [name for name in self.names if name not in self.left_out]
         self.tuning = {(name, budget, choice): self.run(name, budget, *self.settings[0], apart, choice)
                        for budget in self.budgets for name in self.names for choice in self.choices
-                       if len(self.choices) > 1}
+                       if len(self.choices) > 1 and name not in self.own}
         self.runs = self.runs_at({(name, budget): self.choices[0] for name in self.names for budget in self.budgets})
         if len({each.out for each in self.runs}) < len(self.runs):
             raise UserError(f"{flag_of(f'budget_{self.unit}')} {budgets}: two budgets are the same to six digits")
@@ -195,18 +198,18 @@ class Plan:
     def run(self, arm, budget, unique=None, static=False, seed=0, choice=None, **other):
         """The train.Config of one run; its directory's name says all that it differs in from the others.  `choice`:
         (recipe, peak LR or None)."""
-        strategy, *suffixes = arm.split("+")
+        strategy, *suffixes = arm.partition("@")[0].split("+")
         rules = [s for s in suffixes if strategy == "miniplm" and s in miniplm.CONTROLS]
         if len(set(suffixes)) < len(suffixes) or len(rules) > 1 or (
                 {*suffixes} - {"init", "released", "teacher_budget", *rules}):
             raise UserError(f"--arms {arm}: after the strategy may come +init (it starts from the teacher), +released "
-                            f"(what the paper's code computes), +teacher_budget, each once; after miniplm one of "
-                            f"+{', +'.join(miniplm.CONTROLS)}")
+                            f"(what the paper's code computes), +teacher_budget, each once, then @RECIPE:LR; after "
+                            f"miniplm one of +{', +'.join(miniplm.CONTROLS)}")
         if strategy == "miniplm":
             other["data"], strategy = f"{self.chosen_from(unique)}/{(rules or ['kept'])[0]}", "no_kd"
-        recipe, lr = choice or (self.config.recipe, None)
+        recipe, lr = self.own.get(arm) or choice or (self.config.recipe, None)
         name = (f"{train.file_name(arm)}-{budget:g}{self.unit}" + f"-{unique}ids" * (unique is not None)
-                + "-static" * static + f"-{recipe}" * bool(choice and self.config.recipes)
+                + "-static" * static + f"-{recipe}" * (bool(self.config.recipes) or recipe != self.config.recipe)
                 + (f"-lr{lr:g}" if lr else "") + f"-seed{seed}")
         each = train.Config(**{k: getattr(self.config, k) for k in SHARED} | dict(
             strategy=strategy, init="teacher" if "init" in suffixes else None,
@@ -245,7 +248,7 @@ class Plan:
 
     def runs_at(self, chosen):
         """The compared runs, seeds outermost: stopped early, what is there compares all, over fewer seeds."""
-        return [self.run(name, budget, *setting, seed, chosen[name, budget]) for seed in self.seeds
+        return [self.run(name, budget, *setting, seed, chosen.get((name, budget))) for seed in self.seeds
                 for budget in self.budgets for setting in self.settings for name in self.names]
 
     @property
@@ -269,6 +272,13 @@ class Plan:
         validation_blocks(self.directory, first.seq_len)
         for each in self.all:
             claim(each.out, "run", dry_run=True)
+
+
+def own_choice(name):
+    """(recipe, peak LR) of ARM@RECIPE:LR."""
+    recipe, _, lr = name.partition("@")[2].partition(":")
+    return (checked(f"--arms {name}: recipe", recipe, Literal[tuple(RECIPES)]),
+            checked(f"--arms {name}: peak LR", lr, Positive))
 
 
 def settled(config):

@@ -133,6 +133,17 @@ def test_arms_are_strategies_phases_and_starts_and_stand_in_the_results_as_they_
     capsys.readouterr()
 
 
+def test_an_arm_may_say_its_own_recipe_and_rate(small):
+    plan = compare.Plan(small(arms="no_kd@short:8e-3,tinybert@paper:2e-3,minilm", peak_lrs="1e-3,4e-3"))
+    assert plan.names == ["no_kd", "tinybert", "minilm"] and {name for name, *_ in plan.tuning} == {"minilm"}
+    assert [(each.recipe, each.peak_lr) for each in plan.runs] == [("short", 8e-3), ("paper", 2e-3), ("paper", 1e-3)]
+    both = compare.Plan(small(arms="no_kd@short:8e-3,no_kd@paper:1e-3"))
+    assert both.names == ["no_kd@short:8e-3", "no_kd@paper:1e-3"] and len({each.out for each in both.runs}) == 2
+    for wrong in ("no_kd@fast:1e-3", "no_kd@short", "no_kd@short:0", "no_kd@short:x"):
+        with pytest.raises(UserError, match="--arms no_kd@"):
+            compare.Plan(small(arms=wrong))
+
+
 def test_the_plan_prices_every_phase(small, teacher):
     """Of steps at equal FLOP/s, half of them with a teacher: between the two strategies alone."""
     def seconds(unit, **budget):
