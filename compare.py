@@ -14,17 +14,17 @@ The demonstration takes the English documentation that is already on this disk (
 teacher/ and a 2-layer student, one process per core, and asks: which package does a docstring come from?  The
 task has validation documents of that corpus alone, which neither a student nor the teacher was pretrained on.
 """
+import contextlib
 import dataclasses
 import functools
 import hashlib
-import io
 import json
 import math
 import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -35,14 +35,14 @@ import train
 from comparison import jobs, judge, ngrams, report, timing
 from comparison.demonstration import demonstrated, look
 from comparison.merge import merged
-from comparison.timing import Progress, duration
+from comparison.timing import Progress
 from data import Blocks
 from plumbing import checkpoint, glue, settle
 from plumbing.budget import UNITS, one_budget
 from plumbing.checks import NotFinite, check_teacher
 from plumbing.cli import Count, Counts, Positive, Positives, Seed, Times, UserError, checked, flag_of, numbers, run
 from plumbing.device import choose_device, fitting_micro_batch
-from plumbing.files import claim, claim_each, log_records, parsing, read_json, write_json, write_whole
+from plumbing.files import claim, claim_each, parsing, read_json, write_json, write_whole
 from plumbing.rundir import contents
 from plumbing.student import initial_student, start_from, student_shape
 from plumbing.tokens import TokenDirectory
@@ -59,7 +59,7 @@ class Config(train.Recipe):
     budget_tokens: Counts | None = None  # or in tokens
     budget_steps: Counts | None = None  # or in optimizer steps
     # arms
-    arms: str | None = None             # STRATEGY, PHASE:END/../PHASE, miniplm; then +init, +released, +teacher_budget
+    arms: str | None = None             # STRATEGY or PHASE:END/../PHASE or miniplm, +init, +released, @RECIPE:LR, ...
     seeds: Times = 3                    # pretraining seeds of each arm; an interval needs two
     first_seed: Seed = 0                # the first of them; choices are made on one that is not among them
     recipes: Annotated[str, str, tuple(RECIPES)] | None = None  # several: each arm takes its best; default: --recipe
@@ -110,7 +110,6 @@ ARMS = {True: "no_kd,vanilla_kd,tinybert,minilm,no_kd+init", False: "tinybert+in
 # What every run of a comparison takes from its command line as it stands there
 SHARED = ("data", *(f.name for f in dataclasses.fields(train.Recipe)))
 MANY_RUNS = 5_000
-SHARES = (1.2 ** 2 + 1.0 ** 2) / 0.75 ** 2      # variance of a fine-tuning with its labels over that of a pretraining
 # What is settled where it is not given, and what that depends on
 GIVEN = ("total_hours", "budget_hours", "budget_flops", "budget_tokens", "budget_steps", "arms", "size", "heads",
          "batch_size", "teacher", "teacher_size", "teacher_budget")
@@ -126,7 +125,7 @@ class Plan:
         self.unit, budgets = one_budget(config)
         whole = int if self.unit in ("tokens", "steps") else float
         self.budgets = sorted(numbers(budgets, whole))
-        self.directory, self.left_out = TokenDirectory(config.data), {}        # {arm: why}
+        self.directory = TokenDirectory(config.data)
         if config.teacher != "train":
             path = checkpoint.find_model(config.teacher)
             checkpoint.same_vocabulary(self.directory.read_tokenizer(), path)
@@ -135,6 +134,9 @@ class Plan:
         self.names = (config.arms or ARMS[config.teacher == "train" or self.head]).split(",")
         if not all(self.names) or len(set(self.names)) < len(self.names):
             raise UserError(f"--arms {config.arms}: must be arms, separated by commas, none twice")
+        self.own = {name: own_choice(name) for name in self.names if "@" in name}       # {arm: (recipe, peak LR)}
+        if len(plain := {name.partition("@")[0]: name for name in self.names}) == len(self.names):
+            self.names, self.own = [*plain], {arm: self.own[name] for arm, name in plain.items() if name in self.own}
         uniques = [None if part == "all" else checked("--unique-tokens", part, Count)
                    for part in config.unique_tokens.split(",")]
         limited = [n for n in uniques if n]
@@ -166,13 +168,16 @@ class Plan:
         if runs > MANY_RUNS:
             raise UserError(f"these are {runs:,} runs, and {MANY_RUNS:,} can be planned: give fewer arms, budgets, "
                             f"--seeds, --peak-lrs or --unique-tokens")
+        self.left_out = {name: why for name in self.names if (why := self.why_not(name))}
+        if self.left_out and (config.arms or len(self.left_out) == len(self.names)):
+            raise UserError(next(iter(self.left_out.values())))
+        self.names = [name for name in self.names if name not in self.left_out]
         self.tuning = {(name, budget, choice): self.run(name, budget, *self.settings[0], apart, choice)
                        for budget in self.budgets for name in self.names for choice in self.choices
-                       if len(self.choices) > 1}
+                       if len(self.choices) > 1 and name not in self.own}
         self.runs = self.runs_at({(name, budget): self.choices[0] for name in self.names for budget in self.budgets})
         if len({each.out for each in self.runs}) < len(self.runs):
             raise UserError(f"{flag_of(f'budget_{self.unit}')} {budgets}: two budgets are the same to six digits")
-        self.leave_out(self.not_served())
         untrained = [(judge.RANDOM, "random"), *[(judge.CUT, "cut")] * (self.why_not("no_kd+init") is None)]
         self.yardsticks = [(name, self.out / f"{folder}/seed{seed}", seed)
                            for name, folder in untrained for seed in self.seeds]
@@ -190,35 +195,21 @@ class Plan:
         except UserError as e:
             return str(e)
 
-    def not_served(self):
-        """{arm: why} of those that this teacher cannot serve, which is refused where the arms were given."""
-        found = {name: why for name in self.names if (why := self.why_not(name))}
-        if found and (self.config.arms or len(found) == len(self.names)):
-            raise UserError(next(iter(found.values())))
-        return found
-
-    def leave_out(self, why):
-        """Takes arms out of the comparison; `why`: {arm: a line}."""
-        self.left_out |= why
-        self.names = [name for name in self.names if name not in why]
-        self.runs = [each for each in self.runs if self.arms[each.out] not in why]
-        self.tuning = {key: each for key, each in self.tuning.items() if key[0] not in why}
-
     def run(self, arm, budget, unique=None, static=False, seed=0, choice=None, **other):
         """The train.Config of one run; its directory's name says all that it differs in from the others.  `choice`:
         (recipe, peak LR or None)."""
-        strategy, *suffixes = arm.split("+")
+        strategy, *suffixes = arm.partition("@")[0].split("+")
         rules = [s for s in suffixes if strategy == "miniplm" and s in miniplm.CONTROLS]
         if len(set(suffixes)) < len(suffixes) or len(rules) > 1 or (
                 {*suffixes} - {"init", "released", "teacher_budget", *rules}):
             raise UserError(f"--arms {arm}: after the strategy may come +init (it starts from the teacher), +released "
-                            f"(what the paper's code computes), +teacher_budget, each once; after miniplm one of "
-                            f"+{', +'.join(miniplm.CONTROLS)}")
+                            f"(what the paper's code computes), +teacher_budget, each once, then @RECIPE:LR; after "
+                            f"miniplm one of +{', +'.join(miniplm.CONTROLS)}")
         if strategy == "miniplm":
             other["data"], strategy = f"{self.chosen_from(unique)}/{(rules or ['kept'])[0]}", "no_kd"
-        recipe, lr = choice or (self.config.recipe, None)
+        recipe, lr = self.own.get(arm) or choice or (self.config.recipe, None)
         name = (f"{train.file_name(arm)}-{budget:g}{self.unit}" + f"-{unique}ids" * (unique is not None)
-                + "-static" * static + f"-{recipe}" * bool(choice and self.config.recipes)
+                + "-static" * static + f"-{recipe}" * (bool(self.config.recipes) or recipe != self.config.recipe)
                 + (f"-lr{lr:g}" if lr else "") + f"-seed{seed}")
         each = train.Config(**{k: getattr(self.config, k) for k in SHARED} | dict(
             strategy=strategy, init="teacher" if "init" in suffixes else None,
@@ -257,7 +248,7 @@ class Plan:
 
     def runs_at(self, chosen):
         """The compared runs, seeds outermost: stopped early, what is there compares all, over fewer seeds."""
-        return [self.run(name, budget, *setting, seed, chosen[name, budget]) for seed in self.seeds
+        return [self.run(name, budget, *setting, seed, chosen.get((name, budget))) for seed in self.seeds
                 for budget in self.budgets for setting in self.settings for name in self.names]
 
     @property
@@ -283,39 +274,45 @@ class Plan:
             claim(each.out, "run", dry_run=True)
 
 
+def own_choice(name):
+    """(recipe, peak LR) of ARM@RECIPE:LR."""
+    recipe, _, lr = name.partition("@")[2].partition(":")
+    return (checked(f"--arms {name}: recipe", recipe, Literal[tuple(RECIPES)]),
+            checked(f"--arms {name}: peak LR", lr, Positive))
+
+
 def settled(config):
     """(the same with size, heads, budget, batch size and arms where nobody said them, speeds or None): those of the
     comparison that is there, if one is; else such that each arm learns something."""
-    files = [Path(config.out, name) for name in ("inputs.json", "taken.json")]
-    inputs, before = (read_json(file) if file.exists() else {} for file in files)
-    given = {name: getattr(config, name) for name in GIVEN}
+    inputs, before = (read_json(file) if file.exists() else {} for file in (
+        Path(config.out, "inputs.json"), Path(config.out, "taken.json")))
+    given, speeds = {name: getattr(config, name) for name in GIVEN}, None
     if before.get("given") == given:                                    # the same command goes on
-        return with_micro_batch(dataclasses.replace(config, **before["taken"]), inputs), None
-    config = dataclasses.replace(config, **{name: inputs.get(flag_of(name)) for name in (
-        "size", "heads", "batch_size") if getattr(config, name) is None})
-    teacher = config.teacher != "train" and checkpoint.read_config(checkpoint.find_model(config.teacher))
-    config = settle.half_of(config, teacher) if teacher else config
-    if config.size:
-        found = fitted(config)
-    else:               # of a teacher that is trained: the largest of which all arms get three times what they need
-        for size in reversed(settle.SIZES):
-            try:
-                found = fitted(dataclasses.replace(config, size=size), 3 if size != settle.SIZES[-1] else 1)
-            except UserError:
-                if size == settle.SIZES[-1]:
-                    raise
-                break
-    if not config.dry_run:
-        claim(config.out, "compare")
-        write_json(files[1], dict(given=given, taken={name: getattr(found[0], name) for name in GIVEN}))
-    return with_micro_batch(found[0], inputs), found[1]
+        config = dataclasses.replace(config, **before["taken"])
+    else:
+        config = dataclasses.replace(config, **{name: inputs.get(flag_of(name)) for name in (
+            "size", "heads", "batch_size") if given[name] is None})
+        if config.teacher != "train":
+            config = settle.half_of(config, checkpoint.read_config(checkpoint.find_model(config.teacher)))
+        # Of a teacher that is trained: the largest size of which all arms get three times what they need
+        sizes = [config.size] if config.size else [*reversed(settle.SIZES)]
+        found = fitted(dataclasses.replace(config, size=sizes[0]))
+        with contextlib.suppress(UserError):
+            for size in sizes[1:]:
+                found = fitted(dataclasses.replace(config, size=size), 3)
+        config, speeds = found
+        if not config.dry_run:
+            taken = {name: getattr(config, name) for name in GIVEN}
+            write_json(claim(config.out, "compare") / "taken.json", dict(given=given, taken=taken))
+    micro = config.micro_batch or inputs.get("--micro-batch") or fitting_micro_batch(       # one for all runs
+        choose_device(config.device), config.batch_size)
+    return dataclasses.replace(config, micro_batch=micro), speeds
 
 
-def with_micro_batch(config, inputs):
-    """The same with one micro-batch for all runs: that of the runs which are there, else what fits into the device."""
-    micro = config.micro_batch or inputs.get("--micro-batch")
-    return dataclasses.replace(config, micro_batch=micro or fitting_micro_batch(
-        choose_device(config.device), config.batch_size))
+def small_plan(config):
+    """The plan with the smallest batch, before one is chosen."""
+    small = config.batch_size or settle.SMALLEST_BATCH
+    return Plan(dataclasses.replace(config, batch_size=small, micro_batch=config.micro_batch or small))
 
 
 def fitted(config, room=1):
@@ -323,82 +320,34 @@ def fitted(config, room=1):
     weights, whose hours go to the others.  With `room` each needs so many times as much, and none is left out."""
     while True:
         now = within(config) if config.total_hours else config
-        small = config.batch_size or settle.SMALLEST_BATCH
-        plan = Plan(dataclasses.replace(now, batch_size=small, micro_batch=config.micro_batch or small))
+        plan = small_plan(now)
         if config.batch_size or plan.unit == "steps":
             return dataclasses.replace(now, batch_size=config.batch_size or settle.PAPERS_BATCH), None
         speeds = timing.speeds(plan) if plan.unit == "hours" else None
-        runs = [(each, timing.blocks_of(plan, each, speeds), student_shape(each, plan.directory))
-                for each in plan.runs[:len(plan.names)]]
-        size = min(settle.batch_that_fits(config, blocks) for _, blocks, _ in runs)
-        poor = [(plan.arms[each.out], dataclasses.replace(each, batch_size=size), blocks, shape)
-                for each, blocks, shape in runs if each.start == "random"]
-        poor = [of for of in poor if not settle.enough(of[1], of[2] / room, of[3])]
+        shape = student_shape(plan.runs[0], plan.directory)
+        runs = [(each, timing.blocks_of(plan, each, speeds)) for each in plan.runs[:len(plan.names)]]
+        size = min(settle.batch_that_fits(config, blocks) for _, blocks in runs)
+        would = {plan.arms[each.out]: (dataclasses.replace(each, batch_size=size), blocks / room, shape)
+                 for each, blocks in runs if each.start == "random"}
+        poor = {arm: of for arm, of in would.items() if not settle.enough(*of)}
         if not poor:
             return dataclasses.replace(now, batch_size=size), speeds
-        said = [f"{arm} would get {settle.gets(each, blocks, shape)}" for arm, each, blocks, shape in poor]
-        rest = [name for name in plan.names if name not in [arm for arm, *_ in poor]]
-        if not rest or room > 1:
-            fits = settle.sizes_that_fit(*min(poor, key=lambda of: of[2])[1:])
-            raise UserError(f"{said[0]}: too little to learn from random weights: give "
-                            + f"--size {fits[0]}, " * bool(fits) + f"a larger budget, or, to go on anyway, "
-                            f"--batch-size {size}")
-        print("\n".join(f"left out: {line}: too little to learn from random weights" for line in said))
-        config = dataclasses.replace(config, arms=",".join(rest))
+        said = [f"{arm} would get {settle.gets(*of)}: too little to learn from random weights"
+                for arm, of in poor.items()]
+        if room > 1 or len(poor) == len(plan.names):
+            fits = settle.sizes_that_fit(*min(poor.values(), key=lambda of: of[1]))
+            raise UserError(f"{said[0]}: give " + "".join(f"--size {fit}, " for fit in fits[:1])
+                            + f"a larger budget, or, to go on anyway, --batch-size {size}")
+        print(*(textwrap.fill(f"left out: {line}", 80) for line in said), sep="\n")
+        config = dataclasses.replace(config, arms=",".join(name for name in plan.names if name not in poor))
 
 
 def within(config):
     """The same with the budget of each run that --total-hours leaves after fine-tuning and a tenth in reserve."""
     if given := [unit for unit in UNITS if getattr(config, f"budget_{unit}") is not None]:
         raise UserError(f"give --total-hours or --budget-{given[0]}, not both")
-    small = config.batch_size or settle.SMALLEST_BATCH
-    plan = Plan(dataclasses.replace(config, total_hours=None, budget_hours="1", batch_size=small,
-                                    micro_batch=config.micro_batch or small))
-    return dataclasses.replace(config, total_hours=None, budget_hours=timing.hours_each(plan, config.total_hours))
-
-
-def describe(plan, speeds, seconds, finetune_seconds):
-    """The plan, before anything starts: what each arm gets, what other sizes would, how long it takes."""
-    config, models, shape = plan.config, len(plan.runs) + len(plan.yardsticks), student_shape(
-        plan.runs[0], plan.directory)
-    print(textwrap.fill(f"plan: student {config.size}, {config.heads or shape.num_attention_heads} heads, "
-                        f"{settle.parameters(shape) / 1e6:.1f}M parameters; {config.batch_size} x {config.seq_len} ids "
-                        f"a step; {'; '.join(judge.setting(*s) for s in plan.settings)}; {config.seeds} seeds", 80))
-    for arm, why in plan.left_out.items():
-        print(textwrap.fill(f"left out: {why if why.startswith(arm) else f'{arm}: {why}'}", 80))
-    rows, count = [], Blocks(plan.directory, "train", plan.runs[0].seq_len, 0).count
-    for each in plan.runs[:len(plan.names) * len(plan.budgets) * len(plan.settings)]:
-        if each.unique_tokens is None:
-            blocks = timing.blocks_of(plan, each, speeds)
-            tokens = blocks * each.seq_len
-            rows.append([plan.arms[each.out], judge.amount(plan.nominal[each.out], plan.unit),
-                         f"{blocks / each.batch_size:,.0f}", f"{tokens / 1e6:,.3g}M", f"{blocks / count:.3g}",
-                         f"{tokens / settle.parameters(shape):.2g}", duration(
-                             each.budget[1] * 3600 if plan.unit == "hours" else
-                             blocks * float(np.median(speeds[plan.arms[each.out]])))])
-    print(report.aligned(["arm", "budget", "steps", "tokens", "epochs", "tokens/parameter", "time"], rows))
-    blocks = timing.blocks_of(plan, plan.runs[0], speeds)
-    print(textwrap.fill(
-        f"The same budget for {plan.names[0]} at other sizes, scaled by FLOPs from {config.size}: " + "; ".join(
-            f"{size} {tokens / 1e6:,.3g}M tokens, {each:.2g} a parameter"
-            for size, tokens, each in settle.other_sizes(plan.runs[0], blocks, shape)), 80))
-    runs, tuning, unrest = sum(seconds.values()), models * finetune_seconds, timing.busy(speeds)
-    machines = config.jobs or 1
-    print(textwrap.fill(
-        f"{len(seconds)} pretraining runs, {[*seconds.values()].count(0)} of them finished"
-        + f", {len(plan.tuning)} to choose among {len(plan.choices)} peak LRs" * bool(plan.tuning)
-        + f": {duration(runs)}; fine-tuning {models} models on {', '.join(plan.texts)}: {duration(tuning)}; in all "
-        + duration((runs + tuning) / machines)
-        + (f" to {duration(unrest * (runs + tuning) / machines)}: the machine is busy, the slowest quarter of equal "
-           f"steps took {unrest:.1f} times the fastest" if unrest > 1.5 else "")
-        + (f". The teacher ({plan.teacher.size}) takes {duration(seconds[plan.teacher.out])} of it"
-           if plan.teacher else "") + ".", 80))
-    each = np.mean([seconds[run.out] for run in plan.runs]) / max(finetune_seconds, 1e-9) * config.finetune_seeds
-    if each:
-        print(textwrap.fill(f"At these costs {max(2, round(math.sqrt(SHARES * each)))} fine-tunings a model tell the "
-                            f"most (--finetune-seeds, now {config.finetune_seeds}).", 80))
-    if plan.selections:
-        print(f"before them, once for all that use it: {', '.join(plan.selections)}")
+    config, hours = dataclasses.replace(config, total_hours=None, budget_hours="1"), config.total_hours
+    return dataclasses.replace(config, budget_hours=timing.hours_each(small_plan(config), hours))
 
 
 def same_inputs(plan):
@@ -423,7 +372,7 @@ def compare(plan, speeds=None):
     """(results, yardsticks, remarks) of the whole plan; None for a dry run."""
     config, speeds = plan.config, speeds or timing.speeds(plan)
     seconds, finetune_seconds = timing.estimate(plan, speeds), timing.finetuning_seconds(plan)
-    describe(plan, speeds, seconds, finetune_seconds)
+    timing.describe(plan, speeds, seconds, finetune_seconds)
     if config.dry_run:
         return None
     claim(plan.out, "compare")
@@ -432,8 +381,8 @@ def compare(plan, speeds=None):
     progress = Progress({out: s + finetune_seconds * (out in compared) for out, s in seconds.items()}
                         | {f"score {path}": finetune_seconds for _, path, _ in plan.yardsticks})
     if (config.jobs or 1) > 1:
-        status = functools.partial(timing.over_all, plan, dict(progress.left), time.monotonic())
-        jobs.run_jobs(config.jobs, work, config, plan.out, status)
+        until = time.monotonic() + sum(progress.left.values()) / config.jobs
+        jobs.run_jobs(config.jobs, work, config, plan.out, lambda: timing.over_all(plan, until))
         progress.say_line = lambda line: None                           # everything is finished
     return execute(plan, progress)
 
@@ -447,8 +396,10 @@ def execute(plan, progress):
     """Trains and scores every run and the yardsticks, what is finished not again: (results, yardsticks, remarks)."""
     def trained(each):
         def say(line):
-            if line.startswith(("warning", each.out)):                  # that it goes on, or is finished
-                progress.say(line)
+            if line.startswith("warning"):
+                progress.say_line(textwrap.fill(line, 80))
+            elif line.startswith(each.out):                             # that it goes on, or is finished
+                progress.say(line.removeprefix(each.out).lstrip(": "))
         return train.train(plan.paid(each), say=say, status=progress.step)
 
     def teach(_):
@@ -457,11 +408,11 @@ def execute(plan, progress):
 
     def run_one(key, each):
         with progress.on(key, Path(each.out).name):
-            summary, speed = timing.timed(plan, each, trained)
+            summary = trained(each)
             found = scored(plan, f"{each.out}/model", f"{each.out}/glue", progress.say, each.seed)
             for file in checkpoint.checkpoints(Path(each.out)):         # the model and the log stay
                 file.unlink()
-        return dict(result_of(plan, each, summary), **found, speed=speed)
+        return result_of(plan, each, summary) | found
 
     remarks, keys = [], [each.out for each in plan.runs]                # of their estimates
     if plan.teacher:
@@ -527,6 +478,8 @@ def scored(plan, model, out, say, seed):
     """What finetune_glue finds of a model, now or in an earlier run: of each task and in short, and
     with --probe the probes."""
     config, tuning = plan.config, plan.config.finetuning(model, out, seed)
+    if not Path(out, "glue.json").exists():
+        say(f"fine-tuning on {', '.join(plan.tasks)}")
     tasks = finetune_glue.score_model(tuning, lambda line: None)["tasks"]
     say(", ".join(f"{name} {r['mean']:.1f}" + f" ({r['collapsed']} of {len(r['scores'])} collapsed)" * (
         r["collapsed"] > 0) for name, r in tasks.items()))
@@ -551,19 +504,12 @@ def score_ngrams(plan, progress):
             runs = plan.config.finetune_seeds if plan.config.labels else 1
             draws = [finetune_glue.drawn(len(y), plan.config.labels, seed + 1) for seed in range(runs)]
             _, before[name] = ngrams.score(task, plan.texts[name], draws)
-            write_whole(file, compressed(before))
+            write_whole(file, judge.compressed(before))
         scores = [glue.evaluate(task, p, plan.labels[name])[0][task.metrics[0]] for p in before[name]]
         found["tasks"][name] = dict(metric=task.metrics[0], n=len(plan.labels[name]), scores=scores, collapsed=0,
                                     collapsed_trials=[False] * len(scores))
         found["scores"][name], found["predicted"][name] = float(np.mean(scores)), before[name]
     return found
-
-
-def compressed(arrays):
-    """The bytes of a .npz of {name: array}."""
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
-    return buffer.getvalue()
 
 
 def score_yardstick(plan, progress, name, path, seed):
@@ -586,12 +532,8 @@ def result_of(plan, each, summary):
     """What a run was and cost, as report.py reads it."""
     kept = ("seed", "peak_lr", "steps", "tokens", "epochs", "charged_seconds", "tokens_per_second",
             "teacher_share", "val", "device")
-    log = (record for _, record in log_records(Path(each.out, "log.jsonl").read_bytes().split(b"\n")))
-    curve = [dict(seconds=r["seconds"], tokens=r["step"] * summary["tokens"] // summary["steps"],
-                  mlm=r["val"]["mlm"], d_order=r.get("d_order")) for r in log if "mlm" in r.get("val", {})]
     return dict({k: summary[k] for k in kept}, strategy=plan.arms[each.out], budget=plan.nominal[each.out],
                 unit=plan.unit, unique_tokens=each.unique_tokens, static_masks=each.static_masks, recipe=each.recipe,
-                curve=curve,
                 flops=summary["student_flops"] + summary["teacher_flops"],
                 spent_before=each.budget[1] - summary["budget"][plan.unit])
 
@@ -604,39 +546,6 @@ def papers_setting(plan):
     same = ("size", "seq_len", "batch_size", "recipe", "recipes", "init_std", "optimizer", "clip", "weight_decay",
             "finetune_batch_sizes", "finetune_lrs", "quick", "finetune_epochs", "max_len")
     return plan.teacher_shape.size == "12L768" and all(getattr(plan.config, k) == getattr(papers, k) for k in same)
-
-
-def write_report(config, results, yardsticks, labels, teacher_flops, remarks=(), paper=False):
-    """The tables, the verdict and the figure, under OUT and on the screen.  `labels`: {task: of its dev examples};
-    `paper`: with the paper's rows."""
-    out, layers = Path(config.out), ", ".join(map(str, numbers(config.init_layers or "", int)))
-    for each in (*results, *(r for y in yardsticks for r in y["runs"])):
-        judge.keep_examples(each, each.get("predicted", {}), labels)
-    said = report.verdict(results, yardsticks, teacher_flops, layers)
-    notes = [*report.drift(results), *report.remarks(results), *remarks]
-    table = report.score_table(results, yardsticks, paper)
-    probes = report.probe_table(results, yardsticks) if config.probe else ""
-    text = "\n\n".join([said[0], table, *said[1:], *notes, probes])
-    costs = [report.cost_table(results, teacher_flops), *judge.pays_from(results, yardsticks, teacher_flops)]
-
-    def plain(models):                                  # their arrays are in results.npz
-        return [{k: v for k, v in r.items() if k not in ("predicted", "examples")} for r in models]
-    everything = dict(config=dataclasses.asdict(config), verdict=said, teacher_flops=teacher_flops,
-                      results=plain(results), yardsticks=[dict(y, runs=plain(y["runs"])) for y in yardsticks])
-    if (inputs := out / "inputs.json").exists():
-        everything["data"] = read_json(inputs).get("contents of data")
-
-    def write(_):
-        for name, content in (("table.md", text), ("costs.md", "\n\n".join(costs)),
-                              ("results.json", json.dumps(everything, indent=1))):
-            write_whole(out / name, f"{content.rstrip()}\n".encode())
-        write_whole(out / "results.npz", compressed(judge.arrays_of(results, yardsticks, labels)))
-        report.figure(results, yardsticks, out / "figure.png", teacher_flops)
-    claim_each([out], write)
-    print("\n" + "\n\n".join([
-        textwrap.fill(said[0], 80), report.screen_table(results, yardsticks),
-        *(textwrap.fill(line, 80) for line in (*said[1:], *notes)),
-        f"also in {out}/table.md{' (probes too)' * bool(probes)}, costs.md and results.json"]))
 
 
 def in_hand(plan, results):
@@ -662,7 +571,7 @@ def main(config):
         with parsing(f"--merge {config.merge}"):
             config, *found = merged(config)
             claim(config.out, "compare")
-            return write_report(config, *found)
+            return report.write_report(config, *found)
     claim(config.out, "compare", dry_run=True)
     demonstration = config.data is None
     if demonstration:
@@ -679,7 +588,7 @@ def main(config):
     if not (found := compare(plan, speeds)):
         return
     results, yardsticks, remarks = found
-    write_report(config, results, yardsticks, plan.labels, plan.teacher_flops, remarks, papers_setting(plan))
+    report.write_report(config, results, yardsticks, plan.labels, plan.teacher_flops, remarks, papers_setting(plan))
     print(f"\n{in_hand(plan, results)}")
     if demonstration:
         look(results)

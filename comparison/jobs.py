@@ -8,7 +8,6 @@ import os
 import signal
 import sys
 import time
-import traceback
 from pathlib import Path
 
 import torch
@@ -18,23 +17,17 @@ from plumbing.cli import ENDING, UserError
 SAY_EVERY = 10.0            # seconds
 
 
-def worker(do, config, log, threads):
-    """do(config) in a process of its own, what it prints in `log`; exits with the status
-    that run() would give."""
+def worker(do, config, log, threads, gpu):
+    """do(config) in a process of its own, what it prints in `log`; it exits with a status that reason() reads."""
     sys.stdout = sys.stderr = open(log, "w", 1, encoding="utf-8", errors="replace")
-    for number in ENDING:
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    for number in (signal.SIGINT, *ENDING):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     torch.set_num_threads(threads)
     try:
         do(config)
     except UserError as e:
-        print(f"error: {e}")
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except Exception:
-        traceback.print_exc()
-        sys.exit(1)
+        sys.exit(f"error: {e}")                         # multiprocessing writes it, as it does the traceback of others
 
 
 def reason(code, log):
@@ -46,24 +39,20 @@ def reason(code, log):
     return (lines or ["no word"])[-1].removeprefix("error: ")
 
 
-def run_jobs(jobs, do, config, out, status, say=print):
+def run_jobs(jobs, do, config, out, status):
     """Runs do(config) in `jobs` processes to their end; `status()` is the line that is said now and then.
 
     On CUDA each process has a GPU of its own, on a CPU its share of the threads."""
     folder = Path(out) / "jobs"
     folder.mkdir(parents=True, exist_ok=True)
-    gpus, threads = torch.cuda.device_count(), max(1, (os.cpu_count() or 1) // jobs)
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = visible.split(",") if visible else [str(i) for i in range(gpus)]
-    context, processes, said = multiprocessing.get_context("spawn"), [], time.monotonic()
-    before = dict(os.environ)
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    gpus = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))).split(",")
+    processes = [multiprocessing.get_context("spawn").Process(target=worker, args=(
+        do, config, folder / f"{i}.log", threads, gpus[i % len(gpus)])) for i in range(jobs)]
+    said = time.monotonic()
     try:
-        os.environ["OMP_NUM_THREADS"] = str(threads)    # for the workers, before they import torch
-        for i in range(jobs):
-            if gpus:
-                os.environ["CUDA_VISIBLE_DEVICES"] = names[i % gpus]
-            processes.append(context.Process(target=worker, args=(do, config, folder / f"{i}.log", threads)))
-            processes[-1].start()
+        for p in processes:
+            p.start()
         while None in (codes := [p.exitcode for p in processes]) or any(codes):
             for i, code in enumerate(codes):
                 if code:
@@ -72,12 +61,10 @@ def run_jobs(jobs, do, config, out, status, say=print):
             time.sleep(0.2)
             if time.monotonic() - said >= SAY_EVERY:
                 said = time.monotonic()
-                say(status())
+                print(status())
     finally:
-        os.environ.clear()
-        os.environ |= before
-        for p in processes:
-            if p.exitcode is None:
-                p.terminate()
-        for p in processes:
+        started = [p for p in processes if p.pid]
+        for p in started:
+            p.terminate()
+        for p in started:
             p.join()

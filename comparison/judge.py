@@ -6,6 +6,7 @@ fine-tuning, collapsed_trials, metric, n, majority}}, `scores`: {task: mean}).  
 kept, are the scores of each dev example: {task: (fine-tunings, examples)}.  A yardstick (`name`, `runs`: as
 results) is scored as the arms are and trained by nobody here.
 """
+import io
 import math
 from typing import NamedTuple
 
@@ -290,3 +291,10 @@ def arrays_of(results, yardsticks, labels):
     arrays = {f"labels/{t}": y for t, y in labels.items()} | {
         f"{name}/{t}": p for name, r in named(results, yardsticks).items() for t, p in r.get("predicted", {}).items()}
     return {name: a.astype(np.float32 if a.dtype.kind == "f" else np.int16) for name, a in arrays.items()}
+
+
+def compressed(arrays):
+    """The bytes of a .npz of {name: array}."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    return buffer.getvalue()

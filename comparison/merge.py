@@ -29,9 +29,9 @@ def merged(config):
     """(config, results, yardsticks, {task: labels} of kept predictions, FLOPs of the teacher) of earlier comparisons
     of one student, recipe, teacher and tasks.  Of the last two the yardsticks tell: the untrained student of a seed
     and the teacher score the same."""
-    Config, records = type(config), {}
+    Config, records, files = type(config), {}, {}
     for path in config.merge.split(","):
-        file = Path(path, "results.json") if Path(path).is_dir() else Path(path)
+        files[path] = file = Path(path, "results.json") if Path(path).is_dir() else Path(path)
         if not file.is_file():
             raise UserError(f"--merge: {file} is not there: give directories that compare.py has finished, "
                             f"or their results.json")
@@ -48,8 +48,8 @@ def merged(config):
             differ.append("--data")
         if differ:
             raise UserError(f"--merge: {path} was made with another {', '.join(differ)} than {first}")
-        file = Path(path, "results.npz") if Path(path).is_dir() else Path(path).with_suffix(".npz")
-        labels |= judge.attach(record["results"], record["yardsticks"], dict(np.load(file)) if file.is_file() else {})
+        npz = files[path].with_suffix(".npz")
+        labels |= judge.attach(record["results"], record["yardsticks"], dict(np.load(npz)) if npz.is_file() else {})
         for y in record["yardsticks"]:
             y["name"] = judge.OLD_NAMES.get(y["name"], y["name"])
             if "runs" not in y:                         # the constant answer of older records
@@ -63,7 +63,7 @@ def merged(config):
             yardsticks[y["name"]] = max(both, key=lambda of: len(of["runs"]))
         for r in record["results"]:
             key = tuple(r[k] for k in ("strategy", "budget", "unit", "unique_tokens", "static_masks", "seed"))
-            before = results.setdefault(key, dict(r, speed=None) if len(records) > 1 else r)
+            before = results.setdefault(key, r)
             if (before["scores"], before["peak_lr"]) != (r["scores"], r["peak_lr"]):
                 raise UserError(f"--merge: {r['strategy']} at {judge.amount(r['budget'], r['unit'])}, seed "
                                 f"{r['seed']}, has other scores or another peak LR in {path}")

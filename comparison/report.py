@@ -3,12 +3,18 @@
 Read it with compare.py; who is ahead of whom is judge.py's, and how sure that is statistics.py's.  The first line
 says what to do.  A result is a dict, see judge.py.
 """
+import dataclasses
+import json
 import math
+import textwrap
+from pathlib import Path
 
 import numpy as np
 
 from comparison import judge, statistics
 from comparison.judge import amount, averaged, base_of, groups, setting
+from plumbing.cli import numbers
+from plumbing.files import claim_each, read_json, write_whole
 from plumbing.glue import PAPER as PAPER_TASKS
 
 # arXiv 2404.19319, Table 2, 6L768 after 4 h on one A100, one seed: tokens, GLUE dev's tasks, their mean
@@ -44,9 +50,14 @@ def markdown(head, rows):
 
 
 def aligned(head, rows, width=80):
-    """The same as text for a terminal: columns aligned, the last one cut to what is left of `width`."""
+    """The same as text for a terminal: columns aligned, names in the first one cut to what the others leave of
+    `width`.  A row of that cell alone is a heading."""
     cells = [[str(cell) for cell in row] for row in (head, *rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    widths = [max(map(len, column)) for column in zip(*(row for row in cells if any(row[1:])), strict=True)]
+    widths[0] = min(widths[0], max(8, width - sum(2 + w for w in widths[1:])))
+    for row in cells:
+        if any(row[1:]) and len(row[0]) > widths[0]:
+            row[0] = row[0][:widths[0] - 1] + "…"
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in cells]
     return "\n".join(line if len(line) <= width else line[:width - 1] + "…" for line in lines)
 
@@ -100,10 +111,6 @@ def score_table(results, yardsticks=(), paper=False):
     return markdown(head, rows)
 
 
-SHORT = {"ahead, outside the noise": "ahead", "behind, outside the noise": "behind", "a hint": "a hint",
-         "level within 1 point": "level", "no interval": ""}
-
-
 def screen_table(results, yardsticks=()):
     """The table as a terminal shows it: at most 80 columns."""
     base, rows, last = base_of(next(iter(groups(results).values())), yardsticks), [], None
@@ -112,8 +119,8 @@ def screen_table(results, yardsticks=()):
         if where != last:
             rows.append([where, "", "", ""])
         last = where
-        word = SHORT.get(d.word, f"within {d.less:.1f}") if d else ""
-        rows.append([f"  {name if len(name) < 28 else name[:26] + '…'}", spread(values), signed(d) if d else "", word])
+        word = d.word.split(",")[0].replace("not told apart; differs by less than", "within") if d else ""
+        rows.append([f"  {name}", spread(values), signed(d) if d else "", word])
     return aligned(["", "score", f"Δ to {base} [95%]", ""], rows)
 
 
@@ -171,8 +178,6 @@ def cost_table(results, teacher_flops=None):
     head, rows = ["budget", "data", "arm", "tokens", "x base", "charged s", "tokens/s", "in teacher", "FLOPs",
                   "with the teacher's"], []
     formats = dict(charged_seconds="{:,.1f}", tokens_per_second="{:,.0f}", teacher_share="{:.0%}")
-    if all(r.get("speed") for r in results):
-        head, formats["speed"] = [*head, "machine's speed"], "{:.2f}"
     for (*kind, budget), arms in groups(results).items():
         tokens = {name: np.mean([r["tokens"] for r in runs.values()]) for name, runs in arms.items()}
         for name, runs in arms.items():
@@ -180,8 +185,8 @@ def cost_table(results, teacher_flops=None):
             whole = row.flops + (teacher_flops or math.nan) if row.needs_teacher else row.flops
             cells = [form.format(np.mean([r[k] for r in row.runs])) for k, form in formats.items()]
             rows.append([amount(budget, results[0]["unit"]), setting(*kind), name, f"{tokens[name]:,.0f}",
-                         f"{tokens[name] / tokens[base_of(arms)]:.2f}", *cells[:3], f"{row.flops:.3g}",
-                         "" if math.isnan(whole) else f"{whole:.3g}", *cells[3:]])
+                         f"{tokens[name] / tokens[base_of(arms)]:.2f}", *cells, f"{row.flops:.3g}",
+                         "" if math.isnan(whole) else f"{whole:.3g}"])
     return markdown(head, rows)
 
 
@@ -207,8 +212,7 @@ def who_is_ahead(key, arms, yardsticks, tasks):
     for d in against.values():
         if math.isnan(d.d) or d.name == judge.TEACHER or d.name in floors and d.word.startswith("behind"):
             continue                                                    # as it should be
-        word = d.word.split(";")[0].replace("ahead, outside the noise", "ahead of it, outside the noise").replace(
-            "behind, outside the noise", "behind it, outside the noise")
+        word = d.word.split(";")[0].replace("ahead,", "ahead of it,").replace("behind,", "behind it,")
         less = f" (by less than {d.less:.1f})" * ("not told apart" in word)
         by_word.setdefault(word, []).append(f"{d.name} {d.d:+.1f}{less}")
     unit = next(iter(next(iter(arms.values())).values()))["unit"]
@@ -249,6 +253,12 @@ def remarks(results):
     devices = sorted({str(r["device"]) for r in results})
     if len(devices) > 1:
         lines.append(f"Beware: the runs were made on different devices ({', '.join(devices)}).")
+    rates = [[r["tokens_per_second"] for r in runs.values()]
+             for arms in groups(results).values() for runs in arms.values()]
+    apart = max(max(of) / min(of) for of in rates)
+    if results[0]["unit"] == "hours" and apart > 1.1:
+        lines.append(f"Beware: runs of one arm went at up to {apart:.1f} times each other's tokens/s, so an hour was "
+                     f"not the same for all: give --budget-flops.")
     return lines
 
 
@@ -256,24 +266,45 @@ def spent_before(results):
     """What of the budget was spent before the first step, on the data that a run reads."""
     lines, unit = [], results[0]["unit"]
     for (*kind, budget), arms in groups(results).items():
-        for name, of in arms.items():           # older records have it under "offline"
-            spent = np.mean([r.get("spent_before") or r.get("offline", {}).get("charge", 0) for r in of.values()])
+        for name, of in arms.items():
+            spent = np.mean([r["spent_before"] for r in of.values()])
             if spent or name.startswith("miniplm"):
                 lines.append(f"{name}: of {amount(budget, unit)} on {setting(*kind)}, {spent / budget:.0%} was spent "
                              f"before the first step.")
     return lines
 
 
-def drift(results):
-    """A warning where the arms ran at different speeds under a budget in hours."""
-    timed = [r for r in results if r.get("speed")]
-    means = {name: float(np.mean([r["speed"] for r in timed if r["strategy"] == name]))
-             for name in dict.fromkeys(r["strategy"] for r in timed)}
-    if not means or max(means.values()) <= 1.05 * min(means.values()):
-        return []
-    return ["Beware: these arms did not have the same budget. A fixed step, timed before and after each run, "
-            "went at " + ", ".join(f"{value:.2f} ({name})" for name, value in means.items())
-            + " times the first run's speed, so an hour was not the same for all: give --budget-flops."]
+def write_report(config, results, yardsticks, labels, teacher_flops, told=(), paper=False):
+    """The tables, the verdict and the figure, under OUT and on the screen.  `labels`: {task: of its dev examples};
+    `told`: what a comparison remarked on the way; `paper`: with the paper's rows."""
+    out, layers = Path(config.out), ", ".join(map(str, numbers(config.init_layers or "", int)))
+    for each in (*results, *(r for y in yardsticks for r in y["runs"])):
+        judge.keep_examples(each, each.get("predicted", {}), labels)
+    said = verdict(results, yardsticks, teacher_flops, layers)
+    notes = [*remarks(results), *told]
+    table = score_table(results, yardsticks, paper)
+    probes = probe_table(results, yardsticks) if config.probe else ""
+    text = "\n\n".join([said[0], table, *said[1:], *notes, probes])
+    costs = [cost_table(results, teacher_flops), *judge.pays_from(results, yardsticks, teacher_flops)]
+
+    def plain(models):                                  # their arrays are in results.npz
+        return [{k: v for k, v in r.items() if k not in ("predicted", "examples")} for r in models]
+    everything = dict(config=dataclasses.asdict(config), verdict=said, teacher_flops=teacher_flops,
+                      results=plain(results), yardsticks=[dict(y, runs=plain(y["runs"])) for y in yardsticks])
+    if (inputs := out / "inputs.json").exists():
+        everything["data"] = read_json(inputs).get("contents of data")
+
+    def write(_):
+        for name, content in (("table.md", text), ("costs.md", "\n\n".join(costs)),
+                              ("results.json", json.dumps(everything, indent=1))):
+            write_whole(out / name, f"{content.rstrip()}\n".encode())
+        write_whole(out / "results.npz", judge.compressed(judge.arrays_of(results, yardsticks, labels)))
+        figure(results, yardsticks, out / "figure.png", teacher_flops)
+    claim_each([out], write)
+    print("\n" + "\n\n".join([
+        textwrap.fill(said[0], 80), screen_table(results, yardsticks),
+        *(textwrap.fill(line, 80) for line in (*said[1:], *notes)),
+        f"also in {out}/table.md{' (probes too)' * bool(probes)}, costs.md and results.json"]))
 
 
 # ----------------------------------------------------------------------------------------------------- figure
@@ -345,13 +376,8 @@ def figure(results, yardsticks, path, teacher_flops=None):
              ylabel="score, %")
     if axis.get_legend_handles_labels()[0]:
         axis.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, 1.12), ncols=4, frameon=False)
-    saved(fig, [axis], path)
-    plt.close(fig)
-
-
-def saved(fig, panels, path):
-    for panel in panels:
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.grid(color="0.92")
-        panel.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(color="0.92")
+    axis.set_axisbelow(True)
     fig.savefig(path, dpi=150, metadata=dict(Software="nanoKD"))
+    plt.close(fig)

@@ -4,23 +4,26 @@ import contextlib
 import dataclasses
 import itertools
 import math
-import re
+import textwrap
 import time
 from pathlib import Path
 
 import numpy as np
 
 import finetune_glue
-from data import phase_blocks
+from comparison import jobs, judge
+from comparison.report import aligned
+from data import Blocks, phase_blocks
 from model import BertForMaskedLM, BertForSequenceClassification
 from plumbing import settle
-from plumbing.cli import UserError
+from plumbing.cli import UserError, one_line
 from plumbing.device import choose_device, halve_micro_batch_until_it_fits, multiplies_in_bf16, ready_process
-from plumbing.files import log_records, read_json, write_json
 from plumbing.rehearsal import step_seconds
 from plumbing.student import student_shape
 from step import Arm
 from train import gradients
+
+SHARES = (1.2 ** 2 + 1.0 ** 2) / 0.75 ** 2      # variance of a fine-tuning with its labels over that of a pretraining
 
 
 def duration(seconds):
@@ -82,16 +85,15 @@ def finetuning_seconds(plan):
 
 def estimate(plan, speeds):
     """{run directory: seconds until it is finished}; `speeds`: what speeds(plan) found."""
-    seconds = {}
-    for each in plan.all:
-        if (Path(each.out) / "summary.json").exists():
-            seconds[each.out] = 0.0
-        elif plan.unit == "hours":
-            seconds[each.out] = each.budget[1] * 3600
-        else:
-            arm = "teacher" if each is plan.teacher else plan.arms[each.out]
-            seconds[each.out] = blocks_of(plan, each) * float(np.median(speeds[arm]))
-    return seconds
+    return {each.out: 0.0 if Path(each.out, "summary.json").exists() else seconds_of(plan, each, speeds)
+            for each in plan.all}
+
+
+def seconds_of(plan, each, speeds):
+    if plan.unit == "hours":
+        return each.budget[1] * 3600
+    arm = "teacher" if each is plan.teacher else plan.arms[each.out]
+    return blocks_of(plan, each) * float(np.median(speeds[arm]))
 
 
 def blocks_of(plan, each, speeds=None):
@@ -120,22 +122,46 @@ def hours_each(plan, hours):
     return f"{math.floor(left / scale) * scale:.3g}"                    # two digits, rounded down
 
 
-def timed(plan, each, train):
-    """(what train(each) returns, speed) of a run.  Under a budget in hours a fixed step is timed before and
-    after it, uncharged: the machine's speed beside the first run's, since an hour of a busy machine buys
-    less.  Else the speed is None."""
-    note, first = Path(each.out, "speed.json"), plan.out / "speed.json"
-    if plan.unit == "hours" and not Path(each.out, "summary.json").exists():
-        reference = plan.run("no_kd", plan.budgets[0])
-        before = np.median(block_seconds(reference, plan.directory, None))
-        summary = train(each)
-        seconds = float(before + np.median(block_seconds(reference, plan.directory, None))) / 2
-        write_json(note, dict(seconds=seconds))
-        if not first.exists():
-            write_json(first, dict(seconds=seconds))
-    else:
-        summary = train(each)
-    return summary, read_json(first)["seconds"] / read_json(note)["seconds"] if note.exists() else None
+def describe(plan, speeds, seconds, finetune_seconds):
+    """The plan, before anything starts: what each arm gets, what other sizes would, how long it takes."""
+    def say(text):
+        print(textwrap.fill(text, 80))
+    config, first, models = plan.config, plan.runs[0], len(plan.runs) + len(plan.yardsticks)
+    shape, (unique, static) = student_shape(first, plan.directory), plan.settings[0]
+    parameters = settle.parameters(shape)
+    say(f"plan: student {config.size}, {shape.num_attention_heads} heads, {parameters / 1e6:.1f}M parameters; "
+        f"{config.batch_size} x {config.seq_len} ids a step; {'; '.join(judge.setting(*s) for s in plan.settings)}; "
+        f"{config.seeds} seeds")
+    for arm, why in plan.left_out.items():
+        say(f"left out: {why if why.startswith(arm) else f'{arm}: {why}'}")
+    rows, count = [], Blocks(plan.directory, "train", first.seq_len, 0, unique, static).count
+    for budget in plan.budgets:
+        rows.append([f"{judge.amount(budget, plan.unit)} on {judge.setting(unique, static)}", *[""] * 5])
+        for name in plan.names:
+            each = plan.run(name, budget, unique, static)
+            blocks = blocks_of(plan, each, speeds)
+            tokens = blocks * each.seq_len
+            rows.append([f"  {name}", f"{blocks / each.batch_size:,.0f}", f"{tokens / 1e6:,.3g}M",
+                         f"{blocks / count:.3g}", f"{tokens / parameters:.2g}",
+                         duration(seconds_of(plan, each, speeds))])
+    print(aligned(["", "steps", "tokens", "epochs", "tokens/parameter", "time"], rows))
+    say(f"The same budget for {plan.names[0]} at other sizes, scaled by FLOPs from {config.size}: " + "; ".join(
+        f"{size} {tokens / 1e6:,.3g}M tokens, {each:.2g} a parameter"
+        for size, tokens, each in settle.other_sizes(first, blocks_of(plan, first, speeds), shape)))
+    runs, tuning, unrest = sum(seconds.values()), models * finetune_seconds, busy(speeds)
+    whole = (runs + tuning) / (config.jobs or 1)
+    say(f"{len(seconds)} pretraining runs, {[*seconds.values()].count(0)} of them finished"
+        + f", {len(plan.tuning)} to choose among {len(plan.choices)} peak LRs" * bool(plan.tuning)
+        + f": {duration(runs)}" + (f", {duration(seconds[plan.teacher.out])} of it the teacher "
+                                   f"({plan.teacher.size})" if plan.teacher else "")
+        + f"; fine-tuning {models} models on {', '.join(plan.texts)}: {duration(tuning)}; in all {duration(whole)}"
+        + (f" to {duration(unrest * whole)}: the machine is busy, the slowest quarter of equal steps took "
+           f"{unrest:.1f} times the fastest" if unrest > 1.5 else "") + ".")
+    if each := np.mean([seconds[run.out] for run in plan.runs]) / max(finetune_seconds, 1e-9) * config.finetune_seeds:
+        say(f"At these costs {max(2, round(math.sqrt(SHARES * each)))} fine-tunings a model tell the most "
+            f"(--finetune-seeds, now {config.finetune_seeds}).")
+    if plan.selections:
+        say(f"before them, once for all that use it: {', '.join(plan.selections)}")
 
 
 class Progress:
@@ -167,30 +193,14 @@ class Progress:
         seconds = sum(self.left.values()) * (self.took / self.estimated if self.estimated else 1)
         seconds = max(0, seconds - (time.monotonic() - self.began))
         where = f"[{self.count - len(self.left) + 1}/{self.count}, {duration(seconds)} left] " * bool(self.count)
-        text = f"{where}{self.what}: {line}"
-        self.say_line(text if len(text) <= 80 else text[:79] + "…")
+        self.say_line(one_line(f"{where}{self.what}: {line}", 80))
 
 
-def over_all(plan, estimates, began):
-    """One line over all processes: what is finished, what is under way, and the time left; `estimates`: {run
-    directory, or "score DIRECTORY" of a yardstick: seconds}."""
-    done, finished, under_way, tuning = 0.0, 0, [], {each.out for each in plan.tuning.values()}
-    for key, seconds in estimates.items():
-        at = Path(key.removeprefix("score "))
-        if key not in tuning:           # which peak LR a run takes is for its process to know
-            at = max(at.parent.glob(re.sub("-lr.*-seed", "-lr*-seed", at.name)), key=progressed, default=at)
-        log, share = at / "log.jsonl", 0.0
-        if (at / "glue/glue.json").exists() or key in tuning and (at / "summary.json").exists():
-            finished, share = finished + 1, 1.0
-        elif log.exists():
-            _, last = next(log_records(reversed(log.read_bytes().split(b"\n"))), (b"", {}))
-            share = 0.8 * last.get("progress", 0.0)
-            under_way.append(f"{at.name} {share / 0.8:.0%}" if share < 0.8 else f"{at.name} is scored")
-        done += share * seconds
-    part = done / max(sum(estimates.values()), 1e-9)
-    left = f", {duration((time.monotonic() - began) * (1 - part) / part)} left" if part > 0.02 else ""
-    return f"[{finished}/{len(estimates)}{left}] {', '.join(under_way)}"
-
-
-def progressed(out):
-    return (out / "glue/glue.json").exists(), (out / "log.jsonl").exists()
+def over_all(plan, until):
+    """One line over all processes: how many models have their scores, the time left of the plan's, and what the
+    processes say, in turn.  `until`: when it should be over, in seconds of time.monotonic()."""
+    scored = len([*plan.out.glob("*/*/glue/glue.json"), *plan.out.glob("teacher/glue/glue.json")])
+    log = max((plan.out / "jobs").glob("*.log"), key=lambda log: log.stat().st_mtime,
+              default=plan.out / "jobs/0.log")
+    return one_line(f"[{scored} models scored, {duration(max(0, until - time.monotonic()))} left] "
+                    f"{jobs.reason(0, log)}", 80)

@@ -40,7 +40,7 @@ NOT_OURS = set("""
 """.split())
 
 PROGRAMS = ("train", "prepare", "data", "finetune_glue", "compare", "bench_throughput", "watch", "plumbing.diagnose",
-            "comparison.simulate", "miniplm")
+            "tests.simulate", "miniplm")
 FOREIGN = ("--nproc-per-node", "--logdir")          # torchrun's, tensorboard's
 
 

@@ -1,5 +1,6 @@
 """The whole way at the smallest size, stopped and shared; the plan; what is refused before anything runs."""
 import dataclasses
+import io
 import json
 import math
 import os
@@ -24,7 +25,7 @@ import prepare
 import train
 from comparison import demonstration, jobs, timing
 from conftest import TINY, text
-from plumbing import checkpoint
+from plumbing import checkpoint, rundir, settle
 from plumbing.checks import NotFinite
 from plumbing.cli import UserError
 
@@ -132,6 +133,17 @@ def test_arms_are_strategies_phases_and_starts_and_stand_in_the_results_as_they_
     capsys.readouterr()
 
 
+def test_an_arm_may_say_its_own_recipe_and_rate(small):
+    plan = compare.Plan(small(arms="no_kd@short:8e-3,tinybert@paper:2e-3,minilm", peak_lrs="1e-3,4e-3"))
+    assert plan.names == ["no_kd", "tinybert", "minilm"] and {name for name, *_ in plan.tuning} == {"minilm"}
+    assert [(each.recipe, each.peak_lr) for each in plan.runs] == [("short", 8e-3), ("paper", 2e-3), ("paper", 1e-3)]
+    both = compare.Plan(small(arms="no_kd@short:8e-3,no_kd@paper:1e-3"))
+    assert both.names == ["no_kd@short:8e-3", "no_kd@paper:1e-3"] and len({each.out for each in both.runs}) == 2
+    for wrong in ("no_kd@fast:1e-3", "no_kd@short", "no_kd@short:0", "no_kd@short:x"):
+        with pytest.raises(UserError, match="--arms no_kd@"):
+            compare.Plan(small(arms=wrong))
+
+
 def test_the_plan_prices_every_phase(small, teacher):
     """Of steps at equal FLOP/s, half of them with a teacher: between the two strategies alone."""
     def seconds(unit, **budget):
@@ -208,20 +220,17 @@ def test_runs_from_other_data_tasks_or_teachers_are_not_mixed(small, task, tmp_p
         compare.main(small(arms="no_kd"))
 
 
-def test_the_line_over_all_processes_finds_the_runs_at_the_rate_that_was_chosen(small, tmp_path):
-    plan = compare.Plan(small(arms="no_kd", peak_lrs="1e-3,2e-3", seeds=2, budget_steps="4"))
-    estimates = {each.out: 1.0 for each in plan.all} | {f"score {path}": 1.0 for _, path, _ in plan.yardsticks}
-    for name, file in (("lr0.001-seed999", "summary.json"), ("lr0.002-seed999", "summary.json"),
-                       ("lr0.002-seed1", "glue/glue.json")):
-        path = tmp_path / f"out/runs/no_kd-4steps-{name}" / file
-        path.parent.mkdir(parents=True)
-        path.write_text("{}")
-    assert timing.over_all(plan, estimates, 0.0).startswith("[3/7, ")
-    (tmp_path / "out/runs/no_kd-4steps-lr0.002-seed1/glue/glue.json").unlink()
-    log = tmp_path / "out/runs/no_kd-4steps-lr0.002-seed1/log.jsonl"
-    for rest in ("", '{"step": 2, "sec', "[1]\n"):                       # what no record of ours is passed over
-        log.write_text('{"step": 1, "seconds": 1.5, "progress": 0.25}\n' + rest)
-        assert timing.over_all(plan, estimates, 0.0).endswith(" no_kd-4steps-lr0.002-seed1 25%")
+def test_the_line_over_all_processes_counts_models_and_says_what_one_of_them_does(small, tmp_path):
+    plan = compare.Plan(small(arms="no_kd"))
+    for file in ("runs/no_kd-3steps-seed0/glue/glue.json", "cut/seed0/glue/glue.json", "teacher/glue/glue.json",
+                 "runs/no_kd-3steps-seed0/glue/kept/glue.json"):        # the last one is no model of the plan
+        (tmp_path / "out" / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / file).write_text("{}")
+    assert timing.over_all(plan, time.monotonic() + 300.3) == "[3 models scored, 5 min left] no word"
+    (tmp_path / "out/jobs").mkdir()
+    (tmp_path / "out/jobs/1.log").write_text("first\nminilm, seed 0: 6%, loss 4.2 " + "x" * 80 + "\n")
+    line = timing.over_all(plan, 0.0)
+    assert line.startswith("[3 models scored, 0 s left] minilm, seed 0: 6%, loss 4.2 xxx") and len(line) == 80
 
 
 def test_one_process_of_several_does_not_know_how_far_all_of_them_are():
@@ -249,7 +258,7 @@ def test_a_peak_lr_that_diverges_is_not_taken(small, tmp_path, monkeypatch, caps
 def test_stopped_three_times_the_table_is_the_same(small, tmp_path, monkeypatch, capsys):
     config = small(seeds=2, arms="no_kd,minilm", budget_steps="4,8")
     compare.main(config)
-    steps, rng, real = [0], random.Random(0), train.Run.after_step
+    steps, rng, real = [0], random.Random(0), rundir.RunWriter.after_step
 
     def after_step(self, *args):
         real(self, *args)
@@ -257,7 +266,7 @@ def test_stopped_three_times_the_table_is_the_same(small, tmp_path, monkeypatch,
         if steps[0] == 0:
             os.kill(os.getpid(), signal.SIGINT)         # Ctrl-C: the run saves a checkpoint first
 
-    monkeypatch.setattr(train.Run, "after_step", after_step)
+    monkeypatch.setattr(rundir.RunWriter, "after_step", after_step)
     again = dataclasses.replace(config, out=str(tmp_path / "again"))
     for _ in range(3):
         steps[0] = rng.randint(1, 12)
@@ -346,6 +355,116 @@ def test_total_hours_are_shared_among_the_runs_after_fine_tuning(small, tmp_path
             compare.main(dataclasses.replace(config, **wrong))
 
 
+# ------------------------------------------------------------------------------------ what is settled where not given
+
+@pytest.fixture
+def encoder(narrow_teacher, corpus, tmp_path):
+    """The narrow teacher without its LM head."""
+    loaded = checkpoint.load_mlm(narrow_teacher)
+    checkpoint.save_model(tmp_path / "encoder", loaded.model, checkpoint.read_tokenizer(narrow_teacher), head=False)
+    return tmp_path / "encoder"
+
+
+def test_the_arms_by_default_are_those_that_the_teacher_serves(small, encoder, teacher, capsys):
+    """Of an encoder other ones than of a teacher with an LM head; what it cannot serve is left out, with the reason."""
+    assert compare.Plan(small(teacher=str(encoder))).names == ["tinybert+init", "no_kd", "minilmv2"]
+    plan = compare.Plan(small(teacher=str(encoder), size="2L48"))
+    assert plan.names == ["no_kd", "minilmv2"] and {plan.arms[each.out] for each in plan.runs} == {*plan.names}
+    why, = plan.left_out.values()
+    assert "needs a student as wide as its teacher" in why and [*plan.left_out] == ["tinybert+init"]
+    compare.main(small(teacher=str(encoder), size="2L48", dry_run=True))
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"left out: tinybert+init: {' '.join(why.split())}" in said
+    assert [*compare.Plan(small(teacher=str(teacher))).left_out] == ["no_kd+init"]      # 48 wide
+    with pytest.raises(UserError, match="has no LM head, which vanilla_kd needs; these do without: .*minilmv2"):
+        compare.Plan(small(teacher=str(encoder), arms="no_kd,vanilla_kd"))
+
+
+def test_arms_that_would_learn_nothing_are_left_out_by_name(small, narrow_teacher, capsys):
+    """98 steps of 16 x 32 are too few from random weights, and not for a start from the teacher."""
+    poor = small(teacher=str(narrow_teacher), batch_size=None, budget_steps=None, budget_tokens="50000", dry_run=True)
+    config, _ = compare.settled(dataclasses.replace(poor, arms="no_kd,no_kd+init"))
+    assert (config.arms, config.batch_size) == ("no_kd+init", 16)
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.startswith("left out: no_kd would get 98 steps of 16 x 32, 50,000 tokens, ")
+    with pytest.raises(UserError, match="^no_kd would get 98 steps .*: too little to learn from random weights: give a "
+                                        "larger budget, or, to go on anyway, --batch-size 16$"):
+        compare.settled(dataclasses.replace(poor, arms="no_kd"))
+    given, _ = compare.settled(dataclasses.replace(poor, arms="no_kd", batch_size=16))  # then it goes on
+    assert given.arms == "no_kd" and "left out" not in capsys.readouterr().out
+
+
+def test_the_refusal_names_the_largest_size_that_fits(small):
+    config = small(batch_size=None, budget_steps=None, budget_tokens="2e5", arms="no_kd", size="4L256", dry_run=True)
+    with pytest.raises(UserError, match="give --size 2L128, a larger budget, or, to go on anyway, --batch-size 16$"):
+        compare.settled(config)
+    assert compare.settled(dataclasses.replace(config, size="2L128"))[0].batch_size == 16
+    trained = dataclasses.replace(config, teacher="train", size=None, budget_tokens="6e5")
+    assert compare.settled(trained)[0].size == "2L128"                  # three times what it needs: no larger one
+
+
+def test_hours_of_arms_that_are_left_out_go_to_the_others(small, narrow_teacher, monkeypatch):
+    """Two arms share --total-hours; where one learns nothing, the other one gets it all."""
+    monkeypatch.setattr(timing, "finetuning_seconds", lambda *_: 0.0)
+    monkeypatch.setattr(timing, "speeds", lambda plan: {name: [1.0, 1.0] for name in plan.names})      # a block
+    config = small(teacher=str(narrow_teacher), batch_size=None, budget_steps=None, total_hours=1.0, dry_run=True,
+                   arms="no_kd,no_kd+init")
+    assert compare.within(config).budget_hours == "0.45"                # 1,620 blocks: 101 steps of 16
+    taken, _ = compare.settled(config)
+    assert (taken.arms, taken.budget_hours) == ("no_kd+init", "0.9")
+
+
+def test_one_batch_size_is_chosen_for_the_dearest_arm_and_read_back(small):
+    config = small(batch_size=None, budget_steps=None, budget_flops="1e12,4e12", arms="no_kd,tinybert")
+    taken, _ = compare.settled(config)
+    plan = compare.Plan(dataclasses.replace(taken, batch_size=16, micro_batch=16))
+    no_kd, tinybert = (timing.blocks_of(plan, each) / settle.STEPS for each in plan.runs[:2])
+    assert tinybert < no_kd and taken.batch_size == max(16, 2 ** int(math.log2(tinybert))) > 16
+    assert taken.batch_size < 2 ** int(math.log2(no_kd))                # which no_kd alone would have taken
+    plan = compare.Plan(taken)
+    assert {each.batch_size for each in plan.runs} == {taken.batch_size}
+    compare.same_inputs(plan)
+    assert json.loads((plan.out / "inputs.json").read_text())["--batch-size"] == taken.batch_size
+    more, _ = compare.settled(dataclasses.replace(config, budget_flops="1e14"))         # a later command
+    assert (more.batch_size, more.size, more.heads) == (taken.batch_size, taken.size, taken.heads)
+
+
+def test_an_arm_may_have_the_teachers_budget_on_top(small, teacher, tmp_path, capsys):
+    """It stands with the others of its budget; an arm that reads a teacher has had it already."""
+    config = small(teacher="train", teacher_budget=3.0, budget_steps="2,4", arms="no_kd,no_kd+teacher_budget")
+    compare.main(config)
+    kept = json.loads((tmp_path / "out/results.json").read_text())["results"]
+    assert [(r["strategy"], r["budget"], r["steps"]) for r in kept] == [
+        ("no_kd", 2, 2), ("no_kd+teacher_budget", 2, 5), ("no_kd", 4, 4), ("no_kd+teacher_budget", 4, 7)]
+    said = capsys.readouterr().out
+    lines = said.splitlines()
+    at = lines.index("4 steps on all of the data")                      # of the plan
+    assert [line.split()[:2] for line in lines[at + 1:at + 3]] == [["no_kd", "4"], ["no_kd+teacher_budget", "7"]]
+    assert max(map(len, lines[:lines.index("")])) <= 80
+    assert "| 4 steps | no_kd+teacher_budget |" in (tmp_path / "out/table.md").read_text()
+    for wrong in (dict(arms="minilm+teacher_budget"), dict(teacher_budget=None, teacher=str(teacher))):
+        with pytest.raises(UserError, match="teacher_budget"):
+            compare.Plan(dataclasses.replace(config, **wrong))
+
+
+def test_it_ends_with_the_best_student_and_its_classifiers_in_hand(small, tmp_path, capsys):
+    compare.main(small(arms="no_kd,tinybert", tasks=f"mine={tmp_path}/task,again={tmp_path}/task", finetune_seeds=2))
+    said, results = capsys.readouterr().out, json.loads((tmp_path / "out/results.json").read_text())["results"]
+    best = max(results, key=lambda r: r["average"])
+    student, = re.findall(r'AutoModel.from_pretrained\("(.*)"\)', said)
+    assert student == best["model"] and checkpoint.load_mlm(Path(student)).model.config.size == "2L32"
+    found = dict(re.findall(r'(\w+) = pipeline\("text-classification", "(.*)"\)', said))
+    assert [*found] == ["mine", "again"]
+    for name, path in found.items():
+        classifier, trials = checkpoint.read_classifier(Path(path)), best["tasks"][name]["scores"]
+        assert len(classifier.names) == 2 and Path(path).is_relative_to(Path(student).parent)
+        assert path.endswith(f"seed{best['tasks'][name]['first_seed'] + trials.index(max(trials))}")
+    (tmp_path / "new.csv").write_text("text\nsome words\n")
+    out = io.StringIO()
+    finetune_glue.label_rows(finetune_glue.Config(model=path, predict=str(tmp_path / "new.csv")), out)
+    assert json.loads(out.getvalue())["label"] in classifier.names
+
+
 def test_processes_share_the_runs_and_each_is_done_once(tmp_path):
     directories, done, found = [str(tmp_path / str(i)) for i in range(6)], [], []
 
@@ -372,28 +491,12 @@ def test_two_jobs_make_the_table_of_one_and_a_job_that_fails_is_told(small, tmp_
     table = (tmp_path / "out/table.md").read_text()
     compare.main(dataclasses.replace(config, jobs=2, out=str(tmp_path / "two")))
     logs = [(tmp_path / f"two/jobs/{i}.log").read_text() for i in range(2)]
-    assert (tmp_path / "two/table.md").read_text() == table and all("finished after" in log for log in logs)
+    assert (tmp_path / "two/table.md").read_text() == table and all("fine-tuning on mine" in log for log in logs)
     victim = tmp_path / "two/runs/no_kd-2e+09flops-seed0"
     (victim / "summary.json").unlink()
     (victim / "checkpoint.pt").write_bytes(b"damaged")
     with pytest.raises(UserError, match="worker . of 2 stopped .*damaged.*jobs/.*the same command goes on"):
         compare.main(dataclasses.replace(config, jobs=2, out=str(tmp_path / "two")))
-
-
-def test_arms_that_ran_at_different_speeds_are_told(small, tmp_path, monkeypatch, capsys):
-    """Under an hour budget a fixed step is timed before and after each run; more than 5% apart, the verdict says so."""
-    for slow, told in ((1.0, False), (1.2, True)):
-        out = tmp_path / f"{slow}"
-        seconds = iter([1.0, 1.0, slow, slow])
-        monkeypatch.setattr(timing, "speeds", lambda plan: {name: [1.0, 1.0] for name in plan.names})
-        monkeypatch.setattr(timing, "block_seconds", lambda *_, seconds=seconds: [next(seconds)])
-        config = small(budget_hours=f"{0.3 / 3600}", budget_steps=None, arms="no_kd,minilm", out=str(out))
-        for _ in range(2):                                              # the second time nothing is timed
-            compare.main(config)
-            table, costs = ((out / f"{name}.md").read_text() for name in ("table", "costs"))
-            assert ("did not have the same budget" in table) == told and "machine's speed" in costs
-            assert f"| {1 / slow:.2f} |" in costs
-            assert ("1.00 (no_kd), 0.83 (minilm)" in table) == told
 
 
 def test_of_a_worker_that_a_signal_ended_the_signal_is_told(tmp_path):

@@ -135,7 +135,7 @@ def test_what_is_laid_into_a_directory_of_ours_stays_there(tools, kind, tmp_path
         (place / "notes.txt").write_text("precious")
     makes()
     marks = list(out.rglob(".nanokd"))
-    assert len(marks) == (5 if kind == "compare" else 1)                # a run and three scores: each on its own
+    assert len(marks) == (6 if kind == "compare" else 1)                # a run, three scores and the kept classifier
     for mark in marks:
         mark.unlink()
     makes()

@@ -657,6 +657,7 @@ def judged(corpus, deep_teacher, task, tmp_path, monkeypatch):
         monkeypatch.setattr(finetune_glue, "score_model", score)
         monkeypatch.setattr(finetune_glue, "kept_predictions", lambda *_: None)
         monkeypatch.setattr(compare, "score_ngrams", ngrams)
+        monkeypatch.setattr(compare, "in_hand", lambda *_: "")
         monkeypatch.setattr(judge, "keep_examples", lambda *_: None)
         monkeypatch.setattr(judge, "arrays_of", lambda *_: {})
         recipe = {k: v for k, v in FAIR.items() if k in compare.Config.__dataclass_fields__ and "budget" not in k}
@@ -671,7 +672,7 @@ def judged(corpus, deep_teacher, task, tmp_path, monkeypatch):
 def test_rows_of_the_untrained_students_and_of_the_teacher_are_theirs(judged, run, deep_teacher, capsys):
     """Each row shows the score of the weights that it names: every run's own, the untrained student of each seed, the
     teacher."""
-    kept, table = judged(dict(mine=0.0), seeds=2, strategies="no_kd,tinybert")
+    kept, table = judged(dict(mine=0.0), seeds=2, arms="no_kd,tinybert")
     word = "bert.embeddings.word_embeddings.weight"
     for r in kept["results"]:
         assert r["average"] == pytest.approx(score_of(checkpoint.read_weights(Path(r["model"]))[word]))
@@ -694,7 +695,7 @@ def test_rows_of_the_untrained_students_and_of_the_teacher_are_theirs(judged, ru
     (dict(qnli=1, sst2=2, mnli=3, mrpc=4, qqp=5, rte=6, stsb=14), 5.0)])
 def test_the_average_is_over_the_papers_seven_where_all_are_there(judged, tasks, added, capsys):
     """The average is over QNLI, SST-2, MNLI, MRPC, QQP, RTE and CoLA where all are there, else over all there are."""
-    kept, _ = judged({name: float(more) for name, more in tasks.items()}, strategies="no_kd")
+    kept, _ = judged({name: float(more) for name, more in tasks.items()}, arms="no_kd")
     for each in kept["results"]:
         assert each["average"] == pytest.approx(each["scores"]["qnli"] - 1 + added)
     first, = kept["yardsticks"][2]["runs"][:1]

@@ -17,7 +17,6 @@ def result(strategy, seed, average, budget=1e12, unique=None, static=False, **ot
         average=average, scores={"sst2": average + 10, "rte": average - 10}, peak_lr=1e-3, steps=10,
         tokens=1000, epochs=2.0, charged_seconds=5.0, tokens_per_second=200.0, teacher_share=0.25, val={"mlm": 6.0},
         device="cpu",
-        curve=[dict(seconds=1.0, tokens=200, mlm=7.0), dict(seconds=5.0, tokens=1000, mlm=6.0)],
         tasks={task: dict(metric="accuracy", n=872, scores=[average + lead], std=0.0, collapsed=0, majority=50.0)
                for task, lead in (("sst2", 10), ("rte", -10))}), **other)
 
@@ -57,6 +56,20 @@ def test_the_screen_has_80_columns_and_short_words():
     text = report.screen_table(made_up(arms), [yardstick("teacher", 80.0)])
     assert max(map(len, text.splitlines())) <= 80 and "  ahead" in text and "  within" in text
     assert text.splitlines()[1].startswith("1e12 FLOPs on all of the data")
+
+
+def test_a_name_gives_way_to_numbers_and_a_heading_to_nothing():
+    rows = [["a heading longer than its column", "", ""], ["name " * 8, 1, "xy"]]
+    assert report.aligned(["", "a", "b"], rows, 32).splitlines() == [
+        "                           a  b", "a heading longer than its column", "name name name name name…  1  xy"]
+
+
+def test_seeds_that_ran_at_different_speeds_are_told_under_hours():
+    for unit, slow, told in (("hours", 150.0, True), ("hours", 190.0, False), ("flops", 150.0, False)):
+        results = made_up({"no_kd": [60, 61], "minilm": [60, 61]}, unit=unit)
+        results[1]["tokens_per_second"] = slow
+        said = [line for line in report.remarks(results) if "an hour was not the same for all" in line]
+        assert bool(said) == told and (not told or "up to 1.3 times" in said[0])
 
 
 def test_the_paper_s_numbers_stand_beside_the_paper_s_setting_alone():

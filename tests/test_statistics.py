@@ -5,8 +5,8 @@ import statistics
 
 import numpy as np
 import pytest
+import simulate
 
-from comparison import simulate
 from comparison.statistics import (
     Arm,
     Difference,

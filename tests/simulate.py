@@ -1,7 +1,7 @@
 """How often comparison/statistics.py is right, on made-up comparisons whose answer is known.
 
-    python -m comparison.simulate                       # the table, in two minutes of one core
-    python -m comparison.simulate --tables 4000         # its percentages within 0.7 points, in a quarter of an hour
+    python -m tests.simulate                            # the table, in two minutes of one core
+    python -m tests.simulate --tables 4000              # its percentages within 0.7 points, in a quarter of an hour
 
 All arms of a made-up table are equal, the base among them, so every claim in it is false; the intervals' width does
 not depend on the leads, so how often one of 1, 2 or 4 points is told is read off the same tables.  The standard
