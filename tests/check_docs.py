@@ -225,7 +225,7 @@ def exists(name, root, page):
     """Whether `name`, a span of code without spaces, is a name of this code, a file, a flag, or an arm's expression."""
     found, members = defined(ROOT)
     name = name.removesuffix("()").rstrip("/")
-    if name in found | NOT_OURS or f"test_{name}" in found or re.fullmatch(r"[-+]?[\d.,]+(e-?\d+)?|\W*", name):
+    if name in found | NOT_OURS or f"test_{name}" in found or re.fullmatch(r"[-+]?[\d.,]+|\W*", name):
         return True
     if any((at / name).exists() for at in (root, page.parent, root / "tests", root / "docs")):
         return True
@@ -237,7 +237,7 @@ def exists(name, root, page):
     if name.startswith("-"):
         return all(flag in every_flag() for flag in re.findall(r"--[a-z][a-z0-9-]*", name))
     parts = re.split(r"[+/:,=@.*]+", name)
-    return len(parts) > 1 and all(part in {"", *found, *NOT_OURS} or part.isdigit() for part in parts)
+    return all(part in {"", *found, *NOT_OURS} or re.fullmatch(r"\d+(e-?\d+)?", part) for part in parts)
 
 
 @functools.cache
