@@ -20,6 +20,7 @@ import functools
 import hashlib
 import json
 import math
+import os
 import textwrap
 import time
 from dataclasses import dataclass
@@ -370,7 +371,10 @@ def same_inputs(plan):
 
 def compare(plan, speeds=None):
     """(results, yardsticks, remarks) of the whole plan; None for a dry run."""
-    config, speeds = plan.config, speeds or timing.speeds(plan)
+    config = plan.config
+    if (config.jobs or 1) > 1:                                          # as each of them runs
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.jobs))
+    speeds = speeds or timing.speeds(plan)
     seconds, finetune_seconds = timing.estimate(plan, speeds), timing.finetuning_seconds(plan)
     timing.describe(plan, speeds, seconds, finetune_seconds)
     if config.dry_run:
@@ -501,7 +505,7 @@ def score_ngrams(plan, progress):
         (_, y), *_ = plan.texts[name].values()
         if name not in before:
             progress.say_line(f"n-grams on {name}")
-            runs = plan.config.finetune_seeds if plan.config.labels else 1
+            runs = plan.config.finetune_seeds * plan.config.seeds if plan.config.labels else 1
             draws = [finetune_glue.drawn(len(y), plan.config.labels, seed + 1) for seed in range(runs)]
             _, before[name] = ngrams.score(task, plan.texts[name], draws)
             write_whole(file, judge.compressed(before))
@@ -534,6 +538,7 @@ def result_of(plan, each, summary):
             "teacher_share", "val", "device")
     return dict({k: summary[k] for k in kept}, strategy=plan.arms[each.out], budget=plan.nominal[each.out],
                 unit=plan.unit, unique_tokens=each.unique_tokens, static_masks=each.static_masks, recipe=each.recipe,
+                computed=f"{'bf16' if summary['bf16'] else 'fp32'} on {summary['device'].partition(':')[0]}",
                 flops=summary["student_flops"] + summary["teacher_flops"],
                 spent_before=each.budget[1] - summary["budget"][plan.unit])
 

@@ -244,7 +244,8 @@ def remarks(results):
     seeds, most = counts[0], counts[-1]
     if most > 1:
         of = f"{seeds} to {most}" if seeds < most else f"{seeds}"
-        lines = [f"± is the standard deviation over {of} pretraining seeds. Δ has a plain 95% interval for other "
+        computed = " and ".join(sorted({r["computed"] for r in results if "computed" in r}))
+        lines = [f"Computed in {computed}. " * bool(computed) + f"± is the standard deviation over {of} pretraining seeds. Δ has a plain 95% interval for other "
                  f"seeds and, where predictions were kept, other dev examples; its word is corrected for all rows of "
                  f"a budget (Dunnett). How it is judged: docs/judged.md."]
     else:
