@@ -75,6 +75,8 @@ def merged(config):
                         f"column: no_kd is not in all of them")
     names = {f.name for f in dataclasses.fields(Config)}
     recipe = {k: v for k, v in records[first]["config"].items() if k in names}
+    if "seq_len" in recipe:             # older ones had several in turn, the last one of validation
+        recipe["seq_len"] = str(recipe["seq_len"]).split(",")[-1]
     recipe |= dict(out=config.out, probe=all(r["config"].get("probe") for r in records.values()))
     prices = {record.get("teacher_flops") for record in records.values()} - {None}
     price = config.teacher_flops or (prices.pop() if len(prices) == 1 else None)

@@ -92,7 +92,7 @@ def score_table(results, yardsticks=(), paper=False):
     for budget, kind, name, of, values, d in score_rows(results, yardsticks):
         arm = budget is not None
         val = [r["val"]["mlm"] for r in of if "mlm" in r.get("val", ())] if arm else []
-        by_task = [spread(values_of(judge.arm(name, of, [t], given=not arm))) for t in tasks]
+        by_task = [spread(values_of(judge.arm(name, of, [t], given=not arm and name != judge.RANDOM))) for t in tasks]
         rows.append([amount(budget, of[0]["unit"]) if arm else "", setting(*kind) if arm else "", name,
                      rate_of(of[0]) if arm else "",
                      f"{np.mean([r['tokens'] for r in of]):,.0f}" if arm else "",

@@ -23,7 +23,7 @@ from plumbing.cli import UserError, flag_of, parse
 ROOT = Path(__file__).parents[1]
 PLACEHOLDER = re.compile(r"\b(TODO|FIXME|XXX|TBD|[A-Z]+_(SECONDS|TABLE|WORDS))\b")
 NUMBER = r"\d+(?:,\d{3})+|[-+]?\d+\.\d+"
-README_IS_SHORT = False             # True: README.md is held to the four limits below
+README_IS_SHORT = True             # True: README.md is held to the four limits below
 LINES, WORDS, NUMBERS = 110, 900, 20    # of README.md: wc -l, wc -w, numbers before the first command
 SENTENCE = 30                       # words; a span of code is one
 CELL = 600                          # characters, of a table in RECORDS.md
