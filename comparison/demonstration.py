@@ -103,5 +103,5 @@ def look(results):
                 watch.ask(watch.Config(model=each["model"], sentence=MASKED), said.append)
             print(f"{each['strategy']:12} {said[-1].removeprefix('[MASK] 1: ')}")
     print("\nYour own text:\n    python prepare.py my_text/ --vocab TEACHER --out data/mine\n"
-          "    python compare.py --data data/mine --teacher TEACHER --tasks reviews=reviews.csv \\\n"
-          "                      --total-hours 4 --dry-run")
+          "    python compare.py --data data/mine --teacher TEACHER --total-hours 4 \\\n"
+          "                      --tasks reviews=reviews.csv --dry-run")

@@ -48,6 +48,7 @@ def test_what_students_say_can_be_looked_at(teacher, capsys):
     results = [dict(seed=seed, budget=1, strategy=name, model=str(teacher), val=val) for seed in (0, 1)
                for name, val in (("no_kd", dict(mlm=5.0)), ("tinybert", dict(attn=1.0)))]
     demonstration.look(results)
-    head, no_kd, tinybert = capsys.readouterr().out.splitlines()
+    head, no_kd, tinybert, _, *own = capsys.readouterr().out.splitlines()
+    assert own[0] == "Your own text:" and "prepare.py" in own[1] and max(map(len, own)) <= 80
     assert demonstration.MASKED in head and no_kd.startswith("no_kd ") and no_kd.count("%") == 5
     assert tinybert.startswith("tinybert ") and tinybert.endswith("(no LM head)")

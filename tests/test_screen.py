@@ -37,7 +37,7 @@ def screen_at(monkeypatch):
     at, said = [0.0], []
     monkeypatch.setattr(screen.time, "monotonic", lambda: at[0])
     budget = Budget(10, "hours")
-    arm = SimpleNamespace(config=SimpleNamespace(batch_size=100, length=10), device=torch.device("cpu"), bf16=False)
+    arm = SimpleNamespace(config=SimpleNamespace(batch_size=100, seq_len=10), device=torch.device("cpu"), bf16=False)
     shown = Screen(arm, budget, said.append)
     shown.mark()
 
