@@ -107,7 +107,7 @@ class Config(train.Recipe):
 
 
 # What the arms are where none are given: of a teacher with an LM head, and of an encoder
-ARMS = {True: "no_kd,vanilla_kd,tinybert,minilm,no_kd+init", False: "tinybert+init,no_kd,minilmv2"}
+ARMS = {True: "no_kd,vanilla_kd,tinybert,minilm,no_kd+init", False: "sentence,tinybert+init,no_kd,minilmv2"}
 # What every run of a comparison takes from its command line as it stands there
 SHARED = ("data", *(f.name for f in dataclasses.fields(train.Recipe)))
 MANY_RUNS = 5_000

@@ -141,7 +141,7 @@ def test_the_checker_finds_what_is_wrong(tmp_path):
         copy(ROOT / part, tmp_path / part)
     wrong = [
         ("README.md", "python compare.py --data", "python compare.py --datum", "unknown flag --datum"),
-        ("docs/running.md", "$ python watch.py runs/", "$ python watch.py --x steps runs/", "no line for: watch.py --x"),
+        ("docs/running.md", "$ python watch.py runs/", "$ python watch.py --x 3 runs/", "no line for: watch.py --x"),
         ("README.md", "(docs/gpu.md)", "(docs/gpus.md)", "the link docs/gpus.md leads nowhere"),
         ("README.md", "(docs/running.md)", "(docs/running.md#ram)", "running.md has no heading #ram"),
         ("README.md", "63.9 ± 1.5", "63.98 ± 1.5", "63.98 not in RECORDS.md or docs/"),
