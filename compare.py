@@ -113,7 +113,7 @@ SHARED = ("data", *(f.name for f in dataclasses.fields(train.Recipe)))
 MANY_RUNS = 5_000
 # What is settled where it is not given, and what that depends on
 GIVEN = ("total_hours", "budget_hours", "budget_flops", "budget_tokens", "budget_steps", "arms", "size", "heads",
-         "batch_size", "teacher", "teacher_size", "teacher_budget")
+         "batch_size", "teacher", "teacher_size", "teacher_budget", "finetune_seeds")
 
 
 # ------------------------------------------------------------------------------------------------------- plan
@@ -348,7 +348,8 @@ def within(config):
     if given := [unit for unit in UNITS if getattr(config, f"budget_{unit}") is not None]:
         raise UserError(f"give --total-hours or --budget-{given[0]}, not both")
     config, hours = dataclasses.replace(config, total_hours=None, budget_hours="1"), config.total_hours
-    return dataclasses.replace(config, budget_hours=timing.hours_each(small_plan(config), hours))
+    each, tunings = timing.hours_each(small_plan(config), hours)
+    return dataclasses.replace(config, budget_hours=each, finetune_seeds=tunings)
 
 
 def same_inputs(plan):

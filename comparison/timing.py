@@ -106,20 +106,27 @@ def blocks_of(plan, each, speeds=None):
 
 
 def hours_each(plan, hours):
-    """The budget of a run, as text, with which all of it takes so many hours, a tenth of them in reserve."""
+    """(the budget of a run, as text; fine-tunings a model) with which all of it takes so many hours, a tenth of them in
+    reserve: as many fine-tunings as asked for, or fewer, two at least, so that they take half of it at most."""
     student, teacher = (c.num_hidden_layers * c.hidden_size ** 2
                         for c in (student_shape(plan.runs[0], plan.directory), plan.teacher_shape))
     models, machines = len(plan.runs) + len(plan.yardsticks), plan.config.jobs or 1
-    tuned = (models - 1 + teacher / student) * finetuning_seconds(plan) / 3600
+    points = len(finetune_glue.grid(plan.config.finetuning(), plan.config.shape.hidden_size))
+    asked, many = plan.config.finetune_seeds, points * (points > 1)
+    all_asked = (models - 1 + teacher / student) * finetuning_seconds(plan) / 3600
+    for m in range(asked, min(asked, 2) - 1, -1):
+        tuned = all_asked * (m + many) / (asked + many)
+        if tuned <= machines * hours / 2:
+            break
     taught = plan.config.teacher_budget or 0
     left = 0.9 * machines * hours - (tuned + taught)
     if left <= 0:
         raise UserError(f"--total-hours {hours:g}: fine-tuning {models} models on {len(plan.texts)} tasks alone "
                         f"takes about {duration(3600 * tuned / machines)}: give more hours, "
-                        f"{'' if plan.config.quick else '--quick, '}or fewer tasks, arms or seeds")
+                        f"{'' if plan.config.quick else '--quick, '}or fewer tasks, arms, seeds or --labels")
     left /= sum(each.budget_hours for each in plan.all) - taught
     scale = 10 ** (math.floor(math.log10(left)) - 1)
-    return f"{math.floor(left / scale) * scale:.3g}"                    # two digits, rounded down
+    return f"{math.floor(left / scale) * scale:.3g}", m                 # two digits, rounded down
 
 
 def describe(plan, speeds, seconds, finetune_seconds):
