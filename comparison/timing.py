@@ -172,8 +172,7 @@ def describe(plan, speeds, seconds, finetune_seconds):
 
 
 class Progress:
-    """The plan's time, and one line of progress over all runs: estimates, corrected by what
-    the finished ones took."""
+    """The plan's time, and one line of progress over all runs: estimates, corrected by what the finished ones took."""
 
     def __init__(self, estimates, say=print):
         self.left, self.count = dict(estimates), len(estimates)         # {key: seconds}
@@ -182,8 +181,7 @@ class Progress:
 
     @contextlib.contextmanager
     def on(self, key, what):
-        """While this run is under way (for no time if it was finished before: that says
-        nothing of the estimate)."""
+        """While this run is under way (for no time if it was finished before: that says nothing of the estimate)."""
         self.what, self.began = what, time.monotonic()
         yield
         seconds, estimate = time.monotonic() - self.began, self.left.pop(key, 0.0)

@@ -1,9 +1,8 @@
 """The command line of every script: flags from a dataclass, a user's mistake as one line.  Read it last.
 
-A script holds one dataclass, one field per line with its default and a trailing comment; `parse` turns each
-field into a long flag whose help is that comment (`peak_lr: float = 1e-3  # ...` -> `--peak-lr`), a field of
-type `list` into positional arguments (at least one, unless it has a default).  Abbreviated and unknown
-flags are errors.
+A script holds one dataclass, one field per line with its default and a trailing comment; `parse` turns each field into
+a long flag whose help is that comment (`peak_lr: float = 1e-3  # ...` -> `--peak-lr`), a field of type `list` into
+positional arguments (at least one, unless it has a default).  Abbreviated and unknown flags are errors.
 
 What a field allows stands in its annotation, and a dataclass that inherits from `Checked` cannot be made with
 anything else, whether by a command line or in code:

@@ -1,5 +1,4 @@
-"""What a frozen encoder already knows, without fine-tuning: probes.  Read it when fine-tuning
-cannot see a difference.
+"""What a frozen encoder already knows, without fine-tuning: probes.  Read it when fine-tuning cannot see a difference.
 
   linear        logistic regression (ridge for scores) on the mean-pooled last hidden state; of a pair u, v:
                 [u, v, |u - v|, u v] (InferSent, arXiv 1705.02364), each sentence encoded by itself
@@ -8,10 +7,9 @@ cannot see a difference.
                 the token directory's blocks (Bigram Shift, arXiv 1805.01070)?  A bag of words says 50
   masked LM     D_order and the induction split of diagnose.py, on a token directory's validation blocks
 
-Features are standardised on the training examples; the strength of L2 is the one that does best in
-cross-validation on them (five folds).  Nothing is drawn: folds and the examples taken, where there are more,
-go by their number's hash.  Probes say what is there to be read off linearly, not what fine-tuning makes of
-it: they are no part of any average.
+Features are standardised on the training examples; the strength of L2 is the one that does best in cross-validation on
+them (five folds).  Nothing is drawn: folds and the examples taken, where there are more, go by their number's hash.
+Probes say what is there to be read off linearly, not what fine-tuning makes of it: they are no part of any average.
 
 Legend: n examples, F features, K classes, D hidden size.
 """

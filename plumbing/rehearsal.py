@@ -1,5 +1,4 @@
-"""train.py --dry-run: a few steps of the real thing, and what the budget will buy at their
-speed.  Writes nothing."""
+"""train.py --dry-run: a few steps of the real thing, and what the budget will buy at their speed.  Writes nothing."""
 import math
 import os
 import sys

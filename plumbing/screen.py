@@ -1,5 +1,4 @@
-"""What a run says while it goes: one status line, rewritten in place on a terminal,
-once a minute elsewhere."""
+"""What a run says while it goes: one status line, rewritten in place on a terminal, once a minute elsewhere."""
 import re
 import sys
 import time
