@@ -141,7 +141,7 @@ class RunWriter:
             self.val = validate(self.arm, self.val_blocks)
             if self.budget.unit == "hours":     # at most VALIDATING of the time
                 most = VALIDATING * 3600 * self.budget.total / (time.monotonic() - began)
-                self.val_times = max(1, min(self.val_times, int(most)))
+                self.val_times = max(1, min(self.val_times, int(most) - 1))
             announce(self.arm, self.val, self.budget.steps, self.teacher_mlm, self.say)
         self.screen.mark()
 
