@@ -222,8 +222,9 @@ class Plan:
         self.arms[each.out], self.nominal[each.out] = arm, budget
         if "teacher_budget" in suffixes:
             if self.teacher is None or each.reads_teacher:
+                todo = "leave it out here" if each.reads_teacher else "give --teacher train"
                 raise UserError(f"--arms {arm}: +teacher_budget adds the budget of --teacher train to an arm that "
-                                f"reads no teacher, such as no_kd+teacher_budget")
+                                f"reads no teacher: {todo}")
             each = dataclasses.replace(each, **{f"budget_{self.unit}": budget + self.teacher.budget[1]})
         return each
 

@@ -13,9 +13,9 @@ import watch
 from plumbing import sources
 from plumbing.cli import UserError
 from plumbing.files import claim, claim_each, write_whole
+from plumbing.settle import BOX as TEACHER
+from plumbing.settle import VAL_FRACTION
 
-TEACHER = Path(__file__).parents[1] / "teacher"        # how it was made: its README.md
-VAL_FRACTION = 0.1
 PACKAGES = ("torch", "sympy", "python", "networkx", "numpy")    # the labels of the task
 LABELLED, CHARACTERS = 2000, 160                        # training examples to draw from, and how long each is
 # Chosen on two CPU cores: FLOPs, so that a busy machine changes how long it takes and not what comes out
