@@ -82,7 +82,7 @@ class Config(train.Recipe):
     glue_dir: str | None = None         # folder of GLUE's official TSVs
     tasks: str | None = None            # cola,name=PATH,...; default: all of GLUE with --glue-dir
     columns: str | None = None          # of your own tasks: text,label or text,text,label; default: guessed
-    finetune_seeds: Times = 4           # fine-tuning runs per pretrained model
+    finetune_seeds: Annotated[int, "[0, 1000]"] = 4     # runs per pretrained model; 0: its probes are the score
     labels: Count | None = None         # training examples, drawn anew for each of them; default: all there are
     finetune_batch_sizes: Annotated[str, int, "[1, 4096]"] | None = None    # the grid's examples per step ...
     finetune_lrs: Positives | None = None   # ... times peak learning rates; default: by each model's width
@@ -90,6 +90,7 @@ class Config(train.Recipe):
     finetune_epochs: Times = 5          # passes over the training examples
     max_len: Annotated[int, "[8, 65536]"] = 128     # ids an example is cut to
     probe: bool = False                 # what each frozen encoder knows as well, in a table of its own
+    rivals: str | None = None           # NAME=DIR,...: models that nobody here trained, scored as the teacher is
     # run
     out: str = "runs/compare"     # directory for the runs, table.md, costs.md, results.json and figure.png
     jobs: Annotated[int, "[1, 128]"] | None = None  # processes over the runs; default: 1, the demonstration: one a core
@@ -101,7 +102,7 @@ class Config(train.Recipe):
         return finetune_glue.Config(
             model=str(model), glue_dir=self.glue_dir, tasks=self.tasks, columns=self.columns,
             batch_sizes=self.finetune_batch_sizes, peak_lrs=self.finetune_lrs, quick=self.quick,
-            labels=self.labels, seeds=self.finetune_seeds, first_seed=1 + seed * self.finetune_seeds,
+            labels=self.labels, seeds=max(1, self.finetune_seeds), first_seed=1 + seed * self.finetune_seeds,
             epochs=self.finetune_epochs, max_len=self.max_len, out=str(out), device=self.device,
             compile=bool(self.compile), bf16=self.bf16)
 
@@ -179,10 +180,18 @@ class Plan:
         self.runs = self.runs_at({(name, budget): self.choices[0] for name in self.names for budget in self.budgets})
         if len({each.out for each in self.runs}) < len(self.runs):
             raise UserError(f"{flag_of(f'budget_{self.unit}')} {budgets}: two budgets are the same to six digits")
-        untrained = [(judge.RANDOM, "random"), *[(judge.CUT, "cut")] * (self.why_not("no_kd+init") is None)]
-        self.yardsticks = [(name, self.out / f"{folder}/seed{seed}", seed)
-                           for name, folder in untrained for seed in self.seeds]
+        self.yardsticks = [(judge.RANDOM, self.out / f"random/seed{seed}", seed) for seed in self.seeds]
+        if self.why_not("no_kd+init") is None:                          # frozen, all seeds are one
+            self.yardsticks += [(judge.CUT, self.out / f"cut/seed{seed}", seed)
+                                for seed in self.seeds[:config.seeds if config.finetune_seeds else 1]]
         self.yardsticks.append((judge.TEACHER, self.out / "teacher", 0))
+        self.rivals = {}                                                # {where its scores lie: the model directory}
+        for i, part in enumerate(config.rivals.split(",") if config.rivals else ()):
+            name, _, model = part.partition("=")
+            if not name or not model:
+                raise UserError(f"--rivals {part}: must be NAME=DIR, a model directory or Hub id")
+            self.yardsticks.append((f"{name}{judge.RIVAL}", self.out / f"rivals/{i}", 0))
+            self.rivals[self.yardsticks[-1][1]] = checkpoint.find_model(model)
         for each in self.all:
             each.check()
         self.read_inputs(say)
@@ -201,11 +210,12 @@ class Plan:
         (recipe, peak LR or None)."""
         strategy, *suffixes = arm.partition("@")[0].split("+")
         rules = [s for s in suffixes if strategy == "miniplm" and s in miniplm.CONTROLS]
-        if len(set(suffixes)) < len(suffixes) or len(rules) > 1 or (
-                {*suffixes} - {"init", "released", "teacher_budget", *rules}):
-            raise UserError(f"--arms {arm}: after the strategy may come +init (it starts from the teacher), +released "
-                            f"(what the paper's code computes), +teacher_budget, each once, then @RECIPE:LR; after "
-                            f"miniplm one of +{', +'.join(miniplm.CONTROLS)}")
+        known = {"init", "random", "released", "teacher_budget", *rules}
+        starts = len({"init", "random"} & {*suffixes})
+        if len(set(suffixes)) < len(suffixes) or len(rules) > 1 or starts > 1 or {*suffixes} - known:
+            raise UserError(f"--arms {arm}: after the strategy may come +init or +random (it starts from the teacher, "
+                            f"or not), +released (what the paper's code computes), +teacher_budget, each once, then "
+                            f"@RECIPE:LR; after miniplm one of +{', +'.join(miniplm.CONTROLS)}")
         if strategy == "miniplm":
             other["data"], strategy = f"{self.chosen_from(unique)}/{(rules or ['kept'])[0]}", "no_kd"
         recipe, lr = self.own.get(arm) or choice or (self.config.recipe, None)
@@ -213,9 +223,9 @@ class Plan:
                 + "-static" * static + f"-{recipe}" * (bool(self.config.recipes) or recipe != self.config.recipe)
                 + (f"-lr{lr:g}" if lr else "") + f"-seed{seed}")
         each = train.Config(**{k: getattr(self.config, k) for k in SHARED} | dict(
-            strategy=strategy, init="teacher" if "init" in suffixes else None,
+            strategy=strategy, init="teacher" if "init" in suffixes else "random" if "random" in suffixes else None,
             init_layers=self.config.init_layers
-            if "init" in suffixes or strategy in ("distilbert", "sentence") else None,
+            if "init" in suffixes or strategy in ("distilbert", "sentence") and "random" not in suffixes else None,
             as_released="released" in suffixes,
             teacher=self.teacher_model, unique_tokens=unique, static_masks=static, seed=seed, recipe=recipe,
             peak_lr=lr, out=str(self.out / "runs" / name)) | {f"budget_{self.unit}": budget} | other)
@@ -483,18 +493,24 @@ def tuned(plan, progress, trained):
 def scored(plan, model, out, say, seed):
     """What finetune_glue finds of a model, now or in an earlier run: of each task and in short, and
     with --probe the probes."""
-    config, tuning = plan.config, plan.config.finetuning(model, out, seed)
-    if not Path(out, "glue.json").exists():
-        say(f"fine-tuning on {', '.join(plan.tasks)}")
-    tasks = finetune_glue.score_model(tuning, lambda line: None)["tasks"]
+    config, tuning, probes = plan.config, plan.config.finetuning(model, out, seed), {}
+    if config.probe or not config.finetune_seeds:
+        same = checkpoint.read_tokenizer(Path(model)).get_vocab() == plan.directory.vocab
+        probes = finetune_glue.probes(dataclasses.replace(
+            tuning, data=config.data if config.probe and same else None, probe=True, seq_len=config.seq_len), say)
+    of_dev = {name: np.array([p]) for name, p in probes.pop("predicted", {}).items()}
+    if config.finetune_seeds:
+        if not Path(out, "glue.json").exists():
+            say(f"fine-tuning on {', '.join(plan.tasks)}")
+        tasks = finetune_glue.score_model(tuning, lambda line: None)["tasks"]
+        of_dev = {name: finetune_glue.kept_predictions(name, plan.tasks.get(name), r, Path(out, "trials"))
+                  for name, r in tasks.items()}
+    else:
+        tasks = {name: finetune_glue.probed(plan.tasks[name], plan.labels[name], p) for name, (p,) in of_dev.items()}
     say(", ".join(f"{name} {r['mean']:.1f}" + f" ({r['collapsed']} of {len(r['scores'])} collapsed)" * (
         r["collapsed"] > 0) for name, r in tasks.items()))
     means = {name: r["mean"] for name, r in tasks.items()}
-    predicted = {name: finetune_glue.kept_predictions(name, plan.tasks.get(name), r, Path(out, "trials"))
-                 for name, r in tasks.items()}
-    probe = dataclasses.replace(tuning, data=config.data, probe=True, seq_len=plan.runs[0].seq_len)
-    return dict(tasks=tasks, scores=means, predicted=predicted, model=str(model),
-                probes=finetune_glue.probes(probe, say) if config.probe else {},
+    return dict(tasks=tasks, scores=means, predicted=of_dev, model=str(model), probes=probes,
                 average=float(np.mean([means[name] for name in judge.averaged(means)])))
 
 
@@ -507,7 +523,7 @@ def score_ngrams(plan, progress):
         (_, y), *_ = plan.texts[name].values()
         if name not in before:
             progress.say_line(f"n-grams on {name}")
-            runs = plan.config.finetune_seeds * plan.config.seeds if plan.config.labels else 1
+            runs = max(1, plan.config.finetune_seeds) * plan.config.seeds if plan.config.labels else 1
             draws = [finetune_glue.drawn(len(y), plan.config.labels, seed + 1) for seed in range(runs)]
             _, before[name] = ngrams.score(task, plan.texts[name], draws)
             write_whole(file, judge.compressed(before))
@@ -519,19 +535,27 @@ def score_ngrams(plan, progress):
 
 
 def score_yardstick(plan, progress, name, path, seed):
-    """The untrained student of a seed, one of the teacher's layers, or the teacher, scored as an arm is."""
-    model = path / "model"
+    """The untrained student of a seed, one of the teacher's layers, the teacher or a rival, scored as an arm is."""
+    model = plan.rivals.get(path, path / "model")
     if name == judge.TEACHER:
         model = plan.teacher_model
     elif not model.exists():
-        student = initial_student(dataclasses.replace(plan.runs[0], seed=seed), plan.directory)
+        student, form = initial_student(dataclasses.replace(plan.runs[0], seed=seed), plan.directory), None
         if name == judge.CUT:
             source = checkpoint.find_model(plan.teacher_model)
             teacher, missing, _ = checkpoint.load_mlm(source, len(plan.directory.vocab))
             start_from(student, teacher, numbers(plan.config.init_layers or "", int), head=not missing)
-        checkpoint.save_model(model, student, plan.directory.read_tokenizer(), head=True)
+            form = checkpoint.read_form(source)
+        checkpoint.save_model(model, student, plan.directory.read_tokenizer(), head=True, form=form)
     with progress.on(f"score {path}", f"{name} {seed}"):
-        return dict(name=name, **scored(plan, model, path / "glue", progress.say, seed))
+        return dict(name=name, larger=larger(plan, model), **scored(plan, model, path / "glue", progress.say, seed))
+
+
+def larger(plan, model):
+    """Whether a model multiplies larger matrices than the student."""
+    of = checkpoint.read_config(Path(model)), plan.config.shape
+    model, student = (c.num_hidden_layers * c.hidden_size ** 2 for c in of)
+    return model > student
 
 
 def result_of(plan, each, summary):
@@ -552,12 +576,16 @@ def papers_setting(plan):
     papers = Config(size="6L768", batch_size=1024)
     same = ("size", "seq_len", "batch_size", "recipe", "recipes", "init_std", "optimizer", "clip", "weight_decay",
             "finetune_batch_sizes", "finetune_lrs", "quick", "finetune_epochs", "max_len")
-    return plan.teacher_shape.size == "12L768" and all(getattr(plan.config, k) == getattr(papers, k) for k in same)
+    return plan.teacher_shape.size == "12L768" and plan.config.finetune_seeds > 0 and all(
+        getattr(plan.config, k) == getattr(papers, k) for k in same)
 
 
 def in_hand(plan, results):
     """What the best student is and how it is used, once a classifier of each task is kept of it."""
     best = max(results, key=lambda r: r["average"])
+    if not plan.config.finetune_seeds:
+        return (f"Use the best student, {best['strategy']} of seed {best['seed']}:\n\n    from sentence_transformers "
+                f"import SentenceTransformer\n    student = SentenceTransformer(\"{best['model']}\")")
     lines = ["from transformers import AutoModel, pipeline", f'student = AutoModel.from_pretrained("{best["model"]}")']
     for name, r in best["tasks"].items():
         out, seed = Path(best["model"]).parent / "glue", r["first_seed"] + int(np.argmax(r["scores"]))

@@ -303,6 +303,16 @@ def score_task(setup, out):
                 repeated=sum(len(r.get("attempts", ())) > 1 for r in results))
 
 
+def probed(task, labels, predictions):
+    """What score_task says of fine-tunings, of a frozen encoder's predictions of the dev examples: one that nothing
+    can change."""
+    metric = "spearman" if task.labels == () else task.metrics[0]       # of a cosine only the order tells
+    majority = np.full(len(labels), 0 if task.labels == () else np.bincount(labels).argmax())
+    score, most = (evaluate(task, p, labels)[0][metric] for p in (predictions, majority))
+    return dict(scores=[score], mean=score, std=0.0, metric=metric, n=len(labels), majority=most, collapsed=0,
+                collapsed_trials=[False], frozen=True)
+
+
 def kept_predictions(name, task, found, out):
     """(fine-tunings, dev examples): what each reported trial of score_task predicted of the first dev set."""
     files = [out / f"{name}-b{found['batch_size']}-lr{found['peak_lr']:g}-seed{found['first_seed'] + i}.npy"
@@ -369,7 +379,7 @@ def score_model(config, say=print):
 
 def probes(config, say=print):
     """What probes.json holds: {tasks: {name: {linear, similarity}, "word order": {linear}}, masked_lm: {mlm,
-    repeated, others, d_order}}."""
+    repeated, others, d_order}, predicted: {name: of each dev example}}."""
     setup, tasks, texts, out = opened(config, say)
     loaded, directory = checkpoint.load_mlm(setup.path), None
     if config.data:
@@ -384,14 +394,17 @@ def probes(config, say=print):
     result = finished_trial(out / "probes.json", settings)
     if result:
         return result
-    encoder = probe.MeanPooled(loaded.model.to(setup.device).bert)
+    encoder = probe.Pooled(loaded.model.to(setup.device).bert, checkpoint.read_form(setup.path).pooling)
 
     def states(texts):
-        """(n, D): the mean-pooled last hidden states."""
+        """(n, D): the pooled last hidden states."""
         return predict(encoder, encode(setup.tokenizer, [(text,) for text in texts], config.max_len),
                        setup.tokenizer.token_to_id("[PAD]"))
-    found = {name: probe.probe_task(task, texts.pop(name), states) for name, task in tasks.items()}
-    result = dict(tasks=found, masked_lm={}, settings=settings)
+    found, predicted = {}, {}
+    for name, task in tasks.items():
+        found[name], of_dev = probe.probe_task(task, texts.pop(name), states)
+        predicted[name] = of_dev.tolist()
+    result = dict(tasks=found, masked_lm={}, predicted=predicted, settings=settings)
     if directory:
         found["word order"] = probe.probe_word_order(
             directory, config.seq_len, lambda ids: predict(encoder, np.stack([ids, np.zeros_like(ids)], 1), 0))

@@ -16,6 +16,7 @@ from comparison import statistics
 from plumbing import glue
 
 CUT, RANDOM, NGRAMS, CONSTANT, TEACHER = "cut", "random init", "n-grams", "constant answer", "teacher"
+RIVAL = " (not ours)"       # how the name of a --rivals model ends
 OLD_NAMES = {"the teacher's layers, untrained": CUT}    # in records made before 2026-11-28
 
 
@@ -102,7 +103,9 @@ def arm(name, runs, tasks, given=False, fixed=False):
 
 def yardstick_arm(y, tasks):
     """The same of a yardstick."""
-    fixed = y["name"] == CONSTANT or y["name"] == NGRAMS and len(trials_of(y["runs"][0], tasks)) == 1
+    one = len(y["runs"]) == 1 and len(trials_of(y["runs"][0], tasks)) == 1
+    frozen = y["name"] == NGRAMS or y["runs"][0]["tasks"][tasks[0]].get("frozen", False)
+    fixed = y["name"] == CONSTANT or one and frozen
     return arm(y["name"], y["runs"], tasks, given=y["name"] != RANDOM, fixed=fixed)
 
 
@@ -157,7 +160,7 @@ def rows_of(results, yardsticks, tasks):
                 of = [runs[s] for s in sorted(runs)]
                 found.append((Row(name, of, budget), arm(f"{name} @ {budget:g}", of, tasks)))
     for y in yardsticks:
-        if y["name"] != TEACHER:
+        if y["name"] != TEACHER and not y["runs"][0].get("larger"):
             found.append((Row(y["name"], y["runs"]), yardstick_arm(y, tasks)))
     return found
 
@@ -205,6 +208,8 @@ def instruction(results, yardsticks, teacher_flops=None, layers=""):
 def what_to_do(row, layers=""):
     if row.budget is not None:
         return f"Train {row.name} with {amount(row.budget, row.runs[0]['unit'])}"
+    if row.name.endswith(RIVAL):
+        return f"Take {row.name.removesuffix(RIVAL)} as it is; nobody here trained it"
     copied = f"layers {layers} of the teacher" if layers else "the teacher's layers"
     return {CUT: f"Copy {copied}, untrained", NGRAMS: "Take n-grams and a linear classifier",
             RANDOM: "Fine-tune random weights", CONSTANT: "Give the most frequent answer"}[row.name]

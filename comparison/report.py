@@ -148,7 +148,7 @@ def probe_table(results, yardsticks):
     rows += [["", y["name"], *cells(y["runs"])] for y in yardsticks if any(map(probes_of, y["runs"]))]
     return "\n\n".join([
         "Probes of the frozen encoders, no part of any average above. linear: a regression on the "
-        "mean-pooled last hidden state, scored as the task is; similarity: Spearman of the cosine with the "
+        "pooled last hidden state, scored as the task is; similarity: Spearman of the cosine with the "
         "score, untrained; word order: have two neighbours in a block of 32 changed places; MLM: validation "
         "loss in nats, at masked tokens that also occur unmasked in their block (repeated) and at the others; "
         "D_order: what the order of the context is worth, in nats.",

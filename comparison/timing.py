@@ -18,6 +18,7 @@ from model import BertForMaskedLM, BertForSequenceClassification
 from plumbing import settle
 from plumbing.cli import UserError, one_line
 from plumbing.device import choose_device, halve_micro_batch_until_it_fits, multiplies_in_bf16, ready_process
+from plumbing.probe import EXAMPLES
 from plumbing.rehearsal import step_seconds
 from plumbing.student import student_shape
 from step import Arm
@@ -60,11 +61,12 @@ def busy(speeds):
 
 
 def finetuning_seconds(plan):
-    """Seconds of fine-tuning one student on every task with every trial, by trying a few batches of each
-    task with random weights."""
+    """Seconds of fine-tuning one student on every task with every trial, and of its probes, by trying a few batches of
+    each task with random weights."""
     config, tokenizer, device = plan.config, plan.directory.read_tokenizer(), choose_device(plan.config.device)
     points = finetune_glue.grid(config.finetuning(), config.shape.hidden_size)
-    batch, trials = points[0][0], config.finetune_seeds + (len(points) if len(points) > 1 else 0)
+    batch, trials = points[0][0], (config.finetune_seeds and config.finetune_seeds + len(points) * (len(points) > 1))
+    frozen = bool(config.probe or not trials)
     model, seconds = BertForSequenceClassification(student_shape(plan.runs[0], plan.directory), 2).to(device), 0.0
     for parts in plan.texts.values():
         (sentences, _), *dev = parts.values()
@@ -79,7 +81,9 @@ def finetuning_seconds(plan):
         finetune_glue.predict(model, examples, pad_id)
         scored = time.perf_counter() - trained
         steps = config.finetune_epochs * min(config.labels or len(sentences), len(sentences))      # of one example
-        seconds += trials / len(examples) * (steps * (trained - began) + sum(len(x) for x, _ in dev) * scored)
+        probed = frozen * (min(len(sentences), EXAMPLES) + len(dev[0][0])) * len(sentences[0])
+        seconds += (trials * steps * (trained - began)
+                    + (trials * sum(len(x) for x, _ in dev) + probed) * scored) / len(examples)
     return seconds
 
 
@@ -115,7 +119,7 @@ def hours_each(plan, hours):
     asked, many = plan.config.finetune_seeds, points * (points > 1)
     all_asked = (models - 1 + teacher / student) * finetuning_seconds(plan) / 3600
     for m in range(asked, min(asked, 2) - 1, -1):
-        tuned = all_asked * (m + many) / (asked + many)
+        tuned = all_asked * (m + many) / (asked + many) if asked else all_asked
         if tuned <= machines * hours / 2:
             break
     taught = plan.config.teacher_budget or 0
@@ -161,7 +165,7 @@ def describe(plan, speeds, seconds, finetune_seconds):
         + f", {len(plan.tuning)} to choose among {len(plan.choices)} peak LRs" * bool(plan.tuning)
         + f": {duration(runs)}" + (f", {duration(seconds[plan.teacher.out])} of it the teacher "
                                    f"({plan.teacher.size})" if plan.teacher else "")
-        + f"; fine-tuning {models} models on {', '.join(plan.texts)}: {duration(tuning)}; in all {duration(whole)}"
+        + f"; scoring {models} models on {', '.join(plan.texts)}: {duration(tuning)}; in all {duration(whole)}"
         + (f" to {duration(unrest * whole)}: the machine is busy, the slowest quarter of equal steps took "
            f"{unrest:.1f} times the fastest" if unrest > 1.5 else "") + ".")
     if each := np.mean([seconds[run.out] for run in plan.runs]) / max(finetune_seconds, 1e-9) * config.finetune_seeds:

@@ -1,6 +1,6 @@
 """What a frozen encoder already knows, without fine-tuning: probes.  Read it when fine-tuning cannot see a difference.
 
-  linear        logistic regression (ridge for scores) on the mean-pooled last hidden state; of a pair u, v:
+  linear        logistic regression (ridge for scores) on the last hidden state, pooled; of a pair u, v:
                 [u, v, |u - v|, u v] (InferSent, arXiv 1705.02364), each sentence encoded by itself
   similarity    Spearman of cosine(u, v) with the score: nothing is trained
   word order    logistic regression again: have two neighbouring ids of a block of 32 been exchanged, in half of
@@ -28,14 +28,14 @@ ORDER = dict(train=EXAMPLES, val=3000)          # blocks of the word-order probe
 ORDER_LENGTH = 32                               # ... of so many ids: about a sentence
 
 
-class MeanPooled(torch.nn.Module):
-    """The encoder as sentence-transformers reads it: the mean over real positions, [CLS] and [SEP] included."""
-    def __init__(self, bert):
+class Pooled(torch.nn.Module):
+    """The encoder as sentence-transformers reads it; pooling: "mean" over real positions, or "cls"."""
+    def __init__(self, bert, pooling):
         super().__init__()
-        self.bert, self.config = bert, bert.config
+        self.bert, self.config, self.pooling = bert, bert.config, pooling
 
     def forward(self, ids, real, token_types):
-        return pooled(self.bert(ids, real, token_types)["hidden"], real, "mean")            # (B, D)
+        return pooled(self.bert(ids, real, token_types)["hidden"], real, self.pooling)      # (B, D)
 
 
 def taken(n, limit=EXAMPLES):
@@ -126,7 +126,8 @@ def linear(train, y, dev, score):
 # ----------------------------------------------------------------------------------------------------- probes
 
 def probe_task(task, parts, embed):
-    """{name: percent} for one task; `embed` makes (n, D) states of n texts."""
+    """({name: percent}, predictions of dev) for one task: the cosines, where there is a similarity, else what the
+    regression says.  `embed` makes (n, D) states of n texts."""
     (x, y), (dev, labels), *_ = parts.values()
     some = taken(len(y))
     x, y, score = [x[i] for i in some], y[some], task.labels == ()
@@ -136,8 +137,9 @@ def probe_task(task, parts, embed):
     found["linear"] = glue.evaluate(task, predictions, labels)[0][task.metrics[0]]
     if score and len(dev_states) == 2:
         u, v = (s / np.linalg.norm(s, axis=1, keepdims=True) for s in dev_states)
-        found["similarity"] = 100 * float(glue.spearman((u * v).sum(1), labels))
-    return dict(found, strength=C, n_train=len(y))
+        predictions = (u * v).sum(1)
+        found["similarity"] = 100 * float(glue.spearman(predictions, labels))
+    return dict(found, strength=C, n_train=len(y)), predictions
 
 
 def exchanged(directory, split, seq_len, limit):

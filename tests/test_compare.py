@@ -23,11 +23,13 @@ import compare
 import finetune_glue
 import prepare
 import train
-from comparison import demonstration, jobs, timing
+from comparison import demonstration, jobs, judge, timing
 from conftest import TINY, text
 from plumbing import checkpoint, rundir, settle
 from plumbing.checks import NotFinite
 from plumbing.cli import UserError
+from plumbing.student import initial_student
+from plumbing.tokens import TokenDirectory
 
 
 @pytest.fixture
@@ -187,7 +189,7 @@ def test_the_dry_run_prints_the_plan_and_writes_nothing(small, tmp_path, capsys)
     compare.main(small(dry_run=True, seeds=3))
     said = capsys.readouterr().out
     said = " ".join(said.split())
-    assert "12 pretraining runs, 0 of them finished" in said and "fine-tuning 16 models on mine" in said
+    assert "12 pretraining runs, 0 of them finished" in said and "scoring 16 models on mine" in said
     assert all(word in said for word in ("steps", "epochs", "tokens/parameter", "6L768", "in all", "--finetune-seeds"))
     assert not (tmp_path / "out").exists()
 
@@ -625,3 +627,45 @@ def test_device_compilation_and_precision_reach_the_runs_the_estimates_and_fine_
     assert (run["device"], run["compile"], run["bf16"]) == ("cpu", True, True)
     plain = compare.Config.finetuning(small(compile=None, bf16=False), "model", "out")
     assert (plain.device, plain.compile, plain.bf16) == ("cpu", False, False)
+
+
+# ------------------------------------------------------------------------------------- frozen encoders, and rivals
+
+def test_without_fine_tuning_the_probes_are_the_score(small, encoder, corpus, tmp_path, capsys):
+    """A rival that is the teacher scores as the teacher, and is a row and no advice, being larger than a student; the
+    untrained layers, which nothing changes, are scored once."""
+    out, words = tmp_path / "out", ["good", "bad", "a", "the", "film", "plot", "is", "was"]
+    rng, rows = random.Random(0), []
+    for _ in range(60):
+        a, b = ([rng.choice(words) for _ in range(5)] for _ in range(2))
+        rows.append(f"{' '.join(a)}\t{' '.join(b)}\t{len({*a} & {*b})}")
+    pairs = tmp_path / "pairs.tsv"
+    pairs.write_text("one\tother\tscore\n" + "\n".join(rows) + "\n")
+    student = initial_student(train.Config(**TINY | dict(strategy="no_kd", data=str(corpus), size="1L32", seed=5)),
+                              TokenDirectory(corpus))
+    checkpoint.save_model(tmp_path / "small", student, checkpoint.read_tokenizer(encoder), head=False)
+    config = small(teacher=str(encoder), arms="sentence,sentence+random", finetune_seeds=0, seeds=2,
+                   tasks=f"pairs={pairs}", rivals=f"same={encoder},small={tmp_path / 'small'}")
+    compare.main(config)
+    kept = json.loads((out / "results.json").read_text())
+    ys = {y["name"]: y["runs"] for y in kept["yardsticks"]}
+    assert [*ys] == ["constant answer", "n-grams", "random init", "cut", "teacher", "same (not ours)",
+                     "small (not ours)"]
+    assert [len(runs) for runs in ys.values()] == [1, 1, 2, 1, 1, 1, 1]
+    assert ys["same (not ours)"][0]["scores"] == ys["teacher"][0]["scores"] != ys["small (not ours)"][0]["scores"]
+    assert ys["same (not ours)"][0]["larger"] and not ys["small (not ours)"][0]["larger"]
+    assert not [*out.glob("**/trials/*.json")]                          # nothing was fine-tuned
+    for r in kept["results"]:
+        assert r["scores"]["pairs"] == pytest.approx(r["probes"]["tasks"]["pairs"]["similarity"])
+        assert r["tasks"]["pairs"]["metric"] == "spearman"
+    random_start, = (r for r in kept["results"] if r["strategy"] == "sentence+random" and r["seed"] == 0)
+    record = json.loads((out / "runs/sentence+random-3steps-seed0/config.json").read_text())
+    assert record["init"] == "random" and random_start["scores"] != kept["results"][0]["scores"]
+    said = " ".join(capsys.readouterr().out.split())
+    assert "small (not ours)" in said and "SentenceTransformer(" in said
+    assert not any(row.name == "same (not ours)" for row, _ in judge.rows_of(
+        kept["results"], kept["yardsticks"], ["pairs"]))                # of which one is the advice
+    with pytest.raises(UserError, match="--rivals nameless: must be NAME=DIR"):
+        compare.Plan(dataclasses.replace(config, rivals="nameless"))
+    with pytest.raises(UserError, match="it starts from the teacher, or not"):
+        compare.Plan(dataclasses.replace(config, arms="sentence+init+random"))

@@ -73,8 +73,8 @@ def test_the_linear_probe_is_scikit_learns_cross_validation(classes):
 def test_on_real_tasks_too(name, n, real_data, teacher):
     """On the mean-pooled states of a small encoder: accuracy within one example, Pearson of scores within 1e-3."""
     task, tokenizer = glue.TASKS[name], checkpoint.read_tokenizer(teacher)
-    parts, encoder = glue.read_task(name, task, real_data / "glue"), probe.MeanPooled(checkpoint.load_mlm(
-        teacher).model.bert)
+    parts = glue.read_task(name, task, real_data / "glue")
+    encoder = probe.Pooled(checkpoint.load_mlm(teacher).model.bert, "mean")
 
     def states(file):
         x, y = parts[file]
@@ -176,7 +176,8 @@ def test_a_bag_of_words_does_not_know_word_order_and_a_reader_of_neighbours_does
 def test_states_are_sentence_transformers_mean(teacher):
     """The mean over real positions alone, whatever stands beside a sentence in its batch."""
     transformers = pytest.importorskip("transformers")
-    tokenizer, encoder = checkpoint.read_tokenizer(teacher), probe.MeanPooled(checkpoint.load_mlm(teacher).model.bert)
+    tokenizer = checkpoint.read_tokenizer(teacher)
+    encoder = probe.Pooled(checkpoint.load_mlm(teacher).model.bert, "mean")
     words = [t for t in tokenizer.get_vocab() if t.isalpha()]
     sentences = [" ".join(words[i:i + 1 + 3 * i]) for i in range(6)]
     ours = ft.predict(encoder, ft.encode(tokenizer, [(s,) for s in sentences], 64), 0)
