@@ -277,8 +277,6 @@ class Plan:
         longest = min(self.teacher_shape.max_position_embeddings, max(512, first.seq_len))
         if config.max_len > longest:
             raise UserError(f"--max-len {config.max_len}: 8 to {longest} here")
-        if config.probe and first.seq_len > longest:
-            raise UserError(f"--probe at --seq-len {config.seq_len}: the teacher ends at position {longest}")
         for unique, static in self.settings:
             Blocks(self.directory, "train", first.seq_len, 0, unique, static)        # refuses more than there are
         validation_blocks(self.directory, first.seq_len)
@@ -497,7 +495,7 @@ def scored(plan, model, out, say, seed):
     if config.probe or not config.finetune_seeds:
         same = checkpoint.read_tokenizer(Path(model)).get_vocab() == plan.directory.vocab
         probes = finetune_glue.probes(dataclasses.replace(
-            tuning, data=config.data if config.probe and same else None, probe=True, seq_len=config.seq_len), say)
+            tuning, data=config.data if config.probe and same else None, probe=True), say)
     of_dev = {name: np.array([p]) for name, p in probes.pop("predicted", {}).items()}
     if config.finetune_seeds:
         if not Path(out, "glue.json").exists():

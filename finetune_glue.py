@@ -42,7 +42,7 @@ from tqdm import tqdm
 from comparison import ngrams
 from data import hashed
 from plumbing import checkpoint, probe
-from plumbing.cli import Checked, Length, Positives, Seed, Share, Times, UserError, numbers, run
+from plumbing.cli import Checked, Positives, Seed, Share, Times, UserError, numbers, run
 from plumbing.device import choose_device, multiplies_in_bf16
 from plumbing.files import claim, claim_each, parsing, sha256, write_json, write_whole
 from plumbing.glue import BINARY, PAPER, TASKS, Task, evaluate, parse_tasks, read_task, rows_of_text
@@ -69,8 +69,7 @@ class Config(Checked):
     dropout: Share = 0.1                    # in the encoder and before the classifier
     out: str | None = None                  # directory of trials and glue.json; default: runs/glue/MODEL
     probe: bool = False                    # no fine-tuning: what the frozen encoder knows (plumbing/probe.py)
-    data: str | None = None           # a token directory, for --probe: masked LM on its validation blocks too
-    seq_len: Length = 128               # of --data's blocks
+    data: str | None = None             # a token directory, for --probe: word order in its text too
     save: bool = False                 # keep each trial's classifier too, a model directory beside its scores
     device: str | None = None               # cpu, cuda or cuda:N; default: cuda where there is one, else cpu
     compile: bool = False                   # torch.compile of the training step, once for all lengths
@@ -378,23 +377,21 @@ def score_model(config, say=print):
 
 
 def probes(config, say=print):
-    """What probes.json holds: {tasks: {name: {linear, similarity}, "word order": {linear}}, masked_lm: {mlm,
-    repeated, others, d_order}, predicted: {name: of each dev example}}."""
+    """What probes.json holds: {tasks: {name: {linear, similarity}, "word order": {linear}}, predicted: {name: of
+    each dev example}}."""
     setup, tasks, texts, out = opened(config, say)
-    loaded, directory = checkpoint.load_mlm(setup.path), None
+    bert, directory = checkpoint.load_mlm(setup.path).model.bert, None
     if config.data:
         directory = TokenDirectory(config.data)
         checkpoint.same_vocabulary(directory.read_tokenizer(), setup.path)
-    if directory and config.seq_len > (end := loaded.model.config.max_position_embeddings):
-        raise UserError(f"--seq-len {config.seq_len}: --model {config.model} ends at position {end}")
     examples = hashlib.sha256(repr([(name, x, y.tolist()) for name, parts in texts.items()
                                     for x, y in parts.values()]).encode())
     settings = dict(model=setup.digests, examples=examples.hexdigest()[:16], max_len=config.max_len,
-                    seq_len=config.seq_len, data=directory and directory.manifest["sha256"])
+                    data=directory and directory.manifest["sha256"])
     result = finished_trial(out / "probes.json", settings)
     if result:
         return result
-    encoder = probe.Pooled(loaded.model.to(setup.device).bert, checkpoint.read_form(setup.path).pooling)
+    encoder = probe.Pooled(bert.to(setup.device), checkpoint.read_form(setup.path).pooling)
 
     def states(texts):
         """(n, D): the pooled last hidden states."""
@@ -404,14 +401,12 @@ def probes(config, say=print):
     for name, task in tasks.items():
         found[name], of_dev = probe.probe_task(task, texts.pop(name), states)
         predicted[name] = of_dev.tolist()
-    result = dict(tasks=found, masked_lm={}, predicted=predicted, settings=settings)
+    result = dict(tasks=found, predicted=predicted, settings=settings)
     if directory:
         found["word order"] = probe.probe_word_order(
-            directory, config.seq_len, lambda ids: predict(encoder, np.stack([ids, np.zeros_like(ids)], 1), 0))
-        if not loaded.missing:
-            result["masked_lm"] = probe.probe_masked_lm(loaded.model, directory, config.seq_len)
-    for name, values in (found | {"masked LM": result["masked_lm"]}).items():
-        say(f"{name}: {probe.in_words(values) or 'no LM head, or no --data'}")
+            directory, lambda ids: predict(encoder, np.stack([ids, np.zeros_like(ids)], 1), 0))
+    for name, values in found.items():
+        say(f"{name}: {probe.in_words(values)}")
     write_json(out / "probes.json", result)
     return result
 
@@ -444,7 +439,7 @@ def main(config):
     if config.predict:
         return label_rows(config, sys.stdout)
     if config.data and not config.probe:
-        raise UserError("--data is for --probe: the masked-LM probe runs on its validation blocks")
+        raise UserError("--data is for --probe: word order is asked in its text")
     if config.probe:
         print("probes of the frozen encoder, which no average holds, beside n-grams and a linear classifier:")
         found = probes(config)

@@ -55,7 +55,7 @@ def averaged(tasks):
 
 def constant_answer(results):
     """The yardstick of no model at all: the class that is most frequent in dev, or one score for all."""
-    tasks = {name: dict(t, scores=[t["majority"]], collapsed=0, collapsed_trials=[False], std=0.0)
+    tasks = {name: dict(t, scores=[t["majority"]], mean=t["majority"], collapsed=0, collapsed_trials=[False], std=0.0)
              for name, t in results[0]["tasks"].items()}
     return dict(name=CONSTANT, runs=[dict(tasks=tasks, scores={t: of["majority"] for t, of in tasks.items()})])
 

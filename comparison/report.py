@@ -26,17 +26,17 @@ PAPER = {"no_kd": (4.6e9, 86.5, 89.8, 79.2, 87.3, 90.1, 60.7, 47.3, 77.3),
 
 # ----------------------------------------------------------------------------------------------------- tables
 
-def spread(values, digits=1):
-    std = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.{digits}f}{std}" if len(values) else "collapsed"
+def spread(values):
+    std = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.1f}{std}" if len(values) else "collapsed"
 
 
-def signed(d, digits=1):
+def signed(d):
     """The difference with its plain 95% interval; "" where one side has no score left."""
     if math.isnan(d.d):
         return ""
-    within = f" [{d.d - d.half:+.{digits}f}, {d.d + d.half:+.{digits}f}]" if math.isfinite(d.half) else ""
-    return f"{d.d:+.{digits}f}" + within
+    within = f" [{d.d - d.half:+.1f}, {d.d + d.half:+.1f}]" if math.isfinite(d.half) else ""
+    return f"{d.d:+.1f}" + within
 
 
 def rate_of(run):
@@ -128,10 +128,8 @@ def probes_of(r):
     """{name of a probe: value} of one pretrained model; {} of what has none."""
     if not r.get("probes"):
         return {}
-    tasks = {f"{task} {kind}": found[kind] for task, found in r["probes"]["tasks"].items()
-             for kind in ("linear", "similarity") if kind in found}
-    names = dict(mlm="MLM", repeated="MLM, repeated", others="MLM, others", d_order="D_order")
-    return tasks | {names[k]: v for k, v in r["probes"]["masked_lm"].items()}
+    return {f"{task} {kind}": found[kind] for task, found in r["probes"]["tasks"].items()
+            for kind in ("linear", "similarity") if kind in found}
 
 
 def probe_table(results, yardsticks):
@@ -140,7 +138,7 @@ def probe_table(results, yardsticks):
 
     def cells(runs):
         values = [[p[name] for p in map(probes_of, runs) if name in p] for name in columns]
-        return [spread(v, digits_of(name)) if v else "" for name, v in zip(columns, values, strict=True)]
+        return [spread(v) if v else "" for v in values]
     for (*kind, budget), arms in groups(results).items():
         where = f"{amount(budget, results[0]['unit'])} on {setting(*kind)}"
         rows += [[where, name, *cells(runs.values())] for name, runs in arms.items()]
@@ -149,28 +147,20 @@ def probe_table(results, yardsticks):
     return "\n\n".join([
         "Probes of the frozen encoders, no part of any average above. linear: a regression on the "
         "pooled last hidden state, scored as the task is; similarity: Spearman of the cosine with the "
-        "score, untrained; word order: have two neighbours in a block of 32 changed places; MLM: validation "
-        "loss in nats, at masked tokens that also occur unmasked in their block (repeated) and at the others; "
-        "D_order: what the order of the context is worth, in nats.",
+        "score, untrained; word order: have two neighbours in a block of 32 changed places.",
         markdown(["budget", "arm", *columns], rows), *lines])
-
-
-def digits_of(column):
-    return 2 if column.startswith(("MLM", "D_order")) else 1            # nats, or percent
 
 
 def best_probe(arms, column, where):
     """["Probe COLUMN at WHERE: the best arm and its lead over the base arm"], where there are two."""
-    def value(r):
-        return probes_of(r)[column] * (-1 if column.startswith("MLM") else 1)       # a loss: lowest is best
-    of = {name: statistics.Arm(name, [[value(r)] for r in runs.values()])
+    of = {name: statistics.Arm(name, [[probes_of(r)[column]] for r in runs.values()])
           for name, runs in arms.items() if all(column in probes_of(r) for r in runs.values())}
     if len(of) < 2:
         return []
     best, second, *_ = sorted(of, key=lambda name: -np.mean(of[name].means))
     rival = base_of(of) if base_of(of) != best else second
     d = next(d for d in statistics.compare([*of.values()], rival) if d.name == best)
-    return [f"Probe {column} at {where}: {best}; against {rival} {signed(d, digits_of(column))}, {d.says}."]
+    return [f"Probe {column} at {where}: {best}; against {rival} {signed(d)}, {d.says}."]
 
 
 def cost_table(results, teacher_flops=None):

@@ -33,6 +33,11 @@ class Arm(NamedTuple):
         return [sum(of) / len(of) for of in self.scores if of]
 
     @property
+    def failed(self):
+        """Seeds of whose fine-tunings most collapsed."""
+        return sum(2 * len(of) * len(self.scores) < self.trials for of in self.scores)
+
+    @property
     def d(self):
         return 0 if self.fixed else max(0, len(self.means) - 1)
 
@@ -51,13 +56,15 @@ class Difference:
     less: float = math.inf              # they differ by less than this, with 95%
     word: str = "no interval"
     scope: str = ""                     # "on this dev set only" where the examples' scores are not known
-    collapsed: str = ""                 # "3 of 12 collapsed, of no_kd 0 of 12 (p = 0.22)"
-    p: float = 1.0                      # of that, by Fisher's exact test
+    collapsed: str = ""                 # "3 of 12 collapsed (most of 1 of 6 models), of no_kd 0 of 12 (0 of 6; p = 1)"
+    left: str = ""                      # "3 of 5 models of tinybert": what its scores are of, where some have none
+    p: float = 1.0                      # that so many models fail of one and not of the other, by Fisher's exact test
 
     @property
     def says(self):
         """The word, and what it is limited to."""
-        limits = (self.scope, "when it trains" * bool(self.collapsed)) if math.isfinite(self.half) else ()
+        trains = "when it trains" + f" ({self.left})" * bool(self.left)
+        limits = (self.scope, trains * bool(self.collapsed)) if math.isfinite(self.half) else ()
         return ", ".join(filter(None, (self.word, *limits)))
 
 
@@ -117,9 +124,12 @@ def apart(arm, base):
     of = Difference(arm.name, base.name, summary(arm)[0] - summary(base)[0], n)
     of.scope = "on this dev set only" * (arm.predictions is None or base.predictions is None)
     if arm.collapsed or base.collapsed:
-        of.p = fisher(arm.collapsed, arm.trials, base.collapsed, base.trials)
-        of.collapsed = (f"{arm.collapsed} of {arm.trials} collapsed, of {base.name} {base.collapsed} of "
-                        f"{base.trials} (p = {of.p:.2g})")
+        n_arm, n_base = len(arm.scores), len(base.scores)
+        of.p = fisher(arm.failed, n_arm, base.failed, n_base)
+        of.left = ", ".join(f"{len(a.means)} of {len(a.scores)} models of {a.name}" for a in (arm, base)
+                            if len(a.means) < len(a.scores))
+        of.collapsed = (f"{arm.collapsed} of {arm.trials} collapsed (most of {arm.failed} of {n_arm} models), of "
+                        f"{base.name} {base.collapsed} of {base.trials} ({base.failed} of {n_base}; p = {of.p:.2g})")
     return of
 
 

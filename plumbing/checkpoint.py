@@ -221,7 +221,8 @@ def load_classifier(path, num_labels, seed, dropout=None):
     if dropout is not None:
         config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
     torch.manual_seed(seed)
-    model = BertForSequenceClassification(config, num_labels)
+    # With BERT's own spread, whatever an encoder's recipe began with: else that would change its fine-tuning too
+    model = BertForSequenceClassification(dataclasses.replace(config, initializer_range=0.02), num_labels)
     pooler = {name: p.clone() for name, p in model.bert.pooler.state_dict().items()}
     fill(model, path, optional=("classifier.", "bert.pooler."))
     if torch.equal(model.bert.pooler["dense"].weight, untrained_pooler(config)["pooler.dense.weight"]):

@@ -5,7 +5,6 @@
   similarity    Spearman of cosine(u, v) with the score: nothing is trained
   word order    logistic regression again: have two neighbouring ids of a block of 32 been exchanged, in half of
                 the token directory's blocks (Bigram Shift, arXiv 1805.01070)?  A bag of words says 50
-  masked LM     D_order and the induction split of diagnose.py, on a token directory's validation blocks
 
 Features are standardised on the training examples; the strength of L2 is the one that does best in cross-validation on
 them (five folds).  Nothing is drawn: folds and the examples taken, where there are more, go by their number's hash.
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 
 from data import Blocks, hashed
 from kd_losses import pooled
-from plumbing import diagnose, glue
+from plumbing import glue
 
 EXAMPLES = 10_000                               # of a task's training examples, at most: seconds per task
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)     # C of the logistic regression; its inverse is the ridge's alpha
@@ -154,26 +153,11 @@ def exchanged(directory, split, seq_len, limit):
     return ids, labels
 
 
-def probe_word_order(directory, seq_len, states):
+def probe_word_order(directory, states):
     """{linear: percent, ...}; `states` makes (n, D) of (n, S) ids."""
-    (x, y), (dev, labels) = (exchanged(directory, split, min(seq_len, ORDER_LENGTH), limit)
-                             for split, limit in ORDER.items())
+    (x, y), (dev, labels) = (exchanged(directory, split, ORDER_LENGTH, limit) for split, limit in ORDER.items())
     predictions, C = linear(states(x), y, states(dev), score=False)
     return dict(linear=100 * float(np.mean(predictions == labels)), strength=C, n_train=len(y))
-
-
-def probe_masked_lm(model, directory, seq_len, val_blocks=512):
-    """{mlm, repeated, others, d_order} in nats."""
-    batch = diagnose.validation(Blocks(directory, "val", seq_len, seed=0), val_blocks)
-    device = next(model.parameters()).device
-
-    def forward(ids, masked):
-        return model(ids.to(device), masked.to(device))["logits"][:, :len(directory.vocab)]
-    model.eval()
-    losses, again = diagnose.token_losses(forward, batch), diagnose.repeated(batch)
-    found = dict(mlm=losses, repeated=losses[again], others=losses[~again])
-    found = {name: float(part.mean()) for name, part in found.items() if part.size}
-    return dict(found, d_order=diagnose.order_gain(forward, batch, directory.special, losses.mean()))
 
 
 def in_words(found):

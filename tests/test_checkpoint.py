@@ -227,6 +227,16 @@ def test_an_untrained_pooler_is_drawn_by_the_seed_and_a_trained_one_is_kept(corp
     assert not torch.equal(pooler[0], pooler[1]) and torch.equal(pooler[0], pooler[2])
 
 
+def test_a_recipe_of_pretraining_has_no_say_in_the_head_of_fine_tuning(corpus, tmp_path):
+    """An encoder that began with a larger spread gets the same head and pooler."""
+    for name, std in (("a", 0.02), ("b", 0.06)):
+        ours = BertForMaskedLM(BertConfig.of_size("1L32", 2, vocab_size=300, initializer_range=std))
+        checkpoint.save_model(tmp_path / name, ours, TokenDirectory(corpus).read_tokenizer())
+    a, b = (checkpoint.load_classifier(tmp_path / name, 2, 0) for name in "ab")
+    assert torch.equal(a.classifier.weight, b.classifier.weight)
+    assert torch.equal(a.bert.pooler["dense"].weight, b.bert.pooler["dense"].weight)
+
+
 @pytest.mark.parametrize("change", ["no prefix", "old names", "pooler and nsp", "position ids", "stored decoder"])
 def test_the_names_that_checkpoints_go_by(tmp_path, change):
     reference = theirs()

@@ -68,13 +68,10 @@ def test_the_whole_way_ends_with_the_table_and_a_second_call_repeats_nothing(sma
     arrays, dev = np.load(out / "results.npz"), len((task / "dev.tsv").read_text().splitlines()) - 1
     assert arrays["labels/mine"].shape == (dev,) and arrays["no_kd|3|steps|None|False|0/mine"].shape == (2, dev)
     probed = first.partition("Probes of the frozen encoders")[2]
-    settings, = {json.loads(f.read_text())["settings"]["seq_len"] for f in out.glob("runs/*/glue/probes.json")}
-    assert settings == TINY["seq_len"]                                  # the masked LM's, not 128 positions
-    assert "| budget | arm | mine linear | word order linear | MLM | MLM, repeated | MLM, others | D_order |" in probed
+    assert "| budget | arm | mine linear | word order linear |" in probed
     assert [row.split(" | ")[1] for row in probed.splitlines() if row.startswith("| ")][2:] == [
         "no_kd", "vanilla_kd", "tinybert", "minilm", "random init", "teacher"]
-    assert "Probe D_order at 3 steps on all of the data: " in probed and ", no interval." in probed
-    assert all(" |  |  |  |  |" in row for row in probed.splitlines() if "| tinybert |" in row)     # no LM head
+    assert "Probe word order linear at 3 steps on all of the data: " in probed and ", no interval." in probed
     stamps = {p: p.stat().st_mtime_ns for p in out.rglob("*")
               if p.name == "probes.json" or p.suffix in (".bin", ".safetensors", ".jsonl", ".npy")}
     compare.main(config)
@@ -578,7 +575,6 @@ def test_the_task_holds_validation_documents_alone_and_splits_them(tmp_path, mon
     (dict(static_masks=True), "--static-masks"),
     (dict(teacher_size="4L32"), "--teacher train"),
     (dict(max_len=513), "--max-len 513: 8 to 512 here"),
-    (dict(arms="no_kd", seq_len="1024", probe=True), "--probe at --seq-len 1024: the teacher ends at position"),
     (dict(tasks="cola=nowhere"), "nowhere"),
     (dict(size="2Lx"), "2Lx"),
     (dict(batch_size=12), "--batch-size 12"),

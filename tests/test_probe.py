@@ -7,7 +7,7 @@ import torch
 
 import finetune_glue as ft
 from data import Blocks, hashed
-from plumbing import checkpoint, diagnose, glue, probe
+from plumbing import checkpoint, glue, probe
 from plumbing.cli import UserError
 from plumbing.tokens import TokenDirectory
 
@@ -112,11 +112,11 @@ def test_a_model_s_probes_are_written_once_and_are_the_same_every_time(teacher, 
     config = ft.Config(str(teacher), tasks=f"own={scored}", probe=True, data=str(corpus), out=str(tmp_path / "a"),
                        max_len=32, device="cpu")
     result = ft.main(config)
-    own, lm = result["tasks"]["own"], result["masked_lm"]
+    own = result["tasks"]["own"]
     assert own["similarity"] > 30 and set(own) == {"linear", "similarity", "strength", "n_train"}
     said = capsys.readouterr().out
     assert set(result["tasks"]) == {"own", "word order"}
-    assert f"similarity {own['similarity']:.2f}" in said and f"d_order {lm['d_order']:.2f}" in said
+    assert f"similarity {own['similarity']:.2f}" in said
     kept = (tmp_path / "a/probes.json").read_bytes()
     lines = []
     assert json.loads(kept) == result == ft.probes(config, say=lines.append)
@@ -125,23 +125,6 @@ def test_a_model_s_probes_are_written_once_and_are_the_same_every_time(teacher, 
     ft.probes(config, say=lambda line: None)
     assert (tmp_path / "b/probes.json").read_bytes() == kept
     assert not (tmp_path / "a/trials").exists() and not (tmp_path / "a/glue.json").exists()
-
-
-def test_no_block_is_probed_that_is_longer_than_the_model_s_positions(teacher, corpus, scored, tmp_path):
-    config = ft.Config(str(teacher), tasks=f"own={scored}", probe=True, data=str(corpus), out=str(tmp_path / "a"),
-                       seq_len=1024, device="cpu")
-    with pytest.raises(UserError, match="--seq-len 1024: --model .* ends at position 512"):
-        ft.probes(config)
-    assert not (tmp_path / "a/probes.json").exists()
-
-
-def test_the_masked_lm_probe_is_diagnose_s(teacher, corpus, capsys):
-    found = probe.probe_masked_lm(checkpoint.load_mlm(teacher).model, TokenDirectory(corpus), 64, 32)
-    diagnose.main(diagnose.Config([str(corpus)], str(teacher), 64, 32))
-    said = capsys.readouterr().out
-    row = next(line for line in said.splitlines() if line.startswith("model"))
-    assert [f"{found[k]:.3f}" for k in ("mlm", "repeated", "others")] == row.split()[1:4]
-    assert f"D_order {found['d_order']:.2f}" in said
 
 
 def test_word_order_is_two_neighbours_exchanged_in_half_of_the_blocks(corpus):
@@ -169,7 +152,7 @@ def test_a_bag_of_words_does_not_know_word_order_and_a_reader_of_neighbours_does
     def neighbours(ids):
         return np.array([[sum(a << 20 | b not in seen for a, b in zip(row[1:-2], row[2:-1], strict=True))]
                          for row in ids.tolist()], np.float64)
-    bag, neighbours = (probe.probe_word_order(directory, 64, states)["linear"] for states in (bag, neighbours))
+    bag, neighbours = (probe.probe_word_order(directory, states)["linear"] for states in (bag, neighbours))
     assert abs(bag - 50) < 10 and neighbours > 80
 
 
@@ -192,10 +175,7 @@ def test_what_cannot_be_probed_is_said(teacher, corpus, scored, tmp_path, capsys
     config = ft.Config(str(teacher), tasks=f"own={scored}", data=str(corpus), out=str(tmp_path / "a"), max_len=32)
     with pytest.raises(UserError, match="--data is for --probe"):
         ft.main(config)
-    loaded = checkpoint.load_mlm(teacher)
-    checkpoint.save_model(tmp_path / "m", loaded.model, checkpoint.read_tokenizer(teacher), head=False)
-    config.model, config.probe = str(tmp_path / "m"), True
-    assert ft.main(config)["masked_lm"] == {} and "no LM head" in capsys.readouterr().out
+    config.probe = True
     config.data = str(tmp_path / "none")
     with pytest.raises(UserError, match="is not a token directory"):
         ft.main(config)

@@ -295,12 +295,15 @@ def test_collapsed_fine_tunings_are_left_out_counted_and_compared():
     base = Arm("no_kd", scores(60.0, 60.4, 59.6, 60.1, 60.2, 59.9), 0, 12)
     some = Arm("some", [[70, 71], [70.5], [69.6], [70.1, 70.3], [70.2], [70.7, 69.9]], 3, 12)
     of, = compare([base, some], "no_kd")
-    assert of.collapsed == "3 of 12 collapsed, of no_kd 0 of 12 (p = 0.22)" and of.p == pytest.approx(0.2174, abs=1e-4)
+    assert of.collapsed == "3 of 12 collapsed (most of 0 of 6 models), of no_kd 0 of 12 (0 of 6; p = 1)" and of.p == 1
     assert of.says == "ahead, outside the noise, on this dev set only, when it trains" and of.n == 6
     assert of.d == pytest.approx(statistics.fmean((70.5, 70.5, 69.6, 70.2, 70.2, 70.3)) - summary(base)[0])
     left = some._replace(scores=[[], [70.5], [], [], [], []], collapsed=11)
     of, = compare([base, left], "no_kd")
-    assert of.says == "no interval" and of.d > 9 and of.half == math.inf and of.p < 1e-3
+    assert of.says == "no interval" and of.d > 9 and of.half == math.inf
+    assert of.p == pytest.approx(2 * math.comb(6, 5) * 6 / math.comb(12, 5) / 6, abs=1e-3)     # the model is the unit
+    most, = compare([base, some._replace(scores=[[], [], *some.scores[2:]], collapsed=6)], "no_kd")
+    assert most.says.endswith("when it trains (4 of 6 models of some)")
     of, = compare([base, left._replace(scores=[[]] * 6, collapsed=12)], "no_kd")
     assert math.isnan(of.d) and of.says == "no interval" and of.collapsed.startswith("12 of 12 collapsed")
     assert compare([some, base], "some")[0].says.endswith("when it trains")
