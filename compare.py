@@ -1,7 +1,7 @@
 """Every strategy at every budget, pretrained over several seeds, fine-tuned and scored alike: tables, figure,
 verdict.  Read it after finetune_glue.py.
 
-    python compare.py         # the demonstration: no data, no teacher, no GPU, no download; about ten minutes
+    python compare.py         # the demonstration: no data, no teacher, no GPU, no download; four minutes
     python compare.py --data data/wiki --teacher bert-base-uncased --glue-dir glue --budget-hours 1,4 --seeds 3 \\
                       --out runs/table2 --dry-run                             # the plan and its time, no more
 

@@ -212,8 +212,7 @@ def attempt(setup, name, batch, lr, seed):
     (x, y), *dev = setup.parts.values()
     of = drawn(len(y), config.labels, seed)
     began, pad_id = time.monotonic(), setup.tokenizer.token_to_id("[PAD]")
-    num_labels = 1 if task.labels == () else len(task.labels or ()) or int(y.max()) + 1
-    model = checkpoint.load_classifier(setup.path, num_labels, seed, config.dropout).to(device)
+    model = checkpoint.load_classifier(setup.path, task.classes(y) or 1, seed, config.dropout).to(device)
     losses = finetune(model, [x[i] for i in of], y[of], batch, config.epochs, lr, seed, pad_id, name,
                       multiplies_in_bf16(device, config.bf16), config.compile)
     logits, scores, collapsed = [], {}, False

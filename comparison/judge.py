@@ -226,7 +226,7 @@ def score_in_words(a):
 
 
 def path_of(row):
-    best = max(row.runs, key=lambda r: r.get("average", -math.inf))
+    best = row.runs[0] if row.budget is None else max(row.runs, key=lambda r: r.get("average", -math.inf))
     return f" Model: {best['model']}" if "model" in best else ""
 
 

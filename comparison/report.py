@@ -236,9 +236,9 @@ def remarks(results):
         of = f"{seeds} to {most}" if seeds < most else f"{seeds}"
         computed = " and ".join(sorted({r["computed"] for r in results if "computed" in r}))
         lines = [f"Computed in {computed}. " * bool(computed) + f"± is the standard deviation over {of} pretraining "
-                 f"seeds. Δ has a plain 95% interval for other seeds and, where predictions were kept, other dev "
-                 f"examples; its word is corrected for all rows of a budget (Dunnett). How it is judged: "
-                 f"docs/judged.md."]
+                 f"seeds; of a model that nobody here trained over its fine-tunings. Δ has a plain 95% interval for "
+                 f"other seeds and, where predictions were kept, other dev examples; its word is corrected for all "
+                 f"rows of a budget (Dunnett). How it is judged: docs/judged.md."]
     else:
         lines = ["One pretraining seed per arm: ± is the standard deviation over the fine-tunings of one pretrained "
                  "model, and no difference here can be told from noise; give --seeds 3 or more."]

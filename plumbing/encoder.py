@@ -81,7 +81,7 @@ def cut(config):
     checkpoint.room(config.path, dry_run=True)
     path = checkpoint.find_model(config.teacher)
     tokenizer, form = checkpoint.read_tokenizer(path), checkpoint.read_form(path)
-    teacher, missing, _ = checkpoint.load_mlm(path, tokenizer.get_vocab_size())
+    teacher, missing, ignored = checkpoint.load_mlm(path, tokenizer.get_vocab_size())
     c = teacher.config
     deep = c.num_hidden_layers
     depth = config.shape.num_hidden_layers if config.size else math.ceil(deep / 2)
@@ -99,7 +99,7 @@ def cut(config):
     if len(layers) != depth or max(layers) >= deep:
         raise UserError(f"--init-layers {config.init_layers}: {depth} of 0 to {deep - 1} belong there")
     said = f"layers {', '.join(map(str, layers))}, from 0, of {config.teacher}, untrained"
-    print(f"{config.path}: {said}; {form}")
+    print(f"{config.path}: {said}; {form}" + f"; without {', '.join(ignored)}" * bool(ignored))
     if config.dry_run:
         return
     with only(teacher, layers):

@@ -25,6 +25,10 @@ class Task(NamedTuple):
     rows: dict              # {file: official number of examples}: train, then one dev set or two
     header: bool = True
 
+    def classes(self, y):
+        """How many classes the labels y are of; None where they are scores."""
+        return None if self.labels == () else len(self.labels or ()) or int(y.max()) + 1
+
 
 BINARY, ENTAILMENT = ("0", "1"), ("entailment", "not_entailment")
 ONE, TWO = ("sentence",), ("sentence1", "sentence2")

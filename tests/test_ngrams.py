@@ -10,7 +10,7 @@ import torch
 
 from comparison import demonstration, ngrams
 from data import hashed
-from plumbing import glue, sources
+from plumbing import glue, linear, sources
 
 ODD = ["", " ", "a", "!?", "A  cat's\tFur; a cat", "naïve ＣＡＴ, ünter\u2028den x_1", "\ud800 lone cat",
        "İstanbul's cats' cat", "the cat sat on the mat", "dogs and cats " * 5]
@@ -115,10 +115,10 @@ def fitted(x, y, C, hinge):
     times = ngrams.matrix(row, column, x[row, column], len(x))
     back = ngrams.matrix(column, row, x[row, column], x.shape[1])
     y = torch.from_numpy(np.asarray(y, np.float32))
-    return back(ngrams.fit(times, back, y, C, hinge, torch.zeros_like(y))).double().numpy()
+    return back(linear.fit(times, back, y, C, hinge, torch.zeros_like(y))).double().numpy()
 
 
-@pytest.mark.parametrize("C", ngrams.STRENGTHS)
+@pytest.mark.parametrize("C", linear.STRENGTHS)
 def test_the_classifier_s_loss_is_as_low_as_linear_svc_s(C):
     svm, sparse = pytest.importorskip("sklearn.svm"), pytest.importorskip("scipy.sparse")
     sentences, labels = made_up(300, 3)
@@ -133,7 +133,7 @@ def test_the_classifier_s_loss_is_as_low_as_linear_svc_s(C):
     assert np.mean((x @ ours).argmax(1) == (x @ theirs).argmax(1)) > 0.99
 
 
-@pytest.mark.parametrize("C", ngrams.STRENGTHS)
+@pytest.mark.parametrize("C", linear.STRENGTHS)
 def test_scores_are_ridge_s(C):
     sentences, labels = made_up(200, 6, 2)
     x, y = dense(sentences, 200), (labels - labels.mean())[:, None]
@@ -149,9 +149,9 @@ def scikit_learns(sentences, labels, dev_sentences, score, metric):
     svm = pytest.importorskip("sklearn.svm")
     n = len(labels)
     train, dev = scikit_learns_features([*sentences, *dev_sentences], n)
-    folds = select.PredefinedSplit(np.argsort(np.argsort(hashed(1, np.arange(n)), kind="stable")) % ngrams.FOLDS)
-    kind, options = (model.Ridge, [dict(alpha=1 / (2 * C), solver="sparse_cg") for C in ngrams.STRENGTHS]) \
-        if score else (svm.LinearSVC, [dict(C=C) for C in ngrams.STRENGTHS])
+    folds = select.PredefinedSplit(np.argsort(np.argsort(hashed(1, np.arange(n)), kind="stable")) % linear.FOLDS)
+    kind, options = (model.Ridge, [dict(alpha=1 / (2 * C), solver="sparse_cg") for C in linear.STRENGTHS]) \
+        if score else (svm.LinearSVC, [dict(C=C) for C in linear.STRENGTHS])
     left_out = [metric(select.cross_val_predict(kind(**o), train, labels, cv=folds), labels) for o in options]
     return tuple(kind(**o).fit(train, labels).predict(dev) for o in (options[int(np.argmax(left_out))], {}))
 
@@ -174,16 +174,16 @@ def test_predictions_are_scikit_learns(classes, sides):
 
 def test_the_strength_is_the_one_that_does_best_by_the_metric_on_left_out_training_examples(monkeypatch):
     (x, y), seen, fits = made_up(200, 3, seed=4), [], []
-    fit = ngrams.fit
-    monkeypatch.setattr(ngrams, "fit", lambda *given: fits.append((len(given[2]), given[3])) or fit(*given))
+    fit = linear.fit
+    monkeypatch.setattr(linear, "fit", lambda *given: fits.append((len(given[2]), given[3])) or fit(*given))
 
     def metric(p, labels):
         seen.append((p, labels))
         return [0.1, 0.3, 0.3, 0.2, 0.0][len(seen) - 1]
     found = ngrams.fit_predict(x[:150], y[:150], x[150:], 3, metric)
-    assert fits == [(120, C) for _ in range(ngrams.FOLDS) for C in ngrams.STRENGTHS] + [(150, ngrams.STRENGTHS[1])]
+    assert fits == [(120, C) for _ in range(linear.FOLDS) for C in linear.STRENGTHS] + [(150, linear.STRENGTHS[1])]
     assert all(len(p) == 150 and sorted(labels) == sorted(y[:150]) for p, labels in seen)
-    monkeypatch.setattr(ngrams, "STRENGTHS", ngrams.STRENGTHS[1:2])
+    monkeypatch.setattr(linear, "STRENGTHS", linear.STRENGTHS[1:2])
     assert np.array_equal(found, ngrams.fit_predict(x[:150], y[:150], x[150:], 3))          # the first of the two best
 
 

@@ -7,7 +7,7 @@ import torch
 
 import finetune_glue as ft
 from data import Blocks, hashed
-from plumbing import checkpoint, glue, probe
+from plumbing import checkpoint, glue, linear, probe
 from plumbing.cli import UserError
 from plumbing.tokens import TokenDirectory
 
@@ -20,58 +20,40 @@ def made_up(n, classes, width=12, seed=0):
     return x.astype(np.float32), z.argmax(1)
 
 
-@pytest.mark.parametrize("classes", [2, 3])
-@pytest.mark.parametrize("C", [1e-4, 1e-2, 1.0])
-def test_the_logistic_regression_is_scikit_learns(classes, C):
-    sk = pytest.importorskip("sklearn.linear_model")
-    x, y = made_up(600, classes)
-    theirs = sk.LogisticRegression(C=C, tol=1e-10, max_iter=10_000).fit(x.astype(np.float64), y)
-    w = probe.logistic(x, y, C)
-    assert w.shape == (1 if classes == 2 else 3, 13)
-    assert w[:, :-1] == pytest.approx(theirs.coef_, rel=1e-3, abs=1e-3)
-    assert np.mean(probe.predicted(x, w, False) == theirs.predict(x)) == 1
-
-
-def test_the_ridge_is_scikit_learns():
-    sk = pytest.importorskip("sklearn.linear_model")
-    x, y = made_up(300, 2)
-    y = x @ np.ones(12) + y
-    for alpha, w in probe.ridge(x, y, [1.0, 1e3]).items():
-        theirs = sk.Ridge(alpha).fit(x.astype(np.float64), y)
-        assert w[0] == pytest.approx([*theirs.coef_, theirs.intercept_], rel=1e-6)
-
-
-def scikit_learns(train, y, dev, score):
-    """(predictions, strength): scikit-learn's own cross-validation on our folds and features."""
-    sk, select = pytest.importorskip("sklearn.linear_model"), pytest.importorskip("sklearn.model_selection")
-    scaler = pytest.importorskip("sklearn.preprocessing").StandardScaler().fit(train)
-    fold = np.argsort(np.argsort(hashed(1, np.arange(len(y))), kind="stable")) % probe.FOLDS
-    if score:
-        model = sk.RidgeCV([1 / C for C in probe.STRENGTHS], cv=select.PredefinedSplit(fold),
-                           scoring="neg_mean_squared_error")
+def scikit_learns(train, y, dev, classes):
+    """What scikit-learn predicts by its own cross-validation on our folds and features, the intercept one of them."""
+    pytest.importorskip("sklearn")
+    from sklearn import linear_model, model_selection, preprocessing, svm
+    scaler = preprocessing.StandardScaler().fit(train)
+    train, dev = (np.pad(scaler.transform(x) / x.shape[1] ** 0.5, ((0, 0), (0, 1)), constant_values=1)
+                  for x in (train.astype(np.float64), dev.astype(np.float64)))
+    fold = model_selection.PredefinedSplit(
+        np.argsort(np.argsort(hashed(1, np.arange(len(y))), kind="stable")) % linear.FOLDS)
+    if classes is None:
+        kind, options = linear_model.Ridge(fit_intercept=False), dict(alpha=[1 / (2 * C) for C in linear.STRENGTHS])
+        middle, how = y.mean(), "r2"
     else:
-        model = select.GridSearchCV(sk.LogisticRegression(tol=1e-7, max_iter=10_000), dict(C=probe.STRENGTHS),
-                                    cv=select.PredefinedSplit(fold))
-    model.fit(scaler.transform(train), y)
-    return model.predict(scaler.transform(dev)), 1 / model.alpha_ if score else model.best_params_["C"]
+        kind, options = svm.LinearSVC(fit_intercept=False, tol=1e-6, max_iter=20_000), dict(C=linear.STRENGTHS)
+        middle, how = 0, "accuracy"
+    search = model_selection.GridSearchCV(kind, options, cv=fold, scoring=how)
+    return search.fit(train, y - middle).predict(dev) + middle
 
 
-@pytest.mark.parametrize("classes", [2, 3, 0])
+@pytest.mark.parametrize("classes", [2, 3, None])
 def test_the_linear_probe_is_scikit_learns_cross_validation(classes):
     x, y = made_up(500, classes or 2, width=40, seed=1)
-    if not classes:
+    if classes is None:
         y = x @ np.ones(40) + 50 * y
-    (ours, C), (theirs, their_C) = (f(x[:300], y[:300], x[300:], not classes) for f in (probe.linear, scikit_learns))
-    assert C == pytest.approx(their_C)
+    ours, theirs = (f(x[:300], y[:300], x[300:], classes) for f in (probe.predicted, scikit_learns))
     if classes:
-        assert abs(np.mean(ours == y[300:]) - np.mean(theirs == y[300:])) < 1e-3 and np.mean(ours == y[300:]) > 0.6
+        assert np.mean(ours == theirs) > 0.98 and np.mean(ours == y[300:]) > 0.6
     else:
-        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-4)
+        assert np.corrcoef(ours, theirs)[0, 1] > 0.999 and np.corrcoef(ours, y[300:])[0, 1] > 0.6
 
 
 @pytest.mark.parametrize("name, n", [("sst2", 2000), ("rte", 1000), ("stsb", 1000)])
 def test_on_real_tasks_too(name, n, real_data, teacher):
-    """On the mean-pooled states of a small encoder: accuracy within one example, Pearson of scores within 1e-3."""
+    """On the mean-pooled states of a small encoder."""
     task, tokenizer = glue.TASKS[name], checkpoint.read_tokenizer(teacher)
     parts = glue.read_task(name, task, real_data / "glue")
     encoder = probe.Pooled(checkpoint.load_mlm(teacher).model.bert, "mean")
@@ -81,10 +63,10 @@ def test_on_real_tasks_too(name, n, real_data, teacher):
         u = [ft.predict(encoder, ft.encode(tokenizer, [(s[i],) for s in x[:n]], 64), 0) for i in range(len(x[0]))]
         return probe.pair_features(*u), y[:n]
     (train, y), (dev, labels) = states("train"), states("dev")
-    ours, theirs = (f(train, y, dev, task.labels == ())[0] for f in (probe.linear, scikit_learns))
+    ours, theirs = (f(train, y, dev, task.classes(y)) for f in (probe.predicted, scikit_learns))
     metric = glue.pearson if task.labels == () else glue.accuracy
     print(name, metric(ours, labels), metric(theirs, labels))
-    assert abs(metric(ours, labels) - metric(theirs, labels)) < (1e-3 if task.labels == () else 1.5 / len(labels))
+    assert abs(metric(ours, labels) - metric(theirs, labels)) < 0.01
 
 
 def test_no_examples_more_than_that_are_taken_and_none_twice():
@@ -113,7 +95,7 @@ def test_a_model_s_probes_are_written_once_and_are_the_same_every_time(teacher, 
                        max_len=32, device="cpu")
     result = ft.main(config)
     own = result["tasks"]["own"]
-    assert own["similarity"] > 30 and set(own) == {"linear", "similarity", "strength", "n_train"}
+    assert own["similarity"] > 30 and set(own) == {"linear", "similarity", "n_train"}
     said = capsys.readouterr().out
     assert set(result["tasks"]) == {"own", "word order"}
     assert f"similarity {own['similarity']:.2f}" in said
