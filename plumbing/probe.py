@@ -97,4 +97,4 @@ def probe_word_order(directory, states):
 
 
 def in_words(found):
-    return ", ".join(f"{name} " + (f"{value:,}" if name == "n_train" else f"{value:.2f}") for name, value in found.items())
+    return ", ".join(f"{name} {value:,.{0 if name == 'n_train' else 2}f}" for name, value in found.items())
