@@ -2,8 +2,6 @@
 losses say."""
 import torch.nn.functional as F
 
-T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}        # Student's t, two-sided, for n - 1 degrees of freedom
-
 
 def initial_loss(vocab_size):
     """1. The masked-LM loss of a student that has seen nothing: a number, before you run anything."""
@@ -34,7 +32,7 @@ def without_gradient(strategy, names):
 
 
 def gradient_of_zero(strategy, names):
-    """6. Which of them does it reach, but with a gradient of zero (to rounding), whatever the data?"""
+    """6. Which of them does autograd reach, but with a gradient of zero (to rounding), whatever the data?"""
     raise NotImplementedError
 
 
@@ -49,7 +47,8 @@ def relative_cost(strategy):
 
 
 def interval(ours, theirs):
-    """2. (mean, half width) of the 95% interval of the difference ours - theirs; score i is from seed i."""
+    """2. (mean, half width) of Welch's 95% interval of the difference ours - theirs: two lists of scores, unpaired.
+    comparison.statistics.critical(f) is Student's t, two-sided, for f degrees of freedom."""
     raise NotImplementedError
 
 

@@ -37,9 +37,9 @@ def test_1_relative_cost(strategy, documented):
 
 
 def test_2_interval():
-    assert stubs.interval([70, 72, 74], [69, 70, 71]) == pytest.approx((2, 2.484), abs=0.001)
-    assert stubs.interval([1, 5, 9], [0, 4, 8]) == pytest.approx((1, 0))     # seeds differ, pairs do not
-    assert stubs.interval([1, 2, 3, 4, 5], [0] * 5) == pytest.approx((3, 1.963), abs=0.001)
+    assert stubs.interval([70, 72, 74], [69, 70, 71]) == pytest.approx((2, 4.155), abs=0.001)
+    assert stubs.interval([1, 5, 9], [0, 4, 8]) == pytest.approx((1, 9.068), abs=0.001)     # agreeing pairs are no help
+    assert stubs.interval([1, 2, 3], [4, 5, 6, 9]) == pytest.approx((-4, 3.277), abs=0.001)
 
 
 def test_3_patient_kd():

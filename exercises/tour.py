@@ -1,5 +1,5 @@
-"""The tour: one sentence through teacher, student and every loss, with real numbers.  Run it before you read
-the rest: as a whole, or cell by cell in an editor that knows `# %%`.
+"""The tour: one sentence through teacher, student and every loss, with real numbers.  Run it after
+tinybert_in_25_lines.py and before you read model.py: as a whole, or cell by cell in an editor that knows `# %%`.
 
     python exercises/tour.py
 
