@@ -277,6 +277,10 @@ class Plan:
         longest = min(self.teacher_shape.max_position_embeddings, max(512, first.seq_len))
         if config.max_len > longest:
             raise UserError(f"--max-len {config.max_len}: 8 to {longest} here")
+        for model in self.rivals.values():
+            checkpoint.read_tokenizer(model)
+            if config.max_len > (end := checkpoint.read_config(model).max_position_embeddings):
+                raise UserError(f"--max-len {config.max_len}: --rivals {model} ends at position {end}")
         for unique, static in self.settings:
             Blocks(self.directory, "train", first.seq_len, 0, unique, static)        # refuses more than there are
         validation_blocks(self.directory, first.seq_len)

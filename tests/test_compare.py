@@ -663,5 +663,7 @@ def test_without_fine_tuning_the_probes_are_the_score(small, encoder, corpus, tm
         kept["results"], kept["yardsticks"], ["pairs"]))                # of which one is the advice
     with pytest.raises(UserError, match="--rivals nameless: must be NAME=DIR"):
         compare.Plan(dataclasses.replace(config, rivals="nameless"))
+    with pytest.raises(UserError, match="nowhere"):
+        compare.Plan(dataclasses.replace(config, rivals=f"x={tmp_path}/nowhere"))
     with pytest.raises(UserError, match="it starts from the teacher, or not"):
         compare.Plan(dataclasses.replace(config, arms="sentence+init+random"))
