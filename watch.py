@@ -1,37 +1,36 @@
-"""How runs go and how they went: in the terminal, as a page to pass on; and what a model says.
+"""How runs go and how they went: in the terminal, as a figure to pass on; and what a model says.
 
     python watch.py runs/tinybert --follow              # one run, redrawn every few seconds until Ctrl-C
     python watch.py runs/*                              # several, finished or under way, as one table
-    python watch.py runs/table2 --out table2.html       # all runs of a comparison: their table and curves in one file
+    python watch.py runs/table2 --out table2.png        # and the curves of all runs of a comparison in one figure
     python watch.py --model runs/teacher/model --sentence "the [MASK] sat"          # its five likeliest words
 
-It reads config.json and log.jsonl and writes nothing but --out, so no run notices.  The page holds its data and its
-script and asks no server for anything.
+It reads config.json and log.jsonl and writes nothing but --out, so no run notices.
 """
 import contextlib
-import json
+import importlib.util
+import io
 import math
 import shutil
 import sys
 import time
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
 
 import torch
 
-from comparison.report import MARKERS, aligned, curve_look
+from comparison.report import aligned, curve_look
 from plumbing.checkpoint import find_model, framed, load_mlm, read_tokenizer
 from plumbing.cli import Checked, UserError, run, shown
-from plumbing.files import claim_file, json_object, log_records, parsing, write_whole
+from plumbing.files import OURS, claim_file, json_object, log_records, parsing, write_whole
 from plumbing.screen import changes, quantity, spent
 
-UNITS = {"hours": "charged hours", "flops": "FLOPs", "tokens": "tokens", "steps": "steps"}
-NOT_A_TERM = ("step progress seconds lr epoch loss gradient_norm val d_order flops tokens tokens_per_second "
-              "memory mfu").split()
+UNITS = "hours", "flops", "tokens", "steps"
+CURVES = {"loss": "loss", "lr": "learning rate", "tokens_per_second": "tokens/s", "gradient_norm": "gradient norm",
+          "d_order": "D_order"}                         # and each term of the loss
+NOT_A_TERM = *"step progress seconds epoch val flops tokens memory mfu".split(), *CURVES
 COLUMNS = "run", "spent", "left", "loss", "validation", "tokens/s", "state", "terms", "loss so far"
-PAGE = Path(__file__).parent / "plumbing/page.html"
-POINTS = 500                # records of a curve
+FIGURES = ".png", ".svg", ".pdf"
 WARNING = "Losses of different strategies are different quantities: between runs, only the same term can be compared."
 
 
@@ -39,7 +38,7 @@ WARNING = "Losses of different strategies are different quantities: between runs
 class Config(Checked):
     runs: list[str] = field(default_factory=list)   # run directories, or comparisons' directories
     follow: bool = False        # redraw every few seconds, the file of --out too; Ctrl-C ends it
-    out: str | None = None      # FILE.html: a page with every curve, to pass on
+    out: str | None = None      # FILE.png, .svg or .pdf: a figure with every curve, to pass on
     model: str | None = None    # instead of runs: a model directory or Hub id, to be asked
     sentence: str | None = None     # what it is asked: each [MASK] in it is filled
 
@@ -75,23 +74,18 @@ class LoggedRun:
         seen = [r for r in self.records if r.get("val")]
         self.validations = [(r, changes(r["val"], before.get("val", {})))
                             for r, before in zip(seen, [{}, *seen], strict=False)]
-        every = math.ceil(len(self.records) / POINTS)
-        kept = [r for i, r in enumerate(self.records[::-1]) if i % every == 0 or r.get("val")][::-1]
-        self.axes = {unit: [self.at(r, unit) for r in kept] for unit in UNITS}
-        keys = {"loss": "loss"} | {term: term for term in self.terms} | {
-            "learning rate": "lr", "tokens/s": "tokens_per_second", "gradient norm": "gradient_norm",
-            "D_order": "d_order"}
-        curves = {name: [r.get(key) for r in kept] for name, key in keys.items()} | {
-            f"validation {term}": [(r.get("val") or {}).get(term) for r in kept]
-            for term in dict.fromkeys(term for r in seen for term in r["val"])}
-        self.curves = {name: [y if isinstance(y, int | float) and math.isfinite(y) else None for y in values]
-                       for name, values in curves.items()}              # JSON has no infinity
+        self.curves = {}                                # {name: [(charged hours, y)]}
+        for r in self.records:
+            values = {CURVES.get(k, k): v for k, v in r.items() if k in CURVES or k not in NOT_A_TERM}
+            values |= {f"validation {term}": v for term, v in (r.get("val") or {}).items()}
+            for name, y in values.items():
+                if isinstance(y, int | float) and math.isfinite(y):
+                    self.curves.setdefault(name, []).append((r["seconds"] / 3600, y))
 
-    def at(self, record, unit):
-        """Where on the axis a record stands; None for the FLOPs of a run under another budget."""
-        flops = record.get("progress", 0) * self.total if self.unit == "flops" else None
-        step = record["step"]
-        return dict(hours=record["seconds"] / 3600, flops=flops, tokens=step * self.tokens, steps=step)[unit]
+    def used(self, record):
+        """What of the budget was spent at a record, in the budget's unit."""
+        return dict(hours=record["seconds"] / 3600, flops=record.get("progress", 0) * self.total,
+                    tokens=record["step"] * self.tokens, steps=record["step"])[self.unit]
 
 
 def find(paths):
@@ -136,10 +130,9 @@ def facts(run, end):
     if not run.records:
         return {"run": run.name, "state": "starting: no line in its log yet"}
     now, last = run.latest, run.records[-1]
-    rate = run.at(last, "tokens") / max(last["seconds"], 1e-9) if run.finished else now.get("tokens_per_second")
-    used, age = run.at(last, run.unit), time.time() - (run.path / "log.jsonl").stat().st_mtime
+    rate = last["step"] * run.tokens / max(last["seconds"], 1e-9) if run.finished else now.get("tokens_per_second")
+    used, age = run.used(last), time.time() - (run.path / "log.jsonl").stat().st_mtime
     left = last["seconds"] * max(0, run.total / used - 1) if used and not run.finished else None
-    points = [(x, y) for x, y in zip(run.axes["hours"], run.curves["loss"], strict=True) if y is not None]
     return {"run": run.name, "state": "finished" if run.finished else f"last line {quantity(age / 3600, 'hours')} ago",
             "spent": spent(used, run.total, run.unit),
             "left": quantity(left / 3600, "hours") if left is not None else "",
@@ -147,12 +140,12 @@ def facts(run, end):
             "terms": ", ".join(f"{term} {value:.5g}" for term, value in run.terms.items()),
             "tokens/s": f"{rate:,.0f}" if rate else "",
             "validation": f"{run.validations[-1][1]} [{len(run.validations)}]" if run.validations else "",
-            "loss so far": sparkline(points, end)}
+            "loss so far": sparkline(run.curves["loss"], end)}
 
 
 def run_table(runs):
     """The facts of all runs as rows, the heading first; their curves are on one axis."""
-    end = max((run.at(run.records[-1], "hours") for run in runs if run.records), default=0)
+    end = max((run.records[-1]["seconds"] / 3600 for run in runs if run.records), default=0)
     rows = [facts(run, end) for run in runs]
     head = [name for name in COLUMNS if any(row.get(name) for row in rows)]
     return [head, *([row.get(name, "") for name in head] for row in rows)]
@@ -165,37 +158,33 @@ def in_terminal(runs, width):
         return aligned(head, rows, width) if runs else "no run has begun"
     run, = runs
     return "\n".join([*(f"{name:14} {value}" for name, value in zip(head, *rows, strict=True)),
-                      *(f"  at {quantity(run.at(r, run.unit), run.unit):>14}  {val}" for r, val in run.validations)])
+                      *(f"  at {quantity(run.used(r), run.unit):>14}  {val}" for r, val in run.validations)])
 
 
-# --------------------------------------------------------------------------------------------------- the page
+# ------------------------------------------------------------------------------------------------- the figure
 
-def styles(runs):
-    """How each run is drawn: those that differ only by seed alike, of the first 140 others no two."""
-    arms = [each.name.split("-seed")[0] for each in runs]
-    return [curve_look([*dict.fromkeys(arms)].index(arm)) for arm in arms]
-
-
-def page(runs):
-    """The whole page as text: its table made here, curves drawn by its own script from the JSON that it holds."""
-    names = sorted(dict.fromkeys(name for each in runs for name, values in each.curves.items()
-                                 if any(y is not None for y in values)),
+def figure(runs):
+    """A panel per curve, against charged hours; in each a line per run, named once below all of them.  Runs that
+    differ only by seed look alike, of the first 140 others no two."""
+    from matplotlib.figure import Figure
+    names = sorted(dict.fromkeys(name for each in runs for name in each.curves) or ["loss"],
                    key=lambda name: name.startswith("validation"))
-    data = [dict(name=each.name, axes=each.axes, curves=each.curves, **look)
-            for each, look in zip(runs, styles(runs), strict=True)]
-    # Escaped: no name ends the script element
-    data = json.dumps(dict(runs=data, markers=MARKERS)).replace("<", "\\u003c")
-    body = "\n".join((
-        f"<h2>Runs</h2><pre>{escape(in_terminal(runs, math.inf))}</pre>",
-        f"<p>Written {time.strftime('%Y-%m-%d %H:%M')}. {WARNING}</p><p><label>against <select>",
-        *(f'<option value="{unit}">{UNITS[unit]}</option>' for unit in UNITS
-          if all(None not in each.axes[unit] for each in runs)), "</select></label>",
-        *(f'<label><input type="checkbox" checked><svg class="key" width="40" height="12"></svg> {escape(each.name)}'
-          f"</label>" for each in runs), '</p><div class="grid">',
-        *(f'<figure data-curve="{escape(name)}"><figcaption>{escape(name)}</figcaption><svg viewBox="0 0 440 250">'
-          f"</svg><output></output></figure>" for name in names),
-        f'</div><script type="application/json" id="data">{data}</script>'))
-    return PAGE.read_text(encoding="utf-8").replace("<!--body-->", body)
+    rows, arms = math.ceil(len(names) / 3), [each.name.split("-seed")[0] for each in runs]
+    fig = Figure((13, 1 + 2.8 * rows + 0.07 * len(runs)), layout="constrained")
+    for at, name in enumerate(names, 1):
+        axis, lines = fig.add_subplot(rows, 3, at), []
+        axis.set_title(shown(name), fontsize=10, parse_math=False)
+        axis.grid(color="0.92")
+        for each, arm in zip(runs, arms, strict=True):
+            points, look = each.curves.get(name, []), curve_look([*dict.fromkeys(arms)].index(arm))
+            lines += axis.plot([x for x, _ in points], [y for _, y in points], color=look["colour"], linewidth=1.4,
+                               dashes=look["dash"], marker=look["marker"], markevery=max(1, len(points) // 6),
+                               markersize=5, markerfacecolor="white")
+    fig.supxlabel(f"charged hours\n{WARNING}", fontsize=9)
+    legend = fig.legend(lines, map(str, range(len(runs))), loc="outside lower center", ncols=3, fontsize=9)
+    for text, each in zip(legend.get_texts(), runs, strict=True):       # set here: _ would hide it, $ begin a formula
+        text.set(text=each.name, parse_math=False)
+    return fig
 
 
 # ------------------------------------------------------------------------------------------------------- main
@@ -209,8 +198,10 @@ def main(config, say=print):
 def watch(config, say=print):
     """Reads everything, shows it, writes the file; with --follow again and again."""
     if file := config.out and Path(config.out):
-        if file.suffix != ".html":
-            raise UserError(f"--out {config.out}: a name that ends in .html")
+        if not importlib.util.find_spec("matplotlib"):
+            raise UserError("--out takes one more package: pip install matplotlib")
+        if file.suffix not in FIGURES:
+            raise UserError(f"--out {file}: a name that ends in one of {', '.join(FIGURES)}")
         claim_file(file).parent.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(KeyboardInterrupt) if config.follow else contextlib.nullcontext():     # how it ends
         while True:
@@ -218,7 +209,8 @@ def watch(config, say=print):
             width = shutil.get_terminal_size().columns if sys.stdout.isatty() else math.inf
             say("\033[H\033[2J" * config.follow + in_terminal(runs, width))
             if file:
-                write_whole(file, page(runs).encode())
+                figure(runs).savefig(data := io.BytesIO(), format=file.suffix[1:], metadata=dict(Creator=OURS))
+                write_whole(file, data.getvalue())
             if not config.follow:
                 return
             time.sleep(5)

@@ -19,6 +19,7 @@ from pathlib import Path
 from plumbing.cli import UserError, shown, writable
 
 MARK = ".nanokd"            # the file in each directory that we write to; it says of which kind
+OURS = "nanoKD: runs"       # in each single file that we write
 # kind: (in words, {its own files: keys of what is in them}); by them one is known that was written before there
 # were marks
 KINDS = {"run": ("a run of train.py", {"config.json": {"strategy"}}),
@@ -136,13 +137,13 @@ def holds(file, keys):
     return False
 
 
-def claim_file(path, flag="--out"):
-    """The Path of a file to be written: new, or one of ours, which has nanoKD in its first bytes."""
+def claim_file(path):
+    """The Path of a file to be written: new, or one that has OURS in it."""
     path = Path(path)
-    if path.is_dir() or path.exists() and b"nanoKD" not in path.open("rb").read(4096):
-        raise UserError(f"{flag} {path} is there and was not written by this program: nothing was touched; give "
+    if path.exists() and not (path.is_file() and OURS.encode() in path.read_bytes()):
+        raise UserError(f"--out {path} is there and was not written by this program: nothing was touched; give "
                         f"another name")
-    writable(path.parent, flag)
+    writable(path.parent)
     return path
 
 
