@@ -173,15 +173,15 @@ def figure(runs):
     fig = Figure((13, 1 + 2.8 * rows + 0.07 * len(runs)), layout="constrained")
     for at, name in enumerate(names, 1):
         axis, lines = fig.add_subplot(rows, 3, at), []
-        axis.set_title(shown(name), fontsize=10, parse_math=False)
+        axis.set_title(shown(name), parse_math=False)
+        axis.set_xlabel("charged hours")
         axis.grid(color="0.92")
         for each, arm in zip(runs, arms, strict=True):
             points, look = each.curves.get(name, []), curve_look([*dict.fromkeys(arms)].index(arm))
             lines += axis.plot([x for x, _ in points], [y for _, y in points], color=look["colour"], linewidth=1.4,
                                dashes=look["dash"], marker=look["marker"], markevery=max(1, len(points) // 6),
                                markersize=5, markerfacecolor="white")
-    fig.supxlabel(f"charged hours\n{WARNING}", fontsize=9)
-    legend = fig.legend(lines, map(str, range(len(runs))), loc="outside lower center", ncols=3, fontsize=9)
+    legend = fig.legend(lines, map(str, range(len(runs))), loc="outside lower center", ncols=3, title=WARNING)
     for text, each in zip(legend.get_texts(), runs, strict=True):       # set here: _ would hide it, $ begin a formula
         text.set(text=each.name, parse_math=False)
     return fig

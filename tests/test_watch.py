@@ -180,8 +180,10 @@ def test_the_figure_has_a_panel_per_curve_and_a_line_per_run(comparison, tiny, t
     assert [len(points) for points in panels["soft"]] == [6, 6, 0]
     assert [len(points) for points in panels["gradient norm"]] == [0, 6, 20]         # what is not finite is no point
     assert panels["validation mlm"][1].tolist() == [[20 / 3600, 8], [40 / 3600, 7], [60 / 3600, 6]]
-    assert fig.get_supxlabel().startswith("charged hours\n" + watch.WARNING)
-    names, = [[text.get_text() for text in legend.get_texts()] for legend in fig.legends]
+    assert {axis.get_xlabel() for axis in fig.axes} == {"charged hours"}
+    legend, = fig.legends
+    names = [text.get_text() for text in legend.get_texts()]
+    assert legend.get_title().get_text() == watch.WARNING
     assert names == [run.name for run in runs] == [STRANGE_NAME, "tinybert-seed0", "run"]
 
 
