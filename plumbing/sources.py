@@ -84,13 +84,13 @@ class Piece(NamedTuple):
     begins: bool = True             # it does not go on with the document of the piece before
 
 
-def read_documents(files, met, columns=None, rows_per_document=1, document_per="blank-line"):
+def read_documents(files, met, columns=None, document_per="blank-line"):
     """The documents of files, as Pieces.  `met` counts what was met; what begins with _ is for us alone."""
     def lines_of(name, raw, stream):
         if not (kind := rows.kind_of(name, stream.peek())):
             return prose(rows.lines_of(name, stream, met, longest=2), file.source, met, document_per == "line")
         table = rows.Table(name, kind, raw, stream, met)
-        return row_lines(table, glue.text_columns(table, columns), rows_per_document)
+        return row_lines(table, glue.text_columns(table, columns))
 
     for file in files:
         if file.source == "docstrings":
@@ -183,14 +183,12 @@ def cut(line, met):
     return found
 
 
-def row_lines(table, columns, rows_per_document):
-    """The lines of the texts in these columns, none blank, and '' after so many rows."""
-    texts = ("\n".join(values) for _, values, fault in table.pick(columns) if not fault)
-    for i, text in enumerate(texts, 1):
-        for line in filter(str.strip, text.split("\n")):
+def row_lines(table, columns):
+    """The lines of the texts in these columns, none blank, and '' after each row."""
+    for _, values, fault in table.pick(columns):
+        for line in filter(str.strip, "\n".join(values).split("\n") if not fault else ()):
             yield from cut(line, table.met)
-        if i % rows_per_document == 0:
-            yield ""
+        yield ""
 
 
 def pieces(lines, source, met):
