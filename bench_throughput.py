@@ -19,6 +19,7 @@ import sys
 import textwrap
 import time
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Annotated
 
 import numpy as np
@@ -92,17 +93,12 @@ class Config(Checked):
             raise UserError(f"--size, --teacher-size: {e}") from None
 
 
-class RandomTokens:
+def random_tokens(vocab_size):
     """What data.Blocks reads of a token directory, with random ids."""
-
-    def __init__(self, vocab_size, count=2 ** 22):
-        tokens = [*SPECIAL, ".", *(f"a{i}" for i in range(vocab_size))][:vocab_size]
-        self.path, self.vocab = "random ids", {token: i for i, token in enumerate(tokens)}
-        self.special = {token: self.vocab[token] for token in SPECIAL}
-        self.ids = np.random.default_rng(0).integers(len(SPECIAL), vocab_size, count, np.uint32)
-
-    def split(self, name):
-        return self.ids
+    vocab = {token: i for i, token in enumerate([*SPECIAL, ".", *(f"a{i}" for i in range(vocab_size))][:vocab_size])}
+    ids = np.random.default_rng(0).integers(len(SPECIAL), vocab_size, 2 ** 22, np.uint32)
+    return SimpleNamespace(path="random ids", vocab=vocab, special={token: vocab[token] for token in SPECIAL},
+                           split=lambda name: ids)
 
 
 # ---------------------------------------------------------------------------------------- what takes its turn
@@ -143,9 +139,7 @@ def entries_of(config, tokens):
 
 def take_turns(entries, config):
     """One step of each in every round."""
-    def synchronize():
-        if config.device.startswith("cuda"):
-            torch.cuda.synchronize()
+    synchronize = torch.cuda.synchronize if config.device.startswith("cuda") else lambda: None
     began, rounds = time.monotonic(), 0
     while rounds < 3 or time.monotonic() - began < config.seconds:
         for entry in entries:
@@ -155,8 +149,7 @@ def take_turns(entries, config):
             synchronize()
             entry.seconds.append(time.perf_counter() - at)
         rounds += 1
-        print(f"\rround {rounds}, {time.monotonic() - began:.0f} of {config.seconds:.0f} s", end="",
-              file=sys.stderr)
+        print(f"\rround {rounds}, {time.monotonic() - began:.0f} of {config.seconds:.0f} s", end="", file=sys.stderr)
     print(file=sys.stderr)
 
 
@@ -171,19 +164,17 @@ def row(entry, base, config):
 
 def method_and_graph(rows):
     """How much of the paper's ratio is the method, how much the released graph; from these rows alone."""
-    cost = {r["arm"]: (float(r["cost"]), float(r["FLOPs"])) for r in rows}
-    both = [name for name in cost if f"{name}{RELEASED}" in cost]
+    cost = {r["arm"]: float(r["cost"]) for r in rows}
+    both = [name for name in cost if name + RELEASED in cost]
     if not both:
         return []
-    def over(which):
-        return ", ".join(f"{name} {cost[name + RELEASED][which] / cost[name][which]:.2f}" for name in both)
-    least, most = (f(cost[name][0] for name in both) for f in (min, max))
-    low, high = (f(cost[name + RELEASED][0] for name in both) for f in (min, max))
+    (least, most), (low, high) = ((min(of), max(of)) for of in (
+        [cost[name] for name in both], [cost[name + RELEASED] for name in both]))
     return [f"The method: computing only what a loss needs, a distilled token costs {least:.2f} to {most:.2f} times "
             f"one of no_kd here.",
-            f"The released graph: computing everything raises that to {low:.2f} to {high:.2f} (by {over(0)}; by FLOPs "
-            f"{over(1)}); the paper's {PAPERS_RATIO}, on an A100, is {PAPERS_RATIO / high:.2f} to "
-            f"{PAPERS_RATIO / low:.2f} times that, which is its kernels and its machine."]
+            f"The released graph: computing everything raises that to {low:.2f} to {high:.2f}; the paper's "
+            f"{PAPERS_RATIO}, on an A100, is {PAPERS_RATIO / high:.2f} to {PAPERS_RATIO / low:.2f} times that, which "
+            f"is its kernels and its machine."]
 
 
 @halve_micro_batch_until_it_fits
@@ -195,7 +186,7 @@ def main(config):
         f"{config.seq_len} in micro-batches of {config.micro_batch}; {device}, {'bf16' if config.bf16 else 'fp32'}, "
         f"{'compiled' if config.compile else 'eager'}, dropout {config.dropout:g}, torch {torch.__version__}", 80))
     ready_process(torch.device(config.device))                          # as make_arm does
-    entries = list(entries_of(config, RandomTokens(config.vocab_size)))
+    entries = list(entries_of(config, random_tokens(config.vocab_size)))
     take_turns(entries, config)
     rows = [row(e, entries[0], config) for e in entries]
     print(aligned([*rows[0]], [[*r.values()] for r in rows]))

@@ -20,8 +20,9 @@ from pathlib import Path
 import torch
 
 from comparison.report import aligned, curve_look
-from plumbing.checkpoint import find_model, framed, load_mlm, read_tokenizer
+from plumbing.checkpoint import find_model, framed, read_tokenizer
 from plumbing.cli import Checked, UserError, run, shown
+from plumbing.diagnose import masked_lm
 from plumbing.files import OURS, claim_file, json_object, log_records, parsing, write_whole
 from plumbing.screen import changes, quantity, spent
 
@@ -221,20 +222,16 @@ def watch(config, say=print):
 @torch.no_grad()
 def ask(config, say=print):
     """Fills the sentence's masks.  On the CPU: the GPU may be busy with a run."""
-    path = find_model(config.model)
-    tokenizer = read_tokenizer(path)
-    model, missing, _ = load_mlm(path, tokenizer.get_vocab_size())
-    model.eval()
+    tokenizer = read_tokenizer(find_model(config.model))
+    forward, shape = masked_lm(config.model, tokenizer)
     ids = torch.tensor([framed(tokenizer).encode(config.sentence).ids])
     masked = (ids == tokenizer.token_to_id("[MASK]")).nonzero()[:, 1]
-    if ids.shape[1] > model.config.max_position_embeddings:
-        raise UserError(f"--sentence has {ids.shape[1]:,} tokens, the model "
-                        f"{model.config.max_position_embeddings} positions: give a shorter one")
+    if ids.shape[1] > shape.max_position_embeddings:
+        raise UserError(f"--sentence has {ids.shape[1]:,} tokens, the model {shape.max_position_embeddings} positions: "
+                        f"give a shorter one")
     if not len(masked):
         raise UserError('--sentence has no [MASK] to fill: give one, as "the [MASK] sat" has')
-    if missing:
-        raise UserError(f"{config.model} has no LM head to fill a [MASK] with, as its strategy trains none")
-    for i, p in enumerate(model(ids, masked[None])["logits"].softmax(-1), 1):           # (M, V)
+    for i, p in enumerate(forward(ids, masked[None]).softmax(-1), 1):                   # (M, V)
         best = p.topk(min(5, len(p))).indices.tolist()
         say(f"[MASK] {i}: " + ", ".join(f"{tokenizer.id_to_token(k)} {p[k]:.1%}" for k in best))
 
