@@ -7,13 +7,8 @@
 What can be read: docs/data.md; what is done with damaged text: plumbing/sources.py.
 
 A document is its paragraphs' WordPiece ids, then [SEP]; one with the ids of another is dropped.  A hash of its ids puts
-a document into training or validation, so it stays there when files are added or reordered; for docstrings it is a hash
-of their beginning, so they stay when the rest or the vocabulary changes.  A long document's pieces are on one side.
-Where this puts nothing or far too much into validation, or there are under 100 documents, every so-many-th chunk of ids
-is kept for it instead.  The same input gives the same bytes; 100 bytes of memory are kept for each document.
-
-All is written under the name *.part first, manifest.json last: an earlier token directory stays until the new one is
-complete, and a directory without manifest.json is not usable.
+it into training or validation (docs/data.md, What holds).  100 bytes of memory are kept for each.  All is written under
+the name *.part first, manifest.json last: a directory without that is not usable.
 """
 import contextlib
 import hashlib

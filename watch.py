@@ -30,7 +30,6 @@ UNITS = "hours", "flops", "tokens", "steps"
 CURVES = {"loss": "loss", "lr": "learning rate", "tokens_per_second": "tokens/s", "gradient_norm": "gradient norm",
           "d_order": "D_order"}                         # and each term of the loss
 NOT_A_TERM = *"step progress seconds epoch val flops tokens memory mfu".split(), *CURVES
-COLUMNS = "run", "spent", "left", "loss", "validation", "tokens/s", "state", "terms", "loss so far"
 FIGURES = ".png", ".svg", ".pdf"
 WARNING = "Losses of different strategies are different quantities: between runs, only the same term can be compared."
 
@@ -134,21 +133,21 @@ def facts(run, end):
     rate = last["step"] * run.tokens / max(last["seconds"], 1e-9) if run.finished else now.get("tokens_per_second")
     used, age = run.used(last), time.time() - (run.path / "log.jsonl").stat().st_mtime
     left = last["seconds"] * max(0, run.total / used - 1) if used and not run.finished else None
-    return {"run": run.name, "state": "finished" if run.finished else f"last line {quantity(age / 3600, 'hours')} ago",
-            "spent": spent(used, run.total, run.unit),
+    return {"run": run.name, "spent": spent(used, run.total, run.unit),
             "left": quantity(left / 3600, "hours") if left is not None else "",
             "loss": f"{now['loss']:.5g}" if "loss" in now else "",
-            "terms": ", ".join(f"{term} {value:.5g}" for term, value in run.terms.items()),
-            "tokens/s": f"{rate:,.0f}" if rate else "",
             "validation": f"{run.validations[-1][1]} [{len(run.validations)}]" if run.validations else "",
-            "loss so far": sparkline(run.curves["loss"], end)}
+            "tokens/s": f"{rate:,.0f}" if rate else "",
+            "state": "finished" if run.finished else f"last line {quantity(age / 3600, 'hours')} ago",
+            "terms": ", ".join(f"{term} {value:.5g}" for term, value in run.terms.items()),
+            "loss so far": sparkline(run.curves.get("loss", ()), end)}
 
 
 def run_table(runs):
     """The facts of all runs as rows, the heading first; their curves are on one axis."""
     end = max((run.records[-1]["seconds"] / 3600 for run in runs if run.records), default=0)
     rows = [facts(run, end) for run in runs]
-    head = [name for name in COLUMNS if any(row.get(name) for row in rows)]
+    head = [name for name in max(rows, key=len, default=()) if any(row.get(name) for row in rows)]
     return [head, *([row.get(name, "") for name in head] for row in rows)]
 
 

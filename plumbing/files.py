@@ -1,8 +1,4 @@
-"""Files that are whole or not there, directories that are ours, and locks that end with their process.
-
-One atomic writer, one claim, one lock, one wait loop: for checkpoints, model directories, trials,
-tables and token directories.
-"""
+"""Files that are whole or not there, directories that are ours, and locks that end with their process."""
 import contextlib
 import errno
 import functools
@@ -20,8 +16,7 @@ from plumbing.cli import UserError, shown, writable
 
 MARK = ".nanokd"            # the file in each directory that we write to; it says of which kind
 OURS = "nanoKD: runs"       # in each single file that we write
-# kind: (in words, {its own files: keys of what is in them}); by them one is known that was written before there
-# were marks
+# kind: (in words, {its own files: keys of what is in them}, which tell one that was written before there were marks)
 KINDS = {"run": ("a run of train.py", {"config.json": {"strategy"}}),
          "tokens": ("a token directory", {"manifest.json": {"sha256", "vocab_size"}}),
          "compare": ("a comparison", {"inputs.json": {"--data"}, "results.json": {"config", "results", "yardsticks"}}),

@@ -10,8 +10,7 @@ from tqdm import tqdm
 from plumbing.price import flops_of
 
 RECENT = 30                 # charged seconds that a rate looks back
-# Dense bf16 TFLOP/s in the vendors' data sheets, by words of the device's name; the
-# first entry that fits counts
+# Dense bf16 TFLOP/s in the vendors' data sheets, by words of the device's name; the first entry that fits counts
 PEAKS = {"H100 PCIe": 756, "H100 NVL": 835, "H200 NVL": 835, "H100": 989, "H200": 989, "GH200": 989,
          "B200": 2250, "A100": 312, "A30": 165, "A10": 125, "L40S": 362, "L4": 121}
 

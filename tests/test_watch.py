@@ -152,6 +152,11 @@ def test_the_two_command_lines():
             watch.main(watch.Config(**wrong))
 
 
+def test_a_run_whose_loss_is_no_number_is_shown_too(made):
+    found = cells(made("a", extra=lambda step: dict(loss=float("nan"), mlm=float("inf"))))["a"]
+    assert found["loss"] == "nan" and "loss so far" not in found and found["validation"] == "mlm 6 (-1) [3]"
+
+
 def test_runs_of_one_name_are_told_apart_and_none_moves_the_cursor(made):
     one, two, three = made("x/run"), made("y/run"), made("\x1b[2J")
     assert set(cells(one, two, three)) == {str(one), str(two), r"\x1b[2J"}
