@@ -43,8 +43,6 @@ class Config(Checked):
     sentence: str | None = None     # what it is asked: each [MASK] in it is filled
 
 
-# ----------------------------------------------------------------------------------------------- reading runs
-
 def read_log(file):
     """One record per step."""
     steps = {}
@@ -110,23 +108,8 @@ def find(paths):
     return runs
 
 
-# --------------------------------------------------------------------------------------------------- terminal
-
-def sparkline(points, end, width=24):
-    """The means of y over `width` equal parts of 0..end, as far as the points reach."""
-    parts, line, level = {}, "", " "
-    for x, y in points:
-        parts.setdefault(min(width - 1, int(x / (end or 1) * width)), []).append(y)
-    means = {i: sum(ys) / len(ys) for i, ys in parts.items()}
-    low, high = min(means.values(), default=0), max(means.values(), default=0)
-    for i in range(max(means, default=-1) + 1):
-        level = "▁▂▃▄▅▆▇█"[round(7 * (means[i] - low) / (high - low or 1))] if i in means else level
-        line += level
-    return line
-
-
-def facts(run, end):
-    """{heading: text}: what a person wants to know of one run.  `end`: of its curve's axis, in charged hours."""
+def facts(run):
+    """{heading: text}: what a person wants to know of one run."""
     if not run.records:
         return {"run": run.name, "state": "starting: no line in its log yet"}
     now, last = run.latest, run.records[-1]
@@ -139,14 +122,12 @@ def facts(run, end):
             "validation": f"{run.validations[-1][1]} [{len(run.validations)}]" if run.validations else "",
             "tokens/s": f"{rate:,.0f}" if rate else "",
             "state": "finished" if run.finished else f"last line {quantity(age / 3600, 'hours')} ago",
-            "terms": ", ".join(f"{term} {value:.5g}" for term, value in run.terms.items()),
-            "loss so far": sparkline(run.curves.get("loss", ()), end)}
+            "terms": ", ".join(f"{term} {value:.5g}" for term, value in run.terms.items())}
 
 
 def run_table(runs):
-    """The facts of all runs as rows, the heading first; their curves are on one axis."""
-    end = max((run.records[-1]["seconds"] / 3600 for run in runs if run.records), default=0)
-    rows = [facts(run, end) for run in runs]
+    """The facts of all runs as rows, the heading first."""
+    rows = [facts(run) for run in runs]
     head = [name for name in max(rows, key=len, default=()) if any(row.get(name) for row in rows)]
     return [head, *([row.get(name, "") for name in head] for row in rows)]
 
@@ -160,8 +141,6 @@ def in_terminal(runs, width):
     return "\n".join([*(f"{name:14} {value}" for name, value in zip(head, *rows, strict=True)),
                       *(f"  at {quantity(run.used(r), run.unit):>14}  {val}" for r, val in run.validations)])
 
-
-# ------------------------------------------------------------------------------------------------- the figure
 
 def figure(runs):
     """A panel per curve, against charged hours; in each a line per run, named once below all of them.  Runs that
@@ -186,8 +165,6 @@ def figure(runs):
         text.set(text=each.name, parse_math=False)
     return fig
 
-
-# ------------------------------------------------------------------------------------------------------- main
 
 def main(config, say=print):
     if bool(config.runs) == bool(config.model) or bool(config.model) != bool(config.sentence):
@@ -215,8 +192,6 @@ def watch(config, say=print):
                 return
             time.sleep(5)
 
-
-# ---------------------------------------------------------------------------------------------------- a model
 
 @torch.no_grad()
 def ask(config, say=print):
