@@ -101,8 +101,6 @@ def random_tokens(vocab_size):
                            split=lambda name: ids)
 
 
-# ---------------------------------------------------------------------------------------- what takes its turn
-
 class Entry:
     """One arm that is measured, by steps as train.py's loop does them.  `flops` are those of a step."""
 
@@ -134,8 +132,6 @@ def entries_of(config, tokens):
             flops = config.batch_size * sum(flops_per_block(of_arm, *needed, phase=i))
             yield Entry(phase.name + RELEASED * as_released, flops, arm, phase_blocks(phase, tokens, "train", 0))
 
-
-# ------------------------------------------------------------------------------------------ rounds and tables
 
 def take_turns(entries, config):
     """One step of each in every round."""

@@ -53,8 +53,6 @@ class Config(Checked):
     at_most: Count | None = None    # ids of each source: the first ones
 
 
-# ------------------------------------------------------------------------------------------- documents -> ids
-
 def document_key(content):
     """The hash of a document's ids (uint32, without [SEP]): tells duplicates, and training from validation."""
     return hashlib.blake2b(content, digest_size=8).digest()

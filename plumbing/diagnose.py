@@ -30,8 +30,6 @@ D_ORDER_TURN = 0.3          # nat; under it a teacher has no attention structure
 COUNTED = 2 ** 26           # training ids that are counted over: the first ones
 
 
-# --------------------------------------------------------------------------------------------------- counting
-
 def counting(directory, batch):
     """{name: (B, k) losses} at the masked positions, in nats, of words as often as they and their left neighbour
     stand in train.bin."""
@@ -67,8 +65,6 @@ def counting(directory, batch):
     return losses
 
 
-# ---------------------------------------------------------------------------------------------------- a model
-
 def validation(blocks, val_blocks):
     """The blocks and masks that train.py validates on, as one batch."""
     return blocks.batch(0, min(val_blocks, blocks.count))
@@ -101,10 +97,8 @@ def permuted(batch, special):
     return batch._replace(ids=ids)
 
 
-def order_gain(forward, batch, special, plain=None):
-    """D_order, what the order of the context is worth, in nats.  `plain`: the loss on the batch itself, if known."""
-    if plain is None:
-        plain = token_losses(forward, batch).mean()
+def order_gain(forward, batch, special, plain):
+    """D_order, what the order of the context is worth, in nats.  `plain`: the loss on the batch itself."""
     return float(token_losses(forward, permuted(batch, special)).mean() - plain)
 
 
@@ -114,8 +108,6 @@ def repeated(batch):
     np.put_along_axis(context, batch.masked, -1, 1)
     return (batch.labels[:, :, None] == context[:, None, :]).any(2)
 
-
-# ----------------------------------------------------------------------------------------------------- script
 
 @dataclass
 class Config(Checked):
