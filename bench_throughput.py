@@ -4,14 +4,12 @@
     python bench_throughput.py --strategies all                 # every arm
     python bench_throughput.py --size 12L1024 --teacher-size 24L1024                   # the paper's 12 layers
 
-An arm's step is train.py's: a batch and its masks, gradients (teacher, student, backward, gradient norm), one
-wait for the device, Arm.update.  Weights and ids are random: neither data nor a teacher is needed.  A shared
-machine's speed moves, so all arms live in one process and take turns, a step each in every round; a cost is
-the median over rounds of the round's own ratio, with its quartiles.
+An arm's step is train.py's: a batch and its masks, gradients (teacher, student, backward, gradient norm), one wait for
+the device, Arm.update.  Weights and ids are random.  A shared machine's speed moves, so all arms take turns, a step
+each in every round; a cost is the median over rounds of the round's own ratio, with its quartiles.
 
-The paper (arXiv 2404.19319) measured a cost of 1.8 for every distilled arm.  Its code computes everything for
-every method; the rows "as released" do that too, with our attention and, on CUDA, torch.compile: not its
-kernels, its graph.
+The paper (arXiv 2404.19319) measured a cost of 1.8 for every distilled arm.  Its code computes everything for every
+method; so do the rows "as released", with our attention and, on CUDA, torch.compile: its graph, not its kernels.
 """
 import dataclasses
 import itertools
@@ -81,8 +79,8 @@ class Config(Checked):
     def of_arm(self, strategy, as_released=False):
         same = {name: getattr(self, name) for name in (
             "size", "heads", "seq_len", "batch_size", "micro_batch", "dropout", "compile", "bf16")}
-        return train.Config(strategy=strategy, budget_steps=1, as_released=as_released, teacher=self.teacher_size,
-                            **same)
+        return train.Config(
+            strategy=strategy, budget_steps=1, as_released=as_released, teacher=self.teacher_size, **same)
 
     def shape(self, size, heads=None):
         try:

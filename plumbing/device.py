@@ -88,9 +88,8 @@ def alone_on_device(device, unit):
 
 
 def halve_micro_batch_until_it_fits(main):
-    """Decorator of a main(config, ...), which gets config.for_machine(), where --micro-batch is chosen if it
-    is not given.  Too large a choice is halved, until a run begins; else a device without memory left is one
-    line that names it."""
+    """Decorator of a main(config, ...), which gets config.for_machine(), where --micro-batch is chosen if it is not
+    given.  Too large a choice is halved, until a run begins; else no memory left is one line that names the device."""
     @functools.wraps(main)
     def told(config, *args, **named):
         free, config = config.micro_batch is None and Ranks().size == 1, config.for_machine()

@@ -183,9 +183,8 @@ def lock(path):
 
 
 def claim_each(paths, do, directories=True):
-    """[do(i) for each path], in any order: processes with the same paths take what no other one works on, and
-    wait for the rest.  What another process has done, `do` finds finished.  `directories` are made where they are
-    not there; else the paths are lock files."""
+    """[do(i) for each path], in any order: processes with the same paths take what no other one works on, and wait for
+    the rest, which `do` finds finished.  `directories` are made where there are none; else the paths are lock files."""
     results, waiting = {}, range(len(paths))
     for path in paths if directories else ():
         Path(path).mkdir(parents=True, exist_ok=True)

@@ -42,11 +42,10 @@ def rehearse(run, gradients, blocks, batches):
     say(f"memory: {memory(arm.device)}")
     say(f"speed: {tokens / seconds:,.0f} tokens/s, {seconds:.3g} s a step, measured over {len(took)}")
     ends = min(time.time() + charged + validations, 253_370_764_800)    # the year 9999
-    say(f"--budget-{budget.unit} {budget.total:g} buys {steps:,} steps, {steps * tokens:,} tokens, "
-        f"{blocks.epochs(steps, arm.phase.blocks(config.batch_size)):.3g} epochs in "
-        f"{quantity(charged / 3600, 'hours')}, and {quantity(validations / 3600, 'hours')} go to "
-        f"{config.val_times} validations: begun now, it ends on "
-        + time.strftime("%Y-%m-%d at %H:%M", time.localtime(ends)))
+    epochs = blocks.epochs(steps, arm.phase.blocks(config.batch_size))
+    say(f"--budget-{budget.unit} {budget.total:g} buys {steps:,} steps, {steps * tokens:,} tokens, {epochs:.3g} epochs "
+        f"in {quantity(charged / 3600, 'hours')}, and {quantity(validations / 3600, 'hours')} go to {config.val_times} "
+        f"validations: begun now, it ends on {time.strftime('%Y-%m-%d at %H:%M', time.localtime(ends))}")
 
 
 def memory(device):

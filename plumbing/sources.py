@@ -220,14 +220,13 @@ def docstrings():
 def docstrings_in(path):
     """Those of 20 characters or more in one Python file."""
     try:
-        tree = ast.parse(path.read_bytes())
+        nodes = [*ast.walk(ast.parse(path.read_bytes()))]
     except (SyntaxError, ValueError, OSError):                         # templates, and files of other Pythons
         return
+    texts = [ast.get_docstring(n) for n in nodes
+             if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))]
     if path.parent.name == "pydoc_data":                                # one dict: topic -> text
-        texts = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
-    else:
-        texts = [ast.get_docstring(n) for n in ast.walk(tree)
-                 if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))]
+        texts = [n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)]
     for text in texts:
         lines = [line.strip() for line in inspect.cleandoc(text or "").splitlines() if line.strip()]
         if sum(map(len, lines)) >= 20:
