@@ -43,14 +43,6 @@ class Config(Checked):
     sentence: str | None = None     # what it is asked: each [MASK] in it is filled
 
 
-def read_log(file):
-    """One record per step."""
-    steps = {}
-    for _, record in log_records(file.read_bytes().split(b"\n") if file.exists() else ()):
-        steps.setdefault(record["step"], {}).update(record)
-    return sorted(steps.values(), key=lambda record: record["step"])
-
-
 class LoggedRun:
     """One run directory as it is now; `validations`: [(record, each term's loss and its change in words)]."""
 
@@ -65,7 +57,10 @@ class LoggedRun:
         self.tokens = int(config["batch_size"]) * int(str(config["seq_len"]).split(",")[-1])
         if not math.isfinite(self.total):
             raise ValueError("a budget that is not finite")
-        self.finished, self.records = (path / "summary.json").exists(), read_log(path / "log.jsonl")
+        log, steps = path / "log.jsonl", {}
+        for _, record in log_records(log.read_bytes().split(b"\n") if log.exists() else ()):
+            steps.setdefault(record["step"], {}).update(record)
+        self.finished, self.records = (path / "summary.json").exists(), [steps[step] for step in sorted(steps)]
         self.latest = {k: v for record in self.records for k, v in record.items()}
         self.terms = {k: v for k, v in self.latest.items() if k not in NOT_A_TERM and isinstance(v, int | float)}
 

@@ -65,8 +65,6 @@ def one_line(text, length):
     return line if len(line) <= length else line[:length - 4] + " ..."
 
 
-# ---------------------------------------------------------------------------------------- what a field allows
-
 class Checked:
     """A dataclass whose fields hold what their annotations allow; text is read as the number that belongs there."""
 
@@ -172,8 +170,6 @@ def writable(path, flag="--out"):
         raise UserError(f"{flag} {path}: no directory to write in: {there}: {e.strerror}") from None
     return path
 
-
-# ----------------------------------------------------------------------------------------------- command line
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):

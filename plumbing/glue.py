@@ -13,7 +13,6 @@ import numpy as np
 from plumbing.cli import NUMBER, UserError, shown
 from plumbing.rows import KIND, NoText, label_of, quoted, table
 
-# ------------------------------------------------------------------------------------------------------ tasks
 
 class Task(NamedTuple):
     folder: str             # of the official TSVs; one's own: a file or a folder
@@ -151,8 +150,6 @@ def own_labels(path, seen, columns):
     return tuple(sorted(seen))
 
 
-# ---------------------------------------------------------------------------------------------------- reading
-
 def number(task, label):
     """The label as a number; ValueError where it is none of the task's."""
     if task.labels:
@@ -267,8 +264,6 @@ def split(path, sentences, labels):
                         f"directory with train.tsv and dev.tsv")
     return {part: ([sentences[i] for i in of], [labels[i] for i in of]) for part, of in parts.items()}
 
-
-# ---------------------------------------------------------------------------------------------------- metrics
 
 def accuracy(p, y):
     return np.mean(p == y)

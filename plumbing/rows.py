@@ -58,8 +58,6 @@ class NoText(UserError):
         self.what = what
 
 
-# -------------------------------------------------------------------------------------------------- bytes -> lines
-
 @contextlib.contextmanager
 def reading(name):
     """Turns whatever a file's bytes bring about into one line.  As `parsing`, it wraps calls, never a generator."""
@@ -169,8 +167,6 @@ def lines_of(name, stream, met, strict=False, longest=1):
         yield number, text
 
 
-# --------------------------------------------------------------------------------------------------- lines -> rows
-
 class Table:
     """The rows of a stream (parquet: of the open file `raw`), read once: `names` of its columns, in lower case, then
     `cells` or `pick`.  `met` counts what was met, bad rows too; `strict` refuses what is no UTF-8."""
@@ -195,7 +191,8 @@ class Table:
             count = Counter(key for row in objects for key in row)
             self.keys = [key for key, n in count.items() if 2 * n >= len(objects)]
         else:
-            self.rows = tsv_rows(lines) if kind == "tsv" else csv_rows(name, lines)
+            self.rows = csv_rows(name, lines) if kind == "csv" else (   # without quotes: GLUE's files have some in text
+                (f"line {at}", text.split("\t") if (text := line.rstrip("\r\n")) else []) for at, line in lines)
             place, self.keys = next((row for row in self.rows if any(map(str.strip, row[1]))), ("", []))
             if not header:
                 first, self.keys = [(place, self.keys)], [f"column {i + 1}" for i in range(len(self.keys))]
@@ -265,13 +262,6 @@ def table(path, met, header=True):
         yield Table(path, kind, raw, stream, met, strict=True, header=header)
 
 
-def tsv_rows(lines):
-    """No quotes: GLUE's files have some that are text."""
-    for at, line in lines:
-        line = line.rstrip("\r\n")
-        yield f"line {at}", line.split("\t") if line else []
-
-
 def csv_rows(name, lines):
     """Fields are parted by , ; or tab: by what stands in the header most often."""
     start, header = next(((at, line) for at, line in lines if line.strip()), (1, ""))
@@ -295,8 +285,6 @@ def json_rows(lines):
                 row = None
             yield f"line {at}", row if isinstance(row, dict) else None
 
-
-# -------------------------------------------------------------------------------------------------- cells -> values
 
 def text_of(value, met):
     """The text in a cell; ValueError says, in words, what else is there."""

@@ -31,8 +31,6 @@ BAD, BAD_ROWS = 0.05, 10    # share of bad rows above which a file is refused, i
 ENDS, CLOSING = (*".!?:…。！？：",), "\"')]}»”’*_`"                       # of a sentence
 
 
-# ------------------------------------------------------------------------------------------- sources -> files
-
 class File(NamedTuple):
     source: str                     # where it was found
     path: Path
@@ -74,8 +72,6 @@ def files_below(top, met):
 def hidden(name):
     return any(part[0] == "." and part != ".." or part == "__MACOSX" for part in PurePosixPath(name).parts)
 
-
-# ----------------------------------------------------------------------------------------- files -> documents
 
 class Piece(NamedTuple):
     """A document, or a part of one that is too long."""
