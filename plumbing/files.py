@@ -167,16 +167,15 @@ def lock(path):
     path = Path(path)
     # NFS locks a file only where it is open for writing
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
+    ours = True
     try:
         try:
             import fcntl
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours = True
         except BlockingIOError:
             ours = False
         except (ImportError, OSError):                                  # Windows, some network file systems
             print(f"{path} cannot be locked here: let no second process work on it", file=sys.stderr)
-            ours = True
         yield ours
     finally:
         os.close(handle)
