@@ -97,8 +97,10 @@ def permuted(batch, special):
     return batch._replace(ids=ids)
 
 
-def order_gain(forward, batch, special, plain):
-    """D_order, what the order of the context is worth, in nats.  `plain`: the loss on the batch itself."""
+def order_gain(forward, batch, special, plain=None):
+    """D_order, what the order of the context is worth, in nats.  `plain`: the loss on the batch itself, if known."""
+    if plain is None:
+        plain = token_losses(forward, batch).mean()
     return float(token_losses(forward, permuted(batch, special)).mean() - plain)
 
 

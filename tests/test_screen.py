@@ -99,7 +99,7 @@ def test_a_pipe_sees_no_carriage_return_and_what_order_is_worth(tiny, corpus, tm
     directory = TokenDirectory(corpus)
     forward, _ = diagnose.masked_lm(str(tmp_path / "run/model"), directory.read_tokenizer(), 32)
     batch = diagnose.validation(validation_blocks(directory, 32), 8)
-    order = diagnose.order_gain(forward, batch, directory.special, diagnose.token_losses(forward, batch).mean())
+    order = diagnose.order_gain(forward, batch, directory.special)
     assert summary["d_order"] == pytest.approx(order, abs=1e-4)
     assert f", D_order {order:z.2f}" in last
     log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
