@@ -4,14 +4,12 @@
     python bench_throughput.py --strategies all                 # every arm
     python bench_throughput.py --size 12L1024 --teacher-size 24L1024                   # the paper's 12 layers
 
-An arm's step is train.py's: a batch and its masks, gradients (teacher, student, backward, gradient norm), one
-wait for the device, Arm.update.  Weights and ids are random: neither data nor a teacher is needed.  A shared
-machine's speed moves, so all arms live in one process and take turns, a step each in every round; a cost is
-the median over rounds of the round's own ratio, with its quartiles.
+An arm's step is train.py's: a batch and its masks, gradients (teacher, student, backward, gradient norm), one wait for
+the device, Arm.update.  Weights and ids are random.  A shared machine's speed moves, so all arms take turns, a step
+each in every round; a cost is the median over rounds of the round's own ratio, with its quartiles.
 
-The paper (arXiv 2404.19319) measured a cost of 1.8 for every distilled arm.  Its code computes everything for
-every method; the rows "as released" do that too, with our attention and, on CUDA, torch.compile: not its
-kernels, its graph.
+The paper (arXiv 2404.19319) measured a cost of 1.8 for every distilled arm.  Its code computes everything for every
+method; so do the rows "as released", with our attention and, on CUDA, torch.compile: its graph, not its kernels.
 """
 import dataclasses
 import itertools
@@ -19,6 +17,7 @@ import sys
 import textwrap
 import time
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Annotated
 
 import numpy as np
@@ -80,8 +79,8 @@ class Config(Checked):
     def of_arm(self, strategy, as_released=False):
         same = {name: getattr(self, name) for name in (
             "size", "heads", "seq_len", "batch_size", "micro_batch", "dropout", "compile", "bf16")}
-        return train.Config(strategy=strategy, budget_steps=1, as_released=as_released, teacher=self.teacher_size,
-                            **same)
+        return train.Config(
+            strategy=strategy, budget_steps=1, as_released=as_released, teacher=self.teacher_size, **same)
 
     def shape(self, size, heads=None):
         try:
@@ -92,20 +91,13 @@ class Config(Checked):
             raise UserError(f"--size, --teacher-size: {e}") from None
 
 
-class RandomTokens:
+def random_tokens(vocab_size):
     """What data.Blocks reads of a token directory, with random ids."""
+    vocab = {token: i for i, token in enumerate([*SPECIAL, ".", *(f"a{i}" for i in range(vocab_size))][:vocab_size])}
+    ids = np.random.default_rng(0).integers(len(SPECIAL), vocab_size, 2 ** 22, np.uint32)
+    return SimpleNamespace(path="random ids", vocab=vocab, special={token: vocab[token] for token in SPECIAL},
+                           split=lambda name: ids)
 
-    def __init__(self, vocab_size, count=2 ** 22):
-        tokens = [*SPECIAL, ".", *(f"a{i}" for i in range(vocab_size))][:vocab_size]
-        self.path, self.vocab = "random ids", {token: i for i, token in enumerate(tokens)}
-        self.special = {token: self.vocab[token] for token in SPECIAL}
-        self.ids = np.random.default_rng(0).integers(len(SPECIAL), vocab_size, count, np.uint32)
-
-    def split(self, name):
-        return self.ids
-
-
-# ---------------------------------------------------------------------------------------- what takes its turn
 
 class Entry:
     """One arm that is measured, by steps as train.py's loop does them.  `flops` are those of a step."""
@@ -139,13 +131,9 @@ def entries_of(config, tokens):
             yield Entry(phase.name + RELEASED * as_released, flops, arm, phase_blocks(phase, tokens, "train", 0))
 
 
-# ------------------------------------------------------------------------------------------ rounds and tables
-
 def take_turns(entries, config):
     """One step of each in every round."""
-    def synchronize():
-        if config.device.startswith("cuda"):
-            torch.cuda.synchronize()
+    synchronize = torch.cuda.synchronize if config.device.startswith("cuda") else lambda: None
     began, rounds = time.monotonic(), 0
     while rounds < 3 or time.monotonic() - began < config.seconds:
         for entry in entries:
@@ -155,8 +143,7 @@ def take_turns(entries, config):
             synchronize()
             entry.seconds.append(time.perf_counter() - at)
         rounds += 1
-        print(f"\rround {rounds}, {time.monotonic() - began:.0f} of {config.seconds:.0f} s", end="",
-              file=sys.stderr)
+        print(f"\rround {rounds}, {time.monotonic() - began:.0f} of {config.seconds:.0f} s", end="", file=sys.stderr)
     print(file=sys.stderr)
 
 
@@ -171,19 +158,17 @@ def row(entry, base, config):
 
 def method_and_graph(rows):
     """How much of the paper's ratio is the method, how much the released graph; from these rows alone."""
-    cost = {r["arm"]: (float(r["cost"]), float(r["FLOPs"])) for r in rows}
-    both = [name for name in cost if f"{name}{RELEASED}" in cost]
+    cost = {r["arm"]: float(r["cost"]) for r in rows}
+    both = [name for name in cost if name + RELEASED in cost]
     if not both:
         return []
-    def over(which):
-        return ", ".join(f"{name} {cost[name + RELEASED][which] / cost[name][which]:.2f}" for name in both)
-    least, most = (f(cost[name][0] for name in both) for f in (min, max))
-    low, high = (f(cost[name + RELEASED][0] for name in both) for f in (min, max))
+    (least, most), (low, high) = ((min(of), max(of)) for of in (
+        [cost[name] for name in both], [cost[name + RELEASED] for name in both]))
     return [f"The method: computing only what a loss needs, a distilled token costs {least:.2f} to {most:.2f} times "
             f"one of no_kd here.",
-            f"The released graph: computing everything raises that to {low:.2f} to {high:.2f} (by {over(0)}; by FLOPs "
-            f"{over(1)}); the paper's {PAPERS_RATIO}, on an A100, is {PAPERS_RATIO / high:.2f} to "
-            f"{PAPERS_RATIO / low:.2f} times that, which is its kernels and its machine."]
+            f"The released graph: computing everything raises that to {low:.2f} to {high:.2f}; the paper's "
+            f"{PAPERS_RATIO}, on an A100, is {PAPERS_RATIO / high:.2f} to {PAPERS_RATIO / low:.2f} times that, which "
+            f"is its kernels and its machine."]
 
 
 @halve_micro_batch_until_it_fits
@@ -195,7 +180,7 @@ def main(config):
         f"{config.seq_len} in micro-batches of {config.micro_batch}; {device}, {'bf16' if config.bf16 else 'fp32'}, "
         f"{'compiled' if config.compile else 'eager'}, dropout {config.dropout:g}, torch {torch.__version__}", 80))
     ready_process(torch.device(config.device))                          # as make_arm does
-    entries = list(entries_of(config, RandomTokens(config.vocab_size)))
+    entries = list(entries_of(config, random_tokens(config.vocab_size)))
     take_turns(entries, config)
     rows = [row(e, entries[0], config) for e in entries]
     print(aligned([*rows[0]], [[*r.values()] for r in rows]))

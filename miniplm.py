@@ -9,10 +9,8 @@ masked ids of all other units, the pool, both of the same corrupted blocks:
     s_m(u) = mean over K masks, 8 blocks and k masked positions of log p_m(x_i | the corrupted block)
     r(u)   = s_teacher(u) - s_reference(u)              the expected masked-loss gap
 
-and the half with the largest r is kept (difference sampling, arXiv 2410.17215, section 2.4).  OUT gets token
-directories: kept, the controls that are asked for, and held_out, on which reference_run/ is trained (docs/miniplm.md).
-Their manifests say what all of it has cost: train.py charges none of that, compare.py takes it off the budget of its
-arms miniplm, miniplm+random, ...  The same command goes on where it was stopped, and adds controls.
+and the half with the largest r is kept (difference sampling, arXiv 2410.17215, section 2.4).  What is made, what it
+costs and how it goes on after a kill: docs/miniplm.md.
 """
 import dataclasses
 import time
@@ -115,7 +113,7 @@ def make(config, out, source, request, device, say):
 
 def both_models(config, out, source, blocks, held, device, say):
     """([(forward, BertConfig)] of the teacher and the reference, FLOPs and seconds of training the reference)."""
-    how = source, config.seq_len, "--teacher", device, multiplies_in_bf16(device, config.bf16)
+    how = source.read_tokenizer(), config.seq_len, "--teacher", device, multiplies_in_bf16(device, config.bf16)
     teacher = masked_lm(config.teacher, *how)
     if (there := len(held) * UNIT) < config.batch_size:
         raise UserError(f"{source.path}: {there} blocks are held out for the reference, fewer than a batch of "

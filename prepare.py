@@ -7,13 +7,8 @@
 What can be read: docs/data.md; what is done with damaged text: plumbing/sources.py.
 
 A document is its paragraphs' WordPiece ids, then [SEP]; one with the ids of another is dropped.  A hash of its ids puts
-a document into training or validation, so it stays there when files are added or reordered; for docstrings it is a hash
-of their beginning, so they stay when the rest or the vocabulary changes.  A long document's pieces are on one side.
-Where this puts nothing or far too much into validation, or there are under 100 documents, every so-many-th chunk of ids
-is kept for it instead.  The same input gives the same bytes; 100 bytes of memory are kept for each document.
-
-All is written under the name *.part first, manifest.json last: an earlier token directory stays until the new one is
-complete, and a directory without manifest.json is not usable.
+it into training or validation (docs/data.md, What holds).  100 bytes of memory are kept for each.  All is written under
+the name *.part first, manifest.json last: a directory without that is not usable.
 """
 import contextlib
 import hashlib
@@ -52,14 +47,11 @@ class Config(Checked):
     vocab_size: Annotated[int, "[6, 1e6]"] | None = None    # train a WordPiece vocabulary of this size instead
     val_fraction: Fraction = 0.005  # documents kept for validation
     columns: str | None = None      # columns of text in a table; default: text, or what fine-tuning would take
-    rows_per_document: Count = 1    # rows joined to one document, for data sets with a sentence per row
-    document_per: Literal["blank-line", "line", "file"] = "blank-line"  # what ends a document of plain text
+    document_per: Literal["blank-line", "line", "file"] = "blank-line"  # what ends a document; file: a table's too
     without: str | None = None      # tasks, as finetune_glue.py's --tasks: lines that are a side of a dev row go
     glue_dir: str | None = None     # directory of GLUE's official TSVs for --without
     at_most: Count | None = None    # ids of each source: the first ones
 
-
-# ------------------------------------------------------------------------------------------- documents -> ids
 
 def document_key(content):
     """The hash of a document's ids (uint32, without [SEP]): tells duplicates, and training from validation."""
@@ -122,8 +114,6 @@ def prepare(config, documents=None):
     """Makes the token directory and returns its manifest.  `documents`, texts, replace the config's sources."""
     if (config.vocab is None) == (config.vocab_size is None):
         raise UserError("give either --vocab (an existing vocabulary) or --vocab-size (train one)")
-    if config.document_per != "blank-line" and config.rows_per_document > 1:
-        raise UserError(f"--document-per {config.document_per} ends each document: leave out --rows-per-document")
     out, met = claim(config.out, "tokens", dry_run=True), Counter()
     files = [file for source in config.sources if documents is None for file in find_files(source, met)]
     try:
@@ -137,14 +127,9 @@ def make(config, documents, out, files, met):
     """prepare, in a directory that is ours."""
     tokenizer = load_tokenizer(config.vocab) if config.vocab else None
     documents = (Piece(text, config.sources[0]) for text in documents) if documents is not None else read_documents(
-        files, met, config.columns, config.rows_per_document, config.document_per)
+        files, met, config.columns, config.document_per)
     if tokenizer is None:       # from the first SAMPLE characters
-        sample, size = [], 0
-        for piece in tqdm(documents, desc="reading", unit=" documents", mininterval=1):
-            sample.append(piece)
-            size += len(piece.text)
-            if size >= SAMPLE:
-                break
+        sample = next(batches(tqdm(documents, desc="reading", unit=" documents", mininterval=1), SAMPLE))
         tokenizer = train_vocabulary([piece.text for piece in sample], config.vocab_size)
         documents = itertools.chain(sample, documents)
     names = ("train.bin", "val.bin", "tokenizer.json", "manifest.json")
@@ -239,12 +224,11 @@ def listed(met):
 
 def main(config):
     m = prepare(config)
+    total = m["train_tokens"] + m["val_tokens"]
     print(f"{config.out}: {m['documents']:,} documents ({m['duplicates']:,} duplicates dropped), "
           f"{m['train_tokens']:,} training and {m['val_tokens']:,} validation ids ({m['dtype']}), "
-          f"{100 * m['unknown'] / (m['train_tokens'] + m['val_tokens']):.2f}% unknown, "
-          f"vocabulary {m['vocab_size']:,}", file=sys.stderr)
+          f"{100 * m['unknown'] / total:.2f}% unknown, vocabulary {m['vocab_size']:,}", file=sys.stderr)
     if len(m["source_tokens"]) > 1:
-        total = m["train_tokens"] + m["val_tokens"]
         print("shares: " + ", ".join(f"{shown(source)} {n / total:.1%}" for source, n in m["source_tokens"].items()),
               file=sys.stderr)
     if m["met"]:

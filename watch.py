@@ -1,37 +1,36 @@
-"""How runs go and how they went: in the terminal, as a page to pass on; and what a model says.
+"""How runs go and how they went: in the terminal, as a figure to pass on; and what a model says.
 
     python watch.py runs/tinybert --follow              # one run, redrawn every few seconds until Ctrl-C
     python watch.py runs/*                              # several, finished or under way, as one table
-    python watch.py runs/table2 --out table2.html       # all runs of a comparison: their table and curves in one file
+    python watch.py runs/table2 --out table2.png        # and the curves of all runs of a comparison in one figure
     python watch.py --model runs/teacher/model --sentence "the [MASK] sat"          # its five likeliest words
 
-It reads config.json and log.jsonl and writes nothing but --out, so no run notices.  The page holds its data and its
-script and asks no server for anything.
+It reads config.json and log.jsonl and writes nothing but --out, so no run notices.
 """
 import contextlib
-import json
+import importlib.util
+import io
 import math
 import shutil
 import sys
 import time
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
 
 import torch
 
-from comparison.report import MARKERS, aligned, curve_look
-from plumbing.checkpoint import find_model, framed, load_mlm, read_tokenizer
+from comparison.report import aligned, curve_look
+from plumbing.checkpoint import find_model, framed, read_tokenizer
 from plumbing.cli import Checked, UserError, run, shown
-from plumbing.files import claim_file, json_object, log_records, parsing, write_whole
+from plumbing.diagnose import masked_lm
+from plumbing.files import OURS, claim_file, json_object, log_records, parsing, write_whole
 from plumbing.screen import changes, quantity, spent
 
-UNITS = {"hours": "charged hours", "flops": "FLOPs", "tokens": "tokens", "steps": "steps"}
-NOT_A_TERM = ("step progress seconds lr epoch loss gradient_norm val d_order flops tokens tokens_per_second "
-              "memory mfu").split()
-COLUMNS = "run", "spent", "left", "loss", "validation", "tokens/s", "state", "terms", "loss so far"
-PAGE = Path(__file__).parent / "plumbing/page.html"
-POINTS = 500                # records of a curve
+UNITS = "hours", "flops", "tokens", "steps"
+CURVES = {"loss": "loss", "lr": "learning rate", "tokens_per_second": "tokens/s", "gradient_norm": "gradient norm",
+          "d_order": "D_order"}                         # and each term of the loss
+NOT_A_TERM = *"step progress seconds epoch val flops tokens memory mfu".split(), *CURVES
+FIGURES = ".png", ".svg", ".pdf"
 WARNING = "Losses of different strategies are different quantities: between runs, only the same term can be compared."
 
 
@@ -39,19 +38,9 @@ WARNING = "Losses of different strategies are different quantities: between runs
 class Config(Checked):
     runs: list[str] = field(default_factory=list)   # run directories, or comparisons' directories
     follow: bool = False        # redraw every few seconds, the file of --out too; Ctrl-C ends it
-    out: str | None = None      # FILE.html: a page with every curve, to pass on
+    out: str | None = None      # FILE.png, .svg or .pdf: a figure with every curve, to pass on
     model: str | None = None    # instead of runs: a model directory or Hub id, to be asked
     sentence: str | None = None     # what it is asked: each [MASK] in it is filled
-
-
-# ----------------------------------------------------------------------------------------------- reading runs
-
-def read_log(file):
-    """One record per step."""
-    steps = {}
-    for _, record in log_records(file.read_bytes().split(b"\n") if file.exists() else ()):
-        steps.setdefault(record["step"], {}).update(record)
-    return sorted(steps.values(), key=lambda record: record["step"])
 
 
 class LoggedRun:
@@ -68,30 +57,28 @@ class LoggedRun:
         self.tokens = int(config["batch_size"]) * int(str(config["seq_len"]).split(",")[-1])
         if not math.isfinite(self.total):
             raise ValueError("a budget that is not finite")
-        self.finished, self.records = (path / "summary.json").exists(), read_log(path / "log.jsonl")
+        log, steps = path / "log.jsonl", {}
+        for _, record in log_records(log.read_bytes().split(b"\n") if log.exists() else ()):
+            steps.setdefault(record["step"], {}).update(record)
+        self.finished, self.records = (path / "summary.json").exists(), [steps[step] for step in sorted(steps)]
         self.latest = {k: v for record in self.records for k, v in record.items()}
         self.terms = {k: v for k, v in self.latest.items() if k not in NOT_A_TERM and isinstance(v, int | float)}
 
         seen = [r for r in self.records if r.get("val")]
         self.validations = [(r, changes(r["val"], before.get("val", {})))
                             for r, before in zip(seen, [{}, *seen], strict=False)]
-        every = math.ceil(len(self.records) / POINTS)
-        kept = [r for i, r in enumerate(self.records[::-1]) if i % every == 0 or r.get("val")][::-1]
-        self.axes = {unit: [self.at(r, unit) for r in kept] for unit in UNITS}
-        keys = {"loss": "loss"} | {term: term for term in self.terms} | {
-            "learning rate": "lr", "tokens/s": "tokens_per_second", "gradient norm": "gradient_norm",
-            "D_order": "d_order"}
-        curves = {name: [r.get(key) for r in kept] for name, key in keys.items()} | {
-            f"validation {term}": [(r.get("val") or {}).get(term) for r in kept]
-            for term in dict.fromkeys(term for r in seen for term in r["val"])}
-        self.curves = {name: [y if isinstance(y, int | float) and math.isfinite(y) else None for y in values]
-                       for name, values in curves.items()}              # JSON has no infinity
+        self.curves = {}                                # {name: [(charged hours, y)]}
+        for r in self.records:
+            values = {CURVES.get(k, k): v for k, v in r.items() if k in CURVES or k not in NOT_A_TERM}
+            values |= {f"validation {term}": v for term, v in (r.get("val") or {}).items()}
+            for name, y in values.items():
+                if isinstance(y, int | float) and math.isfinite(y):
+                    self.curves.setdefault(name, []).append((r["seconds"] / 3600, y))
 
-    def at(self, record, unit):
-        """Where on the axis a record stands; None for the FLOPs of a run under another budget."""
-        flops = record.get("progress", 0) * self.total if self.unit == "flops" else None
-        step = record["step"]
-        return dict(hours=record["seconds"] / 3600, flops=flops, tokens=step * self.tokens, steps=step)[unit]
+    def used(self, record):
+        """What of the budget was spent at a record, in the budget's unit."""
+        return dict(hours=record["seconds"] / 3600, flops=record.get("progress", 0) * self.total,
+                    tokens=record["step"] * self.tokens, steps=record["step"])[self.unit]
 
 
 def find(paths):
@@ -116,45 +103,27 @@ def find(paths):
     return runs
 
 
-# --------------------------------------------------------------------------------------------------- terminal
-
-def sparkline(points, end, width=24):
-    """The means of y over `width` equal parts of 0..end, as far as the points reach."""
-    parts, line, level = {}, "", " "
-    for x, y in points:
-        parts.setdefault(min(width - 1, int(x / (end or 1) * width)), []).append(y)
-    means = {i: sum(ys) / len(ys) for i, ys in parts.items()}
-    low, high = min(means.values(), default=0), max(means.values(), default=0)
-    for i in range(max(means, default=-1) + 1):
-        level = "▁▂▃▄▅▆▇█"[round(7 * (means[i] - low) / (high - low or 1))] if i in means else level
-        line += level
-    return line
-
-
-def facts(run, end):
-    """{heading: text}: what a person wants to know of one run.  `end`: of its curve's axis, in charged hours."""
+def facts(run):
+    """{heading: text}: what a person wants to know of one run."""
     if not run.records:
         return {"run": run.name, "state": "starting: no line in its log yet"}
     now, last = run.latest, run.records[-1]
-    rate = run.at(last, "tokens") / max(last["seconds"], 1e-9) if run.finished else now.get("tokens_per_second")
-    used, age = run.at(last, run.unit), time.time() - (run.path / "log.jsonl").stat().st_mtime
+    rate = last["step"] * run.tokens / max(last["seconds"], 1e-9) if run.finished else now.get("tokens_per_second")
+    used, age = run.used(last), time.time() - (run.path / "log.jsonl").stat().st_mtime
     left = last["seconds"] * max(0, run.total / used - 1) if used and not run.finished else None
-    points = [(x, y) for x, y in zip(run.axes["hours"], run.curves["loss"], strict=True) if y is not None]
-    return {"run": run.name, "state": "finished" if run.finished else f"last line {quantity(age / 3600, 'hours')} ago",
-            "spent": spent(used, run.total, run.unit),
+    return {"run": run.name, "spent": spent(used, run.total, run.unit),
             "left": quantity(left / 3600, "hours") if left is not None else "",
             "loss": f"{now['loss']:.5g}" if "loss" in now else "",
-            "terms": ", ".join(f"{term} {value:.5g}" for term, value in run.terms.items()),
-            "tokens/s": f"{rate:,.0f}" if rate else "",
             "validation": f"{run.validations[-1][1]} [{len(run.validations)}]" if run.validations else "",
-            "loss so far": sparkline(points, end)}
+            "tokens/s": f"{rate:,.0f}" if rate else "",
+            "state": "finished" if run.finished else f"last line {quantity(age / 3600, 'hours')} ago",
+            "terms": ", ".join(f"{term} {value:.5g}" for term, value in run.terms.items())}
 
 
 def run_table(runs):
-    """The facts of all runs as rows, the heading first; their curves are on one axis."""
-    end = max((run.at(run.records[-1], "hours") for run in runs if run.records), default=0)
-    rows = [facts(run, end) for run in runs]
-    head = [name for name in COLUMNS if any(row.get(name) for row in rows)]
+    """The facts of all runs as rows, the heading first."""
+    rows = [facts(run) for run in runs]
+    head = [name for name in max(rows, key=len, default=()) if any(row.get(name) for row in rows)]
     return [head, *([row.get(name, "") for name in head] for row in rows)]
 
 
@@ -165,40 +134,32 @@ def in_terminal(runs, width):
         return aligned(head, rows, width) if runs else "no run has begun"
     run, = runs
     return "\n".join([*(f"{name:14} {value}" for name, value in zip(head, *rows, strict=True)),
-                      *(f"  at {quantity(run.at(r, run.unit), run.unit):>14}  {val}" for r, val in run.validations)])
+                      *(f"  at {quantity(run.used(r), run.unit):>14}  {val}" for r, val in run.validations)])
 
 
-# --------------------------------------------------------------------------------------------------- the page
-
-def styles(runs):
-    """How each run is drawn: those that differ only by seed alike, of the first 140 others no two."""
-    arms = [each.name.split("-seed")[0] for each in runs]
-    return [curve_look([*dict.fromkeys(arms)].index(arm)) for arm in arms]
-
-
-def page(runs):
-    """The whole page as text: its table made here, curves drawn by its own script from the JSON that it holds."""
-    names = sorted(dict.fromkeys(name for each in runs for name, values in each.curves.items()
-                                 if any(y is not None for y in values)),
+def figure(runs):
+    """A panel per curve, against charged hours; in each a line per run, named once below all of them.  Runs that
+    differ only by seed look alike, of the first 140 others no two."""
+    from matplotlib.figure import Figure
+    names = sorted(dict.fromkeys(name for each in runs for name in each.curves) or ["loss"],
                    key=lambda name: name.startswith("validation"))
-    data = [dict(name=each.name, axes=each.axes, curves=each.curves, **look)
-            for each, look in zip(runs, styles(runs), strict=True)]
-    # Escaped: no name ends the script element
-    data = json.dumps(dict(runs=data, markers=MARKERS)).replace("<", "\\u003c")
-    body = "\n".join((
-        f"<h2>Runs</h2><pre>{escape(in_terminal(runs, math.inf))}</pre>",
-        f"<p>Written {time.strftime('%Y-%m-%d %H:%M')}. {WARNING}</p><p><label>against <select>",
-        *(f'<option value="{unit}">{UNITS[unit]}</option>' for unit in UNITS
-          if all(None not in each.axes[unit] for each in runs)), "</select></label>",
-        *(f'<label><input type="checkbox" checked><svg class="key" width="40" height="12"></svg> {escape(each.name)}'
-          f"</label>" for each in runs), '</p><div class="grid">',
-        *(f'<figure data-curve="{escape(name)}"><figcaption>{escape(name)}</figcaption><svg viewBox="0 0 440 250">'
-          f"</svg><output></output></figure>" for name in names),
-        f'</div><script type="application/json" id="data">{data}</script>'))
-    return PAGE.read_text(encoding="utf-8").replace("<!--body-->", body)
+    rows, arms = math.ceil(len(names) / 3), [each.name.split("-seed")[0] for each in runs]
+    fig = Figure((13, 1 + 2.8 * rows + 0.07 * len(runs)), layout="constrained")
+    for at, name in enumerate(names, 1):
+        axis, lines = fig.add_subplot(rows, 3, at), []
+        axis.set_title(shown(name), parse_math=False)
+        axis.set_xlabel("charged hours")
+        axis.grid(color="0.92")
+        for each, arm in zip(runs, arms, strict=True):
+            points, look = each.curves.get(name, []), curve_look([*dict.fromkeys(arms)].index(arm))
+            lines += axis.plot([x for x, _ in points], [y for _, y in points], color=look["colour"], linewidth=1.4,
+                               dashes=look["dash"], marker=look["marker"], markevery=max(1, len(points) // 6),
+                               markersize=5, markerfacecolor="white")
+    legend = fig.legend(lines, map(str, range(len(runs))), loc="outside lower center", ncols=3, title=WARNING)
+    for text, each in zip(legend.get_texts(), runs, strict=True):       # set here: _ would hide it, $ begin a formula
+        text.set(text=each.name, parse_math=False)
+    return fig
 
-
-# ------------------------------------------------------------------------------------------------------- main
 
 def main(config, say=print):
     if bool(config.runs) == bool(config.model) or bool(config.model) != bool(config.sentence):
@@ -209,8 +170,10 @@ def main(config, say=print):
 def watch(config, say=print):
     """Reads everything, shows it, writes the file; with --follow again and again."""
     if file := config.out and Path(config.out):
-        if file.suffix != ".html":
-            raise UserError(f"--out {config.out}: a name that ends in .html")
+        if not importlib.util.find_spec("matplotlib"):
+            raise UserError("--out takes one more package: pip install matplotlib")
+        if file.suffix not in FIGURES:
+            raise UserError(f"--out {file}: a name that ends in one of {', '.join(FIGURES)}")
         claim_file(file).parent.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(KeyboardInterrupt) if config.follow else contextlib.nullcontext():     # how it ends
         while True:
@@ -218,31 +181,26 @@ def watch(config, say=print):
             width = shutil.get_terminal_size().columns if sys.stdout.isatty() else math.inf
             say("\033[H\033[2J" * config.follow + in_terminal(runs, width))
             if file:
-                write_whole(file, page(runs).encode())
+                figure(runs).savefig(data := io.BytesIO(), format=file.suffix[1:], metadata=dict(Creator=OURS))
+                write_whole(file, data.getvalue())
             if not config.follow:
                 return
             time.sleep(5)
 
 
-# ---------------------------------------------------------------------------------------------------- a model
-
 @torch.no_grad()
 def ask(config, say=print):
     """Fills the sentence's masks.  On the CPU: the GPU may be busy with a run."""
-    path = find_model(config.model)
-    tokenizer = read_tokenizer(path)
-    model, missing, _ = load_mlm(path, tokenizer.get_vocab_size())
-    model.eval()
+    tokenizer = read_tokenizer(find_model(config.model))
+    forward, shape = masked_lm(config.model, tokenizer)
     ids = torch.tensor([framed(tokenizer).encode(config.sentence).ids])
     masked = (ids == tokenizer.token_to_id("[MASK]")).nonzero()[:, 1]
-    if ids.shape[1] > model.config.max_position_embeddings:
-        raise UserError(f"--sentence has {ids.shape[1]:,} tokens, the model "
-                        f"{model.config.max_position_embeddings} positions: give a shorter one")
+    if ids.shape[1] > shape.max_position_embeddings:
+        raise UserError(f"--sentence has {ids.shape[1]:,} tokens, the model {shape.max_position_embeddings} positions: "
+                        f"give a shorter one")
     if not len(masked):
         raise UserError('--sentence has no [MASK] to fill: give one, as "the [MASK] sat" has')
-    if missing:
-        raise UserError(f"{config.model} has no LM head to fill a [MASK] with, as its strategy trains none")
-    for i, p in enumerate(model(ids, masked[None])["logits"].softmax(-1), 1):           # (M, V)
+    for i, p in enumerate(forward(ids, masked[None]).softmax(-1), 1):                   # (M, V)
         best = p.topk(min(5, len(p))).indices.tolist()
         say(f"[MASK] {i}: " + ", ".join(f"{tokenizer.id_to_token(k)} {p[k]:.1%}" for k in best))
 

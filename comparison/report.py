@@ -301,17 +301,15 @@ def write_report(config, results, yardsticks, labels, teacher_flops, told=(), pa
 
 # ----------------------------------------------------------------------------------------------------- figure
 
-# The colours of Okabe and Ito without the yellow, dashes, markers with their SVG paths: 7 x 4 x 5 curves differ
+# The colours of Okabe and Ito without the yellow, dashes and matplotlib's markers: 7 x 4 x 5 curves differ
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000", "#56B4E9")
 DASHES = ((), (6, 2), (2, 2), (8, 2, 2, 2))
-MARKERS = {"o": "M-3,0a3,3 0 1,0 6,0a3,3 0 1,0 -6,0", "s": "M-3,-3h6v6h-6z", "^": "M0,-4L4,3H-4z",
-           "D": "M0,-4L4,0L0,4L-4,0z", "v": "M0,4L4,-3H-4z"}
+MARKERS = "os^Dv"
 
 
 def curve_look(i):
     """Colour, dash and marker of the i-th curve."""
-    return dict(colour=COLOURS[i % len(COLOURS)], dash=DASHES[i % len(DASHES)],
-                marker=[*MARKERS][i % len(MARKERS)])
+    return dict(colour=COLOURS[i % len(COLOURS)], dash=DASHES[i % len(DASHES)], marker=MARKERS[i % len(MARKERS)])
 
 
 def figure(results, yardsticks, path, teacher_flops=None):

@@ -65,8 +65,6 @@ def one_line(text, length):
     return line if len(line) <= length else line[:length - 4] + " ..."
 
 
-# ---------------------------------------------------------------------------------------- what a field allows
-
 class Checked:
     """A dataclass whose fields hold what their annotations allow; text is read as the number that belongs there."""
 
@@ -155,8 +153,7 @@ def wanted(of, several, limit):
     if limit and not isinstance(limit, str):
         text = ("names out of " if several else "one of " if len(limit) > 1 else "") + ", ".join(limit)
     else:
-        noun, many = "whole number" if of is int else "number", several
-        text = f"{noun}s" if many else f"a {noun}"
+        text = "a " * (not several) + "whole " * (of is int) + "number" + "s" * several
         if limit:
             (low, high), said = limit[1:-1].split(", "), {"[": "at least", "(": "above", "]": "at most", ")": "below"}
             text += f", {said[limit[0]]} {low} and {said[limit[-1]]} {high}"
@@ -173,8 +170,6 @@ def writable(path, flag="--out"):
         raise UserError(f"{flag} {path}: no directory to write in: {there}: {e.strerror}") from None
     return path
 
-
-# ----------------------------------------------------------------------------------------------- command line
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
@@ -202,14 +197,13 @@ def parse(cls, doc, argv=None):
         if field.default not in (None, dataclasses.MISSING):
             text += f" [{field.default}]"
         if typing.get_origin(kind) is list:
-            empty = field.default_factory is not dataclasses.MISSING
-            group.add_argument(field.name, nargs="*" if empty else "+", metavar=field.name.upper(), help=text)
+            nargs = "+" if field.default_factory is dataclasses.MISSING else "*"
+            group.add_argument(field.name, nargs=nargs, metavar=field.name.upper(), help=text)
         elif kind is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help=text)
         else:
-            required = field.default is dataclasses.MISSING
-            group.add_argument(flag, default=None if required else field.default, required=required,
-                               metavar=of.__name__.upper() + ",..." * bool(several), help=text)
+            group.add_argument(flag, default=field.default, required=field.default is dataclasses.MISSING,
+                               metavar=of.__name__.upper() + ",..." * several, help=text)
             valued.add(flag)
     for word in sys.argv[1:] if argv is None else argv:
         flag = word.partition("=")[0]

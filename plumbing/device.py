@@ -19,8 +19,7 @@ class Ranks:
     """The processes of a torchrun, or this one alone.  All decide on sums that all see alike."""
 
     def __init__(self):
-        """From what torchrun puts into the environment: with a part of it, a run would write nothing or wait for
-        ever."""
+        """From torchrun's environment: with a part of it, a run would write nothing or wait for ever."""
         given = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")]
         texts = [alone if text is None else text for text, alone in zip(given, "010", strict=False)]
         whole = all(re.fullmatch("[0-9]{1,9}", text) for text in texts)
@@ -47,8 +46,7 @@ class Ranks:
 
 
 def choose_device(name=None):
-    """The device of --device, made the current one; without a name CUDA where there is one.  Under torchrun
-    each process has a GPU of its own."""
+    """The device of --device, made the current one; without a name CUDA where there is one, under torchrun one each."""
     gpus, ranks = torch.cuda.device_count(), Ranks()
     name = name or ("cuda" if gpus else "cpu")
     found = re.fullmatch(r"cpu|cuda(:[0-9]{1,4})?", name)
@@ -57,8 +55,8 @@ def choose_device(name=None):
     if name == "cpu":
         return torch.device(name)
     if found[1] and ranks.size > 1:
-        raise UserError(f"--device {name}: {ranks.size} processes would share one GPU: --device cuda gives each "
-                        f"its own")
+        raise UserError(f"--device {name}: {ranks.size} processes would share one GPU: --device cuda gives each its "
+                        f"own")
     index = int(found[1][1:]) if found[1] else ranks.local
     if index >= gpus:
         raise UserError(f"--device {name}: torch sees {gpus} CUDA device(s) here: give "
@@ -79,22 +77,19 @@ def hardware(device):
 
 @contextlib.contextmanager
 def alone_on_device(device, unit):
-    """Under an hour budget: of two runs of one user on one GPU each would get a part of its hours, so the
-    second is refused.  Not on a CPU, whose cores can be shared out."""
+    """Under an hour budget one run of a user is on a GPU, else each would get a part of its hours; a CPU has cores."""
     uuid = gpu_uuid(device) if unit == "hours" else None
     file = Path(tempfile.gettempdir(), f"nanokd-{getattr(os, 'getuid', int)()}-{uuid}.lock")
     with lock(file) if uuid else contextlib.nullcontext(True) as ours:
         if not ours:
-            raise UserError(f"--budget-hours: another run under an hour budget is on {device} ({uuid}), and "
-                            f"each would get a part of its hours: wait for it, or give another --device, or "
-                            f"--budget-flops")
+            raise UserError(f"--budget-hours: another run under an hour budget is on {device} ({uuid}), and each would "
+                            f"get a part of its hours: wait for it, or give another --device, or --budget-flops")
         yield
 
 
 def halve_micro_batch_until_it_fits(main):
-    """Decorator of a main(config, ...), which gets config.for_machine(), where --micro-batch is chosen if it
-    is not given.  Too large a choice is halved, until a run begins; else a device without memory left is one
-    line that names it."""
+    """Decorator of a main(config, ...), which gets config.for_machine(), where --micro-batch is chosen if it is not
+    given.  Too large a choice is halved, until a run begins; else no memory left is one line that names the device."""
     @functools.wraps(main)
     def told(config, *args, **named):
         free, config = config.micro_batch is None and Ranks().size == 1, config.for_machine()
@@ -112,16 +107,14 @@ def halve_micro_batch_until_it_fits(main):
 
 
 def fitting_micro_batch(device, batch_size):
-    """--micro-batch where none is given, the same for every arm: what the device's memory holds
-    (docs/gpu.md), and a divisor of what each process does of a batch."""
+    """--micro-batch where none is given: what memory holds (docs/gpu.md), a divisor of a process's share of a batch."""
     large = device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory >= 80e9
     share = max(1, batch_size // Ranks().size)
     return next(m for m in range(min(1024 if large else 256, share), 0, -1) if share % m == 0)
 
 
 def multiplies_in_bf16(device, asked=None):
-    """What --bf16 asks for; else whether the hardware multiplies faster in bf16: an Intel CPU without AMX has bf16
-    products, at half the speed of its fp32."""
+    """What --bf16 asks for, else whether bf16 is faster here: an Intel CPU without AMX has it at half fp32's speed."""
     if asked is not None:
         return asked
     if device.type == "cuda":

@@ -30,8 +30,6 @@ D_ORDER_TURN = 0.3          # nat; under it a teacher has no attention structure
 COUNTED = 2 ** 26           # training ids that are counted over: the first ones
 
 
-# --------------------------------------------------------------------------------------------------- counting
-
 def counting(directory, batch):
     """{name: (B, k) losses} at the masked positions, in nats, of words as often as they and their left neighbour
     stand in train.bin."""
@@ -66,8 +64,6 @@ def counting(directory, batch):
         losses[name] = -np.log(p(batch.labels) * np.where(own >= 0, given, 1))
     return losses
 
-
-# ---------------------------------------------------------------------------------------------------- a model
 
 def validation(blocks, val_blocks):
     """The blocks and masks that train.py validates on, as one batch."""
@@ -115,8 +111,6 @@ def repeated(batch):
     return (batch.labels[:, :, None] == context[:, None, :]).any(2)
 
 
-# ----------------------------------------------------------------------------------------------------- script
-
 @dataclass
 class Config(Checked):
     directory: list[str]        # a token directory
@@ -129,8 +123,9 @@ def main(config):
     if len(config.directory) > 1:
         raise UserError(f"{' '.join(config.directory)}: give one token directory")
     directory = TokenDirectory(config.directory[0])
-    # refused before anything is counted
-    forward, _ = masked_lm(config.model, directory, config.seq_len) if config.model else (None, None)
+    forward = None
+    if config.model:                                                    # refused before anything is counted
+        forward, _ = masked_lm(config.model, directory.read_tokenizer(), config.seq_len)
     batch = validation(Blocks(directory, "val", config.seq_len, seed=0), config.val_blocks)
     again, losses = repeated(batch), counting(directory, batch)
     if forward:
@@ -149,18 +144,17 @@ def main(config):
               + f", under {D_ORDER_TURN}: it has no attention structure to give" * (d < D_ORDER_TURN))
 
 
-def masked_lm(path, directory, seq_len, flag="--model", device=None, bf16=False):
+def masked_lm(path, tokenizer, seq_len=0, flag="--model", device=None, bf16=False):
     """(forward(ids, masked) -> logits (M, V) on the device, the model's BertConfig) of a model directory or
     Hub id.  Refuses, as `flag`, what has no LM head, another vocabulary or too few positions."""
     found = checkpoint.find_model(path)
-    checkpoint.same_vocabulary(directory.read_tokenizer(), found)
-    model, missing, _ = checkpoint.load_mlm(found, len(directory.vocab))
+    checkpoint.same_vocabulary(tokenizer, found)
+    model, missing, _ = checkpoint.load_mlm(found, tokenizer.get_vocab_size())
     if missing:
         raise UserError(f"{flag} {path} has no LM head, so it has no masked-LM loss: give one saved by a strategy "
                         f"that trains it")
     if seq_len > model.config.max_position_embeddings:
-        raise UserError(f"--seq-len {seq_len}: {flag} {path} ends at position "
-                        f"{model.config.max_position_embeddings}")
+        raise UserError(f"--seq-len {seq_len}: {flag} {path} ends at position {model.config.max_position_embeddings}")
     model.to(device, torch.bfloat16 if bf16 else None).eval()
     return lambda ids, masked: model(ids.to(device), masked.to(device))["logits"], model.config
 

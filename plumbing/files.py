@@ -1,8 +1,4 @@
-"""Files that are whole or not there, directories that are ours, and locks that end with their process.
-
-One atomic writer, one claim, one lock, one wait loop: for checkpoints, model directories, trials,
-tables and token directories.
-"""
+"""Files that are whole or not there, directories that are ours, and locks that end with their process."""
 import contextlib
 import errno
 import functools
@@ -19,8 +15,8 @@ from pathlib import Path
 from plumbing.cli import UserError, shown, writable
 
 MARK = ".nanokd"            # the file in each directory that we write to; it says of which kind
-# kind: (in words, {its own files: keys of what is in them}); by them one is known that was written before there
-# were marks
+OURS = "nanoKD: runs"       # in each single file that we write
+# kind: (in words, {its own files: keys of what is in them}, which tell one that was written before there were marks)
 KINDS = {"run": ("a run of train.py", {"config.json": {"strategy"}}),
          "tokens": ("a token directory", {"manifest.json": {"sha256", "vocab_size"}}),
          "compare": ("a comparison", {"inputs.json": {"--data"}, "results.json": {"config", "results", "yardsticks"}}),
@@ -136,13 +132,13 @@ def holds(file, keys):
     return False
 
 
-def claim_file(path, flag="--out"):
-    """The Path of a file to be written: new, or one of ours, which has nanoKD in its first bytes."""
+def claim_file(path):
+    """The Path of a file to be written: new, or one that has OURS in it."""
     path = Path(path)
-    if path.is_dir() or path.exists() and b"nanoKD" not in path.open("rb").read(4096):
-        raise UserError(f"{flag} {path} is there and was not written by this program: nothing was touched; give "
+    if path.exists() and not (path.is_file() and OURS.encode() in path.read_bytes()):
+        raise UserError(f"--out {path} is there and was not written by this program: nothing was touched; give "
                         f"another name")
-    writable(path.parent, flag)
+    writable(path.parent)
     return path
 
 
@@ -171,25 +167,23 @@ def lock(path):
     path = Path(path)
     # NFS locks a file only where it is open for writing
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
+    ours = True
     try:
         try:
             import fcntl
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours = True
         except BlockingIOError:
             ours = False
         except (ImportError, OSError):                                  # Windows, some network file systems
             print(f"{path} cannot be locked here: let no second process work on it", file=sys.stderr)
-            ours = True
         yield ours
     finally:
         os.close(handle)
 
 
 def claim_each(paths, do, directories=True):
-    """[do(i) for each path], in any order: processes with the same paths take what no other one works on, and
-    wait for the rest.  What another process has done, `do` finds finished.  `directories` are made where they are
-    not there; else the paths are lock files."""
+    """[do(i) for each path], in any order: processes with the same paths take what no other one works on, and wait for
+    the rest, which `do` finds finished.  `directories` are made where there are none; else the paths are lock files."""
     results, waiting = {}, range(len(paths))
     for path in paths if directories else ():
         Path(path).mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,6 @@ import numpy as np
 from plumbing.cli import NUMBER, UserError, shown
 from plumbing.rows import KIND, NoText, label_of, quoted, table
 
-# ------------------------------------------------------------------------------------------------------ tasks
 
 class Task(NamedTuple):
     folder: str             # of the official TSVs; one's own: a file or a folder
@@ -31,17 +30,14 @@ class Task(NamedTuple):
 
 
 BINARY, ENTAILMENT = ("0", "1"), ("entailment", "not_entailment")
-ONE, TWO = ("sentence",), ("sentence1", "sentence2")
+ONE, TWO, STRINGS = ("sentence",), ("sentence1", "sentence2"), ("#1 string", "#2 string")
 QUESTIONS, ANSWERED = ("question1", "question2"), ("question", "sentence")
 TASKS = {
-    "cola": Task("CoLA", ("column 4",), "column 2", ONE, BINARY, ("matthews",), dict(train=8551, dev=1043),
-                 header=False),
+    "cola": Task("CoLA", ("column 4",), "column 2", ONE, BINARY, ("matthews",), dict(train=8551, dev=1043), False),
     "sst2": Task("SST-2", ONE, "label", ONE, BINARY, ("accuracy",), dict(train=67349, dev=872)),
-    "mrpc": Task("MRPC", ("#1 string", "#2 string"), "quality", TWO, BINARY, ("f1", "accuracy"),
-                 dict(train=3668, dev=408)),
+    "mrpc": Task("MRPC", STRINGS, "quality", TWO, BINARY, ("f1", "accuracy"), dict(train=3668, dev=408)),
     "stsb": Task("STS-B", TWO, "score", TWO, (), ("pearson", "spearman"), dict(train=5749, dev=1500)),
-    "qqp": Task("QQP", QUESTIONS, "is_duplicate", QUESTIONS, BINARY, ("accuracy", "f1"),
-                dict(train=363846, dev=40430)),
+    "qqp": Task("QQP", QUESTIONS, "is_duplicate", QUESTIONS, BINARY, ("accuracy", "f1"), dict(train=363846, dev=40430)),
     "mnli": Task("MNLI", TWO, "gold_label", ("premise", "hypothesis"), ("entailment", "neutral", "contradiction"),
                  ("accuracy",), dict(train=392702, dev_matched=9815, dev_mismatched=9832)),
     "qnli": Task("QNLI", ANSWERED, "label", ANSWERED, ENTAILMENT, ("accuracy",), dict(train=104743, dev=5463)),
@@ -138,8 +134,8 @@ def text_columns(rows, columns):
         found = rows.look(names.index(label))
         labels = label in LABELS or len(set(found)) <= len(found) / 2 + 1
         if len(found) < 2 or len(text) > 2 or text and not labels:
-            raise NoText(rows.name, "a table without a column 'text'", f"which of {quoted(names)} are text? Say it "
-                         "with --columns")
+            raise NoText(rows.name, "a table without a column 'text'",
+                         f"which of {quoted(names)} are text? Say it with --columns")
         text = text or [label]
         rows.met[f"tables with the text in {quoted(text)}"] += 1
     return rows.positions(text)
@@ -158,8 +154,6 @@ def own_labels(path, seen, columns):
     return tuple(sorted(seen))
 
 
-# ---------------------------------------------------------------------------------------------------- reading
-
 def number(task, label):
     """The label as a number; ValueError where it is none of the task's."""
     if task.labels:
@@ -170,10 +164,8 @@ def number(task, label):
 
 
 def read_rows(path, task, say=print):
-    """(sentences, labels, rows left out): tuples of one or two sentences, and numbers.
-
-    A row of another width than the first line's (an extra tab, a field missing), without text or with an unknown
-    label is left out and listed; more than 0.1% of them are refused."""
+    """(sentences, labels, rows left out): tuples of one or two sentences, and numbers.  A row of another width than the
+    header, without text or with an unknown label is left out and listed; more than 0.1% of them are refused."""
     sentences, labels, bad, met = [], [], [], Counter()
     with table(path, met, task.header) as rows:
         wanted = (*task.text, task.label)
@@ -208,9 +200,8 @@ def read_rows(path, task, say=print):
 
 
 def rows_of_text(path, columns, known):
-    """What the text's columns are, in words; then (place, sentences, what is wrong or None) of each row.
-
-    The columns: those in --columns without the label, else the `known` ones, else all not like a label."""
+    """What the text's columns are, in words; then (place, sentences, what is wrong or None) of each row.  They are
+    those in --columns without the label, else the `known` ones, else all not like a label."""
     with table(path, Counter()) as rows:
         names = rows.names
         if columns:
@@ -265,8 +256,7 @@ def read_task(name, task, glue_dir, say=print):
         if len(classes) < 2 or max(classes) >= len(classes) or not set(parts["dev"][1]) <= classes:
             raise UserError(f"{folder}: the labels of the training examples are not 0, 1, ... without a gap, "
                             f"or dev has others (a column of scores is called `score` in the header)")
-    return {file: (x, np.array(y, np.float32 if task.labels == () else np.int64))
-            for file, (x, y) in parts.items()}
+    return {file: (x, np.array(y, np.float32 if task.labels == () else np.int64)) for file, (x, y) in parts.items()}
 
 
 def split(path, sentences, labels):
@@ -274,12 +264,10 @@ def split(path, sentences, labels):
     dev = [int(hashlib.sha256("\t".join(s).encode()).hexdigest()[:16], 16) % 10 == 0 for s in sentences]
     parts = {part: [i for i, held in enumerate(dev) if held == (part == "dev")] for part in ("train", "dev")}
     if not all(parts.values()):
-        raise UserError(f"{path}: {len(labels)} examples are too few to set a tenth of them apart as dev: "
-                        f"give a directory with train.tsv and dev.tsv")
+        raise UserError(f"{path}: {len(labels)} examples are too few to set a tenth of them apart as dev: give a "
+                        f"directory with train.tsv and dev.tsv")
     return {part: ([sentences[i] for i in of], [labels[i] for i in of]) for part, of in parts.items()}
 
-
-# ---------------------------------------------------------------------------------------------------- metrics
 
 def accuracy(p, y):
     return np.mean(p == y)
@@ -308,11 +296,9 @@ def spearman(p, y):
     return pearson(ranks(p), ranks(y))
 
 
-matthews = pearson          # of the classes 0 and 1 they are the same
-METRICS = dict(accuracy=accuracy, f1=f1, matthews=matthews, pearson=pearson, spearman=spearman)
+METRICS = dict(accuracy=accuracy, f1=f1, matthews=pearson, pearson=pearson, spearman=spearman)  # 0 and 1: the same
 
 
 def evaluate(task, p, labels):
     """({metric: percent}, collapsed) of predictions; collapsed: one class, or within 1% of the range."""
-    return ({m: 100 * float(METRICS[m](p, labels)) for m in task.metrics},
-            bool(np.ptp(p) <= 0.01 * np.ptp(labels)))
+    return {m: 100 * float(METRICS[m](p, labels)) for m in task.metrics}, bool(np.ptp(p) <= 0.01 * np.ptp(labels))

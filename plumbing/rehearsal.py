@@ -37,17 +37,15 @@ def rehearse(run, gradients, blocks, batches):
     validations = config.val_times * (time.monotonic() - began)
     took = step_seconds(arm, batches, gradients, SECONDS)
     seconds = sum(took) / len(took)
-    many = budget.total * 3600 / seconds if budget.unit == "hours" else budget.total / budget.price
-    steps = math.ceil(many)
+    steps = math.ceil(budget.total * 3600 / seconds if budget.unit == "hours" else budget.total / budget.price)
     tokens, charged, say = config.batch_size * config.seq_len, steps * seconds, run.say
     say(f"memory: {memory(arm.device)}")
     say(f"speed: {tokens / seconds:,.0f} tokens/s, {seconds:.3g} s a step, measured over {len(took)}")
     ends = min(time.time() + charged + validations, 253_370_764_800)    # the year 9999
-    say(f"--budget-{budget.unit} {budget.total:g} buys {steps:,} steps, {steps * tokens:,} tokens, "
-        f"{blocks.epochs(steps, arm.phase.blocks(config.batch_size)):.3g} epochs in "
-        f"{quantity(charged / 3600, 'hours')}, and "
-        f"{quantity(validations / 3600, 'hours')} go to {config.val_times} validations: begun now, it ends on "
-        + time.strftime("%Y-%m-%d at %H:%M", time.localtime(ends)))
+    epochs = blocks.epochs(steps, arm.phase.blocks(config.batch_size))
+    say(f"--budget-{budget.unit} {budget.total:g} buys {steps:,} steps, {steps * tokens:,} tokens, {epochs:.3g} epochs "
+        f"in {quantity(charged / 3600, 'hours')}, and {quantity(validations / 3600, 'hours')} go to {config.val_times} "
+        f"validations: begun now, it ends on {time.strftime('%Y-%m-%d at %H:%M', time.localtime(ends))}")
 
 
 def memory(device):

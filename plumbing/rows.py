@@ -46,6 +46,7 @@ NO_TEXT = (                 # how it begins, what it is, what to do
     (rb"(\xef\xbb\xbf)?\s*\[\s*\{", "one JSON array", "make it one object per line first, as in  jq -c '.[]'"),
     (rb"[^\n]*\r[^\n]*\Z", "text whose lines end in CR alone", r"convert them first, as in  tr '\r' '\n'"))
 KINDS = {dict: "an object", bytes: "bytes", type(None): "nothing", bool: "no text", int: "a number", float: "a number"}
+SURROGATE = re.compile("[\ud800-\udfff]")
 csv.field_size_limit(LONGEST)
 
 
@@ -56,8 +57,6 @@ class NoText(UserError):
         super().__init__(f"{shown(name)} is {what}: {todo}")
         self.what = what
 
-
-# -------------------------------------------------------------------------------------------------- bytes -> lines
 
 @contextlib.contextmanager
 def reading(name):
@@ -115,8 +114,7 @@ def guarded(name, items):
 
 
 def kind_of(name, start):
-    """parquet or json by the first bytes, else csv, tsv or json by the end of the name, else None; NoText where what
-    begins so is no text."""
+    """parquet or json by the first bytes, else csv, tsv or json by the end of the name, else None; or NoText."""
     if re.match(PARQUET, start):
         return "parquet"
     for begins, what, todo in NO_TEXT:
@@ -148,10 +146,8 @@ def decode(line, met):
     if bad:
         met["_bad_lines"] += 1
         met["_bad_bytes"] += bad
-        if "\0" in text:
-            text = text.replace("\0", "")
-            met["nul_lines"] += 1
-    return text
+        met["nul_lines"] += "\0" in text
+    return text.replace("\0", "")
 
 
 def lines_of(name, stream, met, strict=False, longest=1):
@@ -171,13 +167,9 @@ def lines_of(name, stream, met, strict=False, longest=1):
         yield number, text
 
 
-# --------------------------------------------------------------------------------------------------- lines -> rows
-
 class Table:
-    """The rows of a stream, read once: `names` of its columns, in lower case, then `cells` or `pick`.
-
-    kind: csv, tsv, json, or parquet, which is read from the open file `raw`.  met: counts what was met, bad rows too.
-    strict: what is no UTF-8 is refused; else it becomes U+FFFD."""
+    """The rows of a stream (parquet: of the open file `raw`), read once: `names` of its columns, in lower case, then
+    `cells` or `pick`.  `met` counts what was met, bad rows too; `strict` refuses what is no UTF-8."""
 
     def __init__(self, name, kind, raw, stream, met, strict=False, header=True):
         self.name, self.kind, self.met, first = name, kind, met, []
@@ -199,7 +191,8 @@ class Table:
             count = Counter(key for row in objects for key in row)
             self.keys = [key for key, n in count.items() if 2 * n >= len(objects)]
         else:
-            self.rows = tsv_rows(lines) if kind == "tsv" else csv_rows(name, lines)
+            self.rows = csv_rows(name, lines) if kind == "csv" else (   # without quotes: GLUE's files have some in text
+                (f"line {at}", text.split("\t") if (text := line.rstrip("\r\n")) else []) for at, line in lines)
             place, self.keys = next((row for row in self.rows if any(map(str.strip, row[1]))), ("", []))
             if not header:
                 first, self.keys = [(place, self.keys)], [f"column {i + 1}" for i in range(len(self.keys))]
@@ -207,8 +200,7 @@ class Table:
         self.names = [key.strip().lower() for key in self.keys]
         if not self.names:
             raise NoText(name, "empty", "a header, such as sentence<tab>label, and examples belong there")
-        numbers = [key for key in self.names if NUMBER.fullmatch(key) and kind in ("csv", "tsv")]
-        if numbers:
+        if kind in ("csv", "tsv") and (numbers := [*filter(NUMBER.fullmatch, self.names)]):
             raise NoText(name, f"without a header (line 1 holds {numbers[-1]})", "names such as sentence<tab>label "
                          "belong above the examples")
 
@@ -244,8 +236,7 @@ class Table:
         return found
 
     def pick(self, text, label=None):
-        """(place, values, what is wrong or None) of each row: the texts in the columns at the positions `text`, and
-        the label in column `label`."""
+        """(place, values, what is wrong or None) of each row: the texts at positions `text`, the label at `label`."""
         columns = [(i, text_of) for i in text] + [(label, label_of)] * (label is not None)
         for place, cells in self.cells([i for i, _ in columns]):
             values, fault = [], cells if isinstance(cells, str) else None
@@ -271,18 +262,10 @@ def table(path, met, header=True):
         yield Table(path, kind, raw, stream, met, strict=True, header=header)
 
 
-def tsv_rows(lines):
-    """No quotes: GLUE's files have some that are text."""
-    for at, line in lines:
-        line = line.rstrip("\r\n")
-        yield f"line {at}", line.split("\t") if line else []
-
-
 def csv_rows(name, lines):
     """Fields are parted by , ; or tab: by what stands in the header most often."""
-    lines = itertools.dropwhile(lambda line: not line[1].strip(), lines)
-    start, header = next(lines, (1, ""))
-    reader = csv.reader((line for _, line in itertools.chain([(start, header)], lines)), strict=True,
+    start, header = next(((at, line) for at, line in lines if line.strip()), (1, ""))
+    reader = csv.reader(itertools.chain([header], (line for _, line in lines)), strict=True,
                         delimiter=max(",;\t", key=header.count))
     try:
         for row in reader:
@@ -303,21 +286,14 @@ def json_rows(lines):
             yield f"line {at}", row if isinstance(row, dict) else None
 
 
-# -------------------------------------------------------------------------------------------------- cells -> values
-
 def text_of(value, met):
     """The text in a cell; ValueError says, in words, what else is there."""
     if not isinstance(value, str):
         raise ValueError("nothing" if value != value else KINDS.get(type(value), f"a {type(value).__name__}"))
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        value, n = re.subn("[\ud800-\udfff]", "\ufffd", value)
-        met["lone_surrogates"] += n
-    if "\0" in value:
-        value = value.replace("\0", "")
-        met["nul_lines"] += 1
-    return value
+    value, n = SURROGATE.subn("\ufffd", value)
+    met["lone_surrogates"] += n
+    met["nul_lines"] += "\0" in value
+    return value.replace("\0", "")
 
 
 def label_of(value, met):

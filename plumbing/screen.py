@@ -10,8 +10,7 @@ from tqdm import tqdm
 from plumbing.price import flops_of
 
 RECENT = 30                 # charged seconds that a rate looks back
-# Dense bf16 TFLOP/s in the vendors' data sheets, by words of the device's name; the
-# first entry that fits counts
+# Dense bf16 TFLOP/s in the vendors' data sheets, by words of the device's name; the first entry that fits counts
 PEAKS = {"H100 PCIe": 756, "H100 NVL": 835, "H200 NVL": 835, "H100": 989, "H200": 989, "GH200": 989,
          "B200": 2250, "A100": 312, "A30": 165, "A10": 125, "L40S": 362, "L4": 121}
 
@@ -65,11 +64,11 @@ class Screen:
             return self.status(record)
         budget, speed, (_, rate) = self.budget, self.speed(), self.per_second()
         left = quantity((1 - budget.progress) / rate / 3600, "hours") if rate > 0 else "?"
+        memory = f", {speed['memory'] / 1e9:.1f} GB" if "memory" in speed else ""
+        mfu = f", MFU {speed['mfu']:.0%}" if "mfu" in speed else ""
         text = (f"{spent(budget.progress * budget.total, budget.total, budget.unit)}, {left} left, "
-                f"loss {record['loss']:.4f}, {speed['tokens_per_second']:,.0f} tokens/s"
-                + (f", {speed['memory'] / 1e9:.1f} GB" if "memory" in speed else "")
-                + (f", MFU {speed['mfu']:.0%}" if "mfu" in speed else "")
-                + f", gradient {record['gradient_norm']:.3g}")
+                f"loss {record['loss']:.4f}, {speed['tokens_per_second']:,.0f} tokens/s{memory}{mfu}, "
+                f"gradient {record['gradient_norm']:.3g}")
         if not self.terminal:
             return self.print(f"step {record['step']:,}, {text}")
         if self.bar is None:

@@ -31,8 +31,6 @@ BAD, BAD_ROWS = 0.05, 10    # share of bad rows above which a file is refused, i
 ENDS, CLOSING = (*".!?:…。！？：",), "\"')]}»”’*_`"                       # of a sentence
 
 
-# ------------------------------------------------------------------------------------------- sources -> files
-
 class File(NamedTuple):
     source: str                     # where it was found
     path: Path
@@ -75,8 +73,6 @@ def hidden(name):
     return any(part[0] == "." and part != ".." or part == "__MACOSX" for part in PurePosixPath(name).parts)
 
 
-# ----------------------------------------------------------------------------------------- files -> documents
-
 class Piece(NamedTuple):
     """A document, or a part of one that is too long."""
     text: str                       # one paragraph per line
@@ -84,13 +80,13 @@ class Piece(NamedTuple):
     begins: bool = True             # it does not go on with the document of the piece before
 
 
-def read_documents(files, met, columns=None, rows_per_document=1, document_per="blank-line"):
+def read_documents(files, met, columns=None, document_per="blank-line"):
     """The documents of files, as Pieces.  `met` counts what was met; what begins with _ is for us alone."""
     def lines_of(name, raw, stream):
         if not (kind := rows.kind_of(name, stream.peek())):
             return prose(rows.lines_of(name, stream, met, longest=2), file.source, met, document_per == "line")
         table = rows.Table(name, kind, raw, stream, met)
-        return row_lines(table, glue.text_columns(table, columns), rows_per_document)
+        return row_lines(table, glue.text_columns(table, columns))
 
     for file in files:
         if file.source == "docstrings":
@@ -183,14 +179,12 @@ def cut(line, met):
     return found
 
 
-def row_lines(table, columns, rows_per_document):
-    """The lines of the texts in these columns, none blank, and '' after so many rows."""
-    texts = ("\n".join(values) for _, values, fault in table.pick(columns) if not fault)
-    for i, text in enumerate(texts, 1):
-        for line in filter(str.strip, text.split("\n")):
+def row_lines(table, columns):
+    """The lines of the texts in these columns, none blank, and '' after each row."""
+    for _, values, fault in table.pick(columns):
+        for line in filter(str.strip, "\n".join(values).split("\n") if not fault else ()):
             yield from cut(line, table.met)
-        if i % rows_per_document == 0:
-            yield ""
+        yield ""
 
 
 def pieces(lines, source, met):
@@ -222,14 +216,13 @@ def docstrings():
 def docstrings_in(path):
     """Those of 20 characters or more in one Python file."""
     try:
-        tree = ast.parse(path.read_bytes())
+        nodes = [*ast.walk(ast.parse(path.read_bytes()))]
     except (SyntaxError, ValueError, OSError):                         # templates, and files of other Pythons
         return
+    texts = [ast.get_docstring(n) for n in nodes
+             if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))]
     if path.parent.name == "pydoc_data":                                # one dict: topic -> text
-        texts = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
-    else:
-        texts = [ast.get_docstring(n) for n in ast.walk(tree)
-                 if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))]
+        texts = [n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)]
     for text in texts:
         lines = [line.strip() for line in inspect.cleandoc(text or "").splitlines() if line.strip()]
         if sum(map(len, lines)) >= 20:

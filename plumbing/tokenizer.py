@@ -59,9 +59,8 @@ def train_vocabulary(texts, size):
 
 def load_tokenizer(name, flag="--vocab "):
     """A tokenizer from vocab.txt, tokenizer.json, a directory that holds one of them, or a Hub id, which gives the ids
-    of transformers' BertTokenizer.  What the files beside it say is honoured or refused by name.  Casing is what
-    tokenizer_config.json says; else what tokenizer.json says; a vocab.txt alone lower-cases, unless one in twenty of
-    its words has capitals."""
+    of transformers' BertTokenizer.  What the files beside it say, casing too, is honoured or refused by name.  Where
+    they say nothing, a vocab.txt lower-cases, unless one in twenty of its words has capitals."""
     path, where = Path(name), f"{flag}{name}"
     if not path.is_file():                                              # a FIFO is not waited for
         top = path if path.is_dir() else hub_files(name)

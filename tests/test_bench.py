@@ -106,7 +106,7 @@ def test_nothing_in_a_step_waits_for_the_device(strategy, as_released, monkeypat
         arm = Arm(of_arm, *(BertForMaskedLM(config.shape(size)) for size in ("2L32", "3L32")))
         monkeypatch.setattr(torch, "from_numpy", lambda a, on_cpu=torch.from_numpy: on_cpu(a).to("meta"))
         arm.make_optimizer()
-        batch = Blocks(bench.RandomTokens(300), "train", 32, 0).batch(0, 8)
+        batch = Blocks(bench.random_tokens(300), "train", 32, 0).batch(0, 8)
         names, values = train.gradients(arm, batch, 0, train.Stages(arm.device))
         assert values.device.type == "meta" and len(names) == len(values) == len(arm.strategy.terms) + 2
         arm.update(1e-3, 1.0)

@@ -178,7 +178,7 @@ WRONG = [                                       # (command, its line on stderr, 
     ("prepare.py a.txt --out {tmp} --vocab-size 1e12", "--vocab-size 1e12: must be a whole number, at least 6"),
     ("prepare.py a.txt '' --out {tmp} --vocab x", "--sources is empty: say what belongs there"),
     ("prepare.py a.txt --out {tmp} --val-fraction 1", "--val-fraction 1: must be a number, at least 1e-9 and below 1"),
-    ("prepare.py a.txt --out {tmp} --rows-per-document 0", "--rows-per-document 0: must be a whole number, at least 1"),
+    ("prepare.py a.txt --out {tmp} --at-most 0", "--at-most 0: must be a whole number, at least 1"),
     ("data.py {corpus} --seq-len 1", "--seq-len 1: must be a whole number, at least 4"),
     *((f"data.py {{corpus}} --show {n}", f"--show {n}: must be a whole number, at least 0 and at most 1e4")
       for n in ("-1", "99999999999")),

@@ -37,7 +37,7 @@ def random_arm(strategy, device, compiled=False, bf16=False, **sizes):
     shapes = [bench.shape(bench.size), bench.shape(bench.teacher_size)][:1 + of_arm.needs_teacher]
     arm = Arm(of_arm, *(BertForMaskedLM(shape).to(device) for shape in shapes))
     arm.make_optimizer()
-    return arm, phase_blocks(arm.phase, bench_throughput.RandomTokens(bench.vocab_size), "train", 0)
+    return arm, phase_blocks(arm.phase, bench_throughput.random_tokens(bench.vocab_size), "train", 0)
 
 
 @contextlib.contextmanager

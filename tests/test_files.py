@@ -558,7 +558,8 @@ def test_a_single_file_is_overwritten_only_where_it_is_ours(tmp_path):
     ours.write_text("<!doctype html><title>nanoKD: runs</title>")
     for path in (ours, tmp_path / "new.html"):
         assert files.claim_file(path) == path
-    for path in (precious, tmp_path):
+    os.mkfifo(tmp_path / "fifo.png")                                    # not waited for
+    for path in (precious, tmp_path, tmp_path / "fifo.png"):
         with pytest.raises(UserError, match="nothing was touched; give another name"):
             files.claim_file(path)
     assert precious.read_text() == "<p>mine</p>"

@@ -294,7 +294,7 @@ def test_metrics_equal_those_of_scikit_learn_and_scipy():
     for p, y in cases:
         assert glue.accuracy(p, y) == pytest.approx(sk.accuracy_score(y, p), abs=1e-12)
         assert glue.f1(p, y) == pytest.approx(sk.f1_score(y, p, zero_division=0), abs=1e-12)
-        assert glue.matthews(p, y) == pytest.approx(sk.matthews_corrcoef(y, p), abs=1e-12)
+        assert glue.METRICS["matthews"](p, y) == pytest.approx(sk.matthews_corrcoef(y, p), abs=1e-12)
     scores = [(rng.normal(size=n).astype(np.float32), rng.normal(size=n)) for n in (2, 3, 100, 1500)]
     scores += [(rng.integers(0, 4, 60), rng.integers(0, 6, 60) / 5) for _ in range(20)]      # many ties
     scores += [(1e6 + rng.normal(size=50), rng.normal(size=50))]

@@ -128,8 +128,8 @@ def test_parquet_and_rows_that_are_sentences(raw, vocab, tmp_path):
     parquet(tmp_path / "b.parquet", [None, *text(300)])
     manifest = make(tmp_path / "out2", tmp_path / "b.parquet", vocab=vocab)
     assert manifest["sha256"] == first["sha256"] and manifest["met"] == {"bad_rows": 1}
-    manifest = make(tmp_path / "out2", tmp_path / "a.parquet", vocab=vocab, rows_per_document=3)
-    assert manifest["documents"] == 100 and manifest["characters"] == first["characters"] + 200
+    manifest = make(tmp_path / "out2", tmp_path / "a.parquet", vocab=vocab, document_per="file")
+    assert manifest["documents"] == 1 and manifest["characters"] == first["characters"] + 299
     parquet(tmp_path / "c.parquet", [*[None] * 10, *["a line\n" * 600] * 120, *text(130)])
     assert make(tmp_path / "out2", tmp_path / "c.parquet", vocab=vocab)["met"] == {"bad_rows": 10}
     with pytest.raises(UserError, match="without the column 'body' of --columns: it has 'id', 'text'"):
@@ -559,9 +559,7 @@ def test_a_second_prepare_with_the_same_out_is_refused(raw, vocab, tmp_path, mon
     (dict(val_fraction=1.0), "--val-fraction 1.0: must be a number, at least 1e-9 and below 1"),
     (dict(val_fraction=-0.1), "--val-fraction -0.1: must be a number, at least 1e-9 and below 1"),
     (dict(val_fraction=float("nan")), "--val-fraction nan: must be a number, at least 1e-9 and below 1"),
-    (dict(rows_per_document=0), "--rows-per-document 0: must be a whole number, at least 1"),
     (dict(document_per="page"), "--document-per page: must be one of blank-line, line, file"),
-    (dict(document_per="file", rows_per_document=2), "--document-per file ends each document: leave out"),
     (dict(out="{tmp}/text.txt"), "text.txt: no directory to write in: {tmp}/text.txt: Not a directory"),
     (dict(out="{tmp}/text.txt/a"), "text.txt/a: no directory to write in: {tmp}/text.txt: Not a directory"),
     (dict(out=""), "--out is empty: say what belongs there, or leave it out"),

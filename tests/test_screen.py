@@ -97,7 +97,7 @@ def test_a_pipe_sees_no_carriage_return_and_what_order_is_worth(tiny, corpus, tm
     first, last = (line for line in said.splitlines() if line.startswith("at "))
     assert re.fullmatch(r"at 50.0%, step 20: mlm \d.\d+ \(-\d.*\), D_order -?0.\d\d", first)
     directory = TokenDirectory(corpus)
-    forward, _ = diagnose.masked_lm(str(tmp_path / "run/model"), directory, 32)
+    forward, _ = diagnose.masked_lm(str(tmp_path / "run/model"), directory.read_tokenizer(), 32)
     batch = diagnose.validation(validation_blocks(directory, 32), 8)
     order = diagnose.order_gain(forward, batch, directory.special)
     assert summary["d_order"] == pytest.approx(order, abs=1e-4)

@@ -1,8 +1,8 @@
-"""Runs made by train.py and by hand, as table and page (in a real browser), and what a model says."""
+"""Runs made by train.py and by hand, as table and figure, and what a model says."""
 import json
 import re
 import shutil
-import subprocess
+import sys
 
 import pytest
 
@@ -11,8 +11,6 @@ import watch
 from plumbing import cli
 from plumbing.checkpoint import cut_log
 from plumbing.cli import UserError
-
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 def shown(*paths, **other):
@@ -64,7 +62,6 @@ def test_progress_time_left_rates_and_changes_of_a_run_under_way(made):
     assert found["spent"] == "60 of 360 s, 16.7%" and found["left"] == "300 s" and found["loss"] == "6"
     assert found["terms"] == "mlm 5, soft 1" and found["tokens/s"] == "900"
     assert found["validation"] == "mlm 6 (-1) [3]" and "last line 0 s ago" == found["state"]
-    assert len(found["loss so far"]) == 24 and found["loss so far"].strip()[::19] == "█▁"
     assert re.findall(r"at +(\S+ s)  mlm (.*)", shown(path)) == [("20 s", "8"), ("40 s", "7 (-1)"), ("60 s", "6 (-1)")]
     found = cells(made("slow", steps=100, extra=lambda step: dict(seconds=2.0 * step), budget_tokens=1_000_000))["slow"]
     assert found["left"] == "0:30 h"                                    # 100,000 tokens in 200 s, 900,000 to go
@@ -77,7 +74,6 @@ def test_several_runs_are_one_table_and_one_that_starts_is_in_it(made):
     first, second, other = made("a"), made("b", steps=120, finished=True), made("c", steps=0)
     head, a, b, c = shown(first, second, other).rstrip().splitlines()
     assert head.split()[:3] == ["run", "spent", "left"] and "starting" in c and " 1,000 " in b
-    assert 10 < len(cells(first, second)["a"]["loss so far"]) < len(cells(first, second)["b"]["loss so far"]) == 24
     narrow = watch.in_terminal(watch.find([first, second]), 80)
     assert max(map(len, narrow.splitlines())) == 80 and "loss" in narrow and "mlm 6 (-1) [3]" in narrow
     (first.parent / "d").mkdir()                                        # claimed by compare.py, not begun
@@ -87,17 +83,8 @@ def test_several_runs_are_one_table_and_one_that_starts_is_in_it(made):
     assert list(cells(first.parent.parent)) == ["a", "b", "c"]
 
 
-def test_flops_are_what_a_budget_of_flops_has_spent_and_no_axis_of_others(made):
-    one, other = made("c", budget_flops=360), made("d")
-    assert cells(one)["c"]["spent"] == "59 of 360 FLOPs, 16.4%"
-    assert ['value="flops"' in watch.page(watch.find(paths)) for paths in ([one], [one, other])] == [True, False]
-
-
-def test_long_logs_are_thinned_but_keep_their_end_and_validations(made):
-    run = watch.LoggedRun(made(steps=20_000))
-    assert len(run.records) == 2000 and len(run.curves["loss"]) < 1600
-    assert run.axes["steps"][-1] == 20_000 and run.curves["loss"][-1] == 9 - 1000.0
-    assert len([y for y in run.curves["validation mlm"] if y is not None]) == 1000
+def test_flops_are_what_a_budget_of_flops_has_spent(made):
+    assert cells(made("c", budget_flops=360))["c"]["spent"] == "59 of 360 FLOPs, 16.4%"
 
 
 STRANGE = (b"", b"[1, 2]", b"7", b"null", b'{"step": 3', b'{"step": 3, "seconds": "1"}', b"\xff\xfe{", b"{}",
@@ -136,8 +123,8 @@ def test_follow_redraws_until_ctrl_c(made, monkeypatch):
 
 @pytest.mark.parametrize("change, message", [
     (lambda p: dict(paths=[p / "nowhere"]), "neither a run's directory"),
-    (lambda p: dict(out="x.pdf"), "ends in .html"),
-    (lambda p: dict(out=str(p / "config.json/x.html")), "no directory to write in"),
+    (lambda p: dict(out="x.html"), "--out x.html: a name that ends in one of .png, .svg, .pdf"),
+    (lambda p: dict(out=str(p / "config.json/x.png")), "no directory to write in"),
     (lambda p: (p / "config.json").write_text("{"), "config.json is damaged or not ours"),
     (lambda p: (p / "config.json").write_text("[]"), "not a mapping"),
     (lambda p: (p / "config.json").write_text('{"model_type": "bert"}'), "is a model directory"),
@@ -163,10 +150,9 @@ def test_the_two_command_lines():
             watch.main(watch.Config(**wrong))
 
 
-def test_no_two_arms_look_alike_and_seeds_of_an_arm_do():
-    runs = [type("", (), dict(name=f"{i}-seed{seed}")) for seed in range(2) for i in range(140)]
-    looks = [tuple(look.values()) for look in watch.styles(runs)]
-    assert len(set(looks)) == 140 and looks[:140] == looks[140:]
+def test_a_run_whose_loss_is_no_number_is_shown_too(made):
+    found = cells(made("a", extra=lambda step: dict(loss=float("nan"), mlm=float("inf"))))["a"]
+    assert found["loss"] == "nan" and found["validation"] == "mlm 6 (-1) [3]"
 
 
 def test_runs_of_one_name_are_told_apart_and_none_moves_the_cursor(made):
@@ -174,88 +160,81 @@ def test_runs_of_one_name_are_told_apart_and_none_moves_the_cursor(made):
     assert set(cells(one, two, three)) == {str(one), str(two), r"\x1b[2J"}
 
 
-# ------------------------------------------------------------------------------------------------------ the page
+# ---------------------------------------------------------------------------------------------------- the figure
 
-HOSTILE = "<img src=x onerror=alert(1)>"
+STRANGE_NAME = "_a$b$_<c>-seed0"
 
 
 @pytest.fixture
 def comparison(made):
-    """A comparison's directory; one of its runs has a hostile name, one holds what is not finite."""
+    """A comparison's directory; one of its runs has a strange name, one holds what is not finite."""
     made("tinybert-seed0", finished=True)
-    return made(HOSTILE, extra=lambda step: dict(gradient_norm=float("inf"))).parent.parent
+    return made(STRANGE_NAME, extra=lambda step: dict(gradient_norm=float("inf"))).parent.parent
 
 
-def test_the_page_is_escaped_and_asks_nobody_and_no_file_of_others_is_overwritten(comparison, tmp_path):
-    shown(comparison, out=str(tmp_path / "new/x.html"))
-    page = (tmp_path / "new/x.html").read_text()
-    assert re.search("tinybert-seed0 +60 of 360 s, 16.7% ", page) and "default-src 'none'" in page
-    assert "<img src=x" not in page and not re.search(r"(src|href)=.?(http|//)", page)
-    (tmp_path / "mine.html").write_text("mine")
-    with pytest.raises(UserError, match="mine.html is there and was not written by this program"):
-        shown(comparison, out=str(tmp_path / "mine.html"))
-    assert (tmp_path / "mine.html").read_text() == "mine"
-
-
-@pytest.fixture
-def browse(tmp_path):
-    """A page as Chromium has it after its scripts ran."""
-    if not BROWSER:
-        pytest.skip("no chromium on PATH")
-
-    def browse(file):
-        done = subprocess.run(
-            [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-             "--disable-background-networking", "--disable-component-update", "--disable-sync",
-             "--enable-logging=stderr", f"--user-data-dir={tmp_path / 'browser'}", "--dump-dom", file.as_uri()],
-            capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-        return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    return browse
-
-
-def test_a_browser_shows_table_and_curves_without_an_error(comparison, tiny, browse, tmp_path):
+def test_the_figure_has_a_panel_per_curve_and_a_line_per_run(comparison, tiny, tmp_path):
+    pytest.importorskip("matplotlib")
     train.train(tiny(strategy="minilm", val_times=2), say=lambda line: None)
-    shown(comparison, tmp_path / "run", out=str(tmp_path / "x.html"))
-    with (tmp_path / "x.html").open("a") as f:
-        f.write('<script>axis.value = "tokens"; redraw()</script>')
-    dom, console = browse(tmp_path / "x.html")
-    assert 'role="alert"' not in dom and not console
-    for file in (*comparison.glob("runs/*/log.jsonl"), tmp_path / "run/log.jsonl"):
-        *_, before, last = map(json.loads, file.read_text().splitlines())
-        assert f"  {before['loss']:.5g}  " in dom and f"{last['val'].popitem()[1]:.5g} (" in dom
-    assert "  1,000  " in dom and HOSTILE not in dom
-
-    panels = {name: svg for name, svg in re.findall(r'<figure data-curve="(.*?)">.*?(<svg.*?</svg>)', dom, re.S)}
-    assert {"loss", "soft", "attn", "learning rate", "tokens/s", "gradient norm", "validation mlm"} <= set(panels)
-    lines = {name: re.findall(r'<polyline [^>]*points="(.*?)"', svg) for name, svg in panels.items()}
-    assert len(lines["loss"]) == 3 and len(lines["soft"]) == 2 and len(lines["gradient norm"]) == 2
-    assert [len(line.split()) for line in lines["loss"]] == [6, 6, 20]
-    assert "NaN" not in dom.split("</script>")[-4] and ">60000</text>" in panels["mlm"]
-    x, y = zip(*(map(float, point.split(",")) for point in lines["mlm"][0].split()), strict=True)
-    assert list(x) == sorted(x) and list(y) == sorted(y)                # the loss falls: downwards is a larger y
+    fig = watch.figure(runs := watch.find([comparison, tmp_path / "run"]))
+    panels = {axis.get_title(): [line.get_xydata() for line in axis.lines] for axis in fig.axes}
+    assert list(panels)[-3:] == ["validation mlm", "validation attn", "validation value"]
+    assert {"loss", "mlm", "soft", "attn", "learning rate", "tokens/s", "gradient norm"} < set(panels)
+    assert [len(points) for points in panels["loss"]] == [6, 6, 20]
+    assert [len(points) for points in panels["soft"]] == [6, 6, 0]
+    assert [len(points) for points in panels["gradient norm"]] == [0, 6, 20]         # what is not finite is no point
+    assert panels["validation mlm"][1].tolist() == [[20 / 3600, 8], [40 / 3600, 7], [60 / 3600, 6]]
+    assert {axis.get_xlabel() for axis in fig.axes} == {"charged hours"}
+    legend, = fig.legends
+    names = [text.get_text() for text in legend.get_texts()]
+    assert legend.get_title().get_text() == watch.WARNING
+    assert names == [run.name for run in runs] == [STRANGE_NAME, "tinybert-seed0", "run"]
 
 
-def test_another_axis_a_hidden_run_and_the_numbers_under_the_pointer(comparison, browse, tmp_path):
-    shown(comparison, out=str(tmp_path / "x.html"))
-    with (tmp_path / "x.html").open("a") as f:          # a person's hand: against steps, without the first run
-        f.write("""<script>
-          axis.value = "steps"; boxes[0].click()
-          const svg = document.querySelector('[data-curve="tokens/s"] svg'), box = svg.getBoundingClientRect()
-          svg.dispatchEvent(new PointerEvent("pointermove", {clientX: box.right, clientY: box.top + box.height / 2}))
-        </script>""")
-    dom, console = browse(tmp_path / "x.html")
-    svg = re.search(r'data-curve="loss".*?(<svg.*?</svg>)', dom, re.S)[1]
-    assert not console and svg.count("<polyline") == 1 and ">60</text>" in svg and ">steps</text>" in svg
-    assert re.findall(r"<output>(.+?)</output>", dom) == ["tinybert-seed0: 900 at 60"]
+@pytest.mark.parametrize("suffix, begins", [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
+def test_a_figure_is_written_again_and_no_file_of_others_is(comparison, tmp_path, suffix, begins):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / f"new/x.{suffix}"
+    for _ in range(2):
+        assert re.search("tinybert-seed0 +60 of 360 s, 16.7% ", shown(comparison, out=str(out)))
+    assert out.read_bytes().startswith(begins) and list(out.parent.iterdir()) == [out]
+    (mine := tmp_path / f"mine.{suffix}").write_bytes(begins + b" of somebody who runs nanoKD")
+    with pytest.raises(UserError, match=f"mine.{suffix} is there and was not written by this program"):
+        shown(comparison, out=str(mine))
+    assert mine.read_bytes() == begins + b" of somebody who runs nanoKD"
 
 
-def test_a_browser_would_show_an_error_of_the_script(comparison, browse, tmp_path, monkeypatch):
-    (tmp_path / "page.html").write_text(watch.PAGE.read_text().replace("redraw()\n</script>", "nonsense()\n</script>"))
-    monkeypatch.setattr(watch, "PAGE", tmp_path / "page.html")
-    shown(comparison, out=str(tmp_path / "x.html"))
-    dom, console = browse(tmp_path / "x.html")
-    assert 'role="alert"' in dom and "nonsense is not defined" in dom and console
+def test_names_stand_in_the_figure_as_they_are(comparison):
+    """Drawn: the legend's first name takes the room of its own characters, a formula's or none would be smaller."""
+    pytest.importorskip("matplotlib")
+    fig = watch.figure(watch.find([comparison]))
+    fig.draw_without_rendering()
+    strange, plain = fig.legends[0].get_texts()
+    assert strange.get_text() == STRANGE_NAME and not strange.get_parse_math() and strange.get_visible()
+    plain.set_text(STRANGE_NAME.replace("$", "S").replace("_", "-"))
+    width, other = (text.get_window_extent().width for text in (strange, plain))
+    assert width == pytest.approx(other, rel=0.2)
+
+
+def test_seeds_of_an_arm_look_alike_and_no_two_arms_do(made):
+    pytest.importorskip("matplotlib")
+    runs = watch.find([made(f"{i}-seed{seed}", steps=10) for seed in range(2) for i in range(140)])
+    looks = [(line.get_color(), line.get_marker(), str(line._dash_pattern))
+             for line in watch.figure(runs).axes[0].lines]
+    assert len(set(looks)) == 140 and looks[:140] == looks[140:]
+
+
+def test_runs_that_have_not_begun_have_an_empty_panel(made):
+    pytest.importorskip("matplotlib")
+    axis, = watch.figure(watch.find([made(steps=0)])).axes
+    assert axis.get_title() == "loss" and [len(line.get_xydata()) for line in axis.lines] == [0]
+    assert watch.figure([]).axes
+
+
+def test_without_matplotlib_one_line_says_what_to_install_before_anything_is_read(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UserError, match="^--out takes one more package: pip install matplotlib$"):
+        shown(tmp_path / "nowhere", out=str(tmp_path / "new/x.png"))
+    assert not (tmp_path / "new").exists()
 
 
 # ------------------------------------------------------------------------------------------------------- a model
