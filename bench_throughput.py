@@ -114,7 +114,7 @@ class Entry:
         self.name, self.flops, self.arm, self.steps = name, flops, arm, itertools.count()
         self.seconds = []                                               # of one step, round by round
         arm.make_optimizer()
-        self.batches = train.batches_of(blocks, 0, arm.phase.blocks(arm.config.batch_size), arm.device)
+        self.batches = train.batches_of(blocks, 0, arm.batch_size, arm.device)
         self.step()                                                     # AdamW's state comes with the first step
 
     def step(self):

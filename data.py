@@ -89,10 +89,6 @@ class Blocks:
             block[epoch == e] = self.order(int(e))[at[epoch == e]]
         return self.mask(self.read(block), hashed(self.seed, 0 * epoch if self.static_masks else epoch, block))
 
-    def epochs(self, steps, batch_size):
-        """How often the blocks have been seen after so many steps: 1.5 is once and a half."""
-        return steps * batch_size / self.count
-
     def read(self, block):
         """(B, S) ids of the blocks, uncorrupted: one gather."""
         ids = np.empty((len(block), self.seq_len), dtype=np.int64)
@@ -183,12 +179,12 @@ def ahead(do, items):
         yield following.result()
 
 
-def prefetch(blocks, start, batch_size, convert=lambda batch: batch):
-    """convert(batch i) for i = start, start + 1, ..., one ahead.
-
-    `convert` runs in that thread too: the place to pin memory.  NumPy works without Python's lock, so on CUDA, where
-    the main thread waits for the device, batches cost no time."""
-    return ahead(lambda i: convert(blocks.batch(i, batch_size)), itertools.count(start))
+def batches_of(blocks, start, batch_size, device):
+    """Every batch from `start` on; on CUDA one ahead, in a thread: NumPy works without Python's lock, so while the
+    main thread waits for the device, batches cost no time."""
+    if device.type == "cuda":
+        return ahead(lambda i: blocks.batch(i, batch_size), itertools.count(start))
+    return (blocks.batch(i, batch_size) for i in itertools.count(start))
 
 
 # ----------------------------------------------------------------------------------------------------- script

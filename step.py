@@ -58,14 +58,20 @@ class Arm:
         config, student, teacher = self.config, self.student, self.teacher
         if phase:                                       # its projections, whatever was drawn before them
             torch.manual_seed(int(hashed(config.seed, phase) >> np.uint64(1)))
-        self.set_phase(phase)
-        student_c, teacher_c = student.config, teacher.config if teacher else student.config
-        self.strategy = self.for_depths(self.phase.strategy)
+        self.number, self.phase = phase, self.phases[phase]
+        # blocks of a step and of a forward pass, and how many of these this rank makes in a step
+        self.batch_size, self.micro = map(self.phase.blocks, (config.batch_size, config.micro_batch))
+        # Of eager sentences on a CPU a few at a time: the short ones by themselves
+        if self.phase.strategy.seq_len and self.device.type == "cpu" and not self.compiled:
+            self.micro = math.gcd(self.micro, 16)
+        self.accumulate = self.batch_size // (self.micro * self.ranks.size)
+        c_s, c_t = student.config, (teacher or student).config
+        self.strategy = self.phase.strategy.for_depths(c_s.num_hidden_layers, c_t.num_hidden_layers)
+        self.want_s, self.want_t = map(self.strategy.want, ("student", "teacher"))
         self.peak_lr = config.peak_lr or self.strategy.peak_lr_of(config.recipe)
-        self.relation_heads = relation_head_count(student_c.hidden_size, teacher_c.hidden_size)
-        if self.strategy.as_released:
-            self.relation_heads = student_c.num_attention_heads
-        self.proj = self.projections(self.strategy).to(self.device)
+        self.relation_heads = (c_s.num_attention_heads if self.strategy.as_released else
+                               relation_head_count(c_s.hidden_size, c_t.hidden_size))
+        self.proj = projections(self.strategy, c_s.hidden_size, c_t.hidden_size).to(self.device)
 
         student.requires_grad_(not self.strategy.train_layers)
         for layer in self.strategy.train_layers:
@@ -81,23 +87,6 @@ class Arm:
         self.student.train(on and self.strategy.dropout)
         if self.teacher:
             self.teacher.train(on and self.strategy.as_released)        # the released code leaves it on there
-
-    def set_phase(self, phase):
-        """And `micro`, the blocks of a forward pass, and `accumulate`, this rank's forward passes in a step."""
-        self.number, self.phase = phase, self.phases[phase]
-        self.micro = self.phase.blocks(self.config.micro_batch)
-        # Of eager sentences on a CPU a few at a time: the short ones by themselves
-        if self.phase.strategy.seq_len and self.device.type == "cpu" and not self.compiled:
-            self.micro = math.gcd(self.micro, 16)
-        self.accumulate = self.phase.blocks(self.config.batch_size) // (self.micro * self.ranks.size)
-
-    def for_depths(self, strategy):
-        teacher = self.teacher or self.student
-        return strategy.for_depths(self.student.config.num_hidden_layers, teacher.config.num_hidden_layers)
-
-    def projections(self, strategy):
-        sides = self.student, self.teacher or self.student
-        return projections(strategy, *(side.config.hidden_size for side in sides))
 
     def make_optimizer(self):
         """Freezes what the loss does not reach; makes the optimizer and, under torchrun, the DDP wrapper."""
@@ -173,19 +162,18 @@ class Arm:
         ids, masked, labels = (to_device(torch.from_numpy(a), self.device) for a in batch)
         return Batch(ids, masked, labels.flatten())
 
-    def forward(self, ids, masked, labels, strategy=None, mark=lambda stage: None):
+    def forward(self, ids, masked, labels, mark=lambda stage: None):
         """(total, {term: value}) of one micro-batch: what the strategy asks of both sides, and no more.
 
         mark("teacher") is called after the teacher's pass, where there is one."""
-        strategy, c = strategy or self.strategy, self.student.config
+        strategy, c, t = self.strategy, self.student.config, {}
         real = ids != c.pad_token_id if strategy.seq_len else None      # (B, S), None where blocks are full
-        t = {}
-        if self.teacher and (want := strategy.want("teacher")):
+        if self.teacher and self.want_t:
             with torch.no_grad():
-                t = self.run_teacher(ids, masked, real, want=want)
+                t = self.run_teacher(ids, masked, real, want=self.want_t)
             mark("teacher")
         with autocast(self.device, self.bf16):
-            s = self.run_student(ids, masked, real, want=strategy.want("student"), causal=strategy.causal)
+            s = self.run_student(ids, masked, real, want=self.want_s, causal=strategy.causal)
         # Outside autocast: a compiled function's backward pass keeps the one that it was called under
         return self.loss_terms(strategy, s, t, Context(
             labels, strategy.tau, self.relation_heads, self.proj, c.vocab_size, real, self.form.pooling))
@@ -208,11 +196,7 @@ class Arm:
             p.requires_grad_(p.grad is not None)
             p.grad = None
         self.proj.zero_grad()
-        self.compile()
-
-    def compile(self):
-        """A forward and backward pass on dummy data: what is compiled is compiled, and a micro-batch too large
-        for a GPU is known before the run begins."""
+        # another one: what is compiled is compiled, and a micro-batch too large for a GPU known before the run begins
         if self.compiled or self.device.type == "cuda":
             self.forward(*self.dummy())[0].backward()
             for p in (*self.student.parameters(), *self.proj.parameters()):

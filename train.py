@@ -23,7 +23,6 @@ Source of the recipe: Bui 2024 (arXiv 2404.19319), section 3 and appendix.
 import contextlib
 import dataclasses
 import functools
-import itertools
 import math
 import os
 import sys
@@ -34,7 +33,7 @@ from typing import Annotated, Literal
 
 import torch
 
-from data import Sentences, phase_blocks, prefetch
+from data import Sentences, batches_of, phase_blocks
 from model import BertConfig
 from plumbing import encoder
 from plumbing.budget import Budget, Stages, Stopped, one_budget, stop_signals
@@ -230,7 +229,7 @@ def train(config, now=time.monotonic, say=print, status=None):
 def trained(run):
     """The loop, from the run's step to the end of its budget; returns the summary."""
     config, arm, budget, stages, ranks = run.config, run.arm, run.budget, run.stages, run.arm.ranks
-    blocks, batches = stream(run, arm.phase)
+    blocks, batches = stream(run)
     budget.start()
     stages.mark(None)
     with alone_on_device(arm.device, budget.unit), stop_signals() as signals, run.stopped_by(signals):
@@ -238,7 +237,7 @@ def trained(run):
             if arm.phase.end <= budget.progress < 1:
                 run.next_phase(signals)
                 batches.close()
-                blocks, batches = stream(run, arm.phase)
+                blocks, batches = stream(run)
                 stages.mark(None)
             batch = next(batches)
             # teacher forward, student forward, loss, backward
@@ -259,7 +258,7 @@ def trained(run):
             stages.mark("optimizer")
             budget.steps += 1
             run.seconds = budget.clock()                        # what a checkpoint of this step has spent
-            epoch = blocks.epochs(budget.steps, arm.phase.blocks(config.batch_size))
+            epoch = budget.steps * arm.batch_size / blocks.count
             run.after_step(dict(step=budget.steps, progress=progress, seconds=run.seconds, lr=lr, epoch=epoch,
                                 **values), signals)
             stages.mark(None)
@@ -307,7 +306,7 @@ def begin(config, now, say, status, held):
         say(f"{directory.path}: {blocks.count:,} sentences of {blocks.size.mean():.0f} ids in the mean; {blocks.cut:,} "
             f"were cut to {blocks.body}, {blocks.joined:,} under {blocks.SHORTEST} joined to the next")
     if config.dry_run:
-        return None, rehearse(run, gradients, *stream(run, arm.phase))
+        return None, rehearse(run, gradients, *stream(run))
     run.resume_or_start(record)
     run.budget.price = price(arm, unit)
     compiling = arm.warm_up_seconds
@@ -332,18 +331,11 @@ def main(config, say=print, **options):
         os._exit(0)
 
 
-def stream(run, phase):
-    """(Blocks of a phase, their batches from the run's step on)."""
+def stream(run):
+    """(Blocks of the arm's phase, their batches from the run's step on)."""
     c = run.config
-    blocks = phase_blocks(phase, run.directory, "train", c.seed, c.unique_tokens, c.static_masks)
-    return blocks, batches_of(blocks, run.budget.steps, phase.blocks(c.batch_size), run.arm.device)
-
-
-def batches_of(blocks, start, batch_size, device):
-    """Every batch from `start` on; made ahead in a thread if the device is no CPU."""
-    if device.type == "cuda":
-        return prefetch(blocks, start, batch_size)
-    return (blocks.batch(i, batch_size) for i in itertools.count(start))
+    blocks = phase_blocks(run.arm.phase, run.directory, "train", c.seed, c.unique_tokens, c.static_masks)
+    return blocks, batches_of(blocks, run.budget.steps, run.arm.batch_size, run.arm.device)
 
 
 if __name__ == "__main__":

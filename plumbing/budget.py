@@ -38,11 +38,6 @@ class Budget:
         self.origin = None              # charged seconds = now() - origin
 
     @property
-    def spent(self):
-        """Of everything but hours."""
-        return sum(steps * price for steps, price in (*self.ended, (self.phase_steps, self.price)))
-
-    @property
     def phase_steps(self):
         return self.steps - sum(steps for steps, _ in self.ended)
 
@@ -68,7 +63,8 @@ class Budget:
     @property
     def progress(self):
         """Spent / budget, from 0 to 1."""
-        spent = self.seconds / 3600 if self.unit == "hours" else self.spent
+        spent = self.seconds / 3600 if self.unit == "hours" else sum(
+            steps * price for steps, price in (*self.ended, (self.phase_steps, self.price)))
         return min(1.0, spent / self.total)
 
 

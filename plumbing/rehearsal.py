@@ -44,7 +44,7 @@ def rehearse(run, gradients, blocks, batches):
     say(f"speed: {tokens / seconds:,.0f} tokens/s, {seconds:.3g} s a step, measured over {len(took)}")
     ends = min(time.time() + charged + validations, 253_370_764_800)    # the year 9999
     say(f"--budget-{budget.unit} {budget.total:g} buys {steps:,} steps, {steps * tokens:,} tokens, "
-        f"{blocks.epochs(steps, arm.phase.blocks(config.batch_size)):.3g} epochs in "
+        f"{steps * arm.batch_size / blocks.count:.3g} epochs in "
         f"{quantity(charged / 3600, 'hours')}, and "
         f"{quantity(validations / 3600, 'hours')} go to {config.val_times} validations: begun now, it ends on "
         + time.strftime("%Y-%m-%d at %H:%M", time.localtime(ends)))

@@ -207,5 +207,5 @@ def blocks_per_second(config, gradients):
     config = dataclasses.replace(config, batch_size=config.micro_batch * Ranks().size)
     arm = make_arm(config, directory)
     blocks = phase_blocks(arm.phase, directory, "train", config.seed, config.unique_tokens)
-    batch = blocks.batch(0, arm.phase.blocks(config.batch_size))
+    batch = blocks.batch(0, arm.batch_size)
     return config.batch_size / statistics.median(step_seconds(arm, itertools.repeat(batch), gradients, SECONDS))
