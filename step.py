@@ -68,7 +68,8 @@ class Arm:
         c_s, c_t = student.config, (teacher or student).config
         self.strategy = self.phase.strategy.for_depths(c_s.num_hidden_layers, c_t.num_hidden_layers)
         self.want_s, self.want_t = map(self.strategy.want, ("student", "teacher"))
-        self.peak_lr = config.peak_lr or self.strategy.peak_lr_of(config.recipe)
+        self.peak_lr = config.peak_lr or (
+            self.strategy.short_lr if config.recipe == "short" else self.strategy.peak_lr)
         self.relation_heads = (c_s.num_attention_heads if self.strategy.as_released else
                                relation_head_count(c_s.hidden_size, c_t.hidden_size))
         self.proj = projections(self.strategy, c_s.hidden_size, c_t.hidden_size).to(self.device)

@@ -10,9 +10,6 @@ error of the values of the last layer, beside masked LM, is
     VALUE_MSE = Term(lambda s, t, c: hidden_mse(s["qkv"][2], t["qkv"][2]), ("qkv",), ("qkv",),
                      "values, last layer; mean over heads, positions and H")
     STRATEGIES["value_mse"] = Strategy({"mlm": MLM, "value": VALUE_MSE}, same_heads=True)
-
-Legend as in model.py: B batch, S sequence, M masked positions, V vocabulary, N heads, H head size, D hidden
-size; _s student, _t teacher.
 """
 import math
 from collections.abc import Callable
@@ -86,9 +83,6 @@ class Strategy(NamedTuple):
     ramp: tuple | None = None   # (part over which the learning rate rises, part of the peak left at the end)
     as_released: bool = False   # what the paper's released code computes, not what its text says
 
-    def peak_lr_of(self, recipe):
-        return self.short_lr if recipe == "short" else self.peak_lr
-
     def needs(self, side):
         """What the forward pass of "student" or "teacher" must leave behind.  The released code computes
         everything, for every method."""
@@ -123,17 +117,9 @@ class Strategy(NamedTuple):
 
 
 def attention_scores_term(where, layers):
-    """TinyBERT's L_attn at pairs of layers."""
-    def of(s, t, c):
-        (q_s, k_s, _), (q_t, k_t, _) = s["qkv"], t["qkv"]
-        return attention_mse(q_s, k_s, q_t, k_t)
-    return Term(of, ("qkv",), ("qkv",), f"attention scores, {where}; mean over heads and (query, key) pairs",
-                layers=layers)
-
-
-def attention_kl_of(s, t, c):
-    (q_s, k_s, _), (q_t, k_t, _) = s["qkv"], t["qkv"]
-    return attention_kl(q_s, k_s, q_t, k_t)
+    """TinyBERT's L_attn, of queries and keys, at pairs of layers."""
+    return Term(lambda s, t, c: attention_mse(*s["qkv"][:2], *t["qkv"][:2]), ("qkv",), ("qkv",),
+                f"attention scores, {where}; mean over heads and (query, key) pairs", layers=layers)
 
 
 def for_minilmv2(depth_s, depth_t):
@@ -163,7 +149,7 @@ EMBD = Term(lambda s, t, c: embedding_mse(s["embedding"], t["embedding"], getatt
             projects="embedding")
 HIDN = Term(lambda s, t, c: hidden_mse(s["hidden"], t["hidden"], getattr(c.proj, "hidden", None)),
             ("hidden",), ("hidden",), "last hidden state; mean over positions and D", projects="hidden")
-ATTN_KL = Term(attention_kl_of, ("qkv",), ("qkv",),
+ATTN_KL = Term(lambda s, t, c: attention_kl(*s["qkv"][:2], *t["qkv"][:2]), ("qkv",), ("qkv",),
                "attention probabilities, last layer; sum over keys, mean over heads and queries")
 VALUE_KL = Term(lambda s, t, c: value_relation_kl(s["qkv"][2], t["qkv"][2]), ("qkv",), ("qkv",),
                 "value relation, last layer; sum over keys, mean over heads and queries")

@@ -121,9 +121,7 @@ class Config(Recipe):
     out: str | None = None              # run directory; default: runs/STRATEGY
     dry_run: bool = False               # a few steps only: memory, speed, what the budget buys
 
-    def check(self):
-        """What the fields ask of each other, and of the number of processes."""
-        check_run(self)
+    check = check_run                   # what the fields ask of each other, and of the number of processes
 
     def of_recipe(self, name):
         """As given, else the strategy's own clip, else the recipe's."""
@@ -242,8 +240,11 @@ def trained(run):
             batch = next(batches)
             # teacher forward, student forward, loss, backward
             names, values = gradients(arm, batch, budget.steps, stages)
-            # the step's one wait for the device, before the update
-            values, stop = agreed(ranks, names, values, budget, signals)
+            # the step's one wait for the device, before the update; all ranks decide on the same: the mean of each
+            # value, rank 0's clock, whether a signal has come to any
+            values = dict(zip(names, ranks.sum(values / ranks.size), strict=True))
+            budget.seconds, stop = ranks.sum(torch.tensor(
+                [budget.clock() * (ranks.rank == 0), len(signals)], dtype=torch.float64))
             stages.mark("communication" if ranks.size > 1 else "optimizer")
             stages.read()
             if stop:
@@ -271,14 +272,6 @@ def trained(run):
     summary = run.finish(blocks, charged, found)
     ranks.leave()
     return summary
-
-
-def agreed(ranks, names, values, budget, signals):
-    """What all ranks decide on: ({name: mean}, whether a signal has come to any), and rank 0's clock."""
-    values = dict(zip(names, ranks.sum(values / ranks.size), strict=True))
-    budget.seconds, stop = ranks.sum(torch.tensor(
-        [budget.clock() * (ranks.rank == 0), len(signals)], dtype=torch.float64))
-    return values, stop
 
 
 def begin(config, now, say, status, held):
