@@ -41,12 +41,17 @@ def settled(config, say, gradients):
     directory, if one has.  `say` gets the lines that say what was taken; `gradients`: train.py's, to be timed."""
     if before := begun(config.path):
         return dataclasses.replace(config, **{name: before[name] for name in SETTLED if getattr(config, name) is None})
-    dataclasses.replace(config, size=config.size or SIZES[0]).check()      # refused now, not after the docstrings
-    config = with_shape(with_texts(config, say), config.teacher)
+    sized, given = dataclasses.replace(config, size=config.size or SIZES[0]), config.teacher
+    sized.check()                                                          # refused now, not after the docstrings
+    config = with_texts(config, sized.reads_teacher, say)
+    # of the teacher's width and half its depth, where the run reads one or one is at hand, else 6L768
+    if (given or sized.reads_teacher or config.teacher == str(BOX)) and not (config.size and config.heads):
+        config = half_of(config, checkpoint.read_config(checkpoint.find_model(config.teacher)))
+    config = dataclasses.replace(config, size=config.size or SIZES[0])
     return config if config.batch_size else with_batch_size(config, say, gradients)
 
 
-def with_texts(config, say):
+def with_texts(config, reads_teacher, say):
     """The same with data and teacher."""
     if config.data is None:
         data = WIKI if Path(WIKI, "manifest.json").exists() else docstrings(config.teacher or BOX)
@@ -56,18 +61,9 @@ def with_texts(config, say):
     if config.teacher is None:
         fits = TokenDirectory(config.data).manifest.get("fingerprint") == vocabulary_of(BOX)
         config = dataclasses.replace(config, teacher=str(BOX) if fits else HUB)
-        if dataclasses.replace(config, size=config.size or SIZES[0]).reads_teacher:
+        if reads_teacher:
             say(f"--teacher is not given: taken is {config.teacher}" + ", a small one for trying" * fits)
     return config
-
-
-def with_shape(config, given):
-    """The same with size and heads: of the teacher's width and half its depth, where the run reads a teacher or one is
-    at hand (`given`, or the box's), else 6L768."""
-    reads = dataclasses.replace(config, size=config.size or SIZES[0]).reads_teacher
-    teacher = checkpoint.read_config(checkpoint.find_model(config.teacher)) if (
-        reads or given or config.teacher == str(BOX)) and not (config.size and config.heads) else None
-    return half_of(config, teacher) if teacher else dataclasses.replace(config, size=config.size or SIZES[0])
 
 
 def half_of(config, teacher):
