@@ -416,8 +416,7 @@ def execute(plan, progress):
         with progress.on(key, Path(each.out).name):
             summary = trained(each)
             found = scored(plan, f"{each.out}/model", f"{each.out}/glue", progress.say, each.seed)
-            for file in checkpoint.checkpoints(Path(each.out)):         # the model and the log stay
-                file.unlink()
+            Path(each.out, "checkpoint.pt").unlink(missing_ok=True)     # the model and the log stay
         return result_of(plan, each, summary) | found
 
     remarks, keys = [], [each.out for each in plan.runs]                # of their estimates

@@ -328,20 +328,15 @@ def save_run(out, state):
     write_whole(out / "checkpoint.pt", data + hashlib.sha256(data).digest())
 
 
-def checkpoints(out):
-    """The file of a run's checkpoint, in a list that is empty where there is none."""
-    return [*out.glob("checkpoint.pt")]
-
-
 def load_run(out):
     """The state in `out`, or None where no checkpoint was ever written.  Damage is never a restart."""
-    for file in checkpoints(out):
-        data = file.read_bytes()
-        if hashlib.sha256(data[:-32]).digest() != data[-32:]:
-            raise UserError(f"{file} is damaged (its sha256 does not match): remove it to start anew")
-        with parsing(file, "remove it"):        # a forged pickle with a right checksum
-            return torch.load(io.BytesIO(data[:-32]), map_location="cpu", weights_only=True)
-    return None
+    if not (file := out / "checkpoint.pt").exists():
+        return None
+    data = file.read_bytes()
+    if hashlib.sha256(data[:-32]).digest() != data[-32:]:
+        raise UserError(f"{file} is damaged (its sha256 does not match): remove it to start anew")
+    with parsing(file, "remove it"):            # a forged pickle with a right checksum
+        return torch.load(io.BytesIO(data[:-32]), map_location="cpu", weights_only=True)
 
 
 def cut_log(file, step):

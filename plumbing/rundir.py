@@ -56,7 +56,7 @@ def run_directory(config):
 
 def begun(out):
     """The config.json of the run that has begun in `out`; {} if none has."""
-    there = (out / "summary.json").exists() or checkpoint.checkpoints(out)
+    there = (out / "summary.json").exists() or (out / "checkpoint.pt").exists()
     return read_json(out / "config.json") if there else {}
 
 
