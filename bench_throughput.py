@@ -28,6 +28,7 @@ import train
 from comparison.report import aligned
 from data import phase_blocks
 from model import BertConfig, BertForMaskedLM
+from plumbing.budget import flops_per_block
 from plumbing.checks import check_teacher
 from plumbing.cli import Checked, Count, Length, NotNegative, Share, UserError, run
 from plumbing.device import (
@@ -37,7 +38,6 @@ from plumbing.device import (
     multiplies_in_bf16,
     ready_process,
 )
-from plumbing.price import flops_per_block
 from plumbing.tokenizer import SPECIAL
 from step import Arm
 from strategies import AS_RELEASED, PHASED, STRATEGIES

@@ -39,7 +39,7 @@ from comparison.merge import merged
 from comparison.timing import Progress
 from data import Blocks
 from plumbing import checkpoint, glue, settle
-from plumbing.budget import UNITS, one_budget
+from plumbing.budget import UNITS
 from plumbing.checks import NotFinite, check_teacher
 from plumbing.cli import Count, Counts, Positive, Positives, Seed, Times, UserError, checked, flag_of, numbers, run
 from plumbing.device import choose_device, fitting_micro_batch
@@ -123,7 +123,7 @@ class Plan:
 
     def __init__(self, config, say=lambda line: None):
         self.config, self.out, self.teacher_flops = config, Path(config.out), config.teacher_flops
-        self.unit, budgets = one_budget(config)
+        self.unit, budgets = config.budget
         whole = int if self.unit in ("tokens", "steps") else float
         self.budgets = sorted(numbers(budgets, whole))
         self.directory = TokenDirectory(config.data)

@@ -36,11 +36,10 @@ import torch
 from data import Sentences, batches_of, phase_blocks
 from model import BertConfig
 from plumbing import encoder
-from plumbing.budget import Budget, Stages, Stopped, one_budget, stop_signals
+from plumbing.budget import UNITS, Budget, Stages, Stopped, price, stop_signals
 from plumbing.checks import check_run, refuse_non_finite
 from plumbing.cli import Checked, Count, Length, NotNegative, Positive, Seed, Share, UserError, run
 from plumbing.device import Ranks, alone_on_device, choose_device, fitting_micro_batch, halve_micro_batch_until_it_fits
-from plumbing.price import price
 from plumbing.rehearsal import rehearse
 from plumbing.rundir import RunWriter, begun, contents, finished, run_directory
 from plumbing.screen import what_next
@@ -91,7 +90,11 @@ class Recipe(Checked):
     @functools.cached_property
     def budget(self):
         """(unit, total) of the one budget that is given."""
-        return one_budget(self)
+        given = {unit: value for unit in UNITS if (value := getattr(self, f"budget_{unit}")) is not None}
+        if len(given) != 1:
+            raise UserError(f"give exactly one budget: {' or '.join(f'--budget-{unit}' for unit in UNITS)}"
+                            + (f" (not {' and '.join(f'--budget-{unit}' for unit in given)})" if given else ""))
+        return next(iter(given.items()))
 
 
 @dataclass
@@ -171,11 +174,6 @@ class Config(Recipe):
     @property
     def reads_teacher(self):
         return self.needs_teacher or self.start != "random"
-
-    @property
-    def arm(self):
-        """What compare.py calls it."""
-        return self.strategy + "+init" * (self.init == "teacher") + "+released" * self.as_released
 
     @property
     def label(self):

@@ -6,8 +6,7 @@ import time
 
 import torch
 
-from plumbing.budget import Stages
-from plumbing.price import price
+from plumbing.budget import Stages, price
 from plumbing.screen import quantity
 
 SECONDS = 20                # of steps are measured

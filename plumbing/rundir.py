@@ -13,11 +13,10 @@ import time
 import torch
 
 from plumbing import checkpoint
-from plumbing.budget import Stopped, learns
+from plumbing.budget import Stopped, flops_of, learns, price
 from plumbing.cli import UserError, flag_of, numbers
 from plumbing.encoder import lost_and_won
 from plumbing.files import MARK, claim, hold, read_json, sha256, write_json
-from plumbing.price import flops_of, price
 from plumbing.screen import Screen, changes
 from plumbing.validation import d_order, validate
 
@@ -27,8 +26,7 @@ def contents(directory, teacher=None):
     tomorrow."""
     found = {"contents of data": directory.manifest["sha256"]}
     if teacher:
-        files = checkpoint.weight_files(checkpoint.find_model(teacher))
-        found["contents of teacher"] = [sha256(f) for f in files]
+        found["contents of teacher"] = [sha256(f) for f in checkpoint.weight_files(checkpoint.find_model(teacher))]
     return found
 
 

@@ -14,12 +14,11 @@ import torch
 from data import phase_blocks
 from model import BertConfig, BertForMaskedLM
 from plumbing import checkpoint
-from plumbing.budget import learns
+from plumbing.budget import flops_per_block, learns
 from plumbing.cli import UserError
 from plumbing.device import Ranks, choose_device, halve_micro_batch_until_it_fits
 from plumbing.encoder import HELD_OUT
 from plumbing.files import claim_each, sha256
-from plumbing.price import flops_per_block
 from plumbing.rehearsal import step_seconds
 from plumbing.rundir import begun
 from plumbing.student import student_shape

@@ -12,9 +12,8 @@ from test_reliability import command, final, interrupted
 import train
 from model import BertConfig
 from plumbing import checkpoint
-from plumbing.budget import Budget
+from plumbing.budget import Budget, flops_per_block
 from plumbing.cli import UserError
-from plumbing.price import flops_per_block
 from plumbing.student import initial_student
 from plumbing.tokens import TokenDirectory
 from step import Arm, make_arm

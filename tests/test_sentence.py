@@ -16,9 +16,9 @@ import train
 from conftest import text
 from data import Sentences
 from plumbing import checkpoint, encoder
+from plumbing.budget import flops_of
 from plumbing.checkpoint import Form
 from plumbing.cli import UserError
-from plumbing.price import flops_of
 from plumbing.tokenizer import SPECIAL
 from plumbing.tokens import TokenDirectory
 from step import make_arm
