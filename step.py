@@ -20,15 +20,11 @@ from plumbing.student import initial_student, start_from
 from strategies import Context, loss_terms, projections, relation_head_count
 
 
-class WithProjections(torch.nn.Module):
+class WithProjections(torch.nn.ModuleDict):
     """Student and projections as one module, so that DistributedDataParallel sees all that is trained."""
 
-    def __init__(self, student, proj):
-        super().__init__()
-        self.student, self.proj = student, proj
-
     def forward(self, *args, **named):
-        return self.student(*args, **named)
+        return self["student"](*args, **named)
 
 
 class Arm:
@@ -94,16 +90,18 @@ class Arm:
         began = time.monotonic()
         with self.tf32():
             self.freeze_unreached()
-        trained = self.trained = [
-            p for m in (self.student, self.proj) for p in m.parameters() if p.requires_grad]
-        if self.ranks.size > 1:
-            self.run_student = self.wrapper = DistributedDataParallel(WithProjections(self.student, self.proj))
-            if self.compiled:
-                self.run_student = torch.compile(self.wrapper, dynamic=False)
-            with self.tf32():
-                self.forward(*self.dummy())[0].backward()               # first use connects the ranks
-            for p in trained:
-                p.grad = None
+            trained = self.trained = [
+                p for m in (self.student, self.proj) for p in m.parameters() if p.requires_grad]
+            if self.ranks.size > 1:
+                self.run_student = self.wrapper = DistributedDataParallel(
+                    WithProjections(dict(student=self.student, proj=self.proj)))
+                if self.compiled:
+                    self.run_student = torch.compile(self.wrapper, dynamic=False)
+            # First use compiles, connects the ranks, and tells a micro-batch too large for a GPU before the run begins
+            if self.compiled or self.device.type == "cuda" or self.ranks.size > 1:
+                self.forward(*self.dummy())[0].backward()
+                for p in trained:
+                    p.grad = None
         self.warm_up_seconds += time.monotonic() - began
         self.muon = self.make_muon()
         matrices = {p for group in (self.muon.param_groups if self.muon else ()) for p in group["params"]}
@@ -197,11 +195,6 @@ class Arm:
             p.requires_grad_(p.grad is not None)
             p.grad = None
         self.proj.zero_grad()
-        # another one: what is compiled is compiled, and a micro-batch too large for a GPU known before the run begins
-        if self.compiled or self.device.type == "cuda":
-            self.forward(*self.dummy())[0].backward()
-            for p in (*self.student.parameters(), *self.proj.parameters()):
-                p.grad = None
 
 
 def decay_groups(parameters, weight_decay):
