@@ -9,8 +9,7 @@ sentences, padded: Sentences).  k = round(0.15 S) positions are masked in every 
 A batch is a pure function of (seed, i): which blocks it holds follows from a permutation of (seed, epoch),
 their masks from a hash of (seed, epoch, block, position).  So every arm sees the same data in the same order
 under the same masks, a resumed run needs no generator state, and each epoch masks afresh (static_masks: as in
-the first).  Any sequence length reads the same files, in an order of its own: where it changes within a run,
-batch i comes after as many tokens as ever, but in another permutation of the epoch.
+the first).  Any sequence length reads the same files, in an order of its own.
 
     python data.py data/wiki            # verify the files against the manifest, describe them
     python data.py data/wiki --show 3   # and show three blocks with their masks
@@ -23,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from plumbing.cli import Checked, Length, Natural, Seed, UserError, run
+from plumbing.cli import Checked, Length, Natural, UserError, run
 from plumbing.tokens import SCAN, TokenDirectory
 
 
@@ -163,9 +162,8 @@ class Sentences(Blocks):
 
 def phase_blocks(phase, directory, split, seed, unique_tokens=None, static_masks=False):
     """The Blocks, or Sentences, of a strategies.Phase."""
-    if phase.strategy.seq_len:
-        return Sentences(directory, split, phase.seq_len, seed, unique_tokens)
-    return Blocks(directory, split, phase.seq_len, seed, unique_tokens, static_masks, phase.strategy.causal)
+    kind = Sentences if phase.strategy.seq_len else Blocks
+    return kind(directory, split, phase.seq_len, seed, unique_tokens, static_masks, phase.strategy.causal)
 
 
 def ahead(do, items):
@@ -194,7 +192,6 @@ class Config(Checked):
     directory: list[str]    # token directories
     show: Natural = 0       # how many blocks to show with their masks
     seq_len: Length = 128   # block length
-    seed: Seed = 0          # of the order and the masks of what is shown
 
 
 def main(config):
@@ -206,7 +203,7 @@ def main(config):
             if key not in ("sha256", "bytes", "sources"):
                 print(f"{key}: {value}")
         print(f"unknown_rate: {m['unknown'] / (m['train_tokens'] + m['val_tokens']):.4%}")
-        shown = Blocks(directory, "train", config.seq_len, config.seed).batch(0, config.show) if config.show else []
+        shown = Blocks(directory, "train", config.seq_len, seed=0).batch(0, config.show) if config.show else []
         for ids, masked, labels in zip(*shown, strict=True):
             words = [token[i] for i in ids]
             for at, label in zip(masked, labels, strict=True):      # {what stands there <- what stood there}
