@@ -147,14 +147,13 @@ def sums_of(path):
 
 
 def tensors_in(file):
-    if file.suffix == ".safetensors":
-        try:
-            from safetensors.torch import load_file
-        except ImportError:
-            raise UserError(f"{file} needs safetensors: pip install safetensors") from None
-        with parsing(file):
-            return load_file(file)
     with parsing(file):
+        if file.suffix == ".safetensors":
+            try:
+                from safetensors.torch import load_file
+            except ImportError:
+                raise UserError(f"{file} needs safetensors: pip install safetensors") from None
+            return load_file(file)
         if zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as z:            # torch skips the CRCs, and compresses nothing: a bomb might
                 if any(part.compress_type for part in z.infolist()) or z.testzip():
@@ -207,11 +206,10 @@ def load_mlm(path, vocab_size=None):
     loaded = fill(BertForMaskedLM(read_config(path)), path, optional=("cls.",))
     model = loaded.model
     if vocab_size is not None and vocab_size < model.config.vocab_size:
-        model.config.vocab_size = vocab_size
-        words, head = model.bert.embeddings.word_embeddings, model.cls.predictions
-        words.weight = torch.nn.Parameter(words.weight.detach()[:vocab_size].clone())
-        words.num_embeddings = vocab_size
-        head.bias = torch.nn.Parameter(head.bias.detach()[:vocab_size].clone())
+        words = model.bert.embeddings.word_embeddings
+        words.num_embeddings = model.config.vocab_size = vocab_size
+        for p in (words.weight, model.cls.predictions.bias):
+            p.data = p.data[:vocab_size].clone()
     return loaded
 
 
@@ -355,8 +353,7 @@ def save_model(directory, model, tokenizer, head=True, card="", max_len=None, na
     labels; `columns`: those that its text stood in; `form`: a Form.  Written beside its place, then moved there: at any
     moment there is a whole one, or the one before beside it (find_model reads that, the next save moves it back)."""
     directory = Path(directory)
-    room(directory)
-    part, old = beside(directory, "part"), beside(directory, "old")
+    part, old = room(directory)
     (part / "1_Pooling").mkdir(parents=True)
     files = files_of(model, framed(tokenizer), head, max_len, names, columns, form or Form())
     files["README.md"] = card.encode()
@@ -418,8 +415,8 @@ def beside(directory, what):
 
 
 def room(directory, dry_run=False):
-    """Makes room for save_model: what a killed one has left goes, or back to its place.  Refuses, before
-    anything is lost, what is no model of ours, whole or begun."""
+    """Makes room for save_model, in (part, old): what a killed one has left goes, or back to its place.  Refuses,
+    before anything is lost, what is no model of ours, whole or begun."""
     part, old = beside(directory, "part"), beside(directory, "old")
     for place in (directory, part, old):
         entries(place)
@@ -428,6 +425,7 @@ def room(directory, dry_run=False):
             os.replace(old, directory)
         remove(part)
         remove(old)
+    return part, old
 
 
 def entries(directory):
