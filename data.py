@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from plumbing.cli import Checked, Length, Natural, UserError, run
+from plumbing.cli import Checked, Length, Natural, Seed, UserError, run
 from plumbing.tokens import SCAN, TokenDirectory
 
 
@@ -192,6 +192,7 @@ class Config(Checked):
     directory: list[str]    # token directories
     show: Natural = 0       # how many blocks to show with their masks
     seq_len: Length = 128   # block length
+    seed: Seed = 0          # of the order and the masks of what is shown
 
 
 def main(config):
@@ -203,7 +204,7 @@ def main(config):
             if key not in ("sha256", "bytes", "sources"):
                 print(f"{key}: {value}")
         print(f"unknown_rate: {m['unknown'] / (m['train_tokens'] + m['val_tokens']):.4%}")
-        shown = Blocks(directory, "train", config.seq_len, seed=0).batch(0, config.show) if config.show else []
+        shown = Blocks(directory, "train", config.seq_len, config.seed).batch(0, config.show) if config.show else []
         for ids, masked, labels in zip(*shown, strict=True):
             words = [token[i] for i in ids]
             for at, label in zip(masked, labels, strict=True):      # {what stands there <- what stood there}
