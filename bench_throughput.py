@@ -27,6 +27,7 @@ import train
 from comparison.report import aligned
 from data import phase_blocks
 from model import BertConfig, BertForMaskedLM
+from plumbing.budget import flops_per_block
 from plumbing.checks import check_teacher
 from plumbing.cli import Checked, Count, Length, NotNegative, Share, UserError, run
 from plumbing.device import (
@@ -36,7 +37,6 @@ from plumbing.device import (
     multiplies_in_bf16,
     ready_process,
 )
-from plumbing.price import flops_per_block
 from plumbing.tokenizer import SPECIAL
 from step import Arm
 from strategies import AS_RELEASED, PHASED, STRATEGIES
@@ -106,7 +106,7 @@ class Entry:
         self.name, self.flops, self.arm, self.steps = name, flops, arm, itertools.count()
         self.seconds = []                                               # of one step, round by round
         arm.make_optimizer()
-        self.batches = train.batches_of(blocks, 0, arm.phase.blocks(arm.config.batch_size), arm.device)
+        self.batches = train.batches_of(blocks, 0, arm.batch_size, arm.device)
         self.step()                                                     # AdamW's state comes with the first step
 
     def step(self):

@@ -39,7 +39,7 @@ from comparison.merge import merged
 from comparison.timing import Progress
 from data import Blocks
 from plumbing import checkpoint, glue, settle
-from plumbing.budget import UNITS, one_budget
+from plumbing.budget import UNITS
 from plumbing.checks import NotFinite, check_teacher
 from plumbing.cli import Count, Counts, Positive, Positives, Seed, Times, UserError, checked, flag_of, numbers, run
 from plumbing.device import choose_device, fitting_micro_batch
@@ -124,7 +124,7 @@ class Plan:
 
     def __init__(self, config, say=lambda line: None):
         self.config, self.out, self.teacher_flops = config, Path(config.out), config.teacher_flops
-        self.unit, budgets = one_budget(config)
+        self.unit, budgets = config.budget
         whole = int if self.unit in ("tokens", "steps") else float
         self.budgets = sorted(numbers(budgets, whole))
         self.directory = TokenDirectory(config.data)
@@ -428,8 +428,7 @@ def execute(plan, progress):
         with progress.on(key, Path(each.out).name):
             summary = trained(each)
             found = scored(plan, f"{each.out}/model", f"{each.out}/glue", progress.say, each.seed)
-            for file in checkpoint.checkpoints(Path(each.out)):         # the model and the log stay
-                file.unlink()
+            Path(each.out, "checkpoint.pt").unlink(missing_ok=True)     # the model and the log stay
         return result_of(plan, each, summary) | found
 
     remarks, keys = [], [each.out for each in plan.runs]                # of their estimates

@@ -9,8 +9,7 @@ sentences, padded: Sentences).  k = round(0.15 S) positions are masked in every 
 A batch is a pure function of (seed, i): which blocks it holds follows from a permutation of (seed, epoch),
 their masks from a hash of (seed, epoch, block, position).  So every arm sees the same data in the same order
 under the same masks, a resumed run needs no generator state, and each epoch masks afresh (static_masks: as in
-the first).  Any sequence length reads the same files, in an order of its own: where it changes within a run,
-batch i comes after as many tokens as ever, but in another permutation of the epoch.
+the first).  Any sequence length reads the same files, in an order of its own.
 
     python data.py data/wiki            # verify the files against the manifest, describe them
     python data.py data/wiki --show 3   # and show three blocks with their masks
@@ -89,10 +88,6 @@ class Blocks:
             block[epoch == e] = self.order(int(e))[at[epoch == e]]
         return self.mask(self.read(block), hashed(self.seed, 0 * epoch if self.static_masks else epoch, block))
 
-    def epochs(self, steps, batch_size):
-        """How often the blocks have been seen after so many steps: 1.5 is once and a half."""
-        return steps * batch_size / self.count
-
     def read(self, block):
         """(B, S) ids of the blocks, uncorrupted: one gather."""
         ids = np.empty((len(block), self.seq_len), dtype=np.int64)
@@ -167,9 +162,8 @@ class Sentences(Blocks):
 
 def phase_blocks(phase, directory, split, seed, unique_tokens=None, static_masks=False):
     """The Blocks, or Sentences, of a strategies.Phase."""
-    if phase.strategy.seq_len:
-        return Sentences(directory, split, phase.seq_len, seed, unique_tokens)
-    return Blocks(directory, split, phase.seq_len, seed, unique_tokens, static_masks, phase.strategy.causal)
+    kind = Sentences if phase.strategy.seq_len else Blocks
+    return kind(directory, split, phase.seq_len, seed, unique_tokens, static_masks, phase.strategy.causal)
 
 
 def ahead(do, items):
@@ -183,12 +177,12 @@ def ahead(do, items):
         yield following.result()
 
 
-def prefetch(blocks, start, batch_size, convert=lambda batch: batch):
-    """convert(batch i) for i = start, start + 1, ..., one ahead.
-
-    `convert` runs in that thread too: the place to pin memory.  NumPy works without Python's lock, so on CUDA, where
-    the main thread waits for the device, batches cost no time."""
-    return ahead(lambda i: convert(blocks.batch(i, batch_size)), itertools.count(start))
+def batches_of(blocks, start, batch_size, device):
+    """Every batch from `start` on; on CUDA one ahead, in a thread: NumPy works without Python's lock, so while the
+    main thread waits for the device, batches cost no time."""
+    if device.type == "cuda":
+        return ahead(lambda i: blocks.batch(i, batch_size), itertools.count(start))
+    return (blocks.batch(i, batch_size) for i in itertools.count(start))
 
 
 # ----------------------------------------------------------------------------------------------------- script

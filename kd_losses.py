@@ -1,9 +1,7 @@
 """Every loss: one function = one equation.  Read it after model.py.
 
 Pure functions of tensors: student, teacher, a scalar out; held against slow transcriptions by tests/test_kd_losses.py.
-
-    B batch, S sequence, M masked positions, V vocabulary, N heads, H head size, D hidden size; _s student,
-    _t teacher; tau temperature; `real` (B, S): what is not padding, or None where blocks are full.
+Letters, `_s`, `_t`, `tau` and `real` are those of model.py.
 
 Two rules hold everywhere.  A *distribution* is summed (over V, or over the keys) and then averaged over positions and
 heads; a *mean squared error* is averaged over every real element.  (`reduction="mean"` on a distribution divides by V

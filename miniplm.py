@@ -23,12 +23,12 @@ from tqdm import tqdm
 
 import train
 from data import Blocks, hashed
+from plumbing.budget import flops_per_block
 from plumbing.cli import Checked, Count, Fraction, Length, Times, UserError, run, writable
 from plumbing.device import choose_device, hardware, multiplies_in_bf16, ready_process
 from plumbing.diagnose import masked_lm, token_losses
 from plumbing.files import claim_each, read_json, sha256, write_json, write_whole
 from plumbing.glue import spearman
-from plumbing.price import flops_per_block
 from plumbing.rundir import contents
 from plumbing.tokens import FILES, TokenDirectory
 

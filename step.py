@@ -20,15 +20,11 @@ from plumbing.student import initial_student, start_from
 from strategies import Context, loss_terms, projections, relation_head_count
 
 
-class WithProjections(torch.nn.Module):
+class WithProjections(torch.nn.ModuleDict):
     """Student and projections as one module, so that DistributedDataParallel sees all that is trained."""
 
-    def __init__(self, student, proj):
-        super().__init__()
-        self.student, self.proj = student, proj
-
     def forward(self, *args, **named):
-        return self.student(*args, **named)
+        return self["student"](*args, **named)
 
 
 class Arm:
@@ -58,14 +54,21 @@ class Arm:
         config, student, teacher = self.config, self.student, self.teacher
         if phase:                                       # its projections, whatever was drawn before them
             torch.manual_seed(int(hashed(config.seed, phase) >> np.uint64(1)))
-        self.set_phase(phase)
-        student_c, teacher_c = student.config, teacher.config if teacher else student.config
-        self.strategy = self.for_depths(self.phase.strategy)
-        self.peak_lr = config.peak_lr or self.strategy.peak_lr_of(config.recipe)
-        self.relation_heads = relation_head_count(student_c.hidden_size, teacher_c.hidden_size)
-        if self.strategy.as_released:
-            self.relation_heads = student_c.num_attention_heads
-        self.proj = self.projections(self.strategy).to(self.device)
+        self.number, self.phase = phase, self.phases[phase]
+        # blocks of a step and of a forward pass, and how many of these this rank makes in a step
+        self.batch_size, self.micro = map(self.phase.blocks, (config.batch_size, config.micro_batch))
+        # Of eager sentences on a CPU a few at a time: the short ones by themselves
+        if self.phase.strategy.seq_len and self.device.type == "cpu" and not self.compiled:
+            self.micro = math.gcd(self.micro, 16)
+        self.accumulate = self.batch_size // (self.micro * self.ranks.size)
+        c_s, c_t = student.config, (teacher or student).config
+        self.strategy = self.phase.strategy.for_depths(c_s.num_hidden_layers, c_t.num_hidden_layers)
+        self.want_s, self.want_t = map(self.strategy.want, ("student", "teacher"))
+        self.peak_lr = config.peak_lr or (
+            self.strategy.short_lr if config.recipe == "short" else self.strategy.peak_lr)
+        self.relation_heads = (c_s.num_attention_heads if self.strategy.as_released else
+                               relation_head_count(c_s.hidden_size, c_t.hidden_size))
+        self.proj = projections(self.strategy, c_s.hidden_size, c_t.hidden_size).to(self.device)
 
         student.requires_grad_(not self.strategy.train_layers)
         for layer in self.strategy.train_layers:
@@ -82,38 +85,23 @@ class Arm:
         if self.teacher:
             self.teacher.train(on and self.strategy.as_released)        # the released code leaves it on there
 
-    def set_phase(self, phase):
-        """And `micro`, the blocks of a forward pass, and `accumulate`, this rank's forward passes in a step."""
-        self.number, self.phase = phase, self.phases[phase]
-        self.micro = self.phase.blocks(self.config.micro_batch)
-        # Of eager sentences on a CPU a few at a time: the short ones by themselves
-        if self.phase.strategy.seq_len and self.device.type == "cpu" and not self.compiled:
-            self.micro = math.gcd(self.micro, 16)
-        self.accumulate = self.phase.blocks(self.config.batch_size) // (self.micro * self.ranks.size)
-
-    def for_depths(self, strategy):
-        teacher = self.teacher or self.student
-        return strategy.for_depths(self.student.config.num_hidden_layers, teacher.config.num_hidden_layers)
-
-    def projections(self, strategy):
-        sides = self.student, self.teacher or self.student
-        return projections(strategy, *(side.config.hidden_size for side in sides))
-
     def make_optimizer(self):
         """Freezes what the loss does not reach; makes the optimizer and, under torchrun, the DDP wrapper."""
         began = time.monotonic()
         with self.tf32():
             self.freeze_unreached()
-        trained = self.trained = [
-            p for m in (self.student, self.proj) for p in m.parameters() if p.requires_grad]
-        if self.ranks.size > 1:
-            self.run_student = self.wrapper = DistributedDataParallel(WithProjections(self.student, self.proj))
-            if self.compiled:
-                self.run_student = torch.compile(self.wrapper, dynamic=False)
-            with self.tf32():
-                self.forward(*self.dummy())[0].backward()               # first use connects the ranks
-            for p in trained:
-                p.grad = None
+            trained = self.trained = [
+                p for m in (self.student, self.proj) for p in m.parameters() if p.requires_grad]
+            if self.ranks.size > 1:
+                self.run_student = self.wrapper = DistributedDataParallel(
+                    WithProjections(dict(student=self.student, proj=self.proj)))
+                if self.compiled:
+                    self.run_student = torch.compile(self.wrapper, dynamic=False)
+            # First use compiles, connects the ranks, and tells a micro-batch too large for a GPU before the run begins
+            if self.compiled or self.device.type == "cuda" or self.ranks.size > 1:
+                self.forward(*self.dummy())[0].backward()
+                for p in trained:
+                    p.grad = None
         self.warm_up_seconds += time.monotonic() - began
         self.muon = self.make_muon()
         matrices = {p for group in (self.muon.param_groups if self.muon else ()) for p in group["params"]}
@@ -173,19 +161,18 @@ class Arm:
         ids, masked, labels = (to_device(torch.from_numpy(a), self.device) for a in batch)
         return Batch(ids, masked, labels.flatten())
 
-    def forward(self, ids, masked, labels, strategy=None, mark=lambda stage: None):
+    def forward(self, ids, masked, labels, mark=lambda stage: None):
         """(total, {term: value}) of one micro-batch: what the strategy asks of both sides, and no more.
 
         mark("teacher") is called after the teacher's pass, where there is one."""
-        strategy, c = strategy or self.strategy, self.student.config
+        strategy, c, t = self.strategy, self.student.config, {}
         real = ids != c.pad_token_id if strategy.seq_len else None      # (B, S), None where blocks are full
-        t = {}
-        if self.teacher and (want := strategy.want("teacher")):
+        if self.teacher and self.want_t:
             with torch.no_grad():
-                t = self.run_teacher(ids, masked, real, want=want)
+                t = self.run_teacher(ids, masked, real, want=self.want_t)
             mark("teacher")
         with autocast(self.device, self.bf16):
-            s = self.run_student(ids, masked, real, want=strategy.want("student"), causal=strategy.causal)
+            s = self.run_student(ids, masked, real, want=self.want_s, causal=strategy.causal)
         # Outside autocast: a compiled function's backward pass keeps the one that it was called under
         return self.loss_terms(strategy, s, t, Context(
             labels, strategy.tau, self.relation_heads, self.proj, c.vocab_size, real, self.form.pooling))
@@ -208,15 +195,6 @@ class Arm:
             p.requires_grad_(p.grad is not None)
             p.grad = None
         self.proj.zero_grad()
-        self.compile()
-
-    def compile(self):
-        """A forward and backward pass on dummy data: what is compiled is compiled, and a micro-batch too large
-        for a GPU is known before the run begins."""
-        if self.compiled or self.device.type == "cuda":
-            self.forward(*self.dummy())[0].backward()
-            for p in (*self.student.parameters(), *self.proj.parameters()):
-                p.grad = None
 
 
 def decay_groups(parameters, weight_decay):

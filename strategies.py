@@ -7,12 +7,9 @@ phases: an expression such as tinybert:0.3/no_kd, or a function in PHASED.
 To add a strategy: write its loss as one function in kd_losses.py, and one entry here.  The mean squared
 error of the values of the last layer, beside masked LM, is
 
-    VALUE_MSE = Term(lambda s, t, c: hidden_mse(s["qkv"][2], t["qkv"][2]), ("qkv",), ("qkv",),
+    VALUE_MSE = Term(lambda s, t, c: kd.hidden_mse(s["qkv"][2], t["qkv"][2]), ("qkv",), ("qkv",),
                      "values, last layer; mean over heads, positions and H")
     STRATEGIES["value_mse"] = Strategy({"mlm": MLM, "value": VALUE_MSE}, same_heads=True)
-
-Legend as in model.py: B batch, S sequence, M masked positions, V vocabulary, N heads, H head size, D hidden
-size; _s student, _t teacher.
 """
 import math
 from collections.abc import Callable
@@ -21,21 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from kd_losses import (
-    attention_kl,
-    attention_mse,
-    cosine_loss,
-    embedding_mse,
-    feature_map_transfer,
-    hidden_mse,
-    masked_lm_loss,
-    relation_kl,
-    sentence_mse,
-    soft_cross_entropy,
-    soft_cross_entropy_over_v,
-    soft_kl,
-    value_relation_kl,
-)
+import kd_losses as kd
 from plumbing.cli import UserError, read
 
 LAST, FIRST = ((-1, -1),), ((0, 0),)                # pairs of layers: (the student's, the teacher's)
@@ -86,9 +69,6 @@ class Strategy(NamedTuple):
     ramp: tuple | None = None   # (part over which the learning rate rises, part of the peak left at the end)
     as_released: bool = False   # what the paper's released code computes, not what its text says
 
-    def peak_lr_of(self, recipe):
-        return self.short_lr if recipe == "short" else self.peak_lr
-
     def needs(self, side):
         """What the forward pass of "student" or "teacher" must leave behind.  The released code computes
         everything, for every method."""
@@ -123,17 +103,9 @@ class Strategy(NamedTuple):
 
 
 def attention_scores_term(where, layers):
-    """TinyBERT's L_attn at pairs of layers."""
-    def of(s, t, c):
-        (q_s, k_s, _), (q_t, k_t, _) = s["qkv"], t["qkv"]
-        return attention_mse(q_s, k_s, q_t, k_t)
-    return Term(of, ("qkv",), ("qkv",), f"attention scores, {where}; mean over heads and (query, key) pairs",
-                layers=layers)
-
-
-def attention_kl_of(s, t, c):
-    (q_s, k_s, _), (q_t, k_t, _) = s["qkv"], t["qkv"]
-    return attention_kl(q_s, k_s, q_t, k_t)
+    """TinyBERT's L_attn, of queries and keys, at pairs of layers."""
+    return Term(lambda s, t, c: kd.attention_mse(*s["qkv"][:2], *t["qkv"][:2]), ("qkv",), ("qkv",),
+                f"attention scores, {where}; mean over heads and (query, key) pairs", layers=layers)
 
 
 def for_minilmv2(depth_s, depth_t):
@@ -145,29 +117,29 @@ def relation_term(which, name):
     """MiniLMv2's relation of queries (0), keys (1) or values (2)."""
     def of(s, t, c):
         x_s, x_t = (side["qkv"][which].transpose(1, 2).flatten(2) for side in (s, t))           # (B, S, D)
-        return relation_kl(x_s, x_t, c.relation_heads)
+        return kd.relation_kl(x_s, x_t, c.relation_heads)
     return Term(of, ("qkv",), ("qkv",), f"{name} relation, student's last layer; sum over keys, mean over "
                 "relation heads and rows", layers=for_minilmv2)
 
 
-MLM = Term(lambda s, t, c: masked_lm_loss(s["logits"], c.labels), ("logits",), (),
+MLM = Term(lambda s, t, c: kd.masked_lm_loss(s["logits"], c.labels), ("logits",), (),
            "cross-entropy with the true ids; mean over masked positions")
-SOFT_CE = Term(lambda s, t, c: soft_cross_entropy(s["logits"], t["logits"], c.tau), ("logits",), ("logits",),
+SOFT_CE = Term(lambda s, t, c: kd.soft_cross_entropy(s["logits"], t["logits"], c.tau), ("logits",), ("logits",),
                "cross-entropy with the teacher's distribution; sum over V, mean over masked positions")
-SOFT_KL = Term(lambda s, t, c: soft_kl(s["logits"], t["logits"], c.tau), ("logits",), ("logits",),
+SOFT_KL = Term(lambda s, t, c: kd.soft_kl(s["logits"], t["logits"], c.tau), ("logits",), ("logits",),
                "divergence from the teacher's distribution; sum over V, mean over masked positions", 5.0)
-COSINE = Term(lambda s, t, c: cosine_loss(s["hidden"], t["hidden"]), ("hidden",), ("hidden",),
+COSINE = Term(lambda s, t, c: kd.cosine_loss(s["hidden"], t["hidden"]), ("hidden",), ("hidden",),
               "last hidden state; mean over positions")
-EMBD = Term(lambda s, t, c: embedding_mse(s["embedding"], t["embedding"], getattr(c.proj, "embedding", None)),
+EMBD = Term(lambda s, t, c: kd.embedding_mse(s["embedding"], t["embedding"], getattr(c.proj, "embedding", None)),
             ("embedding",), ("embedding",), "embedding block; mean over positions and D",
             projects="embedding")
-HIDN = Term(lambda s, t, c: hidden_mse(s["hidden"], t["hidden"], getattr(c.proj, "hidden", None)),
+HIDN = Term(lambda s, t, c: kd.hidden_mse(s["hidden"], t["hidden"], getattr(c.proj, "hidden", None)),
             ("hidden",), ("hidden",), "last hidden state; mean over positions and D", projects="hidden")
-ATTN_KL = Term(attention_kl_of, ("qkv",), ("qkv",),
+ATTN_KL = Term(lambda s, t, c: kd.attention_kl(*s["qkv"][:2], *t["qkv"][:2]), ("qkv",), ("qkv",),
                "attention probabilities, last layer; sum over keys, mean over heads and queries")
-VALUE_KL = Term(lambda s, t, c: value_relation_kl(s["qkv"][2], t["qkv"][2]), ("qkv",), ("qkv",),
+VALUE_KL = Term(lambda s, t, c: kd.value_relation_kl(s["qkv"][2], t["qkv"][2]), ("qkv",), ("qkv",),
                 "value relation, last layer; sum over keys, mean over heads and queries")
-SENTENCE = Term(lambda s, t, c: sentence_mse(s["hidden"], t["hidden"], c.real, c.pooling), ("hidden",), ("hidden",),
+SENTENCE = Term(lambda s, t, c: kd.sentence_mse(s["hidden"], t["hidden"], c.real, c.pooling), ("hidden",), ("hidden",),
                 "normalised embeddings of whole sentences; sum over D, mean over sentences")
 RELATIONS = {"qq": relation_term(0, "query"), "kk": relation_term(1, "key"), "vv": relation_term(2, "value")}
 
@@ -196,9 +168,9 @@ def mobilebert_stage(layer):
     + 1 AT (arXiv 2004.02984, "Training Strategies"; its code has 100 / L and 1 / L).  AT is MiniLM's L_AT."""
     def pair(depth_s, depth_t):
         return (uniform(depth_s, depth_t)[layer],)
-    fmt = Term(lambda s, t, c: feature_map_transfer(s["hidden"], t["hidden"], getattr(c.proj, f"hidden{layer}", None)),
-               ("hidden",), ("hidden",), "normalised hidden states; mean over positions and D", 100.0,
-               f"hidden{layer}", pair)
+    proj = f"hidden{layer}"
+    fmt = Term(lambda s, t, c: kd.feature_map_transfer(s["hidden"], t["hidden"], getattr(c.proj, proj, None)),
+               ("hidden",), ("hidden",), "normalised hidden states; mean over positions and D", 100.0, proj, pair)
     attn = ATTN_KL._replace(layers=pair,
                             about="attention probabilities; sum over keys, mean over heads and queries")
     return Strategy({"fmt": fmt, "attn": attn}, same_heads=True, train_layers=(layer,), dropout=False,
@@ -278,7 +250,7 @@ def phases_of(text, depth, as_released=False):
 
 
 # For science only: what the paper's released code computes, where that is not what its text says
-SOFT_CE_OVER_V = Term(lambda s, t, c: soft_cross_entropy_over_v(
+SOFT_CE_OVER_V = Term(lambda s, t, c: kd.soft_cross_entropy_over_v(
                           s["logits"], t["logits"], c.tau, c.vocab_size), ("logits",), ("logits",),
                       "cross-entropy with the teacher's distribution; mean over masked positions AND V")
 AS_RELEASED = {name: STRATEGIES[name]._replace(as_released=True, **changes) for name, changes in {

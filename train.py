@@ -23,7 +23,6 @@ Source of the recipe: Bui 2024 (arXiv 2404.19319), section 3 and appendix.
 import contextlib
 import dataclasses
 import functools
-import itertools
 import math
 import os
 import sys
@@ -34,14 +33,13 @@ from typing import Annotated, Literal
 
 import torch
 
-from data import Sentences, phase_blocks, prefetch
+from data import Sentences, batches_of, phase_blocks
 from model import BertConfig
 from plumbing import encoder
-from plumbing.budget import Budget, Stages, Stopped, one_budget, stop_signals
+from plumbing.budget import UNITS, Budget, Stages, Stopped, price, stop_signals
 from plumbing.checks import check_run, refuse_non_finite
 from plumbing.cli import Checked, Count, Length, NotNegative, Positive, Seed, Share, UserError, run
 from plumbing.device import Ranks, alone_on_device, choose_device, fitting_micro_batch, halve_micro_batch_until_it_fits
-from plumbing.price import price
 from plumbing.rehearsal import rehearse
 from plumbing.rundir import RunWriter, begun, contents, finished, run_directory
 from plumbing.screen import what_next
@@ -92,7 +90,11 @@ class Recipe(Checked):
     @functools.cached_property
     def budget(self):
         """(unit, total) of the one budget that is given."""
-        return one_budget(self)
+        given = {unit: value for unit in UNITS if (value := getattr(self, f"budget_{unit}")) is not None}
+        if len(given) != 1:
+            raise UserError(f"give exactly one budget: {' or '.join(f'--budget-{unit}' for unit in UNITS)}"
+                            + (f" (not {' and '.join(f'--budget-{unit}' for unit in given)})" if given else ""))
+        return next(iter(given.items()))
 
 
 @dataclass
@@ -122,9 +124,7 @@ class Config(Recipe):
     out: str | None = None              # run directory; default: runs/STRATEGY
     dry_run: bool = False               # a few steps only: memory, speed, what the budget buys
 
-    def check(self):
-        """What the fields ask of each other, and of the number of processes."""
-        check_run(self)
+    check = check_run                   # what the fields ask of each other, and of the number of processes
 
     def of_recipe(self, name):
         """As given, else the strategy's own clip, else the recipe's."""
@@ -176,11 +176,6 @@ class Config(Recipe):
         return self.needs_teacher or self.start != "random"
 
     @property
-    def arm(self):
-        """What compare.py calls it."""
-        return self.strategy + "+init" * (self.init == "teacher") + "+released" * self.as_released
-
-    @property
     def label(self):
         return self.strategy + (" AS RELEASED (for science only)" if self.as_released else "")
 
@@ -230,7 +225,7 @@ def train(config, now=time.monotonic, say=print, status=None):
 def trained(run):
     """The loop, from the run's step to the end of its budget; returns the summary."""
     config, arm, budget, stages, ranks = run.config, run.arm, run.budget, run.stages, run.arm.ranks
-    blocks, batches = stream(run, arm.phase)
+    blocks, batches = stream(run)
     budget.start()
     stages.mark(None)
     with alone_on_device(arm.device, budget.unit), stop_signals() as signals, run.stopped_by(signals):
@@ -238,13 +233,16 @@ def trained(run):
             if arm.phase.end <= budget.progress < 1:
                 run.next_phase(signals)
                 batches.close()
-                blocks, batches = stream(run, arm.phase)
+                blocks, batches = stream(run)
                 stages.mark(None)
             batch = next(batches)
             # teacher forward, student forward, loss, backward
             names, values = gradients(arm, batch, budget.steps, stages)
-            # the step's one wait for the device, before the update
-            values, stop = agreed(ranks, names, values, budget, signals)
+            # the step's one wait for the device, before the update; all ranks decide on the same: the mean of each
+            # value, rank 0's clock, whether a signal has come to any
+            values = dict(zip(names, ranks.sum(values / ranks.size), strict=True))
+            budget.seconds, stop = ranks.sum(torch.tensor(
+                [budget.clock() * (ranks.rank == 0), len(signals)], dtype=torch.float64))
             stages.mark("communication" if ranks.size > 1 else "optimizer")
             stages.read()
             if stop:
@@ -259,7 +257,7 @@ def trained(run):
             stages.mark("optimizer")
             budget.steps += 1
             run.seconds = budget.clock()                        # what a checkpoint of this step has spent
-            epoch = blocks.epochs(budget.steps, arm.phase.blocks(config.batch_size))
+            epoch = budget.steps * arm.batch_size / blocks.count
             run.after_step(dict(step=budget.steps, progress=progress, seconds=run.seconds, lr=lr, epoch=epoch,
                                 **values), signals)
             stages.mark(None)
@@ -272,14 +270,6 @@ def trained(run):
     summary = run.finish(blocks, charged, found)
     ranks.leave()
     return summary
-
-
-def agreed(ranks, names, values, budget, signals):
-    """What all ranks decide on: ({name: mean}, whether a signal has come to any), and rank 0's clock."""
-    values = dict(zip(names, ranks.sum(values / ranks.size), strict=True))
-    budget.seconds, stop = ranks.sum(torch.tensor(
-        [budget.clock() * (ranks.rank == 0), len(signals)], dtype=torch.float64))
-    return values, stop
 
 
 def begin(config, now, say, status, held):
@@ -307,7 +297,7 @@ def begin(config, now, say, status, held):
         say(f"{directory.path}: {blocks.count:,} sentences of {blocks.size.mean():.0f} ids in the mean; {blocks.cut:,} "
             f"were cut to {blocks.body}, {blocks.joined:,} under {blocks.SHORTEST} joined to the next")
     if config.dry_run:
-        return None, rehearse(run, gradients, *stream(run, arm.phase))
+        return None, rehearse(run, gradients, *stream(run))
     run.resume_or_start(record)
     run.budget.price = price(arm, unit)
     compiling = arm.warm_up_seconds
@@ -332,18 +322,11 @@ def main(config, say=print, **options):
         os._exit(0)
 
 
-def stream(run, phase):
-    """(Blocks of a phase, their batches from the run's step on)."""
+def stream(run):
+    """(Blocks of the arm's phase, their batches from the run's step on)."""
     c = run.config
-    blocks = phase_blocks(phase, run.directory, "train", c.seed, c.unique_tokens, c.static_masks)
-    return blocks, batches_of(blocks, run.budget.steps, phase.blocks(c.batch_size), run.arm.device)
-
-
-def batches_of(blocks, start, batch_size, device):
-    """Every batch from `start` on; made ahead in a thread if the device is no CPU."""
-    if device.type == "cuda":
-        return prefetch(blocks, start, batch_size)
-    return (blocks.batch(i, batch_size) for i in itertools.count(start))
+    blocks = phase_blocks(run.arm.phase, run.directory, "train", c.seed, c.unique_tokens, c.static_masks)
+    return blocks, batches_of(blocks, run.budget.steps, run.arm.batch_size, run.arm.device)
 
 
 if __name__ == "__main__":

@@ -1,29 +1,61 @@
-"""What a run may spend: the clock and what it counts, where its seconds go, and the signals that stop it."""
+"""What a run may spend: the price of a step, the clock and what it counts, where seconds go, what stops it."""
 import contextlib
+import dataclasses
+import itertools
 import signal
 import threading
 import time
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from plumbing.cli import ENDING, UserError
+from model import BertForMaskedLM
+from plumbing.cli import ENDING
+from step import Arm
 
 UNITS = ("hours", "flops", "tokens", "steps")
-
-
-def one_budget(config):
-    """(unit, value) of the only --budget-UNIT that a configuration gives."""
-    given = {unit: value for unit in UNITS if (value := getattr(config, f"budget_{unit}")) is not None}
-    if len(given) != 1:
-        raise UserError(f"give exactly one budget: {' or '.join(f'--budget-{unit}' for unit in UNITS)}"
-                        + (f" (not {' and '.join(f'--budget-{unit}' for unit in given)})" if given else ""))
-    return next(iter(given.items()))
 
 
 def learns(steps, tokens, parameters):
     """Whether a student that starts from random weights learns something at all: under 200 steps, or a tenth of a token
     for each parameter, it does not."""
     return steps >= 200 and tokens >= 0.1 * parameters
+
+
+def price(arm, unit):
+    """Of a step of the arm's phase, in a budget's unit."""
+    c = arm.config
+    return (c.batch_size * sum(flops_of(arm, arm.number)) if unit == "flops" else
+            c.batch_size * c.seq_len if unit == "tokens" else 1)
+
+
+def flops_of(arm, phase):
+    """(of the student, of the teacher): flops_per_block of an arm's phase, counted once."""
+    if phase not in arm.counted:
+        arm.counted[phase] = flops_per_block(
+            arm.config, arm.student.config, arm.teacher and arm.teacher.config, phase)
+    return arm.counted[phase]
+
+
+def flops_per_block(config, student, teacher=None, phase=0):
+    """(of the student, of the teacher): the matmul FLOPs that one block of the last length, or as many
+    shorter ones, cost in training, from two BertConfigs, in one phase.
+
+    torch's own counter over the real step on the meta device (1 multiply-add = 2 FLOP), losses included.  It
+    is what --budget-flops spends, the same on every machine."""
+    some, teachers = next(n for n in itertools.count(1) if n * config.phases[phase].times % 1 == 0), []
+    with torch.device("meta"):
+        arm = Arm(dataclasses.replace(config, batch_size=some, micro_batch=some, bf16=False, compile=False),
+                  BertForMaskedLM(student),
+                  BertForMaskedLM(teacher) if teacher and config.needs_teacher else None, phase=phase)
+        with FlopCounterMode(display=False) as counted:
+            arm.forward(*arm.dummy(), mark=lambda stage: teachers.append(counted.get_total_flops()))[0].backward()
+        found = (counted.get_total_flops() - sum(teachers)) // some, sum(teachers) // some
+        if muon := arm.make_muon():
+            with FlopCounterMode(display=False) as of_update:
+                muon.step()
+            found = found[0] + of_update.get_total_flops() / config.batch_size, found[1]
+    return found
 
 
 class Budget:
@@ -36,11 +68,6 @@ class Budget:
         self.seconds = 0.0              # charged, as of the last reading that all ranks agreed on
         self.uncharged = {}             # cause -> seconds
         self.origin = None              # charged seconds = now() - origin
-
-    @property
-    def spent(self):
-        """Of everything but hours."""
-        return sum(steps * price for steps, price in (*self.ended, (self.phase_steps, self.price)))
 
     @property
     def phase_steps(self):
@@ -68,7 +95,8 @@ class Budget:
     @property
     def progress(self):
         """Spent / budget, from 0 to 1."""
-        spent = self.seconds / 3600 if self.unit == "hours" else self.spent
+        spent = self.seconds / 3600 if self.unit == "hours" else sum(
+            steps * price for steps, price in (*self.ended, (self.phase_steps, self.price)))
         return min(1.0, spent / self.total)
 
 
@@ -104,12 +132,9 @@ class Stopped(Exception):
 @contextlib.contextmanager
 def stop_signals():
     """A list that receives the signals that ask for a stop; they are acted on between steps, never in an update."""
-    caught = []
-    if threading.current_thread() is not threading.main_thread():
-        yield caught
-        return
+    caught, main = [], threading.current_thread() is threading.main_thread()    # no other one can ask for signals
     before = {s: signal.signal(s, lambda number, frame: caught.append(number))
-              for s in (*ENDING, signal.SIGINT)}
+              for s in (*ENDING, signal.SIGINT) if main}
     try:
         yield caught
     finally:

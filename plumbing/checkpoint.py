@@ -147,14 +147,13 @@ def sums_of(path):
 
 
 def tensors_in(file):
-    if file.suffix == ".safetensors":
-        try:
-            from safetensors.torch import load_file
-        except ImportError:
-            raise UserError(f"{file} needs safetensors: pip install safetensors") from None
-        with parsing(file):
-            return load_file(file)
     with parsing(file):
+        if file.suffix == ".safetensors":
+            try:
+                from safetensors.torch import load_file
+            except ImportError:
+                raise UserError(f"{file} needs safetensors: pip install safetensors") from None
+            return load_file(file)
         if zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as z:            # torch skips the CRCs, and compresses nothing: a bomb might
                 if any(part.compress_type for part in z.infolist()) or z.testzip():
@@ -207,11 +206,10 @@ def load_mlm(path, vocab_size=None):
     loaded = fill(BertForMaskedLM(read_config(path)), path, optional=("cls.",))
     model = loaded.model
     if vocab_size is not None and vocab_size < model.config.vocab_size:
-        model.config.vocab_size = vocab_size
-        words, head = model.bert.embeddings.word_embeddings, model.cls.predictions
-        words.weight = torch.nn.Parameter(words.weight.detach()[:vocab_size].clone())
-        words.num_embeddings = vocab_size
-        head.bias = torch.nn.Parameter(head.bias.detach()[:vocab_size].clone())
+        words = model.bert.embeddings.word_embeddings
+        words.num_embeddings = model.config.vocab_size = vocab_size
+        for p in (words.weight, model.cls.predictions.bias):
+            p.data = p.data[:vocab_size].clone()
     return loaded
 
 
@@ -329,20 +327,15 @@ def save_run(out, state):
     write_whole(out / "checkpoint.pt", data + hashlib.sha256(data).digest())
 
 
-def checkpoints(out):
-    """The file of a run's checkpoint, in a list that is empty where there is none."""
-    return [*out.glob("checkpoint.pt")]
-
-
 def load_run(out):
     """The state in `out`, or None where no checkpoint was ever written.  Damage is never a restart."""
-    for file in checkpoints(out):
-        data = file.read_bytes()
-        if hashlib.sha256(data[:-32]).digest() != data[-32:]:
-            raise UserError(f"{file} is damaged (its sha256 does not match): remove it to start anew")
-        with parsing(file, "remove it"):        # a forged pickle with a right checksum
-            return torch.load(io.BytesIO(data[:-32]), map_location="cpu", weights_only=True)
-    return None
+    if not (file := out / "checkpoint.pt").exists():
+        return None
+    data = file.read_bytes()
+    if hashlib.sha256(data[:-32]).digest() != data[-32:]:
+        raise UserError(f"{file} is damaged (its sha256 does not match): remove it to start anew")
+    with parsing(file, "remove it"):            # a forged pickle with a right checksum
+        return torch.load(io.BytesIO(data[:-32]), map_location="cpu", weights_only=True)
 
 
 def cut_log(file, step):
@@ -361,8 +354,7 @@ def save_model(directory, model, tokenizer, head=True, card="", max_len=None, na
     labels; `columns`: those that its text stood in; `form`: a Form.  Written beside its place, then moved there: at any
     moment there is a whole one, or the one before beside it (find_model reads that, the next save moves it back)."""
     directory = Path(directory)
-    room(directory)
-    part, old = beside(directory, "part"), beside(directory, "old")
+    part, old = room(directory)
     (part / "1_Pooling").mkdir(parents=True)
     files = files_of(model, framed(tokenizer), head, max_len, names, columns, form or Form())
     files["README.md"] = card.encode()
@@ -424,8 +416,8 @@ def beside(directory, what):
 
 
 def room(directory, dry_run=False):
-    """Makes room for save_model: what a killed one has left goes, or back to its place.  Refuses, before
-    anything is lost, what is no model of ours, whole or begun."""
+    """Makes room for save_model, in (part, old): what a killed one has left goes, or back to its place.  Refuses,
+    before anything is lost, what is no model of ours, whole or begun."""
     part, old = beside(directory, "part"), beside(directory, "old")
     for place in (directory, part, old):
         entries(place)
@@ -434,6 +426,7 @@ def room(directory, dry_run=False):
             os.replace(old, directory)
         remove(part)
         remove(old)
+    return part, old
 
 
 def entries(directory):

@@ -2,7 +2,6 @@
 import math
 from typing import Annotated
 
-from plumbing.checkpoint import checkpoints
 from plumbing.cli import UserError, checked, numbers
 from plumbing.device import Ranks
 from strategies import AS_RELEASED, STRATEGIES
@@ -75,10 +74,8 @@ class NotFinite(UserError):
 
 
 def refuse_non_finite(run, values):
-    bad = [name for name, value in values.items() if not math.isfinite(value)]
-    if bad:
-        left = "the last checkpoint is good" if checkpoints(run.out) else "there is no checkpoint yet"
-        advice = ["a smaller --peak-lr", *["--clip 1"] * (not run.config.of_recipe("clip")),
-                  *["--no-bf16"] * run.arm.bf16]
-        raise NotFinite(f"step {run.budget.steps}: {' and '.join(bad)} not finite: stopped before the update; "
-                        f"{left}; try {' or '.join(advice)}")
+    bad = " and ".join(name for name, value in values.items() if not math.isfinite(value))
+    left = "the last checkpoint is good" if (run.out / "checkpoint.pt").exists() else "there is no checkpoint yet"
+    advice = ["a smaller --peak-lr", *["--clip 1"] * (not run.config.of_recipe("clip")), *["--no-bf16"] * run.arm.bf16]
+    raise NotFinite(f"step {run.budget.steps}: {bad} not finite: stopped before the update; {left}; try "
+                    f"{' or '.join(advice)}")

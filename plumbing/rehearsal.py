@@ -6,8 +6,7 @@ import time
 
 import torch
 
-from plumbing.budget import Stages
-from plumbing.price import price
+from plumbing.budget import Stages, price
 from plumbing.screen import quantity
 
 SECONDS = 20                # of steps are measured
@@ -42,7 +41,7 @@ def rehearse(run, gradients, blocks, batches):
     say(f"memory: {memory(arm.device)}")
     say(f"speed: {tokens / seconds:,.0f} tokens/s, {seconds:.3g} s a step, measured over {len(took)}")
     ends = min(time.time() + charged + validations, 253_370_764_800)    # the year 9999
-    epochs = blocks.epochs(steps, arm.phase.blocks(config.batch_size))
+    epochs = steps * arm.batch_size / blocks.count
     say(f"--budget-{budget.unit} {budget.total:g} buys {steps:,} steps, {steps * tokens:,} tokens, {epochs:.3g} epochs "
         f"in {quantity(charged / 3600, 'hours')}, and {quantity(validations / 3600, 'hours')} go to {config.val_times} "
         f"validations: begun now, it ends on {time.strftime('%Y-%m-%d at %H:%M', time.localtime(ends))}")

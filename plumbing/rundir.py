@@ -13,11 +13,10 @@ import time
 import torch
 
 from plumbing import checkpoint
-from plumbing.budget import Stopped, learns
+from plumbing.budget import Stopped, flops_of, learns, price
 from plumbing.cli import UserError, flag_of, numbers
 from plumbing.encoder import lost_and_won
 from plumbing.files import MARK, claim, hold, read_json, sha256, write_json
-from plumbing.price import flops_of, price
 from plumbing.screen import Screen, changes
 from plumbing.validation import d_order, validate
 
@@ -27,8 +26,7 @@ def contents(directory, teacher=None):
     tomorrow."""
     found = {"contents of data": directory.manifest["sha256"]}
     if teacher:
-        files = checkpoint.weight_files(checkpoint.find_model(teacher))
-        found["contents of teacher"] = [sha256(f) for f in files]
+        found["contents of teacher"] = [sha256(f) for f in checkpoint.weight_files(checkpoint.find_model(teacher))]
     return found
 
 
@@ -56,7 +54,7 @@ def run_directory(config):
 
 def begun(out):
     """The config.json of the run that has begun in `out`; {} if none has."""
-    there = (out / "summary.json").exists() or checkpoint.checkpoints(out)
+    there = (out / "summary.json").exists() or (out / "checkpoint.pt").exists()
     return read_json(out / "config.json") if there else {}
 
 
@@ -223,14 +221,14 @@ class RunWriter:
         """Writes and returns the summary: what was trained, what it cost, what came out."""
         config, arm, budget = self.config, self.arm, self.budget
         steps, tokens = budget.steps, budget.steps * config.batch_size * config.seq_len
-        seen = steps * arm.phase.blocks(config.batch_size)
+        seen = steps * arm.batch_size
         phases = [self.phase_summary(i) for i in range(len(arm.phases))]
         student, teacher = (sum(p[f"{side}_flops"] for p in phases) for side in ("student", "teacher"))
         spent = dict(hours=charged / 3600, flops=student + teacher, tokens=tokens, steps=steps)[budget.unit]
         summary = dict(
             strategy=config.strategy, label=config.label, as_released=config.as_released, init=config.start,
             size=config.size, peak_lr=arm.peak_lr, seed=config.seed, steps=steps, tokens=tokens,
-            student_flops=student, teacher_flops=teacher, epochs=blocks.epochs(1, seen),
+            student_flops=student, teacher_flops=teacher, epochs=seen / blocks.count,
             unique_tokens=min(blocks.count, seen) * blocks.seq_len,
             budget={budget.unit: budget.total}, overshoot=spent / budget.total - 1, charged_seconds=charged,
             tokens_per_second=tokens / charged, charged=self.stages.seconds, uncharged=budget.uncharged,
@@ -295,7 +293,7 @@ def announce(arm, val, step, teacher_mlm, say):
         f"{trained / 1e6:.1f}M parameters trained, from {arm.start}; "
         f"peak LR {arm.peak_lr:g}{' of AdamW and, times 0.2 sqrt(larger side), of Muon' * bool(arm.muon)}; "
         f"dropout {config.dropout * strategy.dropout:g}, clip {config.of_recipe('clip'):g}; "
-        f"{arm.phase.blocks(config.batch_size)} x {arm.phase.seq_len} tokens a step; "
+        f"{arm.batch_size} x {arm.phase.seq_len} tokens a step; "
         f"{arm.device}, {'bf16' if arm.bf16 else 'fp32'}")
     if arm.teacher:
         quality = (str(arm.form) if strategy.seq_len else

@@ -7,7 +7,7 @@ from collections import deque
 import torch
 from tqdm import tqdm
 
-from plumbing.price import flops_of
+from plumbing.budget import flops_of
 
 RECENT = 30                 # charged seconds that a rate looks back
 # Dense bf16 TFLOP/s in the vendors' data sheets, by words of the device's name; the first entry that fits counts

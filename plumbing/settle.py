@@ -14,12 +14,11 @@ import torch
 from data import phase_blocks
 from model import BertConfig, BertForMaskedLM
 from plumbing import checkpoint
-from plumbing.budget import learns
+from plumbing.budget import flops_per_block, learns
 from plumbing.cli import UserError
 from plumbing.device import Ranks, choose_device, halve_micro_batch_until_it_fits
 from plumbing.encoder import HELD_OUT
 from plumbing.files import claim_each, sha256
-from plumbing.price import flops_per_block
 from plumbing.rehearsal import step_seconds
 from plumbing.rundir import begun
 from plumbing.student import student_shape
@@ -41,12 +40,17 @@ def settled(config, say, gradients):
     directory, if one has.  `say` gets the lines that say what was taken; `gradients`: train.py's, to be timed."""
     if before := begun(config.path):
         return dataclasses.replace(config, **{name: before[name] for name in SETTLED if getattr(config, name) is None})
-    dataclasses.replace(config, size=config.size or SIZES[0]).check()      # refused now, not after the docstrings
-    config = with_shape(with_texts(config, say), config.teacher)
+    sized, given = dataclasses.replace(config, size=config.size or SIZES[0]), config.teacher
+    sized.check()                                                          # refused now, not after the docstrings
+    config = with_texts(config, sized.reads_teacher, say)
+    # of the teacher's width and half its depth, where the run reads one or one is at hand, else 6L768
+    if (given or sized.reads_teacher or config.teacher == str(BOX)) and not (config.size and config.heads):
+        config = half_of(config, checkpoint.read_config(checkpoint.find_model(config.teacher)))
+    config = dataclasses.replace(config, size=config.size or SIZES[0])
     return config if config.batch_size else with_batch_size(config, say, gradients)
 
 
-def with_texts(config, say):
+def with_texts(config, reads_teacher, say):
     """The same with data and teacher."""
     if config.data is None:
         data = WIKI if Path(WIKI, "manifest.json").exists() else docstrings(config.teacher or BOX)
@@ -56,18 +60,9 @@ def with_texts(config, say):
     if config.teacher is None:
         fits = TokenDirectory(config.data).manifest.get("fingerprint") == vocabulary_of(BOX)
         config = dataclasses.replace(config, teacher=str(BOX) if fits else HUB)
-        if dataclasses.replace(config, size=config.size or SIZES[0]).reads_teacher:
+        if reads_teacher:
             say(f"--teacher is not given: taken is {config.teacher}" + ", a small one for trying" * fits)
     return config
-
-
-def with_shape(config, given):
-    """The same with size and heads: of the teacher's width and half its depth, where the run reads a teacher or one is
-    at hand (`given`, or the box's), else 6L768."""
-    reads = dataclasses.replace(config, size=config.size or SIZES[0]).reads_teacher
-    teacher = checkpoint.read_config(checkpoint.find_model(config.teacher)) if (
-        reads or given or config.teacher == str(BOX)) and not (config.size and config.heads) else None
-    return half_of(config, teacher) if teacher else dataclasses.replace(config, size=config.size or SIZES[0])
 
 
 def half_of(config, teacher):
@@ -207,5 +202,5 @@ def blocks_per_second(config, gradients):
     config = dataclasses.replace(config, batch_size=config.micro_batch * Ranks().size)
     arm = make_arm(config, directory)
     blocks = phase_blocks(arm.phase, directory, "train", config.seed, config.unique_tokens)
-    batch = blocks.batch(0, arm.phase.blocks(config.batch_size))
+    batch = blocks.batch(0, arm.batch_size)
     return config.batch_size / statistics.median(step_seconds(arm, itertools.repeat(batch), gradients, SECONDS))

@@ -18,9 +18,8 @@ def student_shape(config, directory):
 
 def initial_student(config, directory):
     """The student before its first step: the same random weights in every arm of a seed, LM head included."""
-    shape = student_shape(config, directory)
     torch.manual_seed(config.seed)
-    return BertForMaskedLM(shape)
+    return BertForMaskedLM(student_shape(config, directory))
 
 
 def evenly(deep, depth):

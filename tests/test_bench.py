@@ -13,7 +13,7 @@ import model
 import train
 from data import Blocks, phase_blocks
 from model import BertForMaskedLM
-from plumbing.price import flops_per_block
+from plumbing.budget import flops_per_block
 from plumbing.screen import peak_flops
 from plumbing.tokens import TokenDirectory
 from plumbing.validation import validate

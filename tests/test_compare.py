@@ -117,7 +117,8 @@ def test_arms_are_strategies_phases_and_starts_and_stand_in_the_results_as_they_
     assert [r["strategy"] for r in kept["results"]] == arms.split(",")
     assert {p.name for p in (tmp_path / "out/runs").iterdir()} == {f"{name}-4steps-seed0" for name in (
         "no_kd", "no_kd+init", "tinybert-0.5-then-no_kd", "minilmv2+released", "mobilebert")}
-    runs = {run.arm: run for run in compare.Plan(config).runs}
+    plan = compare.Plan(config)
+    runs = {plan.arms[run.out]: run for run in plan.runs}
     assert runs["no_kd+init"].init == "teacher" and runs["minilmv2+released"].as_released
     assert [phase.name for phase in runs["tinybert:0.5/no_kd"].phases] == ["tinybert", "no_kd"]
     assert "| no_kd+init |" in table and "| tinybert:0.5/no_kd |" in table and "Δ to no_kd" in table

@@ -7,9 +7,10 @@ import threading
 
 import numpy as np
 import pytest
+import torch
 
 import data
-from data import Blocks, prefetch
+from data import Blocks
 from plumbing.cli import UserError
 from plumbing.tokens import TokenDirectory
 
@@ -201,7 +202,7 @@ def test_an_id_beyond_the_vocabulary_is_refused(copy):
 def test_unique_tokens_are_the_first_ones_again_and_again(corpus):
     directory = TokenDirectory(corpus)
     blocks = Blocks(directory, "train", 32, seed=3, unique_tokens=10 * 30 + 7)
-    assert blocks.count == 10 and blocks.epochs(5, 4) == 2.0
+    assert blocks.count == 10
     ids, masked, labels = blocks.batch(0, 30)
     np.put_along_axis(ids, masked, labels, 1)
     expected = np.repeat(np.sort(directory.split("train")[:300]), 3)
@@ -230,19 +231,20 @@ def test_the_same_files_serve_other_sequence_lengths(corpus):
         assert ids.shape == (4, S) and masked.shape == (4, round(0.15 * S))
 
 
-def test_prefetch_gives_the_same_batches_from_another_thread_and_ends(blocks):
-    threads = set()
+@pytest.mark.parametrize("device, of_its_own", [("cuda", True), ("cpu", False)])
+def test_beside_a_gpu_the_same_batches_come_from_another_thread_which_ends(blocks, monkeypatch, device, of_its_own):
+    threads, expected, whole = set(), [blocks.batch(i, 8) for i in range(3, 7)], Blocks.batch
 
-    def convert(batch):
+    def batch(*args):
         threads.add(threading.current_thread())
-        return batch
-    ahead = prefetch(blocks, 3, 8, convert)
-    for i, batch in enumerate(itertools.islice(ahead, 4), 3):
-        for a, b in zip(batch, blocks.batch(i, 8), strict=True):
-            assert np.array_equal(a, b)
-    ahead.close()
-    assert len(threads) == 1 and threading.current_thread() not in threads
-    assert not threads.pop().is_alive()
+        return whole(*args)
+    monkeypatch.setattr(Blocks, "batch", batch)
+    batches = data.batches_of(blocks, 3, 8, torch.device(device))
+    for found, right in zip(itertools.islice(batches, 4), expected, strict=True):
+        assert all(map(np.array_equal, found, right))
+    batches.close()
+    assert len(threads) == 1 and (threading.current_thread() not in threads) == of_its_own
+    assert not of_its_own or not threads.pop().is_alive()
 
 
 def test_the_script_shows_what_was_masked(corpus, capsys):

@@ -23,9 +23,9 @@ from conftest import text
 from data import Blocks, hashed
 from model import BertConfig
 from plumbing import checkpoint, sources
+from plumbing.budget import flops_per_block
 from plumbing.cli import UserError
 from plumbing.files import write_json, write_whole
-from plumbing.price import flops_per_block
 from plumbing.tokens import TokenDirectory
 
 ROOT = Path(__file__).parents[1]

@@ -8,9 +8,9 @@ from test_reliability import final, interrupted
 import train
 from data import Blocks
 from model import BertConfig, BertForMaskedLM
+from plumbing.budget import flops_per_block
 from plumbing.checkpoint import load_run
 from plumbing.cli import UserError
-from plumbing.price import flops_per_block
 from plumbing.student import initial_student
 from plumbing.tokens import TokenDirectory
 from step import make_arm

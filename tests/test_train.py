@@ -17,10 +17,10 @@ import train
 from data import Blocks
 from model import BertConfig, BertForMaskedLM
 from plumbing import checkpoint
+from plumbing.budget import flops_per_block
 from plumbing.cli import UserError
 from plumbing.device import fitting_micro_batch, multiplies_in_bf16
 from plumbing.files import sha256
-from plumbing.price import flops_per_block
 from plumbing.tokens import TokenDirectory
 from plumbing.validation import FEW_BLOCKS, validate
 from step import Arm, make_arm
