@@ -67,8 +67,6 @@ class Config(train.Recipe):
     peak_lrs: Positives | None = None   # of every arm; several: its best at each budget; default: the recipe's
     unique_tokens: str = "all"     # data settings such as all,2000000: the first so many ids, again and again
     static_masks: bool = False          # the limited settings with the same masks in every epoch as well
-    reference_epochs: Times = 1         # of miniplm: passes of its reference over what is held out for it
-    score_draws: Times = 1              # of miniplm: masks of each block that are scored
     # teacher
     teacher: str | None = None        # model directory, Hub id, or train: pretrain one on the same data first
     init_layers: Annotated[str, int, "[0, 999]"] | None = None  # of cut and +init; default: first, last, evenly
@@ -249,9 +247,9 @@ class Plan:
             name.startswith("miniplm+") and rule in name.split("+") for name in self.names)]
         # The reference has a third of the student's width, in whole heads of 64
         self.selections[path] = miniplm.Config(
-            [c.data], self.teacher_model, path, ",".join(rules), draws=c.score_draws, batch_size=c.batch_size,
-            reference_size=f"2L{max(64, c.shape.hidden_size // 3 // 64 * 64)}", reference_epochs=c.reference_epochs,
-            seq_len=c.seq_len, unique_tokens=unique, device=c.device, bf16=c.bf16)
+            [c.data], self.teacher_model, path, ",".join(rules), batch_size=c.batch_size,
+            reference_size=f"2L{max(64, c.shape.hidden_size // 3 // 64 * 64)}", seq_len=c.seq_len,
+            unique_tokens=unique, device=c.device, bf16=c.bf16)
         return path
 
     def paid(self, each):

@@ -185,8 +185,6 @@ def batches_of(blocks, start, batch_size, device):
     return (blocks.batch(i, batch_size) for i in itertools.count(start))
 
 
-# ----------------------------------------------------------------------------------------------------- script
-
 @dataclass
 class Config(Checked):
     directory: list[str]    # token directories

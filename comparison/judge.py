@@ -66,8 +66,6 @@ def base_of(arms, yardsticks=()):
     return next((name for name in ("no_kd", CUT, RANDOM) if name in arms or name in there), next(iter(arms)))
 
 
-# --------------------------------------------------------------------------------------------- rows, as statistics.Arm
-
 def collapsed_trials(task):
     """[whether a fine-tuning predicted one class]; of records that only count them, those nearest to the constant
     answer."""
@@ -148,8 +146,6 @@ def tasks_of(results, yardsticks):
     tasks, told = averaged(results[0]["scores"]), measuring(results, yardsticks)
     return [t for t in tasks if told is None or not told[0] or t in told[0]]
 
-
-# --------------------------------------------------------------------------------------------------- the instruction
 
 def rows_of(results, yardsticks, tasks):
     """[(Row, statistics.Arm)] of everything that is no larger than the student, on all of the data."""
@@ -265,8 +261,6 @@ def setting(unique_tokens, static_masks):
     return ("all of the data" if unique_tokens is None else f"{unique_tokens:,} unique tokens") + (
         ", static masks" if static_masks else "")
 
-
-# ---------------------------------------------------------------------------------------------- kept predictions
 
 def keep_examples(found, predicted, labels):
     """Adds `examples` to a result from {task: (fine-tunings, examples)} predictions and {task: (examples,)} labels."""

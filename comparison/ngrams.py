@@ -20,8 +20,6 @@ TEXT = 2_000_000        # characters of training text, at most, by their number'
 BASE = np.uint64(0x9E3779B97F4A7C15)                # of a polynomial modulo 2^64, the hash of an n-gram
 
 
-# ------------------------------------------------------------------------------------------------- features
-
 def ngrams(lines, sizes):
     """(text, term) arrays: every run of symbols of these sizes, as 64 bits, in one of the lines (a string or a
     list of words) with no space but at its ends."""

@@ -133,8 +133,8 @@ def probes_of(r):
 
 
 def probe_table(results, yardsticks):
-    """What the frozen encoders know: mean ± std over pretraining seeds; then each probe's best arm."""
-    columns, rows, lines = list(dict.fromkeys(name for r in results for name in probes_of(r))), [], []
+    """What the frozen encoders know: mean ± std over pretraining seeds."""
+    columns, rows = list(dict.fromkeys(name for r in results for name in probes_of(r))), []
 
     def cells(runs):
         values = [[p[name] for p in map(probes_of, runs) if name in p] for name in columns]
@@ -142,25 +142,12 @@ def probe_table(results, yardsticks):
     for (*kind, budget), arms in groups(results).items():
         where = f"{amount(budget, results[0]['unit'])} on {setting(*kind)}"
         rows += [[where, name, *cells(runs.values())] for name, runs in arms.items()]
-        lines += [line for column in columns for line in best_probe(arms, column, where)]
     rows += [["", y["name"], *cells(y["runs"])] for y in yardsticks if any(map(probes_of, y["runs"]))]
     return "\n\n".join([
         "Probes of the frozen encoders, no part of any average above. linear: a regression on the "
         "pooled last hidden state, scored as the task is; similarity: Spearman of the cosine with the "
         "score, untrained; word order: have two neighbours in a block of 32 changed places.",
-        markdown(["budget", "arm", *columns], rows), *lines])
-
-
-def best_probe(arms, column, where):
-    """["Probe COLUMN at WHERE: the best arm and its lead over the base arm"], where there are two."""
-    of = {name: statistics.Arm(name, [[probes_of(r)[column]] for r in runs.values()])
-          for name, runs in arms.items() if all(column in probes_of(r) for r in runs.values())}
-    if len(of) < 2:
-        return []
-    best, second, *_ = sorted(of, key=lambda name: -np.mean(of[name].means))
-    rival = base_of(of) if base_of(of) != best else second
-    d = next(d for d in statistics.compare([*of.values()], rival) if d.name == best)
-    return [f"Probe {column} at {where}: {best}; against {rival} {signed(d)}, {d.says}."]
+        markdown(["budget", "arm", *columns], rows)])
 
 
 def cost_table(results, teacher_flops=None):

@@ -74,8 +74,6 @@ def summary(arm):
     return float(np.mean(y)) if n else math.nan, float(np.std(y, ddof=1)) if n > 1 else math.nan, n
 
 
-# ------------------------------------------------------------------------------------------------- comparisons
-
 def compare(arms, base):
     """[Difference] of each arm but the one called `base`, corrected for all of them."""
     base, = (arm for arm in arms if arm.name == base)
@@ -144,8 +142,6 @@ def word(of):
     return f"not told apart; differs by less than {math.ceil(10 * of.less) / 10:.1f}"
 
 
-# --------------------------------------------------------------------------------------------------- variances
-
 def variances(arms):
     """{name: (q, f)} of the arms.  The prior is what an arm's fine-tunings alone would give (w) and the spread
     between seeds beyond it, pooled over the arms (tau2); an arm's own v is never made smaller by it."""
@@ -181,8 +177,6 @@ def example_scores(metric, p, y):
     without = np.array([metric(np.delete(p, e), np.delete(y, e)) for e in first])[which]
     return 100 * (len(y) * metric(p, y) - (len(y) - 1) * without)
 
-
-# ------------------------------------------------------------------------------------------------ distributions
 
 GRID = np.linspace(-9, 9, 18_001)
 NORMAL = np.array([math.erfc(-x / math.sqrt(2)) / 2 for x in GRID])

@@ -59,8 +59,6 @@ def predicted(train, y, dev, classes=None, metric=None):
     return logits[:, 0] if classes is None else logits.argmax(-1)
 
 
-# ----------------------------------------------------------------------------------------------------- probes
-
 def probe_task(task, parts, embed):
     """({name: percent}, predictions of dev) for one task: the cosines, where there is a similarity, else what the
     regression says.  `embed` makes (n, D) states of n texts."""

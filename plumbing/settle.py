@@ -108,8 +108,6 @@ def made_once(name, source, teacher, **how):
     return str(path)
 
 
-# -------------------------------------------------------------------------------------------------- batch size
-
 def with_batch_size(config, say, gradients):
     """The same with a batch size: the paper's where the budget is in steps or buys STEPS of it, else the largest power
     of two that it buys STEPS of.  Refuses a budget under which a student from random weights would learn nothing."""

@@ -71,7 +71,6 @@ def test_the_whole_way_ends_with_the_table_and_a_second_call_repeats_nothing(sma
     assert "| budget | arm | mine linear | word order linear |" in probed
     assert [row.split(" | ")[1] for row in probed.splitlines() if row.startswith("| ")][2:] == [
         "no_kd", "vanilla_kd", "tinybert", "minilm", "random init", "teacher"]
-    assert "Probe word order linear at 3 steps on all of the data: " in probed and ", no interval." in probed
     stamps = {p: p.stat().st_mtime_ns for p in out.rglob("*")
               if p.name == "probes.json" or p.suffix in (".bin", ".safetensors", ".jsonl", ".npy")}
     compare.main(config)

@@ -416,8 +416,7 @@ def test_hours_of_other_hardware_are_no_cost(made, tiny, tmp_path):
 
 def test_miniplm_and_its_controls_go_the_whole_way(small, tmp_path, lenient):  # noqa: F811
     names = ["no_kd", "miniplm", "miniplm+random"]
-    config = small(arms=",".join(names), budget_steps=None, budget_flops="4.4e9", unique_tokens="8000",
-                   reference_epochs=2)
+    config = small(arms=",".join(names), budget_steps=None, budget_flops="4.4e9", unique_tokens="8000")
     compare.main(config)
     results = json.loads((tmp_path / "out/results.json").read_text())["results"]
     out, table = tmp_path / "out/miniplm-8000ids", (tmp_path / "out/table.md").read_text()
