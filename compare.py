@@ -115,8 +115,6 @@ GIVEN = ("total_hours", "budget_hours", "budget_flops", "budget_tokens", "budget
          "batch_size", "teacher", "teacher_size", "teacher_budget", "finetune_seeds")
 
 
-# ------------------------------------------------------------------------------------------------------- plan
-
 class Plan:
     """Every run of the comparison as a train.Config, made and checked before anything starts."""
 
@@ -379,8 +377,6 @@ def same_inputs(plan):
     write_json(file, before | now)
 
 
-# -------------------------------------------------------------------------------------------------------- run
-
 def compare(plan, speeds=None):
     """(results, yardsticks, remarks) of the whole plan; None for a dry run."""
     config = plan.config
@@ -487,8 +483,6 @@ def tuned(plan, progress, trained):
         for at in best]
 
 
-# ------------------------------------------------------------------------------------------------------ score
-
 def scored(plan, model, out, say, seed):
     """What finetune_glue finds of a model, now or in an earlier run: of each task and in short, and
     with --probe the probes."""
@@ -568,17 +562,6 @@ def result_of(plan, each, summary):
                 spent_before=each.budget[1] - summary["budget"][plan.unit])
 
 
-# ----------------------------------------------------------------------------------------------------- report
-
-def papers_setting(plan):
-    """Whether the paper's rows may stand beside these: its student, teacher, recipe and fine-tuning."""
-    papers = Config(size="6L768", batch_size=1024)
-    same = ("size", "seq_len", "batch_size", "recipe", "recipes", "init_std", "optimizer", "clip", "weight_decay",
-            "finetune_batch_sizes", "finetune_lrs", "quick", "finetune_epochs", "max_len")
-    return plan.teacher_shape.size == "12L768" and plan.config.finetune_seeds > 0 and all(
-        getattr(plan.config, k) == getattr(papers, k) for k in same)
-
-
 def in_hand(plan, results):
     """What the best student is and how it is used, once a classifier of each task is kept of it."""
     best = max(results, key=lambda r: r["average"])
@@ -622,7 +605,7 @@ def main(config):
     if not (found := compare(plan, speeds)):
         return
     results, yardsticks, remarks = found
-    report.write_report(config, results, yardsticks, plan.labels, plan.teacher_flops, remarks, papers_setting(plan))
+    report.write_report(config, results, yardsticks, plan.labels, plan.teacher_flops, remarks)
     print(f"\n{in_hand(plan, results)}")
     if demonstration:
         look(results)

@@ -81,8 +81,6 @@ PEAK_LRS = {512: "1e-5,3e-5,5e-5,8e-5", 0: "1e-4,3e-4,7e-4,1e-3"}
 QUICK_LR = {512: "5e-5", 0: "7e-4"}
 
 
-# ------------------------------------------------------------------------------------------------ fine-tuning
-
 def encode(tokenizer, sentences, max_len):
     """One (2, S) array per example: ids, [CLS] a [SEP] or [CLS] a [SEP] b [SEP], over token types, 0 or 1.
 
@@ -169,8 +167,6 @@ def predict(model, examples, pad_id, batch_size=64):
                       for at in range(0, len(order), batch_size)]).float().cpu().numpy()
     return np.nan_to_num(rows[np.argsort(order)])     # a run that diverged predicts one class, and is flagged
 
-
-# ----------------------------------------------------------------------------------------------------- trials
 
 def finished_trial(file, settings, save=False):
     """The result of a trial that ran before, and with `save` has its classifier beside it; else None."""
@@ -327,8 +323,6 @@ def line(name, r):
             + (f"; {r['repeated']} predicted one class and ran again at half the rate" if r["repeated"] else "")
             + (f"; {r['collapsed']} of {len(r['scores'])} COLLAPSED" if r["collapsed"] else ""))
 
-
-# -------------------------------------------------------------------------------------------------------- all
 
 def grid(config, width):
     """[(batch size, peak lr)] for a model of this width: what the flags say, else the defaults of that width."""

@@ -152,9 +152,8 @@ def figure(runs):
         axis.grid(color="0.92")
         for each, arm in zip(runs, arms, strict=True):
             points, look = each.curves.get(name, []), curve_look([*dict.fromkeys(arms)].index(arm))
-            lines += axis.plot([x for x, _ in points], [y for _, y in points], color=look["colour"], linewidth=1.4,
-                               dashes=look["dash"], marker=look["marker"], markevery=max(1, len(points) // 6),
-                               markersize=5, markerfacecolor="white")
+            lines += axis.plot([x for x, _ in points], [y for _, y in points], **look, linewidth=1.4,
+                               markevery=max(1, len(points) // 6), markersize=5, markerfacecolor="white")
     legend = fig.legend(lines, map(str, range(len(runs))), loc="outside lower center", ncols=3, title=WARNING)
     for text, each in zip(legend.get_texts(), runs, strict=True):       # set here: _ would hide it, $ begin a formula
         text.set(text=each.name, parse_math=False)

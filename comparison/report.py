@@ -15,16 +15,7 @@ from comparison import judge, statistics
 from comparison.judge import amount, averaged, base_of, groups, setting
 from plumbing.cli import numbers
 from plumbing.files import claim_each, read_json, write_whole
-from plumbing.glue import PAPER as PAPER_TASKS
-
-# arXiv 2404.19319, Table 2, 6L768 after 4 h on one A100, one seed: tokens, GLUE dev's tasks, their mean
-PAPER = {"no_kd": (4.6e9, 86.5, 89.8, 79.2, 87.3, 90.1, 60.7, 47.3, 77.3),
-         "vanilla_kd": (2.6e9, 87.3, 89.2, 78.8, 87.1, 89.7, 61.7, 44.8, 76.9),
-         "minilm": (2.6e9, 88.5, 90.6, 81.7, 90.0, 90.3, 64.3, 43.9, 78.5),
-         "tinybert": (2.6e9, 89.5, 91.0, 82.2, 90.3, 90.4, 67.2, 40.8, 78.8)}
-
-
-# ----------------------------------------------------------------------------------------------------- tables
+from plumbing.glue import PAPER
 
 def spread(values):
     std = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
@@ -82,10 +73,10 @@ def values_of(a):
     return a.means if len(a.means) > 1 else [x for of in a.scores for x in of]
 
 
-def score_table(results, yardsticks=(), paper=False):
+def score_table(results, yardsticks=()):
     """Scores, mean ± standard deviation over pretraining seeds (of a single one over its fine-tuning runs), and the
     difference to the base row with its plain 95% interval and the word for it.  It holds nothing that depends on the
-    machine's speed.  `yardsticks`: {name, runs: [as results]}; `paper`: with its rows."""
+    machine's speed.  `yardsticks`: {name, runs: [as results]}."""
     tasks, many = list(results[0]["scores"]), len(results[0]["scores"]) > 1
     used = judge.tasks_of(results, yardsticks)
     base, rows = base_of(next(iter(groups(results).values())), yardsticks), []
@@ -99,11 +90,7 @@ def score_table(results, yardsticks=(), paper=False):
                      f"{np.mean([r['epochs'] for r in of]):.2g}" if arm else "", f"{np.mean(val):.2f}" if val else "",
                      *by_task, *([spread(values)] if many else []),
                      signed(d) if d else "", d.says if d else ""])
-    for name, (tokens, *values, average) in PAPER.items() if paper and set(tasks) & set(PAPER_TASKS) else ():
-        of = dict(zip(PAPER_TASKS, values, strict=True))
-        rows.append(["the paper's: 4 h, one A100, one seed", "all", name, "", f"{tokens:.2g}", "", "",
-                     *[of.get(task, "") for task in tasks], *([f"{average} (7 tasks)"] if many else []), "", ""])
-    of = "the paper's 7" if set(PAPER_TASKS) <= set(tasks) and used == averaged(tasks) else "+".join(used)
+    of = "the paper's 7" if set(PAPER) <= set(tasks) and used == averaged(tasks) else "+".join(used)
     head = ["budget", "data", "arm", "peak LR", "tokens", "epochs", "val MLM", *tasks,
             *([f"average of {of}"] if many else []), f"Δ to {base} [95%]", "so"]
     if all(r["unique_tokens"] is None for r in results):                # one setting needs no column
@@ -166,8 +153,6 @@ def cost_table(results, teacher_flops=None):
                          "" if math.isnan(whole) else f"{whole:.3g}"])
     return markdown(head, rows)
 
-
-# ---------------------------------------------------------------------------------------------------- verdict
 
 def verdict(results, yardsticks=(), teacher_flops=None, layers=""):
     """The table in plain words: what to do; what measures nothing; who is ahead of whom at each budget; ceilings."""
@@ -253,15 +238,15 @@ def spent_before(results):
     return lines
 
 
-def write_report(config, results, yardsticks, labels, teacher_flops, told=(), paper=False):
+def write_report(config, results, yardsticks, labels, teacher_flops, told=()):
     """The tables, the verdict and the figure, under OUT and on the screen.  `labels`: {task: of its dev examples};
-    `told`: what a comparison remarked on the way; `paper`: with the paper's rows."""
+    `told`: what a comparison remarked on the way."""
     out, layers = Path(config.out), ", ".join(map(str, numbers(config.init_layers or "", int)))
     for each in (*results, *(r for y in yardsticks for r in y["runs"])):
         judge.keep_examples(each, each.get("predicted", {}), labels)
     said = verdict(results, yardsticks, teacher_flops, layers)
     notes = [*remarks(results), *told]
-    table = score_table(results, yardsticks, paper)
+    table = score_table(results, yardsticks)
     probes = probe_table(results, yardsticks) if config.probe else ""
     text = "\n\n".join([said[0], table, *said[1:], *notes, probes])
     costs = [cost_table(results, teacher_flops), *judge.pays_from(results, yardsticks, teacher_flops)]
@@ -286,17 +271,14 @@ def write_report(config, results, yardsticks, labels, teacher_flops, told=(), pa
         f"also in {out}/table.md{' (probes too)' * bool(probes)}, costs.md and results.json"]))
 
 
-# ----------------------------------------------------------------------------------------------------- figure
-
-# The colours of Okabe and Ito without the yellow, dashes and matplotlib's markers: 7 x 4 x 5 curves differ
+# The colours of Okabe and Ito without the yellow, and markers: 35 curves differ
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000", "#56B4E9")
-DASHES = ((), (6, 2), (2, 2), (8, 2, 2, 2))
 MARKERS = "os^Dv"
 
 
 def curve_look(i):
-    """Colour, dash and marker of the i-th curve."""
-    return dict(colour=COLOURS[i % len(COLOURS)], dash=DASHES[i % len(DASHES)], marker=MARKERS[i % len(MARKERS)])
+    """Colour and marker of the i-th curve, as matplotlib takes them."""
+    return dict(color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)])
 
 
 def figure(results, yardsticks, path, teacher_flops=None):
@@ -327,15 +309,15 @@ def figure(results, yardsticks, path, teacher_flops=None):
                 continue
             x, y, half = map(np.array, zip(*sorted(points), strict=True))
             look = curve_look(i)
-            style = dict(color=look["colour"], marker=look["marker"], markersize=5, linewidth=1.8,
-                         markerfacecolor=look["colour"] if kind == kinds[0] else "white")
+            style = look | dict(markersize=5, linewidth=1.8,
+                                markerfacecolor=look["color"] if kind == kinds[0] else "white")
             charged = x + teacher_flops if teacher_flops and judge.needs_teacher(name) else None
             label = name + (f", {setting(*kind)}" if len(kinds) > 1 else "")
             for at, alpha in ((x, 1.0),) if charged is None else ((charged, 1.0), (x, 0.35)):
                 axis.plot(at, y, **style, alpha=alpha, label=label if alpha == 1 else None)
                 if np.isfinite(half).all():
-                    axis.fill_between(at, y - half, y + half, color=look["colour"], alpha=0.13 * alpha, linewidth=0)
-                    axis.vlines(at, y - half, y + half, color=look["colour"], alpha=0.5 * alpha)
+                    axis.fill_between(at, y - half, y + half, color=look["color"], alpha=0.13 * alpha, linewidth=0)
+                    axis.vlines(at, y - half, y + half, color=look["color"], alpha=0.5 * alpha)
     heights = sorted((float(np.mean(values)), name) for budget, _, name, _, values, _ in score_rows(results, yardsticks)
                      if budget is None and len(values))
     axis.set_xscale("log")

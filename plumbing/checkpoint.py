@@ -40,8 +40,6 @@ PARTS = {"an adapter that was not merged into the weights": r"lora_|base_layer|a
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
-# ---------------------------------------------------------------------------------------------------- reading
-
 def find_model(name):
     """The model directory `name`: a directory on this disk, or HUB_ID[@REVISION] through huggingface_hub's cache."""
     path = Path(name)
@@ -317,8 +315,6 @@ def same_vocabulary(tokenizer, path):
                         + f": prepare the data with  --vocab {path}")
 
 
-# -------------------------------------------------------------------------------------------------- run state
-
 def save_run(out, state):
     """Everything a run needs to go on, in out/checkpoint.pt: tensors, then their sha256."""
     buffer = io.BytesIO()
@@ -344,8 +340,6 @@ def cut_log(file, step):
         kept = [line + b"\n" for line, said in log_records(file.read_bytes().split(b"\n")) if said["step"] <= step]
         write_whole(file, b"".join(kept))
 
-
-# ---------------------------------------------------------------------------------------------------- writing
 
 def save_model(directory, model, tokenizer, head=True, card="", max_len=None, names=None, columns=(), form=None):
     """Writes a model directory: a BertForMaskedLM with its LM head if `head`, else as an encoder; or a classifier.

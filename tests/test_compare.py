@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -170,16 +169,6 @@ def test_the_default_grid_is_the_papers(small):
     assert finetune_glue.grid(compare.Config.finetuning(small(**recipe)), 512) == finetune_glue.grid(own, 512)
     assert recipe["finetune_epochs"] == own.epochs and len(finetune_glue.grid(own, 512)) == 8
     assert finetune_glue.grid(compare.Config.finetuning(small(**recipe, quick=True)), 512) == [(32, 5e-5)]
-
-
-def test_the_paper_s_rows_stand_beside_the_paper_s_setting_alone():
-    papers = dict(size="6L768", batch_size=1024)
-    for change, same in ({}, True), (dict(finetune_lrs="5e-4"), False), (dict(size="4L256"), False):
-        plan = SimpleNamespace(config=compare.Config(**papers | change),
-                               teacher_shape=SimpleNamespace(size="12L768"))
-        assert compare.papers_setting(plan) is same
-    plan.teacher_shape.size = "4L128"
-    assert compare.papers_setting(plan) is False
 
 
 def test_the_dry_run_prints_the_plan_and_writes_nothing(small, tmp_path, capsys):

@@ -72,14 +72,6 @@ def test_seeds_that_ran_at_different_speeds_are_told_under_hours():
         assert bool(said) == told and (not told or "up to 1.3 times" in said[0])
 
 
-def test_the_paper_s_numbers_stand_beside_the_paper_s_setting_alone():
-    results = made_up({"no_kd": [60, 61], "tinybert": [60, 61]})
-    assert "paper" not in report.score_table(results)
-    rows = [line for line in report.score_table(results, paper=True).splitlines() if "the paper's" in line]
-    assert len(rows) == 4 and all("one seed" in row for row in rows)
-    assert any("tinybert" in row and "91.0 | 67.2" in row and "78.8 (7 tasks)" in row for row in rows)
-
-
 # ------------------------------------------------------------------------------------------------- the first line
 
 def test_the_first_line_says_what_to_do():
