@@ -4,12 +4,12 @@ A Strategy is a dict of Terms.  A Term is a loss of kd_losses.py with what the t
 behind for it, and at which layers; model.py computes that and stops.  Strategies one after another are
 phases: an expression such as tinybert:0.3/no_kd, or a function in PHASED.
 
-To add a strategy: write its loss as one function in kd_losses.py, and one entry here.  The mean squared
+To add a strategy: one entry here, of losses that are there or of a new function in kd_losses.py.  The mean squared
 error of the values of the last layer, beside masked LM, is
 
     VALUE_MSE = Term(lambda s, t, c: kd.hidden_mse(s["qkv"][2], t["qkv"][2]), ("qkv",), ("qkv",),
                      "values, last layer; mean over heads, positions and H")
-    STRATEGIES["value_mse"] = Strategy({"mlm": MLM, "value": VALUE_MSE}, same_heads=True)
+    STRATEGIES["value_mse"] = Strategy({"mlm": MLM, "value": VALUE_MSE}, same_heads=True, same_width=True)
 """
 import math
 from collections.abc import Callable
@@ -56,7 +56,7 @@ class Context(NamedTuple):
 class Strategy(NamedTuple):
     terms: dict                 # name -> Term
     peak_lr: float = 5e-4       # the paper's: 1e-3 for No-KD, 5e-4 for KD (arXiv 2404.19319, appendix)
-    short_lr: float = 4e-3      # of --recipe short: chosen for no_kd, tinybert and vanilla_kd (RECORDS.md)
+    short_lr: float = 4e-3      # of --recipe short; a 2L128 of a minute takes 2 to 4 times that (docs/records/rates.md)
     tau: float = 1.0            # temperature
     init: str = "random"        # or "teacher": some of its layers; or "embeddings": of the teacher
     same_heads: bool = False    # compares attention head by head

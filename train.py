@@ -2,18 +2,18 @@
 
     python train.py --strategy no_kd --budget-steps 1000 --data data/wiki --size 4L256 --out runs/teacher
     python train.py --strategy tinybert --budget-hours 4 --teacher runs/teacher/model --size 2L256
-    python train.py --strategy tinybert --budget-hours 4    # the paper's: data/wiki, bert-base-uncased, 6L768
+    python train.py --strategy tinybert --budget-hours 4    # data/wiki, or this disk's documentation: it says which
     python train.py --strategy sentence --teacher DIR --data sentences.txt --budget-hours 0.2   # half of an encoder
     python train.py --strategy cut --teacher DIR --size 3L384 --out runs/cut    # its layers, untrained; or the best:
     python train.py --strategy cut --teacher DIR --size 3L384 --init-layers best --data data/mine --out runs/cut
 
-Every arm has the same architecture, initial weights, data order, masks and recipe; what differs by method (the losses,
-distilbert's initialisation, the paper's peak LR; `sentence` alone has other blocks, whole sentences, as many tokens a
-step, neither masks nor dropout) is printed at the start.  Progress = spent / budget, read once a step; the learning
-rate is a function of progress alone: of the phase's, where strategies come one after another (tinybert:0.3/no_kd),
-each with an optimizer of its own and what it trains.  The clock counts fetching and masking the batch, the teacher's
-forward pass, the student's forward and backward pass, communication and the optimizer; it does not count start-up,
-warm-up of compilation, validation, saving, or the pretraining of the teacher.
+Every arm has the same architecture, initial weights, data order and masks; what differs by method (the losses,
+distilbert's initialisation; `sentence` alone has other blocks, whole sentences, as many tokens a step, neither masks
+nor dropout) or by choice (recipe, peak LR, start) is printed at the start.  Progress = spent / budget, read once a
+step; the learning rate is a function of progress alone: of the phase's, where strategies come one after another
+(tinybert:0.3/no_kd), each with an optimizer of its own and what it trains.  The clock counts fetching and masking the
+batch, the teacher's forward pass, the student's forward and backward pass, communication and the optimizer; it does
+not count start-up, warm-up of compilation, validation, saving, or the pretraining of the teacher.
 
 A run directory (--out) gets config.json, log.jsonl, checkpoint.pt, summary.json and model/, a Hugging Face BERT
 directory.  The same command goes on where a stopped run was; under torchrun it runs on many GPUs.

@@ -17,6 +17,7 @@ from plumbing.cli import numbers
 from plumbing.files import claim_each, read_json, write_whole
 from plumbing.glue import PAPER
 
+
 def spread(values):
     std = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
     return f"{np.mean(values):.1f}{std}" if len(values) else "collapsed"
