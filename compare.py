@@ -353,12 +353,22 @@ def fitted(config, room=1):
 
 
 def within(config):
-    """The same with the budget of each run that --total-hours leaves after fine-tuning and a tenth in reserve."""
+    """The same with the budget of each run that --total-hours leaves after fine-tuning and a tenth in reserve, without
+    the last of the arms by default where that leaves nothing."""
     if given := [unit for unit in UNITS if getattr(config, f"budget_{unit}") is not None]:
         raise UserError(f"give --total-hours or --budget-{given[0]}, not both")
-    config, hours = dataclasses.replace(config, total_hours=None, budget_hours="1"), config.total_hours
-    each, tunings = timing.hours_each(small_plan(config), hours)
-    return dataclasses.replace(config, budget_hours=each, finetune_seeds=tunings)
+    asked, config = config, dataclasses.replace(config, total_hours=None, budget_hours="1")
+    finetune_seconds = timing.finetuning_seconds(plan := small_plan(config))
+    while True:
+        try:
+            each, tunings = timing.hours_each(plan, asked.total_hours, finetune_seconds)
+            return dataclasses.replace(config, budget_hours=each, finetune_seeds=tunings)
+        except UserError as e:
+            *names, last = plan.names
+            if asked.arms or not names:
+                raise
+            print(textwrap.fill(f"left out: {last}, since with it {str(e).partition(': ')[2].partition(':')[0]}", 80))
+            plan = small_plan(config := dataclasses.replace(config, arms=",".join(names)))
 
 
 def same_inputs(plan):

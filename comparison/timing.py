@@ -109,16 +109,16 @@ def blocks_of(plan, each, speeds=None):
     return sum((p.end - p.begin) * settle.bought(each, shapes, phase=i) for i, p in enumerate(each.phases))
 
 
-def hours_each(plan, hours):
+def hours_each(plan, hours, finetune_seconds):
     """(the budget of a run, as text; fine-tunings a model) with which all of it takes so many hours, a tenth of them in
-    reserve: as many fine-tunings as asked for, or fewer, two at least, so that they take half of it at most."""
+    reserve: as many fine-tunings as asked for, or fewer, so that they take half of it at most."""
     student, teacher = (c.num_hidden_layers * c.hidden_size ** 2
                         for c in (student_shape(plan.runs[0], plan.directory), plan.teacher_shape))
     models, machines = len(plan.runs) + len(plan.yardsticks), plan.config.jobs or 1
     points = len(finetune_glue.grid(plan.config.finetuning(), plan.config.shape.hidden_size))
     asked, many = plan.config.finetune_seeds, points * (points > 1)
-    all_asked = (models - 1 + teacher / student) * finetuning_seconds(plan) / 3600
-    for m in range(asked, min(asked, 2) - 1, -1):
+    all_asked = (models - 1 + teacher / student) * finetune_seconds / 3600
+    for m in range(asked, min(asked, 1) - 1, -1):
         tuned = all_asked * (m + many) / (asked + many) if asked else all_asked
         if tuned <= machines * hours / 2:
             break

@@ -343,6 +343,19 @@ def test_total_hours_are_shared_among_the_runs_after_fine_tuning(small, tmp_path
             compare.main(dataclasses.replace(config, **wrong))
 
 
+def test_total_hours_leave_out_the_last_of_the_default_arms_where_fine_tuning_would_take_all(
+        small, narrow_teacher, monkeypatch, capsys):
+    """Ten minutes a fine-tuning: five arms with the yardsticks take longer than there is."""
+    monkeypatch.setattr(timing, "finetuning_seconds", lambda *_: 600.0)
+    config = small(teacher=str(narrow_teacher), budget_steps=None, total_hours=1.2)
+    taken = compare.within(config)
+    assert taken.arms and len(taken.arms.split(",")) < 5 and taken.finetune_seeds == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.startswith("left out: no_kd+init, since with it fine-tuning ") and " alone takes about " in said
+    with pytest.raises(UserError, match="fine-tuning . models on 1 tasks alone takes about"):
+        compare.within(dataclasses.replace(config, arms="no_kd,vanilla_kd,tinybert,minilm,no_kd+init"))
+
+
 # ------------------------------------------------------------------------------------ what is settled where not given
 
 @pytest.fixture
