@@ -500,7 +500,7 @@ def scored(plan, model, out, say, seed):
     if config.probe or not config.finetune_seeds:
         same = checkpoint.read_tokenizer(Path(model)).get_vocab() == plan.directory.vocab
         probes = finetune_glue.probes(dataclasses.replace(
-            tuning, data=config.data if config.probe and same else None, probe=True), say)
+            tuning, data=config.data if config.probe and same else None, probe=True), say, alone=not config.probe)
     of_dev = {name: np.array([p]) for name, p in probes.pop("predicted", {}).items()}
     if config.finetune_seeds:
         if not Path(out, "glue.json").exists():

@@ -369,9 +369,9 @@ def score_model(config, say=print):
     return result
 
 
-def probes(config, say=print):
+def probes(config, say=print, alone=False):
     """What probes.json holds: {tasks: {name: {linear, similarity}, "word order": {linear}}, predicted: {name: of
-    each dev example}}."""
+    each dev example}}.  `alone`: no regression where there is a similarity."""
     setup, tasks, texts, out = opened(config, say)
     bert, directory = checkpoint.load_mlm(setup.path).model.bert, None
     if config.data:
@@ -379,7 +379,7 @@ def probes(config, say=print):
         checkpoint.same_vocabulary(directory.read_tokenizer(), setup.path)
     examples = hashlib.sha256(repr([(name, x, y.tolist()) for name, parts in texts.items()
                                     for x, y in parts.values()]).encode())
-    settings = dict(model=setup.digests, examples=examples.hexdigest()[:16], max_len=config.max_len,
+    settings = dict(model=setup.digests, examples=examples.hexdigest()[:16], max_len=config.max_len, alone=alone,
                     data=directory and directory.manifest["sha256"])
     result = finished_trial(out / "probes.json", settings)
     if result:
@@ -392,7 +392,7 @@ def probes(config, say=print):
                        setup.tokenizer.token_to_id("[PAD]"))
     found, predicted = {}, {}
     for name, task in tasks.items():
-        found[name], of_dev = probe.probe_task(task, texts.pop(name), states)
+        found[name], of_dev = probe.probe_task(task, texts.pop(name), states, alone)
         predicted[name] = of_dev.tolist()
     result = dict(tasks=found, predicted=predicted, settings=settings)
     if directory:

@@ -68,7 +68,7 @@ def finetuning_seconds(plan):
     batch, trials = points[0][0], (config.finetune_seeds and config.finetune_seeds + len(points) * (len(points) > 1))
     frozen = bool(config.probe or not trials)
     model, seconds = BertForSequenceClassification(student_shape(plan.runs[0], plan.directory), 2).to(device), 0.0
-    for parts in plan.texts.values():
+    for name, parts in plan.texts.items():
         (sentences, _), *dev = parts.values()
         examples = finetune_glue.encode(tokenizer, sentences[:4 * batch], config.max_len)
         pad_id, bf16 = plan.directory.special["[PAD]"], multiplies_in_bf16(device, config.bf16)
@@ -81,7 +81,8 @@ def finetuning_seconds(plan):
         finetune_glue.predict(model, examples, pad_id)
         scored = time.perf_counter() - trained
         steps = config.finetune_epochs * min(config.labels or len(sentences), len(sentences))      # of one example
-        probed = frozen * (min(len(sentences), EXAMPLES) + len(dev[0][0])) * len(sentences[0])
+        similar = plan.tasks[name].labels == () and len(sentences[0]) == 2 and not config.probe     # of dev alone
+        probed = frozen * ((not similar) * min(len(sentences), EXAMPLES) + len(dev[0][0])) * len(sentences[0])
         seconds += (trials * steps * (trained - began)
                     + (trials * sum(len(x) for x, _ in dev) + probed) * scored) / len(examples)
     return seconds

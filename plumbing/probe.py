@@ -59,21 +59,22 @@ def predicted(train, y, dev, classes=None, metric=None):
     return logits[:, 0] if classes is None else logits.argmax(-1)
 
 
-def probe_task(task, parts, embed):
+def probe_task(task, parts, embed, alone=False):
     """({name: percent}, predictions of dev) for one task: the cosines, where there is a similarity, else what the
-    regression says.  `embed` makes (n, D) states of n texts."""
+    regression says.  `embed` makes (n, D) states of n texts; `alone`: no regression beside a similarity."""
     (x, y), (dev, labels), *_ = parts.values()
+    metric, found, states = task.metrics[0], {}, [embed([s[i] for s in dev]) for i in range(len(dev[0]))]
+    if similar := task.labels == () and len(states) == 2:
+        u, v = (s / np.linalg.norm(s, axis=1, keepdims=True) for s in states)
+        cosines = (u * v).sum(1)
+        found["similarity"] = 100 * float(glue.spearman(cosines, labels))
+        if alone:
+            return found, cosines
     some = taken(len(y))
-    x, y, classes, metric = [x[i] for i in some], y[some], task.classes(y), task.metrics[0]
-    (train_states, dev_states), found = ([embed([s[i] for s in of]) for i in range(len(of[0]))]
-                                         for of in (x, dev)), {}
-    predictions = predicted(pair_features(*train_states), y, pair_features(*dev_states), classes, glue.METRICS[metric])
-    found["linear"] = glue.evaluate(task, predictions, labels)[0][metric]
-    if classes is None and len(dev_states) == 2:
-        u, v = (s / np.linalg.norm(s, axis=1, keepdims=True) for s in dev_states)
-        predictions = (u * v).sum(1)
-        found["similarity"] = 100 * float(glue.spearman(predictions, labels))
-    return dict(found, n_train=len(y)), predictions
+    train = pair_features(*(embed([x[k][i] for k in some]) for i in range(len(x[0]))))
+    predictions = predicted(train, y[some], pair_features(*states), task.classes(y[some]), glue.METRICS[metric])
+    found |= dict(linear=glue.evaluate(task, predictions, labels)[0][metric], n_train=len(some))
+    return found, cosines if similar else predictions
 
 
 def exchanged(directory, split, seq_len, limit):
