@@ -304,13 +304,21 @@ def cut(tmp_path, **other):
 def test_cut_writes_the_teachers_layers_in_its_form(make_encoder, narrow_teacher, tmp_path, capsys):
     for teacher, head in ((make_encoder(Form("cls", True, 50)), False), (narrow_teacher, True)):
         out = cut(tmp_path / f"{head}", teacher=str(teacher), size="2L32", init_layers="1,3")
-        assert "layers 1, 3, from 0, of" in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert "layers 1, 3, from 0, of" in said and "classifier" not in said
         ours, theirs = (checkpoint.read_weights(path) for path in (out, teacher))
         for name, weight in ours.items():
             of = re.sub(r"layer\.(\d)", lambda m: f"layer.{2 * int(m[1]) + 1}", name)
             assert torch.equal(weight, theirs[of])
         assert len(ours) < len(theirs) and checkpoint.read_form(out) == checkpoint.read_form(teacher)
         assert ("cls.predictions.bias" in ours) == head and checkpoint.read_config(out).num_hidden_layers == 2
+
+
+def test_cut_says_that_a_classifier_stays_behind(narrow_teacher, tmp_path, capsys):
+    classifier = checkpoint.load_classifier(narrow_teacher, 3, 0)
+    checkpoint.save_model(tmp_path / "c", classifier, checkpoint.read_tokenizer(narrow_teacher))
+    cut(tmp_path, teacher=str(tmp_path / "c"), size="2L32")
+    assert capsys.readouterr().out.endswith("; its classifier is left out\n")
 
 
 @pytest.mark.parametrize("other, said", [
