@@ -498,7 +498,7 @@ def scored(plan, model, out, say, seed):
     with --probe the probes."""
     config, tuning, probes = plan.config, plan.config.finetuning(model, out, seed), {}
     if config.probe or not config.finetune_seeds:
-        same = checkpoint.read_tokenizer(Path(model)).get_vocab() == plan.directory.vocab
+        same = checkpoint.read_tokenizer(checkpoint.find_model(str(model))).get_vocab() == plan.directory.vocab
         probes = finetune_glue.probes(dataclasses.replace(
             tuning, data=config.data if config.probe and same else None, probe=True), say, alone=not config.probe)
     of_dev = {name: np.array([p]) for name, p in probes.pop("predicted", {}).items()}
@@ -551,14 +551,9 @@ def score_yardstick(plan, progress, name, path, seed):
             form = checkpoint.read_form(source)
         checkpoint.save_model(model, student, plan.directory.read_tokenizer(), head=True, form=form)
     with progress.on(f"score {path}", f"{name} {seed}"):
-        return dict(name=name, larger=larger(plan, model), **scored(plan, model, path / "glue", progress.say, seed))
-
-
-def larger(plan, model):
-    """Whether a model multiplies larger matrices than the student."""
-    of = checkpoint.read_config(Path(model)), plan.config.shape
-    model, student = (c.num_hidden_layers * c.hidden_size ** 2 for c in of)
-    return model > student
+        its, ours = (c.num_hidden_layers * c.hidden_size ** 2
+                     for c in (checkpoint.read_config(checkpoint.find_model(str(model))), plan.config.shape))
+        return dict(name=name, larger=its > ours, **scored(plan, model, path / "glue", progress.say, seed))
 
 
 def result_of(plan, each, summary):

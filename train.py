@@ -191,8 +191,6 @@ def learning_rate(progress, peak, warmup=0.06, left=0.0):
     return left * peak + (1 - left) * peak * (1 - progress) / (1 - warmup)
 
 
-# ------------------------------------------------------------------------------------------------------- loop
-
 def gradients(arm, batch, step, stages):
     """Forward and backward over one step's batch, in micro-batches; nothing here waits for the device.
 

@@ -1,3 +1,1 @@
-"""What carries nanoKD: files, command line, tables.  Nobody needs it to understand distillation; read it
-when a file surprises you.
-"""
+"""What carries nanoKD: files, command line, tables.  Read it when a file surprises you."""
