@@ -99,7 +99,7 @@ def cut(config):
     if len(layers) != depth or max(layers) >= deep:
         raise UserError(f"--init-layers {config.init_layers}: {depth} of 0 to {deep - 1} belong there")
     said = f"layers {', '.join(map(str, layers))}, from 0, of {config.teacher}, untrained"
-    print(f"{config.path}: {said}; {form}" + "; its classifier is left out" * any("classifier" in name for name in ignored))
+    print(f"{config.path}: {said}; {form}" + "; its classifier is left out" * any("classifier" in n for n in ignored))
     if config.dry_run:
         return
     with only(teacher, layers):
