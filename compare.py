@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import io
 import json
 import math
 import os
@@ -106,7 +107,7 @@ class Config(train.Recipe):
 
 
 # What the arms are where none are given: of a teacher with an LM head, and of an encoder
-ARMS = {True: "no_kd,vanilla_kd,tinybert,minilm,no_kd+init", False: "sentence,tinybert+init,no_kd,minilmv2"}
+ARMS = {True: "no_kd,no_kd+init,tinybert,vanilla_kd,minilm", False: "sentence,tinybert+init,no_kd,minilmv2"}
 # What every run of a comparison takes from its command line as it stands there
 SHARED = ("data", *(f.name for f in dataclasses.fields(train.Recipe)))
 MANY_RUNS = 5_000
@@ -306,11 +307,16 @@ def settled(config):
             config = settle.half_of(config, checkpoint.read_config(checkpoint.find_model(config.teacher)))
         # Of a teacher that is trained: the largest size of which all arms get three times what they need
         sizes = [config.size] if config.size else [*reversed(settle.SIZES)]
-        found = fitted(dataclasses.replace(config, size=sizes[0]))
+
+        def attempt(size, room):
+            with contextlib.redirect_stdout(io.StringIO()) as said:
+                return *fitted(dataclasses.replace(config, size=size), room), said.getvalue()
+        found = attempt(sizes[0], 1)
         with contextlib.suppress(UserError):
             for size in sizes[1:]:
-                found = fitted(dataclasses.replace(config, size=size), 3)
-        config, speeds = found
+                found = attempt(size, 3)
+        config, speeds, left_out = found
+        print(left_out, end="")
         if not config.dry_run:
             taken = {name: getattr(config, name) for name in GIVEN}
             write_json(claim(config.out, "compare") / "taken.json", dict(given=given, taken=taken))

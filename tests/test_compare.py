@@ -59,7 +59,7 @@ def test_the_whole_way_ends_with_the_table_and_a_second_call_repeats_nothing(sma
     compare.main(config)
     first, out = (tmp_path / "out/table.md").read_text(), tmp_path / "out"
     kept = json.loads((out / "results.json").read_text())
-    assert [r["strategy"] for r in kept["results"]] == ["no_kd", "vanilla_kd", "tinybert", "minilm"]
+    assert [r["strategy"] for r in kept["results"]] == ["no_kd", "tinybert", "vanilla_kd", "minilm"]
     assert [y["name"] for y in kept["yardsticks"]] == ["constant answer", "n-grams", "random init", "teacher"]
     said = capsys.readouterr().out
     assert first.startswith("One seed tells nothing apart. The highest score: ") and first.count("\n| ") == 10 + 8
@@ -69,7 +69,7 @@ def test_the_whole_way_ends_with_the_table_and_a_second_call_repeats_nothing(sma
     probed = first.partition("Probes of the frozen encoders")[2]
     assert "| budget | arm | mine linear | word order linear |" in probed
     assert [row.split(" | ")[1] for row in probed.splitlines() if row.startswith("| ")][2:] == [
-        "no_kd", "vanilla_kd", "tinybert", "minilm", "random init", "teacher"]
+        "no_kd", "tinybert", "vanilla_kd", "minilm", "random init", "teacher"]
     stamps = {p: p.stat().st_mtime_ns for p in out.rglob("*")
               if p.name == "probes.json" or p.suffix in (".bin", ".safetensors", ".jsonl", ".npy")}
     compare.main(config)
@@ -127,7 +127,8 @@ def test_arms_are_strategies_phases_and_starts_and_stand_in_the_results_as_they_
     assert [y["name"] for y in kept["yardsticks"]] == ["constant answer", "n-grams", "random init", "cut", "teacher"]
     assert all(torch.equal(untrained[name], teacher[name]) for name in untrained if ".layer." not in name)
     assert "|  | cut |" in table and (tmp_path / "out/cut/seed0/glue/glue.json").exists()
-    assert summary["init"] == "teacher" and compare.Plan(small()).names == compare.ARMS[True].split(",")[:4]
+    assert summary["init"] == "teacher" and compare.Plan(small()).names == [
+        name for name in compare.ARMS[True].split(",") if name != "no_kd+init"]        # 48 wide
     capsys.readouterr()
 
 
@@ -351,7 +352,7 @@ def test_total_hours_leave_out_the_last_of_the_default_arms_where_fine_tuning_wo
     taken = compare.within(config)
     assert taken.arms and len(taken.arms.split(",")) < 5 and taken.finetune_seeds == 1
     said = " ".join(capsys.readouterr().out.split())
-    assert said.startswith("left out: no_kd+init, since with it fine-tuning ") and " alone takes about " in said
+    assert said.startswith("left out: minilm, since with it fine-tuning ") and " alone takes about " in said
     with pytest.raises(UserError, match="fine-tuning . models on 1 tasks alone takes about"):
         compare.within(dataclasses.replace(config, arms="no_kd,vanilla_kd,tinybert,minilm,no_kd+init"))
 
