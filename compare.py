@@ -1,14 +1,12 @@
-"""Every strategy at every budget, pretrained over several seeds, fine-tuned and scored alike: tables, figure,
-verdict.  Read it after finetune_glue.py.
+"""Every strategy at every budget, over several seeds, fine-tuned and scored alike.  Read it after finetune_glue.py.
 
     python compare.py         # the demonstration: no data, no teacher, no GPU, no download; four minutes
     python compare.py --data data/wiki --teacher bert-base-uncased --glue-dir glue --budget-hours 1,4 --seeds 3 \\
                       --out runs/table2 --dry-run                             # the plan and its time, no more
 
-Each (strategy, budget, data setting, seed) is a run of its own under OUT/runs, whose learning rate ends at
-zero at its budget.  What is finished is never run again: the same command goes on where it was stopped, and
-several processes with the same --out share the runs, such as one per GPU, each with its own
-CUDA_VISIBLE_DEVICES.
+Each (strategy, budget, data setting, seed) is a run of its own under OUT/runs, whose learning rate ends at zero at its
+budget.  What is finished is never run again: the same command goes on where it was stopped, and several processes with
+the same --out share the runs, such as one per GPU, each with its own CUDA_VISIBLE_DEVICES.
 
 The demonstration takes the English documentation that is already on this disk (see prepare.py), the teacher in
 teacher/ and a 2-layer student, one process per core, and asks: which package does a docstring come from?  The

@@ -6,21 +6,21 @@
     python finetune_glue.py --model runs/glue/.../trials/reviews-... --predict new.csv  # what it then says of others
     python finetune_glue.py --model runs/tinybert/model --glue-dir glue --probe      # no fine-tuning: seconds
 
-`--glue-dir` holds the official TSVs (CoLA/train.tsv, ...); a task absent there comes from the Hub
-(nyu-mll/glue).  Your own labelled text is a file, or a directory with train and dev: TSV (no quotes), CSV,
-JSONL or parquet.  Its columns have names: one or two of text, and the label, a word or a whole number, or a
-score where that column is called `score`.  Which is which is guessed and printed, or said with --columns
-text,label; a column that numbers the rows (id, index, ...) is left out.  Of a single file a tenth is set
-apart as dev, by the hash of its text.
+`--glue-dir` holds the official TSVs (CoLA/train.tsv, ...); a task absent there comes from the Hub (nyu-mll/glue).
+Your own labelled text is a file, or a directory with train and dev: TSV (no quotes), CSV, JSONL or parquet.  Its
+columns have names: one or two of text, and the label, a word or a whole number, or a score where that column is called
+`score`.  Which is which is guessed and printed, or said with --columns text,label; a column that numbers the rows (id,
+index, ...) is left out.  Of a single file a tenth is set apart as dev, by the hash of its text.
 
-The recipe is the paper's (arXiv 2404.19319): AdamW, batch {16, 32} x lr {1e-5, 3e-5, 5e-5, 8e-5}, 5 epochs,
-linear decay, 128 ids, dropout 0.1.  Ours: below width 512 lr {1e-4, 3e-4, 7e-4, 1e-3}; 6% warm-up; the grid runs on
-seed 0 and the point that it picks on other seeds, because the best of a grid on dev is too good to be true; a trial
-that ends predicting one class is repeated once at half its rate, and the repeat counts if it does not.  The score is
-that of the last step.  A seed sets the new head, the order of the examples and dropout.
+The recipe is the paper's (arXiv 2404.19319): AdamW, batch {16, 32} x lr {1e-5, 3e-5, 5e-5, 8e-5}, 5 epochs, linear
+decay, 128 ids, dropout 0.1.  Ours: below width 512 lr {1e-4, 3e-4, 7e-4, 1e-3} and a head with a standard deviation of
+sqrt(0.4 / width) in place of 0.02; 6% warm-up; the grid runs on seed 0 and the point that it picks on other seeds,
+because the best of a grid on dev is too good to be true; a trial that ends predicting one class is repeated once at
+half its rate, and the repeat counts if it does not.  The score is that of the last step.  A seed sets the new head,
+the order of the examples and dropout.
 
-Every trial (task, batch, lr, seed) is a file, OUT/trials/*.json, with the dev logits beside it (.npy).  What
-is finished never runs again: the same command goes on after a kill, and processes that share OUT share the work.
+Every trial (task, batch, lr, seed) is a file, OUT/trials/*.json, with the dev logits beside it (.npy).  What is
+finished never runs again: the same command goes on after a kill, and processes that share OUT share the work.
 """
 import hashlib
 import io

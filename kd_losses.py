@@ -1,6 +1,7 @@
 """Every loss: one function = one equation.  Read it after model.py.
 
 Pure functions of tensors: student, teacher, a scalar out; held against slow transcriptions by tests/test_kd_losses.py.
+First come losses on the logits, then on states, then on attention.
 Letters, `_s`, `_t`, `tau` and `real` are those of model.py.
 
 Two rules hold everywhere.  A *distribution* is summed (over V, or over the keys) and then averaged over positions and
@@ -31,8 +32,6 @@ def at_least_fp32(loss):
 def promote(x):
     return x.float() if isinstance(x, torch.Tensor) and x.dtype in (torch.bfloat16, torch.float16) else x
 
-
-# --------------------------------------------------------------------------------------- losses on the logits
 
 @at_least_fp32
 def masked_lm_loss(z_s, labels):
@@ -75,8 +74,6 @@ def soft_cross_entropy_over_v(z_s, z_t, tau=1.0, vocab_size=None):
     surplus = z_s.shape[-1] / (vocab_size or z_s.shape[-1])
     return -tau ** 2 * ((z_t / tau).softmax(-1) * (z_s / tau).log_softmax(-1)).mean() * surplus
 
-
-# --------------------------------------------------------------------------- losses on states: (B, S, D) each
 
 @at_least_fp32
 def hidden_mse(h_s, h_t, proj=None, real=None):
@@ -132,8 +129,6 @@ def pooled(h, real=None, pooling="mean"):
         return h[:, 0]
     return h.mean(1) if real is None else (h * real[..., None]).sum(1) / real.sum(1, keepdim=True).clamp(min=1)
 
-
-# --------------------------------------------------------------- losses on attention: TinyBERT's and MiniLM's
 
 def scores(q, k):
     """Attention scores before the softmax, q k^T / sqrt(H): (B, N, S, H) twice -> (B, N, S, S)."""

@@ -1,5 +1,4 @@
-"""How long a comparison takes on this machine: what is estimated before it starts, said while it runs, and
-noted of a machine whose speed changes.  Read it when compare.py's times surprise you."""
+"""How long a comparison takes on this machine, and what it buys there.  Read it when compare.py's times surprise you."""
 import contextlib
 import dataclasses
 import itertools

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import zipfile
@@ -217,8 +218,9 @@ def load_classifier(path, num_labels, seed, dropout=None):
     if dropout is not None:
         config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
     torch.manual_seed(seed)
-    # With BERT's own spread, whatever an encoder's recipe began with: else that would change its fine-tuning too
-    model = BertForSequenceClassification(dataclasses.replace(config, initializer_range=0.02), num_labels)
+    # By the width alone: what a recipe of pretraining began with has no say in fine-tuning
+    std = 0.02 if config.hidden_size >= 512 else math.sqrt(0.4 / config.hidden_size)
+    model = BertForSequenceClassification(dataclasses.replace(config, initializer_range=std), num_labels)
     pooler = {name: p.clone() for name, p in model.bert.pooler.state_dict().items()}
     fill(model, path, optional=("classifier.", "bert.pooler."))
     if torch.equal(model.bert.pooler["dense"].weight, untrained_pooler(config)["pooler.dense.weight"]):
