@@ -1,4 +1,4 @@
-"""How long a comparison takes on this machine, and what it buys there.  Read it when compare.py's times surprise you."""
+"""How long a comparison takes on this machine, and what that buys.  Read it when compare.py's times surprise you."""
 import contextlib
 import dataclasses
 import itertools
