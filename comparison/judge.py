@@ -232,11 +232,12 @@ def pays_from(results, yardsticks, teacher_flops):
     rows = [(row, row.flops, statistics.summary(a)[0]) for row, a in rows_of(
         results, yardsticks, tasks_of(results, yardsticks)) if row.budget is not None and a.means]
     alone, lines = sorted((flops, score) for row, flops, score in rows if row.name == "no_kd"), []
+    beside = {row.budget: score for row, _, score in rows if row.name == "no_kd"}
     if not teacher_flops or len(alone) < 2:
         return []
     for row, flops, score in rows:
         where = f"{row.name} at {amount(row.budget, row.runs[0]['unit'])}"
-        if not row.needs_teacher or not score > dict(alone).get(flops, math.inf):
+        if not row.needs_teacher or not score > beside.get(row.budget, math.inf):
             continue
         above = next((i for i, (_, s) in enumerate(alone) if s >= score), None)
         if above is None:
