@@ -409,7 +409,7 @@ def classified(teacher, tmp_path_factory):
             for i in range(300)]
     write(here / "reviews.csv", rows, ("review", "verdict"))
     result = ft.score_model(ft.Config(str(teacher), tasks=f"reviews={here}/reviews.csv", batch_sizes="8",
-                                      peak_lrs="3e-3", epochs=5, seeds=1, max_len=16, out=str(here / "out"), save=True,
+                                      peak_lrs="3e-3", epochs=8, seeds=1, max_len=16, out=str(here / "out"), save=True,
                                       device="cpu"), said.append)
     assert said[0] == "reviews: text from 'review', labels from 'verdict' (reviews.csv): good, not so, good"
     assert result["tasks"]["reviews"]["mean"] > 90
@@ -448,16 +448,17 @@ def test_every_row_has_a_line_also_a_bad_one_and_the_columns_may_have_other_name
 
 def test_rows_to_predict_are_read_as_rows_to_learn_from(classified, tmp_path, capsys):
     kept, words = classified
-    rows_ = [dict(review=words[0]), dict(review=None), dict(review=[words[0]]), dict(other=1),
-             dict(review=f"\ud83d {words[1]} \0")]
+    one, other = (f"{' '.join(words[2:5])}, {last}" for last in words[:2])          # as it has learned them
+    rows_ = [dict(review=one), dict(review=None), dict(review=[one]), dict(other=1),
+             dict(review=f"\ud83d {other} \0")]
     (tmp_path / "new.jsonl").write_text("\n\n".join(["{", *map(json.dumps, rows_), "  "]))
-    (tmp_path / "new.csv.gz").write_bytes(gzip.compress(f"review\n{words[0]}\n\n{words[1]}\n".encode()))
+    (tmp_path / "new.csv.gz").write_bytes(gzip.compress(f'review\n"{one}"\n\n"{other}"\n'.encode()))
     found = predictions(kept, tmp_path / "new.jsonl", capsys)
     assert [f.get("error") for f in found] == [
         "line 1 is no JSON object", None, "line 5 has nothing in 'review'", "line 7 has a list in 'review'",
         "line 9 has nothing in 'review'", None]
-    other = predictions(kept, tmp_path / "new.csv.gz", capsys)
-    assert [f["label"] for f in other] == [found[1]["label"], found[5]["label"]] == ["not so, good", "good"]
+    again = predictions(kept, tmp_path / "new.csv.gz", capsys)
+    assert [f["label"] for f in again] == [found[1]["label"], found[5]["label"]] == ["not so, good", "good"]
 
 
 def test_predictions_come_as_they_are_made(classified, tmp_path):
