@@ -14,8 +14,6 @@ import torch
 
 from plumbing.cli import ENDING, UserError
 
-SAY_EVERY = 10.0            # seconds
-
 
 def worker(do, config, log, threads, gpu):
     """do(config) in a process of its own, what it prints in `log`; it exits with a status that reason() reads."""
@@ -59,7 +57,7 @@ def run_jobs(jobs, do, config, out, status):
                     raise UserError(f"worker {i} of {jobs} stopped ({reason(code, folder / f'{i}.log')}): "
                                     f"{folder}/{i}.log; the same command goes on")
             time.sleep(0.2)
-            if time.monotonic() - said >= SAY_EVERY:
+            if time.monotonic() - said >= 10:
                 said = time.monotonic()
                 print(status())
     finally:
