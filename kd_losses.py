@@ -5,9 +5,9 @@ First come losses on the logits, then on states, then on attention.
 Letters, `_s`, `_t`, `tau` and `real` are those of model.py.
 
 Two rules hold everywhere.  A *distribution* is summed (over V, or over the keys) and then averaged over positions and
-heads; a *mean squared error* is averaged over every real element.  (`reduction="mean"` on a distribution divides by V
-as well: a factor of 30,522 that several public distillation codes carry.)  And a loss is computed in at least fp32
-with autocast off: under autocast even the matmul of two fp32 tensors runs in bf16.
+heads; a *mean squared error* is averaged over every real element (of sentences summed over D).  (`reduction="mean"` on
+a distribution divides by V as well: a factor of 30,522 that several public distillation codes carry.)  And a loss is
+computed in at least fp32 with autocast off: under autocast even the matmul of two fp32 tensors runs in bf16.
 """
 import contextlib
 import functools
