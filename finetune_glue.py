@@ -379,8 +379,8 @@ def probes(config, say=print, alone=False):
         checkpoint.same_vocabulary(directory.read_tokenizer(), setup.path)
     examples = hashlib.sha256(repr([(name, x, y.tolist()) for name, parts in texts.items()
                                     for x, y in parts.values()]).encode())
-    settings = dict(model=setup.digests, examples=examples.hexdigest()[:16], max_len=config.max_len, alone=alone,
-                    data=directory and directory.manifest["sha256"])
+    settings = dict(model=setup.digests, examples=examples.hexdigest()[:16], max_len=config.max_len,
+                    similarity_alone=alone, data=directory and directory.manifest["sha256"])
     result = finished_trial(out / "probes.json", settings)
     if result:
         return result
