@@ -132,7 +132,7 @@ def probe_table(results, yardsticks):
         rows += [[where, name, *cells(runs.values())] for name, runs in arms.items()]
     rows += [["", y["name"], *cells(y["runs"])] for y in yardsticks if any(map(probes_of, y["runs"]))]
     return "\n\n".join([
-        "Probes of the frozen encoders, no part of any average above. linear: a regression on the "
+        "Probes of the frozen encoders, which no fine-tuned score holds. linear: a regression on the "
         "pooled last hidden state, scored as the task is; similarity: Spearman of the cosine with the "
         "score, untrained; word order: have two neighbours in a block of 32 changed places.",
         markdown(["budget", "arm", *columns], rows)])

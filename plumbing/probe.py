@@ -8,7 +8,7 @@
 
 Features are standardised on the training examples, and divided by sqrt(F).  Nothing is drawn: folds, and the examples
 taken where there are more, go by their number's hash.
-Probes say what is there to be read off linearly, not what fine-tuning makes of it: they are no part of any average.
+Probes say what is there to be read off linearly, not what fine-tuning makes of it: no fine-tuned score holds them.
 
 Legend: n examples, F features, D hidden size.
 """
