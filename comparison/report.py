@@ -286,14 +286,13 @@ def figure(results, yardsticks, path, teacher_flops=None):
     """Score against total FLOPs: a line per arm, the teacher charged (solid) and free (faint), its band the 95%
     interval of the arm's mean; yardsticks as horizontal lines, named at the right edge."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator
     except ImportError:
         print(f"no {path.name}: pip install matplotlib")
         return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     tasks = judge.tasks_of(results, yardsticks)
-    fig, axis = plt.subplots(layout="constrained", figsize=(8, 5))
+    axis = (fig := Figure(layout="constrained", figsize=(8, 5))).subplots()
     kinds = list(dict.fromkeys(key[:2] for key in groups(results)))
     names = list(dict.fromkeys(r["strategy"] for r in results))
     for kind in kinds:
@@ -309,35 +308,36 @@ def figure(results, yardsticks, path, teacher_flops=None):
             if not points or not all(math.isfinite(x) for x, _, _ in points):
                 continue
             x, y, half = map(np.array, zip(*sorted(points), strict=True))
-            look = curve_look(i)
-            style = look | dict(markersize=5, linewidth=1.8,
-                                markerfacecolor=look["color"] if kind == kinds[0] else "white")
+            style = curve_look(i) | dict(markersize=5, linewidth=1.8)
+            style["markerfacecolor"] = style["color"] if kind == kinds[0] else "white"
             charged = x + teacher_flops if teacher_flops and judge.needs_teacher(name) else None
             label = name + (f", {setting(*kind)}" if len(kinds) > 1 else "")
             for at, alpha in ((x, 1.0),) if charged is None else ((charged, 1.0), (x, 0.35)):
                 axis.plot(at, y, **style, alpha=alpha, label=label if alpha == 1 else None)
                 if np.isfinite(half).all():
-                    axis.fill_between(at, y - half, y + half, color=look["color"], alpha=0.13 * alpha, linewidth=0)
-                    axis.vlines(at, y - half, y + half, color=look["color"], alpha=0.5 * alpha)
+                    axis.fill_between(at, y - half, y + half, color=style["color"], alpha=0.13 * alpha, linewidth=0)
+                    axis.vlines(at, y - half, y + half, color=style["color"], alpha=0.5 * alpha)
     heights = sorted((float(np.mean(values)), name) for budget, _, name, _, values, _ in score_rows(results, yardsticks)
                      if budget is None and len(values))
     axis.set_xscale("log")
+    axis.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
     low, high = axis.get_ylim()
-    low = min([low, *(h - 1 for h, _ in heights)])
-    axis.set_ylim(low, max([high, *(h + 1 for h, _ in heights)]))
-    gap, at = (axis.get_ylim()[1] - axis.get_ylim()[0]) / 28, -math.inf
-    for height, name in heights:                                        # no name over another, none over a line
+    high, under = max([high, *(h + 0.5 for h, _ in heights)]), len(heights)
+    while under and low - heights[under - 1][0] <= high - low:          # what lies far under all else is only named
+        under, low = under - 1, min(low, heights[under - 1][0] - 0.5)
+    axis.set_ylim(low, high)
+    beside, at = dict(fontsize=9, color="0.25", annotation_clip=False), -math.inf
+    axis.annotate("\n".join(f"{name} {h:.1f}, below" for h, name in heights[:under][::-1]), (1.01, 0),
+                  xycoords="axes fraction", va="top", **beside)
+    for height, name in heights[under:]:                                # no name over another, none over a line
         axis.axhline(height, color="0.55", linewidth=0.9, zorder=0)
-        at = max(at + gap, height)
-        axis.annotate(f"{name} {height:.1f}", (1.01, at), xycoords=("axes fraction", "data"), fontsize=9, color="0.25",
-                      va="center", annotation_clip=False)
-    axis.set(xlabel="total FLOPs of a student" + (", its teacher's pretraining charged (solid) or free (faint)"
-                                                  if teacher_flops else ", its teacher's pretraining not charged"),
-             ylabel="score, %")
+        at = max(at + (high - low) / 28, height)
+        axis.annotate(f"{name} {height:.1f}", (1.01, at), xycoords=("axes fraction", "data"), va="center", **beside)
+    price = "charged (solid) or free (faint)" if teacher_flops else "not charged"
+    axis.set(xlabel=f"total FLOPs of a student, its teacher's pretraining {price}", ylabel="score, %")
     if axis.get_legend_handles_labels()[0]:
         axis.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, 1.12), ncols=4, frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(color="0.92")
     axis.set_axisbelow(True)
     fig.savefig(path, dpi=150, metadata=dict(Software="nanoKD"))
-    plt.close(fig)

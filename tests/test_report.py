@@ -173,6 +173,17 @@ def test_the_figure_is_drawn_for_one_budget_and_for_many(tmp_path):
         assert (tmp_path / f"{i}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_figure_names_what_lies_far_below_and_keeps_its_scale(tmp_path, monkeypatch):
+    figures = []
+    Figure = pytest.importorskip("matplotlib.figure").Figure
+    monkeypatch.setattr(Figure, "savefig", lambda fig, *a, **k: figures.append(fig))
+    report.figure(made_up({"no_kd": [60, 61], "minilm": [61, 62]}),
+                  [yardstick("teacher", 70.0), yardstick("cut", 55.0), yardstick("n-grams", 12.0)], tmp_path / "f.png")
+    axis, = figures[0].axes
+    assert 50 < axis.get_ylim()[0] < 55 and axis.get_ylim()[1] > 70
+    assert {"teacher 70.0", "cut 55.0", "n-grams 12.0, below"} <= {text.get_text() for text in axis.texts}
+
+
 @pytest.mark.parametrize("record", [p for p in sorted(RECORDS.glob("*.json"))
                                     if '"yardsticks"' in p.read_text()], ids=lambda p: p.stem)
 def test_every_record_is_merged_and_judged_again(record, tmp_path):
