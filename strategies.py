@@ -158,7 +158,7 @@ STRATEGIES = {
         "hidn": HIDN._replace(about="hidden states, sum over layers; mean over positions and D",
                               layers=uniform)}, same_heads=True),
     "minilmv2_mlm": Strategy({"mlm": MLM, **RELATIONS}),
-    "sentence": Strategy({"sentence": SENTENCE}, peak_lr=2e-4, short_lr=2e-4, init="teacher", same_width=True,
+    "sentence": Strategy({"sentence": SENTENCE}, peak_lr=4e-4, short_lr=4e-4, init="teacher", same_width=True,
                          dropout=False, clip=1.0, seq_len=64),
 }
 
